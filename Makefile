@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: quickstart test bench clean
+
+quickstart: .venv/installed  ## train on the bundled stand-in, about five minutes on two cores
+	$(BIN)/python train.py
+
+test: .venv/installed-dev  ## lint and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+bench: .venv/installed-bench  ## side by side with peers, into benchmarks/results
+	$(BIN)/python -m benchmarks.quality
+
+# torch first, from its own line: the packages after it accept the one that is there
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("mistral-sae needs Python 3.10 or newer: found " + sys.version.split()[0] + "; set PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch' requirements.txt)
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/installed-bench: benchmarks/requirements.txt .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

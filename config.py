@@ -1,0 +1,57 @@
+"""Every hyperparameter of train.py and explain.py.
+
+Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`. Where a constant has
+two values, the first is for the bundled stand-in on two CPU cores, the second for Mistral 7B on one GPU.
+"""
+
+import math
+import os
+
+# ---- model ----
+# Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); None is the bundled stand-in
+MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
+ON_STANDIN = MISTRAL_MODEL_PATH is None
+TARGET_LAYER = 2 if ON_STANDIN else 16  # whose output is read: blocks.{layer}.hook_resid_post; the middle of the model
+DEVICE: str | None = None  # "cpu", "cuda", "cuda:1"; None takes a GPU where there is one
+DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None is bfloat16 on a GPU, else float32
+
+# ---- text ----
+# "stdlib" (Python's standard library), a file or folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt, or a data
+# set on the Hugging Face hub, which is streamed
+DATA_PATH = "stdlib" if ON_STANDIN else "monology/pile-uncopyrighted"
+DATA_SPLIT = "train"  # of a hub data set
+TEXT_FIELD = "text"  # of a JSON line or a parquet column
+CONTEXT_LENGTH = 256  # tokens a row; the stand-in never saw longer ones
+# Share of the documents kept for evaluation. The stand-in was trained without the same twentieth
+HELD_OUT_FRACTION = 0.05 if ON_STANDIN else 0.01
+TRAIN_TOKENS = 3_000_000 if ON_STANDIN else 1_000_000_000  # residuals trained on
+
+# ---- sparse autoencoder ----
+D_HIDDEN = 8192 if ON_STANDIN else 131_072  # features: 32 times the model's width
+K = 32 if ON_STANDIN else 128  # active features a token
+SEED = 0  # of the initialization and the order of the data
+
+# ---- training ----
+BATCH_SIZE = 1024 if ON_STANDIN else 4096  # residuals a step
+LEARNING_RATE = 2e-4 / math.sqrt(D_HIDDEN / 2**14)  # Gao et al. 2024, section 3.2 and figure 3
+WARM_UP_STEPS = 100 if ON_STANDIN else 1000  # linear, from 0
+DECAY_FRACTION = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
+MAX_GRADIENT_NORM = 1.0  # larger gradients are scaled down to it
+AUXK_COEFFICIENT = 1 / 32  # weight of the loss that revives dead features (Gao et al. 2024, appendix A.2)
+K_AUX = 128 if ON_STANDIN else 2048  # dead features a token may use in it: about half the model's width (ibid.)
+DEAD_AFTER_TOKENS = 200_000 if ON_STANDIN else 10_000_000  # without firing (10 million: ibid.)
+MOMENTS_DTYPE = "float32" if ON_STANDIN else "bfloat16"  # of Adam's moments; bfloat16 saves 4.3 GB at 7B
+
+# ---- memory ----
+BUFFER_TOKENS = 131_072 if ON_STANDIN else 65_536  # residuals shuffled together; at 7B 8 KB each
+ROWS_PER_FORWARD = 16 if ON_STANDIN else 32  # rows the language model runs at a time
+
+# ---- evaluation, log and checkpoints ----
+EVALUATION_ROWS = 128 if ON_STANDIN else 256  # held-out rows
+EVALUATION_STRIDE = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
+EVALUATIONS = 4  # times during the run; the last is at its end
+LOG_EVERY = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
+CHECKPOINT_EVERY = 500 if ON_STANDIN else 5000  # steps
+RUN_DIR = "runs/standin" if ON_STANDIN else "runs/mistral-7b"  # where everything is written
+RESUME = True  # continue from RUN_DIR's checkpoint if there is one of the same settings
+DRY_RUN = False  # print the plan and stop

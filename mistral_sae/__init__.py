@@ -1,0 +1,1 @@
+"""Sparse autoencoders for Mistral language models: train, explain, steer."""

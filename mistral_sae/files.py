@@ -1,0 +1,120 @@
+"""Files that are whole or not there, and the state from which a run continues.
+
+Weights are safetensors and nothing else; nothing is ever unpickled.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+STATE_KEY = "mistral_sae_state"  # the entry of a state file's header that holds its metadata
+
+
+class SAEError(ValueError):
+    """A checkpoint that cannot be used. One line: what was found, what was expected, what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, sync it and rename it: a reader never sees half of one."""
+    os.replace(write_beside(path, write), path)
+    sync_folder(path.parent)
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` make a synced file beside `path` and return where; nothing stays behind if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        os.chmod(partial, 0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return partial
+
+
+def _umask() -> int:
+    """The permissions that this process withholds from new files; there is no way to read them but to set them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder last through a power cut, where the system can sync a folder."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems refuse
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """A safetensors file, open for reading; whatever is wrong with it becomes one line."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except FileNotFoundError:
+        raise SAEError(f"found no {path}, expected a complete checkpoint: check the path or save again") from None
+    except (SafetensorError, OSError) as error:
+        raise SAEError(
+            f"found a damaged {path} ({one_line(error)}), expected safetensors: copy or download it again"
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write what resuming needs as one safetensors file: tensors, and metadata as JSON.
+
+    Tensors keep their dtype; views are written as what they show. The old file stays until the new is whole.
+    """
+    header = {STATE_KEY: json.dumps(metadata)}
+    contents, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        contents[name] = tensor.clone() if storage in storages else tensor  # safetensors wants no shared memory
+        storages.add(storage)
+    write_atomically(Path(path), lambda partial: save_file(contents, partial, metadata=header))
+
+
+def load_state(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_state` wrote, the tensors on `device`. Raises SAEError if it is damaged or foreign."""
+    with opened(Path(path), device) as file:
+        header = (file.metadata() or {}).get(STATE_KEY)
+        if header is None:
+            raise SAEError(f"found no training state in {path}, expected what train.py saved: remove the file")
+        try:
+            metadata = json.loads(header)
+        except ValueError as error:
+            raise SAEError(f"found damaged metadata in {path} ({error}), expected JSON: remove the file") from None
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add one JSON object to a file of one object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,212 @@
+"""The sparse forward and backward of the TopK step.
+
+Only the encoder product is dense. Everything behind it touches K of F features a token: the decoder gathers rows,
+both weight gradients sum over the tokens in which a feature fired, the gradient of an activation is one inner product.
+
+Shapes: B tokens, D model width, F features, K active features, A dead features.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 32  # features a group in the two-level top-k
+CHUNK_BYTES = 2**29  # of pre-activations at a time
+SMALLEST_VARIANCE = 1e-12  # floor of the loss's denominator: a batch of one token has no variance about its mean
+
+
+def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The exact k largest of the last dimension, (..., F) -> values and int64 indices (..., k), unordered.
+
+    On a CPU in two levels: the k largest values of a row lie in the k groups with the largest maxima, so that the
+    selection runs over F / GROUP maxima and then k * GROUP candidates instead of F values.
+    """
+    n_features = pre.shape[-1]
+    if pre.device.type != "cpu" or n_features % GROUP or n_features < 4 * k * GROUP:
+        return torch.topk(pre, k, dim=-1, sorted=False)
+    groups = pre.unflatten(-1, (n_features // GROUP, GROUP))
+    best = groups.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
+    candidates = groups.gather(-2, best.unsqueeze(-1).expand(*best.shape, GROUP)).flatten(-2)
+    values, where = torch.topk(candidates, k, dim=-1, sorted=False)
+    return values, best.gather(-1, where // GROUP) * GROUP + where % GROUP
+
+
+def encode(
+    centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dead: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The k largest pre-activations of each token, and those of the dead features: (B, K), (B, K), (B, A) or None.
+
+    The only dense product. It runs over some tokens at a time, so that pre-activations never exist for all of a batch.
+    """
+    step = max(1, CHUNK_BYTES // (4 * W_enc.shape[1]))
+    parts = []
+    for chunk in centered.split(step):
+        pre = torch.addmm(b_enc, chunk, W_enc)
+        parts.append((*topk(pre, k), None if dead is None else pre[:, dead]))
+    if len(parts) == 1:
+        return parts[0]
+    values, indices, of_dead = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(indices), None if dead is None else torch.cat(of_dead)
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """Weighted sums of decoder rows, values and indices (B, K), W_dec (F, D) -> (B, D). No bias; differentiable."""
+    return F.embedding_bag(indices, W_dec, per_sample_weights=values.to(W_dec.dtype), mode="sum")
+
+
+def value_gradients(grad_BD: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """Inner products of each token's gradient (B, D) with the decoder rows it used, indices (B, K) -> (B, K)."""
+    n_tokens, k = indices.shape
+    if grad_BD.device.type == "cpu":
+        rows = torch.arange(0, n_tokens * k + 1, k)
+        order = indices.argsort(dim=1)  # a CSR row wants ascending columns
+        columns, zeros = indices.gather(1, order).flatten(), grad_BD.new_zeros(n_tokens * k)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            pattern = torch.sparse_csr_tensor(rows, columns, zeros, (n_tokens, len(W_dec)), check_invariants=False)
+        products = torch.sparse.sampled_addmm(pattern, grad_BD, W_dec.T, beta=0.0).values().view(n_tokens, k)
+        return torch.empty_like(products).scatter_(1, order, products)
+    out = grad_BD.new_empty(n_tokens, k)
+    step = max(1, 2**26 // (k * W_dec.shape[1]))  # tokens at a time: the gathered rows are K times the batch
+    for start in range(0, n_tokens, step):
+        part = slice(start, start + step)
+        torch.bmm(W_dec[indices[part]], grad_BD[part].unsqueeze(-1), out=out[part].unsqueeze(-1))
+    return out
+
+
+class Bags(NamedTuple):
+    """The active features of a batch, sorted by feature: what both weight gradients sum over."""
+
+    order: Tensor  # (B * K) positions in the flattened (B, K) arrays, feature by feature
+    tokens: Tensor  # (B * K) the token of each
+    offsets: Tensor  # (F) where each feature's run begins
+
+
+def bags(indices: Tensor, n_features: int) -> Bags:
+    """Sort the active features of a batch, indices (B, K), by feature."""
+    features, order = indices.flatten().to(torch.int32).sort(stable=True)
+    every = torch.arange(n_features, dtype=torch.int32, device=indices.device)
+    return Bags(order, order // indices.shape[1], torch.searchsorted(features, every))
+
+
+def weight_gradient(bags_: Bags, weights: Tensor, x_BD: Tensor) -> Tensor:
+    """Sum of weights (B, K) times the tokens' vectors x_BD over each feature's bag -> (F, D)."""
+    return F.embedding_bag(
+        bags_.tokens, x_BD, bags_.offsets, mode="sum", per_sample_weights=weights.flatten()[bags_.order]
+    )
+
+
+def bias_gradient(bags_: Bags, weights: Tensor) -> Tensor:
+    """Sum of weights (B, K) over each feature's bag -> (F). Like `weight_gradient`, the same in every run."""
+    return weight_gradient(bags_, weights, weights.new_ones(len(weights), 1)).squeeze(1)
+
+
+class Step(NamedTuple):
+    """Loss and gradients of one batch; scalars are tensors, so that nothing waits for the device."""
+
+    loss: Tensor  # normalized_mse + auxk_coefficient * auxk
+    normalized_mse: Tensor
+    auxk: Tensor
+    l0: Tensor  # mean number of features with an activation above 0
+    values: Tensor  # (B, K)
+    indices: Tensor  # (B, K)
+    W_enc: Tensor  # gradient (F, D): feature by feature
+    b_enc: Tensor  # gradient (F)
+    W_dec: Tensor  # gradient (F, D)
+    b_dec: Tensor  # gradient (D)
+
+
+@torch.no_grad()
+def topk_step(
+    z: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    k: int,
+    dead: Tensor | None = None,
+    k_aux: int = 0,
+    auxk_coefficient: float = 0.0,
+) -> Step:
+    """Loss of the TopK autoencoder with AuxK and its gradients in closed form (Gao et al. 2024, sections 2.3, A.2).
+
+    ::
+
+        loss = |z - z^|^2 / |z - mean(z)|^2  +  auxk_coefficient * |e - e^|^2 / |e - mean(e)|^2
+        e = z - z^ as a constant;  e^ = topk(pre of the dead features, k_aux) @ W_dec
+
+    Sums run over the batch, means over its tokens. The second term is 0 where it is not finite.
+
+    Args:
+        z: standardised residuals (B, D).
+        W_enc, b_enc, W_dec, b_dec: the autoencoder, (D, F), (F), (F, D), (D).
+        k: active features a token.
+        dead: int64 indices (A) of the features that count as dead; None or empty for none.
+        k_aux: how many dead features a token may use, at most A are.
+        auxk_coefficient: weight of the second term.
+    """
+    n_features = W_dec.shape[0]
+    centered = z - b_dec
+    if dead is not None and (len(dead) == 0 or k_aux == 0 or not auxk_coefficient):
+        dead = None
+    values, indices, pre_of_dead = encode(centered, W_enc, b_enc, k, dead)
+    values = values.relu_()
+    z_hat = decode(values, indices, W_dec) + b_dec
+    error = z - z_hat
+
+    variance = (z - z.mean(dim=0)).square().sum().clamp_min(SMALLEST_VARIANCE)
+    normalized_mse = error.square().sum() / variance
+    grad_z_hat = error * (-2 / variance)
+    grad_values = value_gradients(grad_z_hat, indices, W_dec) * (values > 0)
+    bags_ = bags(indices, n_features)
+    grad_W_dec = weight_gradient(bags_, values, grad_z_hat)
+    grad_W_enc = weight_gradient(bags_, grad_values, centered)
+    grad_b_enc = bias_gradient(bags_, grad_values)
+    grad_b_dec = grad_z_hat.sum(dim=0)
+
+    auxk = z.new_zeros(())
+    if dead is not None:
+        auxk, *gradients = _auxk(error, centered, pre_of_dead, W_dec[dead], min(k_aux, len(dead)), auxk_coefficient)
+        grad_W_dec.index_add_(0, dead, gradients[0])
+        grad_W_enc.index_add_(0, dead, gradients[1])
+        grad_b_enc.index_add_(0, dead, gradients[2])
+    grad_b_dec -= W_enc @ grad_b_enc  # b_dec also enters every pre-activation, through the centering
+
+    return Step(
+        loss=normalized_mse + auxk_coefficient * auxk,
+        normalized_mse=normalized_mse,
+        auxk=auxk,
+        l0=(values > 0).sum() / len(z),
+        values=values,
+        indices=indices,
+        W_enc=grad_W_enc,
+        b_enc=grad_b_enc,
+        W_dec=grad_W_dec,
+        b_dec=grad_b_dec,
+    )
+
+
+def _auxk(
+    error: Tensor, centered: Tensor, pre: Tensor, rows: Tensor, k_aux: int, coefficient: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The auxiliary loss and its gradients for the dead features only: loss, W_dec (A, D), W_enc (A, D), b_enc (A).
+
+    `pre` (B, A) and `rows` (A, D) are the dead features' pre-activations and decoder rows.
+    """
+    values, indices = topk(pre, k_aux)
+    residual = error - decode(values, indices, rows)
+    variance = (error - error.mean(dim=0)).square().sum()
+    loss = residual.square().sum() / variance
+    finite = loss.isfinite()
+    grad_e_hat = torch.where(finite, residual * (-2 * coefficient / variance), 0.0)
+    grad_values = value_gradients(grad_e_hat, indices, rows)
+    bags_ = bags(indices, len(rows))
+    return (
+        torch.where(finite, loss, 0.0),
+        weight_gradient(bags_, values, grad_e_hat),
+        weight_gradient(bags_, grad_values, centered),
+        bias_gradient(bags_, grad_values),
+    )

@@ -1,0 +1,96 @@
+"""What training changes, and one step of it.
+
+Shapes: B tokens, D model width, F features.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mistral_sae.kernels import topk_step
+from mistral_sae.optimizer import SAEAdam
+from mistral_sae.sae import SparseAutoencoder
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class Figures(NamedTuple):
+    """A step's numbers, still on the device so that nothing waits for it: `stack` some of them before reading."""
+
+    loss: Tensor  # normalized_mse + auxk_coefficient * auxk
+    normalized_mse: Tensor
+    auxk: Tensor
+    l0: Tensor
+    gradient_norm: Tensor  # before clipping
+
+
+class Trainer:
+    """A TopK autoencoder in training, with Adam's moments and the record of what fired (Gao et al. 2024).
+
+    Args:
+        d_model, n_features, k: sizes D, F, K.
+        k_aux: dead features a token may use in the auxiliary loss.
+        auxk_coefficient: weight of that loss.
+        dead_after_tokens: a feature that has not fired for so many tokens is dead.
+        max_gradient_norm: larger gradients are scaled down to it.
+        moments: dtype of Adam's moments, float32 or bfloat16.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_features: int,
+        k: int,
+        *,
+        k_aux: int,
+        auxk_coefficient: float,
+        dead_after_tokens: int,
+        max_gradient_norm: float,
+        moments: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.sae = SparseAutoencoder(d_model, n_features, k, device=device).requires_grad_(False)
+        self.adam = SAEAdam(self.sae, moments)
+        self.k_aux, self.auxk_coefficient = k_aux, auxk_coefficient
+        self.dead_after_tokens, self.max_gradient_norm = dead_after_tokens, max_gradient_norm
+        self.since_fired = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens
+        self.firings = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens on which each fired
+        self.dead = self.find_dead()
+
+    def initialize(self, x: Tensor, seed: int) -> None:
+        """Start from random features around the first residuals x (B, D)."""
+        self.sae.initialize(self.sae.standardize(x)[0], seed)
+
+    def find_dead(self) -> Tensor:
+        """Bring `self.dead`, the indices of the dead features, up to date. Waits for the device."""
+        self.dead = (self.since_fired >= self.dead_after_tokens).nonzero().squeeze(1)
+        return self.dead
+
+    def step(self, x: Tensor, learning_rate: float) -> Figures:
+        """Train on residuals x (B, D)."""
+        sae = self.sae
+        z, _, _ = sae.standardize(x)
+        # Forward and backward
+        step = topk_step(
+            z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k, self.dead, self.k_aux, self.auxk_coefficient
+        )
+        # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
+        gradient_norm = self.adam.step(step, learning_rate, self.max_gradient_norm)
+        # Remember what fired
+        indices, fired = step.indices.flatten(), step.values.flatten() > 0
+        self.since_fired.add_(len(x)).scatter_reduce_(0, indices, torch.where(fired, 0, NEVER), "amin")
+        self.firings.scatter_add_(0, indices, fired.long())
+        return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that continuing needs, for `load`."""
+        # W_enc feature by feature, as it lies in memory: no transposed copy on the device
+        weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
+        return weights | self.adam.state() | {"since_fired": self.since_fired, "firings": self.firings}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
+        self.find_dead()

@@ -1,0 +1,335 @@
+"""Train a TopK sparse autoencoder on the residuals of one layer of a Mistral: `python train.py [NAME=value ...]`.
+
+Text becomes tokens, tokens become residuals, residuals a sparse autoencoder in RUN_DIR/sae, in SAE Lens's format. The
+constants are in config.py. A run that was stopped continues where it was when it is started again.
+"""
+
+import config
+from mistral_sae import settings
+
+if __name__ == "__main__":
+    settings.begin("train", config)  # the first line, before the imports below take their seconds
+
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral_sae import lm, memory, text
+from mistral_sae.activations import residuals_of, shuffled_batches
+from mistral_sae.checkpoint import Metadata, save_sae
+from mistral_sae.evaluate import cross_entropy, reconstruction
+from mistral_sae.files import SAEError, append_line, load_state, save_state, write_text
+from mistral_sae.plots import plot_training
+from mistral_sae.sae import SparseAutoencoder
+from mistral_sae.trainer import Trainer
+
+EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
+# May differ between a checkpoint and the run that continues it; every other constant shapes the result
+FREE = {"RUN_DIR", "DEVICE", "LOG_EVERY", "CHECKPOINT_EVERY", "EVALUATIONS", "RESUME", "DRY_RUN"}
+
+
+def main() -> None:
+    """Plan, load, train, evaluate."""
+    run_dir, plan = Path(config.RUN_DIR), make_plan()
+    if config.DRY_RUN:
+        return
+    model = load_model(last_layer=config.TARGET_LAYER)
+    held_out = held_out_rows(model)
+    trainer, history = start_or_resume(model, run_dir)
+    skipped = text.Skipped()
+    batches = shuffled_batches(
+        text.prefetch(rows_of(model, held_out=False, skipped=skipped), depth=4 * config.ROWS_PER_FORWARD),
+        model,
+        config.TARGET_LAYER,
+        batch_size=config.BATCH_SIZE,
+        buffer_tokens=config.BUFFER_TOKENS,
+        rows_per_forward=config.ROWS_PER_FORWARD,
+        seed=config.SEED,
+        skip_batches=history[-1]["step"] if history else 0,
+    )
+    train(trainer, history, batches, model, held_out, plan, run_dir)
+    if skipped.count:
+        print(skipped.summary())
+
+    sae, dead = trainer.sae, len(trainer.find_dead())
+    del trainer, model, batches  # the moments and the lower part of the model make room for the whole of it
+    gc.collect()
+    evaluation = evaluate(sae, held_out, load_model()) | {"dead_fraction": dead / sae.n_features}
+    write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+    plot_training([*history[:-1], history[-1] | as_held_out(evaluation)], run_dir / "training.png")
+    print_results(evaluation, run_dir)
+
+
+def train(
+    trainer: Trainer,
+    history: list[dict],
+    batches: Iterator[Tensor],
+    model: lm.LanguageModel,
+    held_out: Tensor,
+    plan: memory.MemoryPlan,
+    run_dir: Path,
+) -> None:
+    """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
+    steps, step = n_steps(), history[-1]["step"] if history else 0
+    evaluate_at = {steps * i // config.EVALUATIONS for i in range(1, config.EVALUATIONS)}
+    figures, started = [], time.monotonic()
+    progress = tqdm(total=steps * config.BATCH_SIZE, initial=step * config.BATCH_SIZE, unit=" tokens", unit_scale=True)
+    with progress:
+        for x in islice(batches, steps - step):
+            if step == 0:
+                trainer.initialize(x, config.SEED)
+            learning_rate = config.LEARNING_RATE * schedule(step, steps)
+            figures.append(torch.stack(trainer.step(x, learning_rate)))
+            step += 1
+            progress.update(len(x))
+
+            save_now = step % config.CHECKPOINT_EVERY == 0 or step == steps
+            if step % config.LOG_EVERY == 0 or step in evaluate_at or save_now:
+                loss, normalized_mse, auxk, l0, gradient_norm = torch.stack(figures).mean(dim=0).tolist()
+                if not math.isfinite(loss) or normalized_mse > EXPLODED:
+                    raise exploded(step, normalized_mse, run_dir)
+                dead = len(trainer.find_dead())
+                record = {
+                    "step": step,
+                    "tokens": step * config.BATCH_SIZE,
+                    "loss": loss,
+                    "normalized_mse": normalized_mse,
+                    "auxk": auxk,
+                    "l0": l0,
+                    "dead": dead,
+                    "learning_rate": learning_rate,
+                    "gradient_norm": gradient_norm,
+                    "tokens_per_second": len(figures) * config.BATCH_SIZE / (time.monotonic() - started),
+                }
+                if step in evaluate_at:
+                    whole_model = load_model() if plan.whole_model_fits else None
+                    record |= as_held_out(evaluate(trainer.sae, held_out, whole_model or model))
+                history.append(record)
+                append_line(run_dir / "metrics.jsonl", record)
+                progress.set_postfix_str(f"normalized MSE {normalized_mse:.3f}, dead {dead}")
+                figures, started = [], time.monotonic()
+            if save_now:
+                save(trainer, history, model, run_dir)
+    if step < steps:
+        raise settings.Failed(f"the text ended after {step:,} of {steps:,} steps: use more text or lower TRAIN_TOKENS")
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, plateau, linear decay."""
+    return min(1.0, (step + 1) / config.WARM_UP_STEPS, (steps - step) / (config.DECAY_FRACTION * steps))
+
+
+def exploded(step: int, normalized_mse: float, run_dir: Path) -> settings.Failed:
+    """The end of a run whose loss is no number, or far above that of predicting the mean."""
+    last = run_dir / "checkpoint.safetensors"
+    kept = f"the last good checkpoint is kept in {last}" if last.exists() else "there was no checkpoint yet"
+    return settings.Failed(
+        f"the normalized MSE is {normalized_mse:.3g} at step {step:,}, expected below {EXPLODED:g}; {kept}; "
+        "start again with a lower LEARNING_RATE and RESUME=False"
+    )
+
+
+# ---- plan ----
+
+
+def make_plan() -> memory.MemoryPlan:
+    """Print what the run will do and need; raises SettingsError if it cannot."""
+    spec = lm.inspect(config.MISTRAL_MODEL_PATH or lm.STANDIN)
+    device, dtype = lm.device_and_dtype(config.DEVICE, config.DTYPE)
+    check_settings(spec)
+    plan = memory.memory_plan(
+        spec,
+        last_layer=config.TARGET_LAYER,
+        model_dtype=str(dtype).removeprefix("torch."),
+        n_features=config.D_HIDDEN,
+        k=config.K,
+        batch_size=config.BATCH_SIZE,
+        buffer_tokens=config.BUFFER_TOKENS,
+        moments_dtype=config.MOMENTS_DTYPE,
+        rows_per_forward=config.ROWS_PER_FORWARD,
+        context_length=config.CONTEXT_LENGTH,
+        free=memory.free_memory(str(device)),
+    )
+    print(f"layer     {config.TARGET_LAYER} of 0 to {spec.n_layers - 1} ({hook_name()})")
+    print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
+    print(f"tokens    {config.TRAIN_TOKENS:,} in {n_steps():,} steps of {config.BATCH_SIZE:,}")
+    print(f"features  {config.D_HIDDEN:,}, of which {config.K} are active on a token")
+    print(f"memory    on {device}, by part\n{plan}")
+    if not plan.fits:
+        raise settings.SettingsError(
+            "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
+            "set MOMENTS_DTYPE=bfloat16, or use another DEVICE"
+        )
+    return plan
+
+
+def check_settings(spec: lm.ModelSpec) -> None:
+    """Raise SettingsError for constants that no run can use, before anything is loaded."""
+    row = config.CONTEXT_LENGTH - 1
+    for found, good, expected in [
+        (
+            "TARGET_LAYER",
+            0 <= config.TARGET_LAYER < spec.n_layers,
+            f"0 to {spec.n_layers - 1}, the layers of {spec.name}",
+        ),
+        ("CONTEXT_LENGTH", row >= 1, "at least 2"),
+        ("K", 1 <= config.K <= config.D_HIDDEN, f"1 to D_HIDDEN, {config.D_HIDDEN}"),
+        ("BATCH_SIZE", config.BATCH_SIZE >= 1, "at least 1"),
+        ("TRAIN_TOKENS", config.TRAIN_TOKENS >= config.BATCH_SIZE, f"at least one batch, {config.BATCH_SIZE}"),
+        ("BUFFER_TOKENS", row <= config.BUFFER_TOKENS, f"at least one row, {row}"),
+        ("ROWS_PER_FORWARD", config.ROWS_PER_FORWARD >= 1, "at least 1"),
+        ("HELD_OUT_FRACTION", 0 < config.HELD_OUT_FRACTION < 1, "between 0 and 1"),
+        ("DECAY_FRACTION", 0 < config.DECAY_FRACTION <= 1, "above 0, at most 1"),
+        ("MOMENTS_DTYPE", config.MOMENTS_DTYPE in ("float32", "bfloat16"), "float32 or bfloat16"),
+    ]:
+        if not good:
+            raise settings.SettingsError(f"{found} is {getattr(config, found)}: expected {expected}")
+
+
+def n_steps() -> int:
+    """Steps of the whole run."""
+    return config.TRAIN_TOKENS // config.BATCH_SIZE
+
+
+# ---- model and text ----
+
+
+def load_model(last_layer: int | None = None) -> lm.LanguageModel:
+    """The language model, or its embedding and layers 0 to `last_layer`."""
+    return lm.load(config.MISTRAL_MODEL_PATH, last_layer=last_layer, device=config.DEVICE, dtype=config.DTYPE)
+
+
+def rows_of(model: lm.LanguageModel, *, held_out: bool, skipped: text.Skipped | None = None) -> Iterator[np.ndarray]:
+    """Token rows (T) of one part of the corpus."""
+    documents = text.corpus(
+        config.DATA_PATH,
+        held_out=held_out,
+        held_out_fraction=config.HELD_OUT_FRACTION,
+        seed=config.SEED,
+        text_field=config.TEXT_FIELD,
+        split=config.DATA_SPLIT,
+        skipped=skipped,
+    )
+    return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
+
+
+def held_out_rows(model: lm.LanguageModel) -> Tensor:
+    """EVALUATION_ROWS rows (R, T) of the held-out part, some way apart."""
+    apart = islice(rows_of(model, held_out=True), 0, None, config.EVALUATION_STRIDE)
+    rows = next(text.batches(apart, config.EVALUATION_ROWS), None)
+    if rows is None:
+        raise text.TextError(
+            f"the held-out part has less text than one row of {config.CONTEXT_LENGTH} tokens: "
+            "use more text or raise HELD_OUT_FRACTION"
+        )
+    return rows
+
+
+def hook_name() -> str:
+    """SAE Lens's name of the layer's residual stream."""
+    return f"blocks.{config.TARGET_LAYER}.hook_resid_post"
+
+
+# ---- evaluation ----
+
+
+def evaluate(sae: SparseAutoencoder, held_out: Tensor, model: lm.LanguageModel) -> dict[str, float]:
+    """Figures on held-out rows (R, T); those of cross-entropy only if all of the model is loaded."""
+    parts = held_out.split(config.ROWS_PER_FORWARD)
+    figures = reconstruction(sae, (residuals_of(model, part, config.TARGET_LAYER) for part in parts))._asdict()
+    del figures["density"]
+    if model.last_layer is None:
+        figures |= cross_entropy(model, sae, held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)._asdict()
+    return figures
+
+
+def as_held_out(figures: dict[str, float]) -> dict[str, float]:
+    """Held-out figures under names that a training record does not have."""
+    return {key if key.startswith(("ce_", "kl")) else f"held_out_{key}": value for key, value in figures.items()}
+
+
+def print_results(evaluation: dict[str, float], run_dir: Path) -> None:
+    """The figures, in words."""
+    clean, spliced, ablated = (evaluation[f"ce_loss_{name}"] for name in ("clean", "with_sae", "ablated"))
+    print(f"\non {evaluation['tokens']:,} held-out tokens")
+    print(f"  normalized MSE           {evaluation['normalized_mse']:.3f} (0 is perfect, 1 is predicting the mean)")
+    print(f"  explained variance       {evaluation['explained_variance']:.3f}")
+    print(f"  active features a token  {evaluation['l0']:.1f}")
+    print(f"  cross-entropy            {clean:.3f} nats a token")
+    print(f"    through the features   {spliced:.3f}")
+    print(f"    without the layer      {ablated:.3f} (its mean instead)")
+    print(f"  cross-entropy recovered  {evaluation['ce_loss_recovered']:.1%}")
+    print(f"  dead features            {evaluation['dead_fraction']:.1%}")
+    print(f"\nautoencoder  {run_dir / 'sae'} (SAE Lens's format)")
+    print(f"curves       {run_dir / 'training.png'}")
+    print(f"figures      {run_dir / 'evaluation.json'} and {run_dir / 'metrics.jsonl'}")
+
+
+# ---- checkpoints ----
+
+
+def start_or_resume(model: lm.LanguageModel, run_dir: Path) -> tuple[Trainer, list[dict]]:
+    """A new trainer and an empty log, or those of the checkpoint; SettingsError if that is of another run."""
+    trainer = Trainer(
+        model.d_model,
+        config.D_HIDDEN,
+        config.K,
+        k_aux=config.K_AUX,
+        auxk_coefficient=config.AUXK_COEFFICIENT,
+        dead_after_tokens=config.DEAD_AFTER_TOKENS,
+        max_gradient_norm=config.MAX_GRADIENT_NORM,
+        moments=getattr(torch, config.MOMENTS_DTYPE),
+        device=model.device,
+    )
+    checkpoint, history = run_dir / "checkpoint.safetensors", []
+    if config.RESUME and checkpoint.exists():
+        tensors, metadata = load_state(checkpoint, model.device)
+        there, here = metadata["settings"], shaping_settings()
+        changed = [
+            f"{name} ({there.get(name)} there, {value} here)"
+            for name, value in here.items()
+            if there.get(name) != value
+        ]
+        if changed:
+            raise settings.SettingsError(
+                f"{run_dir} holds a run with another {', '.join(changed)}: choose another RUN_DIR, "
+                "or RESUME=False to train anew in this one"
+            )
+        trainer.load(tensors)
+        history = metadata["history"]
+        print(f"continuing after step {history[-1]['step']:,}")
+    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    return trainer, history
+
+
+def save(trainer: Trainer, history: list[dict], model: lm.LanguageModel, run_dir: Path) -> None:
+    """The autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
+    metadata = Metadata(
+        model_name=model.name,
+        hook_name=hook_name(),
+        layer=config.TARGET_LAYER,
+        prepend_bos=True,
+        context_size=config.CONTEXT_LENGTH,
+        dataset_path=config.DATA_PATH,
+    )
+    save_sae(run_dir / "sae", trainer.sae, metadata, trainer.firings.double() / history[-1]["tokens"])
+    state = {"settings": shaping_settings(), "history": history}
+    save_state(run_dir / "checkpoint.safetensors", trainer.state(), state)
+
+
+def shaping_settings() -> dict:
+    """The constants that a continued run must share with its checkpoint."""
+    return {name: value for name, value in vars(config).items() if name.isupper() and name not in FREE}
+
+
+if __name__ == "__main__":
+    settings.run(main, bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError))
