@@ -88,6 +88,7 @@ def train(
             if step == 0:
                 trainer.initialize(x, config.SEED)
             learning_rate = config.LEARNING_RATE * schedule(step, steps)
+            torch.manual_seed(config.SEED * steps + step)  # bfloat16 moments are rounded at random
             figures.append(torch.stack(trainer.step(x, learning_rate)))
             step += 1
             progress.update(len(x))
@@ -95,8 +96,10 @@ def train(
             save_now = step % config.CHECKPOINT_EVERY == 0 or step == steps
             if step % config.LOG_EVERY == 0 or step in evaluate_at or save_now:
                 loss, normalized_mse, auxk, l0, gradient_norm = torch.stack(figures).mean(dim=0).tolist()
-                if not math.isfinite(loss) or normalized_mse > EXPLODED:
-                    raise exploded(step, normalized_mse, run_dir)
+                # The mean hides a loss that exploded just now, and no loss has seen the weights that are to be saved
+                latest = reconstruction(trainer.sae, [x]).normalized_mse if save_now else figures[-1][1].item()
+                if not math.isfinite(loss) or not latest <= EXPLODED:  # or NaN
+                    raise exploded(step, latest, run_dir)
                 dead = len(trainer.find_dead())
                 record = {
                     "step": step,
@@ -125,7 +128,7 @@ def train(
 
 def schedule(step: int, steps: int) -> float:
     """Share of the learning rate at a step: linear warm-up, plateau, linear decay."""
-    return min(1.0, (step + 1) / config.WARM_UP_STEPS, (steps - step) / (config.DECAY_FRACTION * steps))
+    return min(1.0, (step + 1) / max(1, config.WARM_UP_STEPS), (steps - step) / (config.DECAY_FRACTION * steps))
 
 
 def exploded(step: int, normalized_mse: float, run_dir: Path) -> settings.Failed:
@@ -183,12 +186,20 @@ def check_settings(spec: lm.ModelSpec) -> None:
         ),
         ("CONTEXT_LENGTH", row >= 1, "at least 2"),
         ("K", 1 <= config.K <= config.D_HIDDEN, f"1 to D_HIDDEN, {config.D_HIDDEN}"),
-        ("BATCH_SIZE", config.BATCH_SIZE >= 1, "at least 1"),
+        ("BATCH_SIZE", config.BATCH_SIZE >= 2, "at least 2, since one residual has no variance"),
         ("TRAIN_TOKENS", config.TRAIN_TOKENS >= config.BATCH_SIZE, f"at least one batch, {config.BATCH_SIZE}"),
         ("BUFFER_TOKENS", row <= config.BUFFER_TOKENS, f"at least one row, {row}"),
         ("ROWS_PER_FORWARD", config.ROWS_PER_FORWARD >= 1, "at least 1"),
         ("HELD_OUT_FRACTION", 0 < config.HELD_OUT_FRACTION < 1, "between 0 and 1"),
         ("DECAY_FRACTION", 0 < config.DECAY_FRACTION <= 1, "above 0, at most 1"),
+        ("MAX_GRADIENT_NORM", config.MAX_GRADIENT_NORM > 0, "above 0"),
+        ("DEAD_AFTER_TOKENS", config.DEAD_AFTER_TOKENS >= 1, "at least 1"),
+        ("EVALUATION_ROWS", config.EVALUATION_ROWS >= 1, "at least 1"),
+        ("EVALUATION_STRIDE", config.EVALUATION_STRIDE >= 1, "at least 1"),
+        ("LOG_EVERY", config.LOG_EVERY >= 1, "at least 1"),
+        ("CHECKPOINT_EVERY", config.CHECKPOINT_EVERY >= 1, "at least 1"),
+        ("SEED", 0 <= config.SEED < 2**32, "0 to 2**32 - 1"),
+        ("RUN_DIR", not Path(config.RUN_DIR).is_file(), "a folder"),
         ("MOMENTS_DTYPE", config.MOMENTS_DTYPE in ("float32", "bfloat16"), "float32 or bfloat16"),
     ]:
         if not good:
@@ -292,7 +303,7 @@ def start_or_resume(model: lm.LanguageModel, run_dir: Path) -> tuple[Trainer, li
     )
     checkpoint, history = run_dir / "checkpoint.safetensors", []
     if config.RESUME and checkpoint.exists():
-        tensors, metadata = load_state(checkpoint, model.device)
+        tensors, metadata = load_state(checkpoint, "cpu")  # the trainer's own already fill the device
         there, here = metadata["settings"], shaping_settings()
         changed = [
             f"{name} ({there.get(name)} there, {value} here)"
@@ -307,6 +318,9 @@ def start_or_resume(model: lm.LanguageModel, run_dir: Path) -> tuple[Trainer, li
         trainer.load(tensors)
         history = metadata["history"]
         print(f"continuing after step {history[-1]['step']:,}")
+    else:
+        for stale in (checkpoint, run_dir / "evaluation.json", run_dir / "training.png"):
+            stale.unlink(missing_ok=True)
     write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
     return trainer, history
 

@@ -16,7 +16,9 @@ from mistral_sae.hooks import edit_residual
 from mistral_sae.lm import LanguageModel
 from mistral_sae.sae import SparseAutoencoder
 
-RARE = 1e-5  # a feature that fires on fewer tokens than one in a hundred thousand
+RARE = 1e-4  # a feature that fires on fewer tokens than one in ten thousand; evaluations have some ten thousand tokens
+LOGITS_BYTES = 2**28  # of logits at a time, which exist HELD_LOGITS times over
+HELD_LOGITS = 5  # log-probabilities clean and spliced, and what their divergence is computed through
 
 
 class Reconstruction(NamedTuple):
@@ -27,7 +29,7 @@ class Reconstruction(NamedTuple):
     normalized_mse: float  # |z - z^|^2 / |z - mean(z)|^2 of the standardised residuals, what training minimises
     explained_variance: float  # 1 - |x - x^|^2 / |x - mean(x)|^2 of the residuals themselves, about their mean
     silent_fraction: float  # of the features: fired on none of these tokens
-    rare_fraction: float  # of the features: fired on fewer than one token in a hundred thousand
+    rare_fraction: float  # of the features: fired on fewer than one token in ten thousand
     density: Tensor  # (F) share of tokens on which each feature fired
 
 
@@ -82,7 +84,8 @@ def cross_entropy(
     lm: LanguageModel, sae: SparseAutoencoder, rows_RT: Tensor, layer: int, rows_per_forward: int
 ) -> CrossEntropy:
     """Splice the reconstruction, the mean and zero into `layer`'s residuals and predict the rows' tokens."""
-    parts = [part.to(lm.device) for part in rows_RT.split(rows_per_forward)]
+    rows = max(1, min(rows_per_forward, LOGITS_BYTES // (4 * rows_RT.shape[1] * lm.vocab_size)))
+    parts = [part.to(lm.device) for part in rows_RT.split(rows)]
     mean = sum(residuals_of(lm, part, layer).double().sum(dim=0) for part in parts)
     mean = (mean / (len(rows_RT) * (rows_RT.shape[1] - 1))).float()
 

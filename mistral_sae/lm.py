@@ -201,7 +201,9 @@ def device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ModelError(f"found device {device!r}: expected cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"found device {str(device)!r}: expected cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"found no CUDA device for {str(device)!r}: use cpu, or a PyTorch built for your GPU's driver")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

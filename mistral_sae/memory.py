@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from mistral_sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.kernels import CHUNK_BYTES
 from mistral_sae.lm import ModelSpec
 
@@ -58,7 +59,7 @@ def memory_plan(
     forward = tokens * spec.d_model * (8 + 3 * 4) * model_bytes
     encoder = min(CHUNK_BYTES, 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
     batch = 4 * batch_size * (6 * spec.d_model + 8 * k)  # standardised, centered, error, ...; indices, values, bags
-    logits = 4 * tokens * spec.vocab_size * 3  # logits and log-probabilities, clean and spliced
+    logits = HELD_LOGITS * max(min(LOGITS_BYTES, 4 * tokens * spec.vocab_size), 4 * context_length * spec.vocab_size)
     return MemoryPlan(
         training={
             f"language model to layer {last_layer} ({model_dtype})": spec.parameters(last_layer) * model_bytes,

@@ -49,7 +49,7 @@ class SAEAdam:
         """Update the autoencoder in place; the gradients are used up. Returns their norm before clipping, a scalar."""
         grads = {name: getattr(gradients, name) for name in self.parameters}
         for rows, grad in zip(self._blocks(self.parameters["W_dec"]), self._blocks(grads["W_dec"]), strict=True):
-            grad.addcmul_((grad * rows).sum(dim=1, keepdim=True), rows, value=-1)
+            grad.addcmul_(torch.einsum("fd,fd->f", grad, rows).unsqueeze(1), rows, value=-1)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
         divisor = (norm / max_norm).clamp_min(1.0)  # Adam's kernel divides by it while it reads the gradient
 

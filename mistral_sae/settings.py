@@ -5,7 +5,7 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from mistral_sae import lm
@@ -22,8 +22,8 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
     the order of the file, each given value in its place, so that what is computed from a constant follows it.
 
     Raises:
-        SettingsError: an argument is not `NAME=value`, the name is unknown, or the value is not of its type: that of
-            the annotation if the constant has one, else that of its default.
+        SettingsError: an argument is not `NAME=value`, the name is unknown, the value is not of its type (that of the
+            annotation if the constant has one, else that of its default), or another constant cannot follow it.
     """
     values = dict(_split(argument) for argument in arguments)
     known: set[str] = set()
@@ -33,13 +33,16 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
             if not names:
                 continue
             known |= set(names)
-            exec(compile(ast.Module([statement], []), module.__file__, "exec"), module.__dict__)
+            try:
+                exec(compile(ast.Module([statement], []), module.__file__, "exec"), module.__dict__)
+            except (ArithmeticError, ValueError) as error:
+                raise SettingsError(f"{names[0]} cannot be computed with {' '.join(arguments)}: {error}") from None
             for name in set(names) & set(values):
                 annotation = module.__dict__.get("__annotations__", {}).get(name)
                 setattr(module, name, _typed(name, values[name], getattr(module, name), annotation))
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+            close = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.0)
             raise SettingsError(f"there is no constant {name}: the closest is {close[0]} (all are in config.py)")
 
 
@@ -65,16 +68,18 @@ def _typed(name: str, text: str, default: Any, annotation: Any) -> Any:
     """`text` as a value of the constant's type; a string needs no quotes."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
         value = text
     allowed = annotation if annotation is not None else type(default)
     kinds = allowed if isinstance(allowed, type) else getattr(allowed, "__args__", None)
     kinds = (kinds,) if isinstance(kinds, type) else kinds
+    if text == "" and type(None) in kinds:
+        return None
     if bool in kinds and value in (0, 1, "true", "false"):
         return value in (1, "true")
     if type(value) is int and float in kinds and int not in kinds:
         return float(value)
-    if type(value) is float and int in kinds and float not in kinds and value == int(value):
+    if type(value) is float and int in kinds and float not in kinds and value.is_integer():
         return int(value)  # 1e6
     if type(value) in kinds and not (isinstance(value, bool) and bool not in kinds):
         return value
@@ -87,8 +92,11 @@ def _typed(name: str, text: str, default: Any, annotation: Any) -> Any:
 def begin(script: str, *modules: ModuleType) -> None:
     """Set the constants from the command line and print a script's first line: which model it runs.
 
-    Called before torch is imported, so that a script answers at once. A bad setting or model folder ends it here.
+    Called before torch is imported, so that a script answers at once. A bad setting or model folder ends it here. From
+    here on lines appear as they are printed, in a pipe too, and Ctrl-C ends the script with one line.
     """
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.excepthook = _report
     try:
         override(sys.argv[1:], *modules)
         path = modules[0].MISTRAL_MODEL_PATH
@@ -111,8 +119,15 @@ def run(main: Callable[[], None], bad_input: tuple[type[Exception], ...]) -> Non
         fail(error, code=2)
     except Failed as error:
         fail(error, code=1)
-    except KeyboardInterrupt:
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(error, code=1)
+
+
+def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What Python does with an exception that nobody caught, but for Ctrl-C, which may strike during imports too."""
+    if issubclass(kind, KeyboardInterrupt):
         fail("stopped", code=1)
+    sys.__excepthook__(kind, error, traceback)
 
 
 class Failed(RuntimeError):

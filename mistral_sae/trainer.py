@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mistral_sae.kernels import topk_step
+from mistral_sae.kernels import bf16_pays, topk_step
 from mistral_sae.optimizer import SAEAdam
 from mistral_sae.sae import SparseAutoencoder
 
@@ -35,6 +35,7 @@ class Trainer:
         dead_after_tokens: a feature that has not fired for so many tokens is dead.
         max_gradient_norm: larger gradients are scaled down to it.
         moments: dtype of Adam's moments, float32 or bfloat16.
+        bf16: nominate active features by a bfloat16 product (`kernels.encode`); None does so where it pays.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Trainer:
         dead_after_tokens: int,
         max_gradient_norm: float,
         moments: torch.dtype = torch.float32,
+        bf16: bool | None = None,
         device: torch.device | str = "cpu",
     ):
         self.sae = SparseAutoencoder(d_model, n_features, k, device=device).requires_grad_(False)
         self.adam = SAEAdam(self.sae, moments)
         self.k_aux, self.auxk_coefficient = k_aux, auxk_coefficient
         self.dead_after_tokens, self.max_gradient_norm = dead_after_tokens, max_gradient_norm
+        self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
         self.since_fired = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens
         self.firings = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens on which each fired
         self.dead = self.find_dead()
@@ -73,8 +76,9 @@ class Trainer:
         z, _, _ = sae.standardize(x)
         # Forward and backward
         step = topk_step(
-            z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k, self.dead, self.k_aux, self.auxk_coefficient
-        )
+            z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k,
+            self.dead, self.k_aux, self.auxk_coefficient, self.bf16,
+        )  # fmt: skip
         # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
         gradient_norm = self.adam.step(step, learning_rate, self.max_gradient_norm)
         # Remember what fired

@@ -52,9 +52,10 @@ def relative_error(found, expected):
     return (torch.linalg.vector_norm(found - expected) / scale.clamp_min(1e-30)).item()
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("B", "D", "F", "K", "A", "K_AUX"), CASES)
-def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, device):
+def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, device, bf16):
     z = torch.randn(B, D, generator=torch.Generator().manual_seed(1))
     parameters = random_parameters(D, F)
     dead = torch.randperm(F, generator=torch.Generator().manual_seed(2))[:A].sort().values
@@ -63,7 +64,7 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
     loss.backward()
 
     on_device = [p.T.contiguous().to(device).T if i == 0 else p.to(device) for i, p in enumerate(parameters)]
-    step = kernels.topk_step(z.to(device), *on_device, K, dead.to(device), K_AUX, 1 / 32)
+    step = kernels.topk_step(z.to(device), *on_device, K, dead.to(device), K_AUX, 1 / 32, bf16=bf16)
 
     assert step.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert step.normalized_mse.item() == pytest.approx(normalized_mse.item(), rel=1e-5)
@@ -81,3 +82,22 @@ def test_topk_finds_exactly_what_torch_finds(F, k):
     assert torch.equal(values.sort(dim=1).values, pre.topk(k).values.sort(dim=1).values)
     assert torch.equal(pre.gather(1, indices), values)
     assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
+    W_enc, b_enc, _, b_dec = random_parameters(64, 4096)
+    centered = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) - b_dec
+    values, indices, _ = kernels.encode(centered, W_enc, b_enc, 16)
+    values_bf16, indices_bf16, _ = kernels.encode(centered, W_enc, b_enc, 16, bf16=True)
+    assert torch.equal(indices.sort(dim=1).values, indices_bf16.sort(dim=1).values)
+    torch.testing.assert_close(values_bf16.sort(dim=1).values, values.sort(dim=1).values, rtol=1e-5, atol=1e-6)
+
+
+def test_encoding_in_chunks_changes_nothing(monkeypatch):
+    W_enc, b_enc, _, b_dec = random_parameters(64, 256)
+    centered = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)) - b_dec
+    dead = torch.arange(10, 30)
+    whole = kernels.encode(centered, W_enc, b_enc, 16, dead)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 4 * 256 * 7)  # seven tokens at a time
+    for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16, dead), whole, strict=True):
+        torch.testing.assert_close(part, expected)

@@ -1,0 +1,131 @@
+"""How good a sparse autoencoder is after the same training: ours beside SAE Lens's TopK trainer.
+
+    python -m benchmarks.quality
+
+Both see the same standardised residuals of the stand-in in the same order, with the same sizes, batches, steps and
+schedule (warm-up, linear decay). SAE Lens trains at its own default learning rate and at ours, and the better of the
+two counts. Measured on residuals of held-out files: normalized MSE, and the share of features that none of them fires.
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import config
+from benchmarks.machine import save
+from mistral_sae import lm, text
+from mistral_sae.activations import residuals_of, shuffled_batches
+from mistral_sae.evaluate import reconstruction
+from mistral_sae.sae import SparseAutoencoder
+from mistral_sae.trainer import Trainer
+
+LAYER, F, K, BATCH, STEPS = config.TARGET_LAYER, 4096, 32, 1024, 1000
+WARM_UP, DECAY = 100, 200  # steps
+LEARNING_RATE = 1e-3
+SAE_LENS_LEARNING_RATE = 3e-4  # the default of its SAETrainerConfig
+DEAD_AFTER = 200_000  # tokens; SAE Lens counts steps
+SEEDS = (0, 1, 2)
+
+
+def rows(model: lm.LanguageModel, held_out: bool, seed: int) -> Iterator:
+    """Token rows of one part of the standard library."""
+    documents = text.corpus("stdlib", held_out=held_out, held_out_fraction=config.HELD_OUT_FRACTION, seed=seed)
+    return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
+
+
+def ours(batches: Iterator[Tensor], seed: int) -> SparseAutoencoder:
+    """Train with this project's trainer."""
+    trainer = None
+    for step, x in enumerate(batches):
+        if trainer is None:
+            trainer = Trainer(
+                x.shape[1], F, K,
+                k_aux=x.shape[1] // 2, auxk_coefficient=1 / 32, dead_after_tokens=DEAD_AFTER, max_gradient_norm=1.0,
+            )  # fmt: skip
+            trainer.initialize(x, seed)
+        trainer.step(x, LEARNING_RATE * min(1, (step + 1) / WARM_UP, (STEPS - step) / DECAY))
+        if step % 10 == 0:
+            trainer.find_dead()
+    return trainer.sae
+
+
+def theirs(batches: Iterator[Tensor], seed: int, learning_rate: float) -> SparseAutoencoder:
+    """Train with SAE Lens on z, the standardised residuals, since its trainer has no loss for dead features on x."""
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(seed)
+    first = next(batches)
+    standardize = SparseAutoencoder(first.shape[1], F, K).standardize
+
+    def z_batches() -> Iterator[Tensor]:
+        yield standardize(first)[0]
+        for x in batches:
+            yield standardize(x)[0]
+
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=STEPS * BATCH,
+            train_batch_size_samples=BATCH,
+            lr=learning_rate,
+            lr_warm_up_steps=WARM_UP,
+            lr_decay_steps=DECAY,
+            lr_end=0.0,
+            dead_feature_window=DEAD_AFTER // BATCH,
+        ),
+        TopKTrainingSAE(TopKTrainingSAEConfig(d_in=first.shape[1], d_sae=F, k=K)),
+        z_batches(),
+    )
+    trained = trainer.fit()
+    sae = SparseAutoencoder(first.shape[1], F, K).requires_grad_(False)
+    norms = trained.W_dec.detach().norm(dim=1)  # it selects by activation times decoder norm
+    sae.W_enc.copy_(trained.W_enc.detach() * norms)
+    sae.b_enc.copy_(trained.b_enc.detach() * norms)
+    sae.W_dec.copy_(trained.W_dec.detach() / norms[:, None])
+    sae.b_dec.copy_(trained.b_dec.detach())
+    return sae
+
+
+def main() -> None:
+    """Train, measure, save."""
+    torch.set_num_threads(2)
+    model = lm.load(None, last_layer=LAYER)
+    held_out = [
+        residuals_of(model, part, LAYER)
+        for part in text.batches(islice(rows(model, True, 0), 0, None, config.EVALUATION_STRIDE), 16)
+    ]
+    results = []
+    for seed in SEEDS:
+        stream = shuffled_batches(
+            rows(model, False, seed), model, LAYER,
+            batch_size=BATCH, buffer_tokens=config.BUFFER_TOKENS, rows_per_forward=16, seed=seed,
+        )  # fmt: skip
+        batches = list(tqdm(islice(stream, STEPS), total=STEPS, desc=f"residuals, seed {seed}", file=sys.stderr))
+        trained = {
+            "mistral-sae": ours(iter(batches), seed),
+            "sae-lens": theirs(iter(batches), seed, SAE_LENS_LEARNING_RATE),
+            "sae-lens at our learning rate": theirs(iter(batches), seed, LEARNING_RATE),
+        }
+        for name, sae in trained.items():
+            found = reconstruction(sae, held_out)
+            results.append(
+                {
+                    "seed": seed,
+                    "trainer": name,
+                    "normalized_mse": found.normalized_mse,
+                    "silent_fraction": found.silent_fraction,
+                    "l0": found.l0,
+                    "held_out_tokens": found.tokens,
+                }
+            )
+            print(results[-1], flush=True)
+    save("quality", results)
+
+
+if __name__ == "__main__":
+    main()
