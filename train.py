@@ -98,8 +98,8 @@ def train(
                 loss, normalized_mse, auxk, l0, gradient_norm = torch.stack(figures).mean(dim=0).tolist()
                 # The mean hides a loss that exploded just now, and no loss has seen the weights that are to be saved
                 latest = reconstruction(trainer.sae, [x]).normalized_mse if save_now else figures[-1][1].item()
-                if not math.isfinite(loss) or not latest <= EXPLODED:  # or NaN
-                    raise exploded(step, latest, run_dir)
+                if not (normalized_mse <= EXPLODED and latest <= EXPLODED and math.isfinite(loss)):  # NaN fails, too
+                    raise exploded(step, max(normalized_mse, latest), run_dir)
                 dead = len(trainer.find_dead())
                 record = {
                     "step": step,
@@ -184,7 +184,7 @@ def check_settings(spec: lm.ModelSpec) -> None:
             0 <= config.TARGET_LAYER < spec.n_layers,
             f"0 to {spec.n_layers - 1}, the layers of {spec.name}",
         ),
-        ("CONTEXT_LENGTH", row >= 1, "at least 2"),
+        ("CONTEXT_LENGTH", row >= 2, "at least 3, since one residual has no variance"),
         ("K", 1 <= config.K <= config.D_HIDDEN, f"1 to D_HIDDEN, {config.D_HIDDEN}"),
         ("BATCH_SIZE", config.BATCH_SIZE >= 2, "at least 2, since one residual has no variance"),
         ("TRAIN_TOKENS", config.TRAIN_TOKENS >= config.BATCH_SIZE, f"at least one batch, {config.BATCH_SIZE}"),

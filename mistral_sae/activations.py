@@ -39,8 +39,7 @@ def shuffled_batches(
     holds is therefore a function of the stream, the seed and its number alone, and a run resumes at batch
     `skip_batches` by running the model over one buffer: rows of earlier ones are drawn and dropped.
 
-    A finite stream ends with its last whole batch. Memory: one buffer and what is left of the one before it, less than
-    a batch.
+    A finite stream ends with its last whole batch. Memory: one buffer, one batch and the rows in the model.
 
     Args:
         rows: token rows (T), all of the same length, from the beginning of the stream.
@@ -58,7 +57,7 @@ def shuffled_batches(
         raise ValueError(f"BUFFER_TOKENS must hold at least one row of {per_row} residuals: found {buffer_tokens}")
     number, offset = divmod(skip_batches * batch_size, rows_per_buffer * per_row)
     rows = _resume(first, rows, number * rows_per_buffer)
-    left = None  # residuals that did not fill a batch
+    batch, filled = None, 0  # the batch that is being filled goes on in the next buffer
     while buffer := list(islice(rows, rows_per_buffer)):
         tokens = torch.from_numpy(np.stack(buffer))
         residuals = None
@@ -67,17 +66,19 @@ def shuffled_batches(
             if residuals is None:  # one allocation, filled in place: concatenating would need the memory twice
                 residuals = part.new_empty(len(tokens) * per_row, part.shape[1])
             residuals[start * per_row : start * per_row + len(part)] = part
+        del part
         generator = torch.Generator().manual_seed(_mix(seed, number))
         order = torch.randperm(len(residuals), generator=generator)[offset:].to(residuals.device)
         number, offset = number + 1, 0
         while len(order):
-            missing = batch_size - (0 if left is None else len(left))
-            batch = residuals[order[:missing]]
-            order = order[missing:]
-            left = batch if left is None else torch.cat([left, batch])
-            if len(left) == batch_size:
-                yield left
-                left = None
+            if batch is None:
+                batch, filled = residuals.new_empty(batch_size, residuals.shape[1]), 0
+            taken, order = order[: batch_size - filled], order[batch_size - filled :]
+            torch.index_select(residuals, 0, taken, out=batch[filled : filled + len(taken)])
+            filled += len(taken)
+            if filled == batch_size:
+                yield batch
+                batch = None
 
 
 def _resume(first: np.ndarray, rows: Iterator[np.ndarray], skip: int) -> Iterator[np.ndarray]:

@@ -58,6 +58,7 @@ def memory_plan(
     # width in its feed-forward layer three times over
     forward = tokens * spec.d_model * (8 + 3 * 4) * model_bytes
     encoder = min(CHUNK_BYTES, 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
+    nominate = 2 * spec.d_model * n_features  # W_enc in bfloat16, in training
     batch = 4 * batch_size * (6 * spec.d_model + 8 * k)  # standardised, centered, error, ...; indices, values, bags
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, 4 * tokens * spec.vocab_size), 4 * context_length * spec.vocab_size)
     return MemoryPlan(
@@ -67,7 +68,7 @@ def memory_plan(
             "its gradients (float32)": 4 * weights,
             f"Adam's moments ({moments_dtype})": 2 * weights * moment_bytes,
             f"buffer of residuals ({model_dtype})": (buffer_tokens + batch_size) * spec.d_model * model_bytes,
-            "activations": max(forward, encoder + batch),
+            "activations": max(forward, encoder + nominate + batch),
         },
         evaluation={
             "language model": spec.parameters() * model_bytes,

@@ -21,7 +21,7 @@ def plot_training(history: list[dict[str, Any]], path: Path) -> None:
         ("normalized MSE", "normalized_mse", "held_out_normalized_mse", "log"),
         ("cross-entropy recovered", None, "ce_loss_recovered", "linear"),
         ("dead features", "dead", None, "linear"),
-        ("L0: features with an activation above 0", "l0", "held_out_l0", "linear"),
+        ("L0: active features a token", "l0", "held_out_l0", "linear"),
         ("gradient norm, before clipping", "gradient_norm", None, "log"),
         ("learning rate", "learning_rate", None, "linear"),
     ]
@@ -33,6 +33,8 @@ def plot_training(history: list[dict[str, Any]], path: Path) -> None:
             axis.plot(*series(dots), "o", color="#c44e52", markersize=5, label="held out")
             axis.legend(frameon=False)
         axis.set(title=title, yscale=scale)
+        if curve in ("dead", "l0"):  # counts: so that a flat line looks flat
+            axis.set_ylim(0, 1.3 * max([1, *series(curve)[1]]))
         axis.set_xlabel("million tokens")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

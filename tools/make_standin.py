@@ -123,6 +123,25 @@ def rows_of_epoch(documents: list[np.ndarray], epoch: int) -> np.ndarray:
     return np.concatenate([np.full((len(rows), 1), documents[0][0]), rows], axis=1)
 
 
+def new_model() -> MistralForCausalLM:
+    """The stand-in's architecture with random weights."""
+    torch.manual_seed(SEED)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=PARAMS["dim"],
+            intermediate_size=PARAMS["hidden_dim"],
+            num_hidden_layers=PARAMS["n_layers"],
+            num_attention_heads=PARAMS["n_heads"],
+            num_key_value_heads=PARAMS["n_kv_heads"],
+            head_dim=PARAMS["head_dim"],
+            rms_norm_eps=PARAMS["norm_eps"],
+            rope_parameters={"rope_type": "default", "rope_theta": PARAMS["rope_theta"]},
+            sliding_window=None,
+        )
+    )
+
+
 def losses(model: MistralForCausalLM, body, rows: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy (nats a token) of rows (B, CONTEXT + 1); the logits exist for an eighth at a time."""
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,7 +188,6 @@ def main() -> None:
     work = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/standin")
     work.mkdir(parents=True, exist_ok=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(SEED)
 
     documents = list(stdlib_documents())
     train = [d.text for d in documents if not is_held_out(d.id, HELD_OUT_FRACTION)]
@@ -183,20 +201,7 @@ def main() -> None:
     print(f"{len(train)} files, {count:,} tokens ({characters:.2f} characters a token); {len(held_out)} files held out")
     held_out_rows = torch.from_numpy(rows_of_epoch(held_out_tokens, 0))
 
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=PARAMS["dim"],
-            intermediate_size=PARAMS["hidden_dim"],
-            num_hidden_layers=PARAMS["n_layers"],
-            num_attention_heads=PARAMS["n_heads"],
-            num_key_value_heads=PARAMS["n_kv_heads"],
-            head_dim=PARAMS["head_dim"],
-            rms_norm_eps=PARAMS["norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": PARAMS["rope_theta"]},
-            sliding_window=None,
-        )
-    )
+    model = new_model()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
     muon = torch.optim.Muon(matrices, lr=LEARNING_RATE_MUON, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
@@ -251,12 +256,17 @@ def main() -> None:
             save_state(state, step, model, optimizers)
 
 
-def export(model: MistralForCausalLM, curve: list[dict], train_tokens: int, held_out_rows: int) -> None:
-    """Write the weights in bf16 with params.json, and the learning curve beside them."""
+def write_weights(model: MistralForCausalLM, folder: Path) -> None:
+    """Write a mistral-inference folder, but for the tokenizer: weights in bf16 with params.json."""
     weights = from_hf(model.state_dict(), PARAMS["head_dim"])
     weights = {name: w.to(torch.bfloat16).contiguous() for name, w in weights.items()}
-    write_atomically(FOLDER / "params.json", lambda p: p.write_text(json.dumps(PARAMS, indent=2) + "\n"))
-    write_atomically(FOLDER / "consolidated.safetensors", lambda p: save_file(weights, p))
+    write_atomically(folder / "params.json", lambda p: p.write_text(json.dumps(PARAMS, indent=2) + "\n"))
+    write_atomically(folder / "consolidated.safetensors", lambda p: save_file(weights, p))
+
+
+def export(model: MistralForCausalLM, curve: list[dict], train_tokens: int, held_out_rows: int) -> None:
+    """Write the stand-in and its learning curve."""
+    write_weights(model, FOLDER)
     record = {
         "corpus": f"source of the standard library of CPython {platform.python_version()}",
         "train_tokens_in_corpus": train_tokens,

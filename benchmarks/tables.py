@@ -1,0 +1,73 @@
+"""Write the README's tables from benchmarks/results: `python -m benchmarks.tables`."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def _source(result: dict[str, Any]) -> str:
+    """Where a result comes from, in one line."""
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if name in ("torch", "sae-lens"))
+    on = result["gpu"] or f"{result['processor'].split(';')[0]}), {result['threads']} threads"
+    return f"*`{result['command']}`, {result['date']}, {on}, {versions}*"
+
+
+def control(result: dict[str, Any]) -> str:
+    """Evaluation of the stand-in's autoencoder beside that of random weights."""
+    figures = {
+        "normalized MSE": ("normalized_mse", "{:.3f}"),
+        "explained variance": ("explained_variance", "{:.3f}"),
+        "L0": ("l0", "{:.1f}"),
+        "cross-entropy, clean (nats a token)": ("ce_loss_clean", "{:.3f}"),
+        "through the autoencoder": ("ce_loss_with_sae", "{:.3f}"),
+        "layer mean-ablated": ("ce_loss_ablated", "{:.3f}"),
+        "layer zero-ablated": ("ce_loss_zero_ablated", "{:.3f}"),
+        "cross-entropy recovered": ("ce_loss_recovered", "{:.1%}"),
+        "KL (nats a token)": ("kl", "{:.3f}"),
+        "dead features": ("dead_fraction", "{:.2%}"),
+    }
+    models = result["results"]
+    rows = [["", *models]]
+    for label, (key, form) in figures.items():
+        rows.append([label, *(form.format(model[key]) for model in models.values())])
+    return _table(rows)
+
+
+def quality(result: dict[str, Any]) -> str:
+    """Normalized MSE and dead features of each trainer, by seed."""
+    seeds = sorted({row["seed"] for row in result["results"]})
+    trainers = list(dict.fromkeys(row["trainer"] for row in result["results"]))
+    rows = [["", *(f"seed {seed}" for seed in seeds), "mean", "dead features, mean"]]
+    for trainer in trainers:
+        found = [row for row in result["results"] if row["trainer"] == trainer]
+        errors = [row["normalized_mse"] for row in found]
+        dead = statistics.mean(row["dead_fraction"] for row in found)
+        rows.append([trainer, *(f"{e:.4f}" for e in errors), f"{statistics.mean(errors):.4f}", f"{dead:.2%}"])
+    return _table(rows)
+
+
+TABLES = {"control": control, "quality": quality}
+
+
+def filled(readme: str) -> str:
+    """The README's text with each table between its marks."""
+    for name, make in TABLES.items():
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        body = f"{make(result)}\n\n{_source(result)}"
+        marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        readme = re.sub(marks, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", readme, flags=re.DOTALL)
+    return readme
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
