@@ -44,6 +44,8 @@ DEAD_AFTER_TOKENS = 200_000 if ON_STANDIN else 10_000_000  # without firing (10 
 MOMENTS_DTYPE = "float32" if ON_STANDIN else "bfloat16"  # of Adam's moments; bfloat16 saves 4.3 GB at 7B
 
 # ---- memory ----
+# Rows of tokens shuffled together before the model reads them, at 2 KB each: a buffer of residuals is a few documents
+SHUFFLE_ROWS = 8192 if ON_STANDIN else 16_384
 BUFFER_TOKENS = 131_072 if ON_STANDIN else 65_536  # residuals shuffled together; at 7B 8 KB each
 ROWS_PER_FORWARD = 16 if ON_STANDIN else 32  # rows the language model runs at a time
 

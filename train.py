@@ -34,7 +34,7 @@ from mistral_sae.trainer import Trainer
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
 # May differ between a checkpoint and the run that continues it; every other constant shapes the result
-FREE = {"RUN_DIR", "DEVICE", "LOG_EVERY", "CHECKPOINT_EVERY", "EVALUATIONS", "RESUME", "DRY_RUN"}
+FREE = {"RUN_DIR", "DEVICE", "CHECKPOINT_EVERY", "EVALUATIONS", "RESUME", "DRY_RUN"}
 
 
 def main() -> None:
@@ -42,12 +42,13 @@ def main() -> None:
     run_dir, plan = Path(config.RUN_DIR), make_plan()
     if config.DRY_RUN:
         return
+    print(f"\nloading the model up to layer {config.TARGET_LAYER}, and held-out text")
     model = load_model(last_layer=config.TARGET_LAYER)
     held_out = held_out_rows(model)
     trainer, history = start_or_resume(model, run_dir)
     skipped = text.Skipped()
     batches = shuffled_batches(
-        text.prefetch(rows_of(model, held_out=False, skipped=skipped), depth=4 * config.ROWS_PER_FORWARD),
+        training_rows(model, skipped),
         model,
         config.TARGET_LAYER,
         batch_size=config.BATCH_SIZE,
@@ -63,6 +64,7 @@ def main() -> None:
     sae, dead = trainer.sae, len(trainer.find_dead())
     del trainer, model, batches  # the moments and the lower part of the model make room for the whole of it
     gc.collect()
+    print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
     evaluation = evaluate(sae, held_out, load_model()) | {"dead_fraction": dead / sae.n_features}
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     plot_training([*history[:-1], history[-1] | as_held_out(evaluation)], run_dir / "training.png")
@@ -100,7 +102,8 @@ def train(
                 latest = reconstruction(trainer.sae, [x]).normalized_mse if save_now else figures[-1][1].item()
                 if not (normalized_mse <= EXPLODED and latest <= EXPLODED and math.isfinite(loss)):  # NaN fails, too
                     raise exploded(step, max(normalized_mse, latest), run_dir)
-                dead = len(trainer.find_dead())
+                if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
+                    trainer.find_dead()
                 record = {
                     "step": step,
                     "tokens": step * config.BATCH_SIZE,
@@ -108,7 +111,7 @@ def train(
                     "normalized_mse": normalized_mse,
                     "auxk": auxk,
                     "l0": l0,
-                    "dead": dead,
+                    "dead": len(trainer.dead),
                     "learning_rate": learning_rate,
                     "gradient_norm": gradient_norm,
                     "tokens_per_second": len(figures) * config.BATCH_SIZE / (time.monotonic() - started),
@@ -118,7 +121,7 @@ def train(
                     record |= as_held_out(evaluate(trainer.sae, held_out, whole_model or model))
                 history.append(record)
                 append_line(run_dir / "metrics.jsonl", record)
-                progress.set_postfix_str(f"normalized MSE {normalized_mse:.3f}, dead {dead}")
+                progress.set_postfix_str(f"normalized MSE {normalized_mse:.3f}, dead {len(trainer.dead)}")
                 figures, started = [], time.monotonic()
             if save_now:
                 save(trainer, history, model, run_dir)
@@ -177,33 +180,38 @@ def make_plan() -> memory.MemoryPlan:
 
 def check_settings(spec: lm.ModelSpec) -> None:
     """Raise SettingsError for constants that no run can use, before anything is loaded."""
-    row = config.CONTEXT_LENGTH - 1
-    for found, good, expected in [
-        (
-            "TARGET_LAYER",
-            0 <= config.TARGET_LAYER < spec.n_layers,
-            f"0 to {spec.n_layers - 1}, the layers of {spec.name}",
-        ),
+    row, last = config.CONTEXT_LENGTH - 1, spec.n_layers - 1
+    counts = [
+        "SHUFFLE_ROWS",
+        "ROWS_PER_FORWARD",
+        "DEAD_AFTER_TOKENS",
+        "EVALUATION_ROWS",
+        "EVALUATION_STRIDE",
+        "LOG_EVERY",
+    ]
+    for name, good, expected in [
+        *((name, getattr(config, name) >= 1, "at least 1") for name in [*counts, "EVALUATION_STRIDE"]),
+        ("TARGET_LAYER", 0 <= config.TARGET_LAYER <= last, f"0 to {last}, the layers of {spec.name}"),
         ("CONTEXT_LENGTH", row >= 2, "at least 3, since one residual has no variance"),
-        ("K", 1 <= config.K <= config.D_HIDDEN, f"1 to D_HIDDEN, {config.D_HIDDEN}"),
         ("BATCH_SIZE", config.BATCH_SIZE >= 2, "at least 2, since one residual has no variance"),
+        ("K", 1 <= config.K <= config.D_HIDDEN, f"1 to D_HIDDEN, {config.D_HIDDEN}"),
         ("TRAIN_TOKENS", config.TRAIN_TOKENS >= config.BATCH_SIZE, f"at least one batch, {config.BATCH_SIZE}"),
         ("BUFFER_TOKENS", row <= config.BUFFER_TOKENS, f"at least one row, {row}"),
-        ("ROWS_PER_FORWARD", config.ROWS_PER_FORWARD >= 1, "at least 1"),
         ("HELD_OUT_FRACTION", 0 < config.HELD_OUT_FRACTION < 1, "between 0 and 1"),
         ("DECAY_FRACTION", 0 < config.DECAY_FRACTION <= 1, "above 0, at most 1"),
         ("MAX_GRADIENT_NORM", config.MAX_GRADIENT_NORM > 0, "above 0"),
-        ("DEAD_AFTER_TOKENS", config.DEAD_AFTER_TOKENS >= 1, "at least 1"),
-        ("EVALUATION_ROWS", config.EVALUATION_ROWS >= 1, "at least 1"),
-        ("EVALUATION_STRIDE", config.EVALUATION_STRIDE >= 1, "at least 1"),
-        ("LOG_EVERY", config.LOG_EVERY >= 1, "at least 1"),
-        ("CHECKPOINT_EVERY", config.CHECKPOINT_EVERY >= 1, "at least 1"),
+        # The set of dead features is brought up to date with the log: a run must continue from such a step
+        (
+            "CHECKPOINT_EVERY",
+            config.CHECKPOINT_EVERY >= 1 and config.CHECKPOINT_EVERY % max(1, config.LOG_EVERY) == 0,
+            f"a multiple of LOG_EVERY, {config.LOG_EVERY}",
+        ),
         ("SEED", 0 <= config.SEED < 2**32, "0 to 2**32 - 1"),
         ("RUN_DIR", not Path(config.RUN_DIR).is_file(), "a folder"),
         ("MOMENTS_DTYPE", config.MOMENTS_DTYPE in ("float32", "bfloat16"), "float32 or bfloat16"),
     ]:
         if not good:
-            raise settings.SettingsError(f"{found} is {getattr(config, found)}: expected {expected}")
+            raise settings.SettingsError(f"{name} is {getattr(config, name)}: expected {expected}")
 
 
 def n_steps() -> int:
@@ -231,6 +239,12 @@ def rows_of(model: lm.LanguageModel, *, held_out: bool, skipped: text.Skipped | 
         skipped=skipped,
     )
     return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
+
+
+def training_rows(model: lm.LanguageModel, skipped: text.Skipped) -> Iterator[np.ndarray]:
+    """Token rows (T) of the training part, shuffled; read and tokenized ahead, in the background."""
+    rows = text.shuffle(rows_of(model, held_out=False, skipped=skipped), config.SHUFFLE_ROWS, config.SEED)
+    return text.prefetch(rows, depth=4 * config.ROWS_PER_FORWARD)
 
 
 def held_out_rows(model: lm.LanguageModel) -> Tensor:

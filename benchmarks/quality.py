@@ -103,7 +103,7 @@ def main() -> None:
     results = []
     for seed in SEEDS:
         stream = shuffled_batches(
-            rows(model, False, seed), model, LAYER,
+            text.shuffle(rows(model, False, seed), config.SHUFFLE_ROWS, seed), model, LAYER,
             batch_size=BATCH, buffer_tokens=config.BUFFER_TOKENS, rows_per_forward=16, seed=seed,
         )  # fmt: skip
         batches = list(tqdm(islice(stream, STEPS), total=STEPS, desc=f"residuals, seed {seed}", file=sys.stderr))

@@ -37,6 +37,7 @@ __all__ = [
     "is_held_out",
     "pack",
     "prefetch",
+    "shuffle",
     "stdlib_documents",
 ]
 
@@ -146,6 +147,21 @@ def pack(
                     yield row
                     row = np.full(context_length, tokenizer.bos_id, dtype=np.int64)
                 number, filled = number + 1, 1
+
+
+def shuffle(rows: Iterable[np.ndarray], window: int, seed: int) -> Iterator[np.ndarray]:
+    """The same rows, each `window` of them in an order by (seed, number of the window).
+
+    Rows of tokens are small, residuals are not: shuffling these mixes the documents of a far longer stretch of text
+    than a buffer of residuals holds.
+    """
+    rows = iter(rows)
+    for number in itertools.count():
+        block = list(itertools.islice(rows, window))
+        if not block:
+            return
+        random.Random(f"{seed} {number}").shuffle(block)
+        yield from block
 
 
 def batches(rows: Iterable[np.ndarray], batch_size: int) -> Iterator["torch.Tensor"]:

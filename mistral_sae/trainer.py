@@ -59,7 +59,7 @@ class Trainer:
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
         self.since_fired = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens
         self.firings = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens on which each fired
-        self.dead = self.find_dead()
+        self.find_dead()
 
     def initialize(self, x: Tensor, seed: int) -> None:
         """Start from random features around the first residuals x (B, D)."""

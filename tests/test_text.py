@@ -599,3 +599,21 @@ def test_the_chain_from_a_folder_to_batches_is_the_same_in_every_run(tmp_path):
 
     assert run(0) == run(0)
     assert run(10)[:25] == run(0)[5:]
+
+
+def test_shuffled_rows_are_the_same_rows_window_by_window_in_an_order_of_the_seed():
+    rows = [np.array([i]) for i in range(25)]
+
+    def order(window, seed):
+        return [int(row[0]) for row in text.shuffle(iter(rows), window, seed)]
+
+    shuffled = order(10, 0)
+    assert sorted(shuffled) == list(range(25))
+    assert [sorted(shuffled[i : i + 10]) for i in (0, 10, 20)] == [
+        list(range(10)),
+        list(range(10, 20)),
+        list(range(20, 25)),
+    ]
+    assert shuffled[:10] != list(range(10))
+    assert [i + 10 for i in shuffled[:10]] != shuffled[10:20]  # each window has an order of its own
+    assert shuffled == order(10, 0) != order(10, 1)
