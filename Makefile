@@ -12,7 +12,10 @@ test: .venv/installed-dev  ## lint and tests
 	$(BIN)/python -m pytest -q
 
 bench: .venv/installed-bench  ## side by side with peers, into benchmarks/results
-	$(BIN)/python -m benchmarks.quality
+	for name in step growth moments quality control pipeline end_to_end gpu; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.tables
 
 # torch first, from its own line: the packages after it accept the one that is there
 .venv/installed: requirements.txt

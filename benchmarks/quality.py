@@ -38,6 +38,15 @@ def rows(model: lm.LanguageModel, held_out: bool, seed: int) -> Iterator:
     return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
 
 
+def residual_batches(model: lm.LanguageModel, seed: int) -> list[Tensor]:
+    """The residuals that all are trained on, (B, D) a step."""
+    stream = shuffled_batches(
+        text.shuffle(rows(model, False, seed), config.SHUFFLE_ROWS, seed), model, LAYER,
+        batch_size=BATCH, buffer_tokens=config.BUFFER_TOKENS, rows_per_forward=config.ROWS_PER_FORWARD, seed=seed,
+    )  # fmt: skip
+    return list(tqdm(islice(stream, STEPS), total=STEPS, desc=f"residuals, seed {seed}", file=sys.stderr))
+
+
 def ours(batches: Iterator[Tensor], seed: int) -> tuple[SparseAutoencoder, float]:
     """Train with this project's trainer; the autoencoder and the share of its features that are dead."""
     trainer = None
@@ -102,11 +111,7 @@ def main() -> None:
     ]
     results = []
     for seed in SEEDS:
-        stream = shuffled_batches(
-            text.shuffle(rows(model, False, seed), config.SHUFFLE_ROWS, seed), model, LAYER,
-            batch_size=BATCH, buffer_tokens=config.BUFFER_TOKENS, rows_per_forward=16, seed=seed,
-        )  # fmt: skip
-        batches = list(tqdm(islice(stream, STEPS), total=STEPS, desc=f"residuals, seed {seed}", file=sys.stderr))
+        batches = residual_batches(model, seed)
         trained = {
             "mistral-sae": ours(iter(batches), seed),
             "sae-lens": theirs(iter(batches), seed, SAE_LENS_LEARNING_RATE),

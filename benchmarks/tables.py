@@ -56,12 +56,61 @@ def quality(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
-TABLES = {"control": control, "quality": quality}
+def step(result: dict[str, Any]) -> str:
+    """Median time of a training step of each, with ratios and peak memory."""
+    rows = [["", "ms a step", "tokens/s", "times ours", "times the float32 floor", "peak memory, MB"]]
+    for entry in result["results"]:
+        size, medians, memory = entry["size"], entry["seconds"], entry["peak_megabytes"]
+        dead = f", {size['dead']:.0%} dead" if size["dead"] else ""
+        rows.append([f"**D={size['D']}, F={size['F']}, K={size['K']}, B={size['B']}{dead}**", *[""] * 5])
+        for name, median in medians.items():
+            ours = f"{median / medians['mistral-sae']:.1f}"
+            floor = f"{median / medians['floor']:.2f}"
+            speed = f"{size['B'] / median:,.0f}" if name in memory else ""
+            peak = f"{memory[name]:,.0f}" if name in memory else ""
+            rows.append([name, f"{1000 * median:.0f}", speed, ours, floor, peak])
+    return _table(rows)
+
+
+def growth(result: dict[str, Any]) -> str:
+    """Median time of our step over F and over K, beside the floor."""
+    rows = [["", "ms a step", "float32 floor, ms", "times the floor"]]
+    for entries in result["results"].values():
+        for entry in entries:
+            median, floor = entry["milliseconds"], entry["float32_floor_milliseconds"]
+            rows.append([f"F={entry['F']}, K={entry['K']}", f"{median:.0f}", f"{floor:.0f}", f"{median / floor:.2f}"])
+    return _table(rows)
+
+
+def end_to_end(result: dict[str, Any]) -> str:
+    """Raw text to a trained autoencoder, ours beside SAE Lens."""
+    rows = [["", "seconds", "tokens/s", "share of the language model", "normalized MSE", "peak memory, MB"]]
+    for name, found in result["results"]["medians"].items():
+        rows.append([
+            name, f"{found['seconds']:.1f}", f"{found['tokens_per_second']:,.0f}",
+            f"{found['language_model_share']:.0%}", f"{found['normalized_mse']:.3f}", f"{found['peak_megabytes']:,.0f}",
+        ])  # fmt: skip
+    return _table(rows)
+
+
+def moments(result: dict[str, Any]) -> str:
+    """Normalized MSE along the run with moments of either kind."""
+    curves = result["results"]
+    points = list(zip(*curves.values(), strict=True))[3::4]
+    rows = [["moments", *(f"{point[0]['tokens'] / 1000:,.0f}k tokens" for point in points)]]
+    for i, name in enumerate(curves):
+        rows.append([name, *(f"{point[i]['normalized_mse']:.4f}" for point in points)])
+    return _table(rows)
+
+
+TABLES = {f.__name__: f for f in (control, quality, step, growth, end_to_end, moments)}
 
 
 def filled(readme: str) -> str:
     """The README's text with each table between its marks."""
     for name, make in TABLES.items():
+        if f"<!-- table: {name} -->" not in readme:
+            continue
         result = json.loads((RESULTS / f"{name}.json").read_text())
         body = f"{make(result)}\n\n{_source(result)}"
         marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
