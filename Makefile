@@ -3,7 +3,7 @@ BIN = .venv/bin
 
 .PHONY: quickstart test bench clean
 
-quickstart: .venv/installed  ## train on the bundled stand-in, about five minutes on two cores
+quickstart: .venv/installed  ## train on the bundled stand-in, four minutes on two cores
 	$(BIN)/python train.py
 
 test: .venv/installed-dev  ## lint and tests
@@ -21,6 +21,7 @@ bench: .venv/installed-bench  ## side by side with peers, into benchmarks/result
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("mistral-sae needs Python 3.10 or newer: found " + sys.version.split()[0] + "; set PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
+	@echo 'installing torch, then the other packages: this can take some minutes'
 	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch' requirements.txt)
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
@@ -33,5 +34,5 @@ bench: .venv/installed-bench  ## side by side with peers, into benchmarks/result
 	$(BIN)/pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
 	touch $@
 
-clean:
-	rm -rf .venv runs build dist *.egg-info
+clean:  ## all but runs/, which holds what was trained
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -40,13 +40,14 @@ DECAY_FRACTION = 0.2  # last share of the steps, over which the learning rate fa
 MAX_GRADIENT_NORM = 1.0  # larger gradients are scaled down to it
 AUXK_COEFFICIENT = 1 / 32  # weight of the loss that revives dead features (Gao et al. 2024, appendix A.2)
 K_AUX = 128 if ON_STANDIN else 2048  # dead features a token may use in it: about half the model's width (ibid.)
+AUXK_FEATURES = 8192  # dead features that loss looks at, at most: it needs 80 KB for each at 7B
 DEAD_AFTER_TOKENS = 200_000 if ON_STANDIN else 10_000_000  # without firing (10 million: ibid.)
 MOMENTS_DTYPE = "float32" if ON_STANDIN else "bfloat16"  # of Adam's moments; bfloat16 saves 4.3 GB at 7B
 
 # ---- memory ----
 # Rows of tokens shuffled together before the model reads them, at 2 KB each: a buffer of residuals is a few documents
 SHUFFLE_ROWS = 8192 if ON_STANDIN else 16_384
-BUFFER_TOKENS = 131_072 if ON_STANDIN else 65_536  # residuals shuffled together; at 7B 8 KB each
+BUFFER_TOKENS = 131_072 if ON_STANDIN else 32_768  # residuals shuffled together; at 7B 8 KB each
 ROWS_PER_FORWARD = 16 if ON_STANDIN else 32  # rows the language model runs at a time
 
 # ---- evaluation, log and checkpoints ----

@@ -33,8 +33,9 @@ from mistral_sae.sae import SparseAutoencoder
 from mistral_sae.trainer import Trainer
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
-# May differ between a checkpoint and the run that continues it; every other constant shapes the result
-FREE = {"RUN_DIR", "DEVICE", "CHECKPOINT_EVERY", "EVALUATIONS", "RESUME", "DRY_RUN"}
+# May differ between a checkpoint and the run that continues it
+FREE = {"RUN_DIR", "DEVICE", "LEARNING_RATE", "CHECKPOINT_EVERY", "RESUME", "DRY_RUN"}
+FREE |= {"EVALUATIONS", "EVALUATION_ROWS", "EVALUATION_STRIDE"}
 
 
 def main() -> None:
@@ -119,14 +120,13 @@ def train(
                 if step in evaluate_at:
                     whole_model = load_model() if plan.whole_model_fits else None
                     record |= as_held_out(evaluate(trainer.sae, held_out, whole_model or model))
+                    del whole_model  # or it would stay on the device until the next evaluation
                 history.append(record)
                 append_line(run_dir / "metrics.jsonl", record)
                 progress.set_postfix_str(f"normalized MSE {normalized_mse:.3f}, dead {len(trainer.dead)}")
                 figures, started = [], time.monotonic()
             if save_now:
                 save(trainer, history, model, run_dir)
-    if step < steps:
-        raise settings.Failed(f"the text ended after {step:,} of {steps:,} steps: use more text or lower TRAIN_TOKENS")
 
 
 def schedule(step: int, steps: int) -> float:
@@ -140,7 +140,7 @@ def exploded(step: int, normalized_mse: float, run_dir: Path) -> settings.Failed
     kept = f"the last good checkpoint is kept in {last}" if last.exists() else "there was no checkpoint yet"
     return settings.Failed(
         f"the normalized MSE is {normalized_mse:.3g} at step {step:,}, expected below {EXPLODED:g}; {kept}; "
-        "start again with a lower LEARNING_RATE and RESUME=False"
+        "start it again with a lower LEARNING_RATE, and it goes on from there"
     )
 
 
@@ -158,6 +158,7 @@ def make_plan() -> memory.MemoryPlan:
         model_dtype=str(dtype).removeprefix("torch."),
         n_features=config.D_HIDDEN,
         k=config.K,
+        auxk_features=config.AUXK_FEATURES,
         batch_size=config.BATCH_SIZE,
         buffer_tokens=config.BUFFER_TOKENS,
         moments_dtype=config.MOMENTS_DTYPE,
@@ -199,6 +200,10 @@ def check_settings(spec: lm.ModelSpec) -> None:
         ("BUFFER_TOKENS", row <= config.BUFFER_TOKENS, f"at least one row, {row}"),
         ("HELD_OUT_FRACTION", 0 < config.HELD_OUT_FRACTION < 1, "between 0 and 1"),
         ("DECAY_FRACTION", 0 < config.DECAY_FRACTION <= 1, "above 0, at most 1"),
+        ("LEARNING_RATE", config.LEARNING_RATE > 0, "above 0"),
+        ("WARM_UP_STEPS", config.WARM_UP_STEPS >= 0, "0 or more"),
+        ("K_AUX", config.K_AUX >= 0, "0 or more"),
+        ("AUXK_COEFFICIENT", config.AUXK_COEFFICIENT >= 0, "0 or more"),
         ("MAX_GRADIENT_NORM", config.MAX_GRADIENT_NORM > 0, "above 0"),
         # The set of dead features is brought up to date with the log: a run must continue from such a step
         (
@@ -243,8 +248,8 @@ def rows_of(model: lm.LanguageModel, *, held_out: bool, skipped: text.Skipped | 
 
 def training_rows(model: lm.LanguageModel, skipped: text.Skipped) -> Iterator[np.ndarray]:
     """Token rows (T) of the training part, shuffled; read and tokenized ahead, in the background."""
-    rows = text.shuffle(rows_of(model, held_out=False, skipped=skipped), config.SHUFFLE_ROWS, config.SEED)
-    return text.prefetch(rows, depth=4 * config.ROWS_PER_FORWARD)
+    ahead = text.prefetch(rows_of(model, held_out=False, skipped=skipped), depth=config.SHUFFLE_ROWS)
+    return text.shuffle(ahead, config.SHUFFLE_ROWS, config.SEED)
 
 
 def held_out_rows(model: lm.LanguageModel) -> Tensor:
@@ -309,6 +314,7 @@ def start_or_resume(model: lm.LanguageModel, run_dir: Path) -> tuple[Trainer, li
         config.D_HIDDEN,
         config.K,
         k_aux=config.K_AUX,
+        auxk_features=config.AUXK_FEATURES,
         auxk_coefficient=config.AUXK_COEFFICIENT,
         dead_after_tokens=config.DEAD_AFTER_TOKENS,
         max_gradient_norm=config.MAX_GRADIENT_NORM,
@@ -333,7 +339,7 @@ def start_or_resume(model: lm.LanguageModel, run_dir: Path) -> tuple[Trainer, li
         history = metadata["history"]
         print(f"continuing after step {history[-1]['step']:,}")
     else:
-        for stale in (checkpoint, run_dir / "evaluation.json", run_dir / "training.png"):
+        for stale in (checkpoint, run_dir / "sae/cfg.json", run_dir / "evaluation.json", run_dir / "training.png"):
             stale.unlink(missing_ok=True)
     write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
     return trainer, history
@@ -360,4 +366,9 @@ def shaping_settings() -> dict:
 
 
 if __name__ == "__main__":
-    settings.run(main, bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError))
+    try:
+        settings.run(main, bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError))
+    except torch.OutOfMemoryError:
+        settings.fail(
+            "the device is out of memory: lower BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN", code=1
+        )

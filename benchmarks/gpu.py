@@ -252,6 +252,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         model_dtype="bfloat16",
         n_features=config.D_HIDDEN,
         k=config.K,
+        auxk_features=config.AUXK_FEATURES,
         batch_size=batch,
         buffer_tokens=config.BUFFER_TOKENS,
         moments_dtype=config.MOMENTS_DTYPE,

@@ -11,7 +11,7 @@ import statistics
 import torch
 
 from benchmarks.machine import save
-from benchmarks.step import THREADS, Size, floor, mistral_sae, seconds
+from benchmarks.step import THREADS, Size, floor, ours, seconds
 
 D, B = 512, 1024
 F_AT_FIXED_K = [Size(D, F, 32, B, 0.0) for F in (4096, 8192, 16384, 32768, 65536, 131072)]
@@ -24,7 +24,7 @@ def measure(sizes: list[Size]) -> list[dict[str, float]]:
     rows = []
     for size in sizes:
         x = torch.randn(size.B, size.D, generator=torch.Generator().manual_seed(0))
-        step, lowest = mistral_sae(size), floor(size)
+        step, lowest = ours(size), floor(size)
         times, floors = [], []
         for _ in range(ROUNDS + 1):
             times.append(seconds(lambda step=step, x=x: step(x)))

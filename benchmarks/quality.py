@@ -3,9 +3,9 @@
     python -m benchmarks.quality
 
 Both see the same standardised residuals of the stand-in in the same order, with the same sizes, batches, steps and
-schedule (warm-up, linear decay). SAE Lens trains at its own default learning rate and at ours, and the better of the
-two counts. Measured: normalized MSE on residuals of held-out files, and at the end the share of features that fired on
-none of the last 200,000 tokens.
+schedule (warm-up, linear decay). SAE Lens trains at its own default learning rate and at ours. Measured: normalized
+MSE on residuals of held-out files, and at the end the share of features that fired on none of the last 200,000
+tokens.
 """
 
 import sys

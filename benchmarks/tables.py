@@ -35,6 +35,7 @@ def control(result: dict[str, Any]) -> str:
         "cross-entropy recovered": ("ce_loss_recovered", "{:.1%}"),
         "KL (nats a token)": ("kl", "{:.3f}"),
         "dead features": ("dead_fraction", "{:.2%}"),
+        "features that fire on no held-out token": ("silent_fraction", "{:.1%}"),
     }
     models = result["results"]
     rows = [["", *models]]
@@ -109,8 +110,6 @@ TABLES = {f.__name__: f for f in (control, quality, step, growth, end_to_end, mo
 def filled(readme: str) -> str:
     """The README's text with each table between its marks."""
     for name, make in TABLES.items():
-        if f"<!-- table: {name} -->" not in readme:
-            continue
         result = json.loads((RESULTS / f"{name}.json").read_text())
         body = f"{make(result)}\n\n{_source(result)}"
         marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"

@@ -18,7 +18,7 @@ def residuals_of(lm: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
 
     The first position is the attention sink: its norm is up to a hundred times the others', and it says nothing.
     """
-    return lm.residuals(tokens_RT.to(lm.device, non_blocking=True), layer)[:, 1:].flatten(0, 1)
+    return lm.residuals(tokens_RT.to(lm.device), layer)[:, 1:].flatten(0, 1)
 
 
 def shuffled_batches(

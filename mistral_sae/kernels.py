@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32  # features a group in the two-level top-k
-CHUNK_BYTES = 2**29  # of pre-activations at a time
+CHUNK_BYTES = 2**28  # of pre-activations at a time
 SMALLEST_VARIANCE = 1e-12  # floor of the loss's denominator: a batch of one token has no variance about its mean
 
 
@@ -38,7 +38,8 @@ def bf16_pays(device: torch.device) -> bool:
     """Whether an encoder product in bfloat16, and the exact values after it, take less time than one in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    checks = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks)
 
 
 def encode(
@@ -51,10 +52,10 @@ def encode(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The k largest pre-activations of each token, and those of the dead features: (B, K), (B, K), (B, A) or None.
 
-    The only dense product. It runs over some tokens at a time, so that pre-activations never exist for all of a batch.
-    With `bf16` it only nominates: somewhat more than k candidates a token, of which float32 computes the values and
-    chooses k. Rounding moves a value by less than 1 % and few lie so close to the k-th, so the candidates hold the
-    true k largest but for ties; the values are as exact as without it.
+    The only dense product. It runs over some tokens at a time, so that only dead features' pre-activations ever exist
+    for all of a batch. With `bf16` it only nominates: somewhat more than k candidates a token, of which float32
+    computes the values and chooses k. Rounding can swap features whose values lie close to the k-th; so few do that
+    the k true ones are among the candidates, as a test checks, and the values are as exact as without it.
     """
     if bf16:
         candidates = min(len(b_enc), k + max(8, k // 4))

@@ -43,6 +43,7 @@ def memory_plan(
     model_dtype: str,
     n_features: int,
     k: int,
+    auxk_features: int,
     batch_size: int,
     buffer_tokens: int,
     moments_dtype: str,
@@ -60,6 +61,8 @@ def memory_plan(
     encoder = min(CHUNK_BYTES, 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
     nominate = 2 * spec.d_model * n_features  # W_enc in bfloat16, in training
     batch = 4 * batch_size * (6 * spec.d_model + 8 * k)  # standardised, centered, error, ...; indices, values, bags
+    # Pre-activations of the dead features, and four times their rows: of both matrices and of both gradients
+    auxk = 4 * min(auxk_features, n_features) * (batch_size + 4 * spec.d_model)
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, 4 * tokens * spec.vocab_size), 4 * context_length * spec.vocab_size)
     return MemoryPlan(
         training={
@@ -68,7 +71,7 @@ def memory_plan(
             "its gradients (float32)": 4 * weights,
             f"Adam's moments ({moments_dtype})": 2 * weights * moment_bytes,
             f"buffer of residuals ({model_dtype})": (buffer_tokens + batch_size) * spec.d_model * model_bytes,
-            "activations": max(forward, encoder + nominate + batch),
+            "activations": max(forward, encoder + nominate + batch + auxk),
         },
         evaluation={
             "language model": spec.parameters() * model_bytes,

@@ -38,7 +38,8 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
             except (ArithmeticError, ValueError) as error:
                 raise SettingsError(f"{names[0]} cannot be computed with {' '.join(arguments)}: {error}") from None
             for name in set(names) & set(values):
-                annotation = module.__dict__.get("__annotations__", {}).get(name)
+                annotated = isinstance(statement, ast.AnnAssign)
+                annotation = eval(ast.unparse(statement.annotation), module.__dict__) if annotated else None
                 setattr(module, name, _typed(name, values[name], getattr(module, name), annotation))
     for name in values:
         if name not in known:
@@ -104,7 +105,9 @@ def begin(script: str, *modules: ModuleType) -> None:
     except ValueError as error:
         fail(error, code=2)
     name = (
-        "the bundled stand-in, a tiny Mistral that wrote nothing but Python (not Mistral 7B)" if path is None else path
+        "the bundled stand-in, a tiny Mistral that has read nothing but Python (not Mistral 7B)"
+        if path is None
+        else path
     )
     print(
         f"{script}: {name} · {spec.n_layers} layers, width {spec.d_model}, {spec.parameters() / 1e6:,.1f}M parameters"

@@ -31,6 +31,7 @@ class Trainer:
     Args:
         d_model, n_features, k: sizes D, F, K.
         k_aux: dead features a token may use in the auxiliary loss.
+        auxk_features: dead features that the auxiliary loss looks at, at most; None is all. Bounds its memory.
         auxk_coefficient: weight of that loss.
         dead_after_tokens: a feature that has not fired for so many tokens is dead.
         max_gradient_norm: larger gradients are scaled down to it.
@@ -45,6 +46,7 @@ class Trainer:
         k: int,
         *,
         k_aux: int,
+        auxk_features: int | None = None,
         auxk_coefficient: float,
         dead_after_tokens: int,
         max_gradient_norm: float,
@@ -54,7 +56,7 @@ class Trainer:
     ):
         self.sae = SparseAutoencoder(d_model, n_features, k, device=device).requires_grad_(False)
         self.adam = SAEAdam(self.sae, moments)
-        self.k_aux, self.auxk_coefficient = k_aux, auxk_coefficient
+        self.k_aux, self.auxk_features, self.auxk_coefficient = k_aux, auxk_features, auxk_coefficient
         self.dead_after_tokens, self.max_gradient_norm = dead_after_tokens, max_gradient_norm
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
         self.since_fired = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens
@@ -77,7 +79,7 @@ class Trainer:
         # Forward and backward
         step = topk_step(
             z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k,
-            self.dead, self.k_aux, self.auxk_coefficient, self.bf16,
+            self.dead[: self.auxk_features], self.k_aux, self.auxk_coefficient, self.bf16,
         )  # fmt: skip
         # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
         gradient_norm = self.adam.step(step, learning_rate, self.max_gradient_norm)

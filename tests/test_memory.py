@@ -36,6 +36,7 @@ def plan_of(config, spec, free, **changed):
         "model_dtype": "bfloat16",
         "n_features": config.D_HIDDEN,
         "k": config.K,
+        "auxk_features": config.AUXK_FEATURES,
         "batch_size": config.BATCH_SIZE,
         "buffer_tokens": config.BUFFER_TOKENS,
         "moments_dtype": config.MOMENTS_DTYPE,

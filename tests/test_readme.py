@@ -27,9 +27,9 @@ def test_the_notebook_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
 
     assert names["x_hat"].shape == names["x"].shape
     torch.testing.assert_close(names["x_hat"], sae(names["x"]))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == names["tokens"].shape[1] - 1
-    assert any("self" in line for line in lines)
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == names["tokens"].shape[1] - 1
+    assert "self" in printed
 
 
 def test_the_tables_are_made_from_the_committed_results():

@@ -124,7 +124,7 @@ def test_training_recovers_a_known_dictionary_in_superposition():
     centered = torch.nn.functional.normalize(directions - directions.mean(dim=1, keepdim=True), dim=1)
     best = (centered @ trainer.sae.W_dec.T).max(dim=1).values
     print(f"mean best cosine {best.mean():.4f}, worst {best.min():.4f}")
-    assert best.mean() >= 0.95
+    assert best.mean() >= 0.99
 
 
 def test_decoder_rows_keep_unit_norm_and_dead_features_are_counted_in_tokens():

@@ -3,7 +3,8 @@
     python -m tools.make_standin [WORK_FOLDER]
 
 Writes `mistral_sae/standin/` (params.json, consolidated.safetensors in bf16, tekken.json, training.json). Everything
-that takes long is kept in WORK_FOLDER (default runs/standin) and continued from there when the command is run again.
+that takes long is kept in WORK_FOLDER (default runs/make-standin) and continued from there when the command is run
+again.
 """
 
 import base64
@@ -185,7 +186,7 @@ def load_state(path: Path, model: torch.nn.Module, optimizers: list) -> int:
 
 def main() -> None:
     """Tokenizer, tokens, training, export."""
-    work = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/standin")
+    work = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/make-standin")
     work.mkdir(parents=True, exist_ok=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
 
