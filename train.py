@@ -299,6 +299,7 @@ def print_results(evaluation: dict[str, float], run_dir: Path) -> None:
     print(f"    without the layer      {ablated:.3f} (its mean instead)")
     print(f"  cross-entropy recovered  {evaluation['ce_loss_recovered']:.1%}")
     print(f"  dead features            {evaluation['dead_fraction']:.1%}")
+    print(f"  rarely firing features   {evaluation['rare_fraction']:.1%} (on fewer than one of these tokens in 10,000)")
     print(f"\nautoencoder  {run_dir / 'sae'} (SAE Lens's format)")
     print(f"curves       {run_dir / 'training.png'}")
     print(f"figures      {run_dir / 'evaluation.json'} and {run_dir / 'metrics.jsonl'}")

@@ -17,7 +17,9 @@ def _table(rows: list[list[str]]) -> str:
 
 def _source(result: dict[str, Any]) -> str:
     """Where a result comes from, in one line."""
-    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if name in ("torch", "sae-lens"))
+    versions = ", ".join(
+        f"{name} {v}" for name, v in result["versions"].items() if name in ("torch", "sae-lens", "eai-sparsify")
+    )
     on = result["gpu"] or f"{result['processor'].split(';')[0]}), {result['threads']} threads"
     return f"*`{result['command']}`, {result['date']}, {on}, {versions}*"
 
