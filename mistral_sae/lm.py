@@ -195,6 +195,7 @@ def _backend(folder: ModelFolder, last_layer: int | None, device: torch.device, 
 
 
 def device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
+    """The torch device and dtype to use, found where they are None (see `load`). Raises ModelError."""
     import torch
 
     try:
