@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from mistral_sae.model_files import TRANSFORMERS, ModelError, ModelFolder
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What both kinds of tokenizer have; `load_tokenizer` makes one.
 
     A sentencepiece tokenizer (tokenizer.model.*, or the Hugging Face form of one) puts one space before a
@@ -22,13 +23,13 @@ class Tokenizer:
     eos_id: int
     vocab_size: int
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids without BOS and EOS; what looks like a special token is encoded as the text it is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """The text of token ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        raise NotImplementedError
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token, which join to the text's; a special token's name. Raises ModelError."""
@@ -47,11 +48,11 @@ class Tokenizer:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"the chat format of this tokenizer does not take these messages: {reason}") from error
 
-    def _token_bytes(self, id: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _token_bytes(self, id: int) -> bytes: ...
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]: ...
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
