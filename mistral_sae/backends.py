@@ -1,7 +1,8 @@
 """The two libraries that run a Mistral, behind the four things `LanguageModel` needs of them.
 
 Each has `blocks`, the loaded layers; `run`, token ids to the final norm's output (its last loaded layer's,
-where only the first layers are loaded); `head`, that output to logits, or None; and `new_cache`.
+where only the first layers are loaded); `norm` and `head`, the last layer's output to logits, or None; and
+`new_cache`.
 
 Shapes: B rows, T positions, D model width.
 """
@@ -50,7 +51,7 @@ class MistralInference:
         self._theta = params.get("rope_theta") or (1e6 if self._windows[0] is None else 1e4)
         self._rotary_table: torch.Tensor | None = None
         self.blocks = list(model.layers.values())
-        self.head = model.output
+        self.norm, self.head = model.norm, model.output
 
     def run(self, tokens_BT: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
         """Hidden states (B, T, D) of rows that begin at position `start`; `cache` is of `new_cache`."""
@@ -128,6 +129,7 @@ class Transformers:
         self._config = config
         self._body = model if last_layer is not None else model.model
         self.blocks = list(self._body.layers)
+        self.norm: nn.Module | None = None if last_layer is not None else self._body.norm
         self.head: nn.Module | None = None if last_layer is not None else model.lm_head
 
     def run(self, tokens_BT: torch.Tensor, start: int, cache: Any) -> torch.Tensor:

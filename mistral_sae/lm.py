@@ -88,13 +88,29 @@ class LanguageModel:
         import torch
 
         hidden_BTD = self._run(tokens_BT, cache)
+        self._check_whole()
+        with torch.no_grad():
+            return self._backend.head(hidden_BTD).float()
+
+    def unembed(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) in float32 of vectors as if each were the residual after the last layer: the logit lens.
+
+        Through the final norm and the output matrix, so the vectors' lengths play no part. With rows of a decoder it
+        says which tokens a feature promotes and suppresses, as far as it acts on the output directly (nostalgebraist
+        2020, "interpreting GPT: the logit lens"). Raises ModelError unless the whole model is loaded.
+        """
+        import torch
+
+        self._check_whole()
+        with torch.no_grad():
+            return self._backend.head(self._backend.norm(x_ND.to(self.device, self.dtype))).float()
+
+    def _check_whole(self) -> None:
         if self._backend.head is None:
             raise ModelError(
                 f"{self.name} was loaded with last_layer={self.last_layer}: logits need the whole model; "
                 "load it without last_layer"
             )
-        with torch.no_grad():
-            return self._backend.head(hidden_BTD).float()
 
     def residuals(self, tokens_BT: torch.Tensor, layer: int) -> torch.Tensor:
         """The residual stream after `layer`, (B, T, D) in the model's dtype; later layers do not run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import re
 from abc import ABC, abstractmethod
@@ -36,6 +37,18 @@ class Tokenizer(ABC):
         if not 0 <= id < self.vocab_size:
             raise ModelError(f"found token id {id}: expected 0 to {self.vocab_size - 1}, the tokenizer's vocabulary")
         return self._token_bytes(id)
+
+    def strings(self, ids: list[int]) -> list[str]:
+        """The text of each token, which join to the text of all; special tokens by their names.
+
+        A character whose bytes are spread over several tokens belongs to the last of them, the others are empty;
+        bytes that are not UTF-8 become U+FFFD.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        texts = [decoder.decode(self.token_bytes(id)) for id in ids]
+        if ids:
+            texts[-1] += decoder.decode(b"", final=True)
+        return texts
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids, BOS included, of {"role", "content"} messages in the model's own chat format.

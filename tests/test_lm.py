@@ -74,6 +74,13 @@ def test_greedy_text_equals_that_of_transformers_with_the_cache_on_and_off(lm, r
     assert list(lm.generate(prompt, 20, use_cache=False)) == expected
 
 
+def test_unembedding_the_last_residual_gives_the_logits(lm, tokens_BT):
+    logits = lm.forward(tokens_BT)
+    unembedded = lm.unembed(lm.residuals(tokens_BT, lm.n_layers - 1).flatten(0, 1))
+    assert relative_error(unembedded, logits.flatten(0, 1)) < 1e-5
+    assert torch.allclose(lm.unembed(torch.eye(lm.d_model)), lm.unembed(3 * torch.eye(lm.d_model)), atol=1e-3)
+
+
 def test_the_window_of_the_sliding_window_model_matters(tmp_path, tokens_BT):
     params = params_of("sliding_window")
     weights = random_weights(params)
@@ -367,6 +374,13 @@ def test_the_bytes_of_the_pieces_join_to_the_text(tokenizer):
     assert tokenizer.token_bytes(tokenizer.bos_id) == b"<s>"
     with pytest.raises(ModelError, match="found token id"):
         tokenizer.token_bytes(tokenizer.vocab_size)
+
+
+def test_the_strings_of_the_tokens_join_to_the_text(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    strings = tokenizer.strings(ids)
+    assert len(strings) == len(ids)
+    assert "".join(strings).removeprefix(" ") == TEXT.removeprefix(" ")
 
 
 def test_a_chat_begins_with_bos_and_the_instruction_marker(tokenizer):
