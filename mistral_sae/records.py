@@ -43,6 +43,44 @@ class Feature(NamedTuple):
     top: tuple[Example, ...]  # the strongest passages, strongest first; at most one a document, as below
     spread: tuple[Example, ...]  # a random choice from each interval of its range; with `top`, what to explain it from
     held_out: tuple[Example, ...]  # from each interval, of other documents than `top` and `spread`: what to score it on
+    random: tuple[Example, ...]  # passages of those other documents on which it does not fire
+    hard: tuple[Example, ...]  # likewise, but with a token it fires on elsewhere, or with one of its nearest firing
+
+
+class Judgement(NamedTuple):
+    """What a scorer said of one passage of a feature."""
+
+    method: str  # "detection" or "fuzzing"
+    kind: str  # the field of Feature that holds the passage: "held_out", "random" or "hard"
+    index: int  # its place there
+    truth: bool  # whether the feature fires in it (detection), or the marks are where it fires (fuzzing)
+    verdict: bool | None  # what the scorer said; None for no answer, which counts neither for nor against
+
+
+class Score(NamedTuple):
+    """How well an explanation predicts a feature on passages it was not made from, beside two baselines."""
+
+    value: float | None  # balanced accuracy (detection, fuzzing) or Pearson correlation (simulation); None if no answers
+    low: float | None  # 95 % bootstrap interval of `value`
+    high: float | None
+    other_feature: float | None  # `value` with another feature's explanation in its place
+    top_token: float | None  # `value` with an explanation that is just the token it is strongest on
+    answered: int  # items
+    unanswered: int  # items without an answer, or with one that could not be read
+    recall: tuple[float | None, ...] = ()  # detection: share of the passages of each interval that were found
+    r2: float | None = None  # simulation: share of the variance that the prediction explains
+
+
+class Label(NamedTuple):
+    """One line of explanations.jsonl."""
+
+    feature: int
+    explanation: str  # at most 20 words; "" unless the status is "ok"
+    explainer: str  # "offline", "mistral" or the name of the model that was asked
+    status: str  # "ok", "no pattern", "unparsed", "dead" (nothing to explain), or a Completion's
+    scores: dict[str, Score]  # by method: "detection", "fuzzing", "simulation"
+    judgements: tuple[Judgement, ...]
+    reason: str = ""  # one line, for a status other than "ok"
 
 
 class Request(NamedTuple):
