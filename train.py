@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mistral_sae import lm, memory, text
 from mistral_sae.activations import residuals_of, shuffled_batches
 from mistral_sae.checkpoint import Metadata, save_sae
-from mistral_sae.evaluate import cross_entropy, reconstruction
+from mistral_sae.evaluate import Ablated, ablated, cross_entropy, reconstruction
 from mistral_sae.files import SAEError, append_line, load_state, save_state, write_text
 from mistral_sae.plots import plot_training
 from mistral_sae.sae import SparseAutoencoder
@@ -40,11 +40,11 @@ FREE |= {"EVALUATIONS", "EVALUATION_ROWS", "EVALUATION_STRIDE"}
 
 def main() -> None:
     """Plan, load, train, evaluate."""
-    run_dir, plan = Path(config.RUN_DIR), make_plan()
+    run_dir, last_layer = Path(config.RUN_DIR), make_plan()
     if config.DRY_RUN:
         return
-    print(f"\nloading the model up to layer {config.TARGET_LAYER}, and held-out text")
-    model = load_model(last_layer=config.TARGET_LAYER)
+    print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
+    model = load_model(last_layer)
     held_out = held_out_rows(model)
     trainer, history = start_or_resume(model, run_dir)
     skipped = text.Skipped()
@@ -58,15 +58,22 @@ def main() -> None:
         seed=config.SEED,
         skip_batches=history[-1]["step"] if history else 0,
     )
-    train(trainer, history, batches, model, held_out, plan, run_dir)
+    without_layer = None
+    if model.last_layer is None:
+        without_layer = ablated(model, held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)
+    train(trainer, history, batches, model, held_out, without_layer, run_dir)
     if skipped.count:
         print(skipped.summary())
 
     sae, dead = trainer.sae, len(trainer.find_dead())
-    del trainer, model, batches  # the moments and the lower part of the model make room for the whole of it
+    del trainer, batches
+    if model.last_layer is not None:
+        del model  # with the moments it makes room for the whole of it
     gc.collect()
+    if without_layer is None:
+        model = load_model()
     print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
-    evaluation = evaluate(sae, held_out, load_model()) | {"dead_fraction": dead / sae.n_features}
+    evaluation = evaluate(sae, held_out, model, without_layer) | {"dead_fraction": dead / sae.n_features}
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     plot_training([*history[:-1], history[-1] | as_held_out(evaluation)], run_dir / "training.png")
     print_results(evaluation, run_dir)
@@ -78,7 +85,7 @@ def train(
     batches: Iterator[Tensor],
     model: lm.LanguageModel,
     held_out: Tensor,
-    plan: memory.MemoryPlan,
+    without_layer: Ablated | None,
     run_dir: Path,
 ) -> None:
     """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
@@ -90,6 +97,8 @@ def train(
         for x in islice(batches, steps - step):
             if step == 0:
                 trainer.initialize(x, config.SEED)
+            if step == int((1 - config.DECAY_FRACTION) * steps):  # from here on features move little
+                trainer.forget_maximum()
             learning_rate = config.LEARNING_RATE * schedule(step, steps)
             torch.manual_seed(config.SEED * steps + step)  # bfloat16 moments are rounded at random
             figures.append(torch.stack(trainer.step(x, learning_rate)))
@@ -118,9 +127,7 @@ def train(
                     "tokens_per_second": len(figures) * config.BATCH_SIZE / (time.monotonic() - started),
                 }
                 if step in evaluate_at:
-                    whole_model = load_model() if plan.whole_model_fits else None
-                    record |= as_held_out(evaluate(trainer.sae, held_out, whole_model or model))
-                    del whole_model  # or it would stay on the device until the next evaluation
+                    record |= as_held_out(evaluate(trainer.sae, held_out, model, without_layer))
                 history.append(record)
                 append_line(run_dir / "metrics.jsonl", record)
                 progress.set_postfix_str(f"normalized MSE {normalized_mse:.3f}, dead {len(trainer.dead)}")
@@ -147,25 +154,32 @@ def exploded(step: int, normalized_mse: float, run_dir: Path) -> settings.Failed
 # ---- plan ----
 
 
-def make_plan() -> memory.MemoryPlan:
-    """Print what the run will do and need; raises SettingsError if it cannot."""
+def make_plan() -> int | None:
+    """Print what the run will do and need; raises SettingsError if it cannot.
+
+    Returns the last layer to load: None, all of the model, where there is room for it beside the run.
+    """
     spec = lm.inspect(config.MISTRAL_MODEL_PATH or lm.STANDIN)
     device, dtype = lm.device_and_dtype(config.DEVICE, config.DTYPE)
     check_settings(spec)
-    plan = memory.memory_plan(
-        spec,
-        last_layer=config.TARGET_LAYER,
-        model_dtype=str(dtype).removeprefix("torch."),
-        n_features=config.D_HIDDEN,
-        k=config.K,
-        auxk_features=config.AUXK_FEATURES,
-        batch_size=config.BATCH_SIZE,
-        buffer_tokens=config.BUFFER_TOKENS,
-        moments_dtype=config.MOMENTS_DTYPE,
-        rows_per_forward=config.ROWS_PER_FORWARD,
-        context_length=config.CONTEXT_LENGTH,
-        free=memory.free_memory(str(device)),
-    )
+    for last_layer in (None, config.TARGET_LAYER):
+        plan = memory.memory_plan(
+            spec,
+            last_layer=last_layer,
+            model_dtype=str(dtype).removeprefix("torch."),
+            n_features=config.D_HIDDEN,
+            k=config.K,
+            auxk_features=config.AUXK_FEATURES,
+            batch_size=config.BATCH_SIZE,
+            buffer_tokens=config.BUFFER_TOKENS,
+            moments_dtype=config.MOMENTS_DTYPE,
+            rows_per_forward=config.ROWS_PER_FORWARD,
+            context_length=config.CONTEXT_LENGTH,
+            device=str(device),
+            free=memory.free_memory(str(device)),
+        )
+        if plan.fits:
+            break
     print(f"layer     {config.TARGET_LAYER} of 0 to {spec.n_layers - 1} ({hook_name()})")
     print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
     print(f"tokens    {config.TRAIN_TOKENS:,} in {n_steps():,} steps of {config.BATCH_SIZE:,}")
@@ -176,7 +190,7 @@ def make_plan() -> memory.MemoryPlan:
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
             "set MOMENTS_DTYPE=bfloat16, or use another DEVICE"
         )
-    return plan
+    return last_layer
 
 
 def check_settings(spec: lm.ModelSpec) -> None:
@@ -272,13 +286,16 @@ def hook_name() -> str:
 # ---- evaluation ----
 
 
-def evaluate(sae: SparseAutoencoder, held_out: Tensor, model: lm.LanguageModel) -> dict[str, float]:
+def evaluate(
+    sae: SparseAutoencoder, held_out: Tensor, model: lm.LanguageModel, without_layer: Ablated | None
+) -> dict[str, float]:
     """Figures on held-out rows (R, T); those of cross-entropy only if all of the model is loaded."""
     parts = held_out.split(config.ROWS_PER_FORWARD)
     figures = reconstruction(sae, (residuals_of(model, part, config.TARGET_LAYER) for part in parts))._asdict()
     del figures["density"]
     if model.last_layer is None:
-        figures |= cross_entropy(model, sae, held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)._asdict()
+        sizes = config.TARGET_LAYER, config.ROWS_PER_FORWARD
+        figures |= cross_entropy(model, sae, held_out, *sizes, without_layer)._asdict()
     return figures
 
 
@@ -356,7 +373,8 @@ def save(trainer: Trainer, history: list[dict], model: lm.LanguageModel, run_dir
         context_size=config.CONTEXT_LENGTH,
         dataset_path=config.DATA_PATH,
     )
-    save_sae(run_dir / "sae", trainer.sae, metadata, trainer.firings.double() / history[-1]["tokens"])
+    density = trainer.firings.double() / history[-1]["tokens"]
+    save_sae(run_dir / "sae", trainer.sae, metadata, density, trainer.maximum)
     state = {"settings": shaping_settings(), "history": history}
     save_state(run_dir / "checkpoint.safetensors", trainer.state(), state)
 

@@ -258,6 +258,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         moments_dtype=config.MOMENTS_DTYPE,
         rows_per_forward=config.ROWS_PER_FORWARD,
         context_length=config.CONTEXT_LENGTH,
+        device=DEVICE.type,
         free=0,
     )
     found["planned_bytes"] = sum(planned.training.values())

@@ -30,6 +30,7 @@ RUN = [
     Part(train, "make_plan", START, whole=True),
     Part(train, "load_model", START, whole=True),
     Part(train, "held_out_rows", START, whole=True),
+    Part(train, "ablated", "evaluation", whole=True),
     Part(train, "start_or_resume", START, whole=True),
     Part(Trainer, "initialize", START, whole=True),
     Part(activations, "residuals_of", "language model"),

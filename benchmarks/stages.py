@@ -44,9 +44,8 @@ STEP = [
     Part(kernels, "topk", "top-k"),
     Part(kernels, "decode", "decode"),
     Part(kernels, "inner_products", "inner products with chosen rows"),
-    Part(kernels, "bags", "sort by feature"),
-    Part(kernels, "weight_gradient", "weight gradients"),
-    Part(kernels, "bias_gradient", "weight gradients"),
+    Part(kernels, "_parameter_gradients", "sort by feature"),
+    Part(kernels.MatrixGradient, "rows", "weight gradients"),
     Part(kernels, "_auxk", "AuxK", whole=True),
     Part(SAEAdam, "step", "optimizer"),
 ]

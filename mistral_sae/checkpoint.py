@@ -1,7 +1,8 @@
 """The SAE Lens directory format, both ways.
 
 An SAE Lens directory holds cfg.json, sae_weights.safetensors with W_enc (D, F), b_enc (F), W_dec (F, D) and
-b_dec (D), and sparsity.safetensors with the log10 firing frequency (F). Nothing is ever unpickled.
+b_dec (D), and sparsity.safetensors with the log10 firing frequency (F), beside which we keep each feature's largest
+activation, `maximum` (F); SAE Lens passes over it. Nothing is ever unpickled.
 
 Shapes: D model width, F features.
 """
@@ -57,6 +58,7 @@ class LoadedSAE(NamedTuple):
     sae: SparseAutoencoder
     metadata: Metadata
     log_sparsity: Tensor | None  # (F) log10 firing frequency, on the CPU
+    maximum: Tensor | None = None  # (F) largest activation late in training, on the CPU; None in what others saved
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -77,12 +79,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 # Save
 
 
-def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, sparsity_F: Tensor | None = None) -> None:
+def save_sae(
+    folder: Path,
+    sae: SparseAutoencoder,
+    metadata: Metadata,
+    sparsity_F: Tensor | None = None,
+    maximum_F: Tensor | None = None,
+) -> None:
     """Write an SAE Lens directory that sae-lens 6 and `load_sae` read, in float32.
 
     `sparsity_F` (F) is each feature's firing frequency, the fraction of tokens from 0 to 1; log10 is taken
-    here. An older checkpoint in `folder` is replaced. Raises SAEError, before anything is written, where
-    weights are not finite and where `sparsity_F` is anything but (F) numbers from 0 to 1.
+    here. `maximum_F` (F), which needs `sparsity_F` beside it, is each feature's largest activation. An older
+    checkpoint in `folder` is replaced. Raises SAEError, before anything is written, where weights are not finite,
+    where `sparsity_F` is anything but (F) numbers from 0 to 1 and `maximum_F` anything but (F) of at least 0.
     """
     folder = Path(folder)
     tensors = {name: getattr(sae, name) for name in _shapes(sae.d_model, sae.n_features, sae.activation)}
@@ -90,7 +99,7 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, sparsity_
         _check_finite(name, tensor, "the autoencoder to save")
     cfg = json.dumps(_cfg(sae, metadata), indent=2) + "\n"
 
-    log_sparsity = {}
+    statistics = {}
     if sparsity_F is not None:
         shape, low, high = tuple(sparsity_F.shape), *(bound.item() for bound in sparsity_F.aminmax())
         if shape != (sae.n_features,) or not 0 <= low <= high <= 1:
@@ -98,12 +107,20 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, sparsity_
                 f"found sparsity of shape {shape} from {low:.3g} to {high:.3g}, expected ({sae.n_features},) "
                 "and 0 to 1: pass firing frequencies, not their logarithms"
             )
-        log_sparsity["sparsity"] = torch.log10(sparsity_F.detach().float() + NEVER_FIRED)
+        statistics["sparsity"] = torch.log10(sparsity_F.detach().float() + NEVER_FIRED)
+    if maximum_F is not None:
+        shape, (low, high) = tuple(maximum_F.shape), (bound.item() for bound in maximum_F.aminmax())
+        if sparsity_F is None or shape != (sae.n_features,) or not 0 <= low <= high < float("inf"):
+            raise SAEError(
+                f"found maxima of shape {shape} from {low:.3g} to {high:.3g}, expected ({sae.n_features},), at least "
+                "0, and firing frequencies beside them: pass both"
+            )
+        statistics["maximum"] = maximum_F
 
     # The slow part: everything is written next to whatever is there, which stays as it is.
     new = {CFG: write_beside(folder / CFG, lambda path: path.write_text(cfg, encoding="utf-8"))}
-    if log_sparsity:
-        new[SPARSITY] = write_beside(folder / SPARSITY, lambda path: save_file(_exported(log_sparsity), path))
+    if statistics:
+        new[SPARSITY] = write_beside(folder / SPARSITY, lambda path: save_file(_exported(statistics), path))
     new[WEIGHTS] = write_beside(folder / WEIGHTS, lambda path: save_file(_exported(tensors), path))
 
     # Three files cannot be renamed as one, so the files that describe the weights leave first and cfg.json
@@ -192,7 +209,7 @@ def load_sae(source: str | Path, *, hook_name: str | None = None, device: torch.
         _fold_decoder_norms(sae)
     if activation == "jumprelu":
         sae.threshold.clamp_(min=0)  # in SAE Lens a feature is never negative, wherever its threshold lies
-    return LoadedSAE(sae, metadata, _log_sparsity(folder / SPARSITY, n_features))
+    return LoadedSAE(sae, metadata, *_statistics(folder / SPARSITY, n_features))
 
 
 def _find(source: str | Path) -> Path:
@@ -369,11 +386,13 @@ def _fold_scaling_factor(sae: SparseAutoencoder, path: Path) -> None:
     sae.b_dec.div_(factor)
 
 
-def _log_sparsity(path: Path, n_features: int) -> Tensor | None:
+def _statistics(path: Path, n_features: int) -> tuple[Tensor | None, Tensor | None]:
+    """The log10 firing frequencies and the largest activations, as far as they are there."""
     if not path.exists():
-        return None
+        return None, None
     with opened(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        if shapes.get("sparsity") != (n_features,):
+        if shapes.get("sparsity") != (n_features,) or shapes.get("maximum", (n_features,)) != (n_features,):
             raise SAEError(f"found {shapes} in {path}, expected sparsity ({n_features},): delete or replace the file")
-        return file.get_tensor("sparsity").to(torch.float32, copy=True)
+        found = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in shapes}
+        return found["sparsity"], found.get("maximum")

@@ -4,7 +4,6 @@ Shapes: R rows, T positions, D model width, F features, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -79,47 +78,76 @@ class CrossEntropy(NamedTuple):
     kl: float  # KL(clean || with_sae), nats a token
 
 
+class Ablated(NamedTuple):
+    """Cross-entropy (nats a token) without the layer, to compare with: the same for every autoencoder."""
+
+    mean: float
+    zero: float
+
+
 @torch.no_grad()
-def cross_entropy(
-    lm: LanguageModel, sae: SparseAutoencoder, rows_RT: Tensor, layer: int, rows_per_forward: int
-) -> CrossEntropy:
-    """Splice the reconstruction, the mean and zero into `layer`'s residuals and predict the rows' tokens."""
-    rows = max(1, min(rows_per_forward, LOGITS_BYTES // (4 * rows_RT.shape[1] * lm.vocab_size)))
-    parts = [part.to(lm.device) for part in rows_RT.split(rows)]
+def ablated(lm: LanguageModel, rows_RT: Tensor, layer: int, rows_per_forward: int) -> Ablated:
+    """Splice the mean, then zero, into `layer`'s residuals and predict the rows' tokens."""
+    parts = _parts(lm, rows_RT, rows_per_forward)
     mean = sum(residuals_of(lm, part, layer).double().sum(dim=0) for part in parts)
     mean = (mean / (len(rows_RT) * (rows_RT.shape[1] - 1))).float()
+    losses = []
+    for replace in (lambda x: mean.expand_as(x), torch.zeros_like):
+        total = 0.0
+        for tokens in parts:
+            with edit_residual(lm, layer, _from_second_position(replace)):
+                total += _negative_log_likelihood(_logprobs(lm, tokens), tokens)
+        losses.append(total / (len(rows_RT) * (rows_RT.shape[1] - 1)))
+    return Ablated(*losses)
 
-    edits: dict[str, Callable[[Tensor, int], Tensor] | None] = {
-        "clean": None,
-        "with_sae": _from_second_position(lambda x: sae(x)),
-        "ablated": _from_second_position(lambda x: mean.expand_as(x)),
-        "zero_ablated": _from_second_position(torch.zeros_like),
-    }
-    totals = dict.fromkeys([*edits, "kl"], 0.0)
-    for tokens in parts:
-        clean = None
-        for name, edit in edits.items():
-            with nullcontext() if edit is None else edit_residual(lm, layer, edit):
-                logprobs = lm.forward(tokens)[:, :-1].float().log_softmax(dim=-1).flatten(0, 1)
-            totals[name] += F.nll_loss(logprobs, tokens[:, 1:].flatten(), reduction="sum").item()
-            if name == "clean":
-                clean = logprobs
-            elif name == "with_sae":
-                totals["kl"] += F.kl_div(logprobs, clean, log_target=True, reduction="sum").item()
-    loss = {name: total / (len(rows_RT) * (rows_RT.shape[1] - 1)) for name, total in totals.items()}
 
-    def recovered(ablated: str) -> float:
-        return (loss[ablated] - loss["with_sae"]) / (loss[ablated] - loss["clean"])
+@torch.no_grad()
+def cross_entropy(
+    lm: LanguageModel,
+    sae: SparseAutoencoder,
+    rows_RT: Tensor,
+    layer: int,
+    rows_per_forward: int,
+    without: Ablated | None = None,
+) -> CrossEntropy:
+    """Splice the reconstruction into `layer`'s residuals and predict the rows' tokens.
 
+    `without` is what `ablated` gave for the same rows; it is measured where it is None.
+    """
+    without = without or ablated(lm, rows_RT, layer, rows_per_forward)
+    totals = torch.zeros(3, dtype=torch.float64)
+    for tokens in _parts(lm, rows_RT, rows_per_forward):
+        clean = _logprobs(lm, tokens)
+        with edit_residual(lm, layer, _from_second_position(sae)):
+            spliced = _logprobs(lm, tokens)
+        divergence = F.kl_div(spliced, clean, log_target=True, reduction="sum").item()
+        losses = (_negative_log_likelihood(logprobs, tokens) for logprobs in (clean, spliced))
+        totals += torch.tensor([*losses, divergence])
+    clean, spliced, divergence = (totals / (len(rows_RT) * (rows_RT.shape[1] - 1))).tolist()
     return CrossEntropy(
-        ce_loss_clean=loss["clean"],
-        ce_loss_with_sae=loss["with_sae"],
-        ce_loss_ablated=loss["ablated"],
-        ce_loss_zero_ablated=loss["zero_ablated"],
-        ce_loss_recovered=recovered("ablated"),
-        ce_loss_recovered_zero=recovered("zero_ablated"),
-        kl=loss["kl"],
+        ce_loss_clean=clean,
+        ce_loss_with_sae=spliced,
+        ce_loss_ablated=without.mean,
+        ce_loss_zero_ablated=without.zero,
+        ce_loss_recovered=(without.mean - spliced) / (without.mean - clean),
+        ce_loss_recovered_zero=(without.zero - spliced) / (without.zero - clean),
+        kl=divergence,
     )
+
+
+def _parts(lm: LanguageModel, rows_RT: Tensor, rows_per_forward: int) -> list[Tensor]:
+    """The rows, so many at a time that their logits have room."""
+    rows = max(1, min(rows_per_forward, LOGITS_BYTES // (4 * rows_RT.shape[1] * lm.vocab_size)))
+    return [part.to(lm.device) for part in rows_RT.split(rows)]
+
+
+def _logprobs(lm: LanguageModel, tokens_RT: Tensor) -> Tensor:
+    """Log-probabilities (R * (T - 1), V) of all but the first token of each row."""
+    return lm.forward(tokens_RT)[:, :-1].float().log_softmax(dim=-1).flatten(0, 1)
+
+
+def _negative_log_likelihood(logprobs: Tensor, tokens_RT: Tensor) -> float:
+    return F.nll_loss(logprobs, tokens_RT[:, 1:].flatten(), reduction="sum").item()
 
 
 def _from_second_position(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:

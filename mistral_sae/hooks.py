@@ -61,6 +61,7 @@ def read_residual(lm: LanguageModel, layer: int) -> Iterator[Residual]:
             raise
     finally:
         handle.remove()
+        stop.__traceback__ = None  # a cycle through this frame, which would keep the callers' tensors alive
     if residual.value is None:
         raise HookError(f"the residual of layer {layer} was not read: no forward ran inside the with-block")
 

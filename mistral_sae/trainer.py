@@ -61,6 +61,7 @@ class Trainer:
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
         self.since_fired = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens
         self.firings = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens on which each fired
+        self.maximum = torch.zeros(n_features, device=device)  # largest activation of each since `forget_maximum`
         self.find_dead()
 
     def initialize(self, x: Tensor, seed: int) -> None:
@@ -87,13 +88,22 @@ class Trainer:
         indices, fired = step.indices.flatten(), step.values.flatten() > 0
         self.since_fired.add_(len(x)).scatter_reduce_(0, indices, torch.where(fired, 0, NEVER), "amin")
         self.firings.scatter_add_(0, indices, fired.long())
+        self.maximum.scatter_reduce_(0, indices, step.values.flatten(), "amax")
         return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm)
+
+    def forget_maximum(self) -> None:
+        """Measure the features' maxima from here on: earlier ones belong to other weights."""
+        self.maximum.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that continuing needs, for `load`."""
         # W_enc feature by feature, as it lies in memory: no transposed copy on the device
         weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
-        return weights | self.adam.state() | {"since_fired": self.since_fired, "firings": self.firings}
+        return weights | self.adam.state() | {
+            "since_fired": self.since_fired,
+            "firings": self.firings,
+            "maximum": self.maximum,
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave."""

@@ -1,5 +1,8 @@
 """Reading and editing the residual stream, with both libraries behind the model."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -30,6 +33,15 @@ def test_the_forward_stops_after_the_layer_that_is_read(lm, tokens_BT):
     assert ran == [0, 1]
     assert after == []
     assert residual.value.shape == (3, 12, 32)
+
+
+def test_what_was_read_is_freed_without_the_garbage_collector(lm, tokens_BT):
+    gc.disable()
+    try:
+        value = weakref.ref(lm.residuals(tokens_BT, 1))
+        assert value() is None
+    finally:
+        gc.enable()
 
 
 def test_hooks_are_gone_after_an_exception(lm, tokens_BT):

@@ -69,10 +69,20 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
     assert step.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert step.normalized_mse.item() == pytest.approx(normalized_mse.item(), rel=1e-5)
     assert step.auxk.item() == pytest.approx(auxk.item(), rel=1e-5)
-    assert relative_error(step.W_enc.T.cpu(), leaves[0].grad) < 1e-5
+    assert relative_error(step.W_enc.whole().T.cpu(), leaves[0].grad) < 1e-5
     assert relative_error(step.b_enc.cpu(), leaves[1].grad) < 1e-5
-    assert relative_error(step.W_dec.cpu(), leaves[2].grad) < 1e-5
+    assert relative_error(step.W_dec.whole().cpu(), leaves[2].grad) < 1e-5
     assert relative_error(step.b_dec.cpu(), leaves[3].grad) < 1e-5
+
+
+def test_a_matrix_gradient_is_the_same_in_blocks():
+    parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
+    z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
+    step = kernels.topk_step(z, *parameters, 3, dead, 5, 1 / 32)
+    for gradient in (step.W_enc, step.W_dec):
+        blocks = [gradient.rows(start, min(start + 7, 100)) for start in range(0, 100, 7)]
+        assert torch.equal(torch.cat(blocks), gradient.whole())
+        assert gradient.whole()[dead].any()  # else the second loss is not in it
 
 
 @pytest.mark.parametrize(("F", "k"), [(256, 2), (2048, 16), (1000, 5), (64, 64), (4096, 1)])
@@ -98,6 +108,6 @@ def test_encoding_in_chunks_changes_nothing(monkeypatch):
     centered = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)) - b_dec
     dead = torch.arange(10, 30)
     whole = kernels.encode(centered, W_enc, b_enc, 16, dead)
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 4 * 256 * 7)  # seven tokens at a time
+    monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", 4 * 256 * 7)  # seven tokens at a time
     for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16, dead), whole, strict=True):
         torch.testing.assert_close(part, expected)

@@ -38,7 +38,7 @@ def test_five_steps_equal_torch_adam_after_projection_and_clipping(blocks):
     reference = torch.optim.Adam(theirs, lr=1e-2, betas=BETAS, eps=EPSILON)
     for z in batches():
         step = gradients_of(ours, z)
-        for p, gradient in zip(theirs, (step.W_enc, step.b_enc, step.W_dec, step.b_dec), strict=True):
+        for p, gradient in zip(theirs, (step.W_enc.whole(), step.b_enc, step.W_dec.whole(), step.b_dec), strict=True):
             p.grad = gradient.clone()
         W_dec = theirs[2]
         W_dec.grad -= (W_dec.grad * W_dec.data).sum(dim=1, keepdim=True) * W_dec.data

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 import config
-from mistral_sae import files, lm, text
+from mistral_sae import files, lm, memory, text
 from mistral_sae.checkpoint import load_sae
+from mistral_sae.memory import memory_plan
 from mistral_sae.settings import override
 from mistral_sae.trainer import Trainer
 
@@ -478,7 +479,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(here, arguments, tmp_path,
     ran = here(arguments(tmp_path / "run", DRY_RUN=1))
     assert (ran.code, ran.err) == (0, "")
     for part in (
-        "language model to layer 1",
+        "language model (float32)",
         "autoencoder",
         "gradients",
         "moments (bfloat16)",
@@ -488,6 +489,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(here, arguments, tmp_path,
         assert part in ran.out
     assert re.search(r"all +\S+ [MG]B of \S+ GB free", ran.out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_above_the_target_stay_out_where_they_have_no_room(here, arguments, tmp_path, monkeypatch):
+    def little_room(spec, *, last_layer, **options):
+        return memory_plan(spec, last_layer=last_layer, **options | {"free": 0 if last_layer is None else 10**12})
+
+    monkeypatch.setattr(memory, "memory_plan", little_room)
+    ran = here(arguments(tmp_path / "run", TRAIN_TOKENS=1024))
+    assert ran.code == 0
+    assert "language model to layer 1 (float32)" in ran.out
+    assert "loading the model up to layer 1" in ran.out
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert not any("ce_loss_clean" in record for record in records)  # they need all of the model
+    assert "ce_loss_clean" in json.loads((tmp_path / "run/evaluation.json").read_text())
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, arguments, tmp_path, monkeypatch):
