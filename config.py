@@ -59,3 +59,35 @@ CHECKPOINT_EVERY = 500 if ON_STANDIN else 5000  # steps
 RUN_DIR = "runs/standin" if ON_STANDIN else "runs/mistral-7b"  # where everything is written
 RESUME = True  # continue from RUN_DIR's checkpoint if there is one of the same settings
 DRY_RUN = False  # print the plan and stop
+
+# ---- explain.py: what to look at ----
+SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae
+HOOK_NAME: str | None = None  # where it belongs, if its folder says something else: "blocks.16.hook_resid_post"
+# Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]"
+SELECT: str | int | list = "random 200"
+EXPLAIN_TOKENS = 400_000 if ON_STANDIN else 10_000_000  # of the corpus, read once for examples of all features
+EXPLAIN_STRIDE = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
+TOKENS_BEFORE = 48  # of an example, left of the token on which the feature is strongest: what it may react to
+TOKENS_AFTER = 15  # and right of it: what it may foretell
+# A text of your own: RUN_DIR/text.html shows which features fire on it, and nothing else is done
+TEXT: str | None = None
+
+# ---- explain.py: who explains ----
+# "openai" (any OpenAI-compatible server: vLLM, Ollama, llama.cpp, transformers serve), "mistral" (the loaded model, if
+# it is an instruct model, explains itself), "offline" (counting, without a model); None is "openai" if a key or a
+# base URL is set, else "offline"
+EXPLAINER: str | None = None
+OPENAI_BASE_URL: str | None = os.environ.get("OPENAI_BASE_URL") or None  # None is OpenAI's own
+OPENAI_API_KEY: str | None = os.environ.get("OPENAI_API_KEY") or None
+OPENAI_MODEL = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"  # the server's name for it
+SCORERS = "detection fuzzing"  # any of detection, fuzzing and simulation, which asks once a passage; "" for none
+CONCURRENCY = 32  # requests out at once, at most; fewer while the server is busy
+REQUEST_TIMEOUT = 120.0  # seconds for one attempt
+REQUEST_DEADLINE = 600.0  # seconds for a request with all its attempts
+MAX_FAILED_SHARE = 0.1  # of the features: with more without a label than this the run counts as failed (exit code 1)
+
+# ---- explain.py: what it may cost ----
+PROMPT_DOLLARS = 0.15  # per million tokens read
+COMPLETION_DOLLARS = 0.60  # per million tokens written
+MAX_DOLLARS: float | None = None  # of all runs in RUN_DIR together; the run stops before it spends more
+MAX_TOKENS: int | None = None  # likewise, tokens read and written

@@ -33,9 +33,11 @@ from mistral_sae.sae import SparseAutoencoder
 from mistral_sae.trainer import Trainer
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
-# May differ between a checkpoint and the run that continues it
-FREE = {"RUN_DIR", "DEVICE", "LEARNING_RATE", "CHECKPOINT_EVERY", "RESUME", "DRY_RUN"}
-FREE |= {"EVALUATIONS", "EVALUATION_ROWS", "EVALUATION_STRIDE"}
+# What a continued run must share with its checkpoint
+SHAPING = ["MISTRAL_MODEL_PATH", "ON_STANDIN", "TARGET_LAYER", "DTYPE", "DATA_PATH", "DATA_SPLIT", "TEXT_FIELD"]
+SHAPING += ["CONTEXT_LENGTH", "HELD_OUT_FRACTION", "TRAIN_TOKENS", "D_HIDDEN", "K", "SEED", "BATCH_SIZE"]
+SHAPING += ["WARM_UP_STEPS", "DECAY_FRACTION", "MAX_GRADIENT_NORM", "AUXK_COEFFICIENT", "K_AUX", "AUXK_FEATURES"]
+SHAPING += ["DEAD_AFTER_TOKENS", "MOMENTS_DTYPE", "SHUFFLE_ROWS", "BUFFER_TOKENS", "ROWS_PER_FORWARD", "LOG_EVERY"]
 
 
 def main() -> None:
@@ -381,7 +383,7 @@ def save(trainer: Trainer, history: list[dict], model: lm.LanguageModel, run_dir
 
 def shaping_settings() -> dict:
     """The constants that a continued run must share with its checkpoint."""
-    return {name: value for name, value in vars(config).items() if name.isupper() and name not in FREE}
+    return {name: getattr(config, name) for name in SHAPING}
 
 
 if __name__ == "__main__":

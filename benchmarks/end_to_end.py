@@ -307,7 +307,7 @@ def main() -> None:
     mistral_sae, sae_lens = medians.values()
     print(f"  {sae_lens['seconds'] / mistral_sae['seconds']:.1f} times the tokens a second of SAE Lens")
     if not smoke:
-        shaping = {name: value for name, value in vars(config).items() if name.isupper()}
+        shaping = train.shaping_settings()
         save("end_to_end", {"settings": shaping, "tokens": tokens, "medians": medians, "rounds": rounds})
 
 

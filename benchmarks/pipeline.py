@@ -103,7 +103,7 @@ def profile() -> dict[str, Any]:
         train.main()
     stages.stop()
     return {
-        "settings": {name: value for name, value in vars(config).items() if name.isupper() and name != "RUN_DIR"},
+        "settings": train.shaping_settings(),
         "steps": train.n_steps(),
         "seconds": {name: stages.seconds[name] for name in ORDER},
         "background_seconds": background.seconds,

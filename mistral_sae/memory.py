@@ -58,7 +58,8 @@ def memory_plan(
     # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
     # width in its feed-forward layer three times over
     forward = tokens * spec.d_model * (8 + 3 * 4) * model_bytes
-    encoder = min(CHUNK_BYTES[kind], 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
+    chunk = max(size for (where, _), size in CHUNK_BYTES.items() if where == kind)
+    encoder = min(chunk, 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
     nominate = 2 * spec.d_model * n_features  # W_enc in bfloat16, in training
     batch = 4 * batch_size * (6 * spec.d_model + 8 * k)  # standardised, centered, error, ...; indices, values, bags
     # Pre-activations of the dead features, and four times their rows: of both matrices and of both gradients

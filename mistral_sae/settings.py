@@ -36,7 +36,8 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
             try:
                 exec(compile(ast.Module([statement], []), module.__file__, "exec"), module.__dict__)
             except (ArithmeticError, ValueError) as error:
-                raise SettingsError(f"{names[0]} cannot be computed with {' '.join(arguments)}: {error}") from None
+                given = " ".join(argument for argument in arguments if "KEY" not in argument.partition("=")[0])
+                raise SettingsError(f"{names[0]} cannot be computed with {given}: {error}") from None
             for name in set(names) & set(values):
                 annotated = isinstance(statement, ast.AnnAssign)
                 annotation = eval(ast.unparse(statement.annotation), module.__dict__) if annotated else None

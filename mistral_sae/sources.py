@@ -1,5 +1,6 @@
 """Where text comes from: this Python's standard library, local files, or a dataset streamed from the hub."""
 
+import hashlib
 import math
 import os
 import platform
@@ -110,19 +111,26 @@ def stdlib_documents() -> Iterator[Document]:
 
     Empty files and the few that are not UTF-8 on purpose, to test Python's parser, are no part of the corpus.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, folders, names in os.walk(root):
-        # Installed packages can live inside the library's folder, and are many
-        folders[:] = [name for name in folders if not name.endswith(("site-packages", "dist-packages"))]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    for path in sorted(files):
+    for name, path in _stdlib_files():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
         if text:
-            yield Document(path.relative_to(root).as_posix(), text)
+            yield Document(name, text)
+
+
+def fingerprint(data_path: str) -> str:
+    """A hash that changes with the files of a corpus: their names, sizes and times of change, as make compares them.
+
+    Of a dataset on the hub only its name is known without the network. Raises TextError as `check` does.
+    """
+    root = None if data_path == "stdlib" else _local(data_path)
+    if data_path != "stdlib" and root is None:
+        return data_path
+    stats = [(name, path.stat()) for name, path in (_files(root) if root else _stdlib_files())]
+    listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def _records(data_path: str, text_field: str, split: str) -> Iterator[Document | Fault]:
@@ -162,6 +170,17 @@ def _hub_records(name: str, text_field: str, split: str) -> Iterator[Document | 
             raise _hub_error(name, split, f"broke off after {index:,} records", error) from error
         yield document_of(f"{name}:{index}", record, text_field)
         index += 1
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    """The library's source files as (path relative to its folder, path), in the order of paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in os.walk(root):
+        # Installed packages can live inside the library's folder, and are many
+        folders[:] = [name for name in folders if not name.endswith(("site-packages", "dist-packages"))]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return [(path.relative_to(root).as_posix(), path) for path in sorted(files)]
 
 
 def _local(data_path: str) -> Path | None:

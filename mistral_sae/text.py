@@ -15,18 +15,19 @@ import queue
 import random
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from mistral_sae.readers import Document, TextError
-from mistral_sae.sources import Skipped, check, documents, fits_in_memory, stdlib_documents
+from mistral_sae.sources import Skipped, check, documents, fingerprint, fits_in_memory, stdlib_documents
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "Document",
+    "Row",
     "Skipped",
     "TextError",
     "Tokenizer",
@@ -34,8 +35,10 @@ __all__ = [
     "check",
     "corpus",
     "documents",
+    "fingerprint",
     "is_held_out",
     "pack",
+    "pack_with_documents",
     "prefetch",
     "shuffle",
     "stdlib_documents",
@@ -45,6 +48,14 @@ __all__ = [
 JOIN = 1.0
 
 Item = TypeVar("Item")
+
+
+class Row(NamedTuple):
+    """A row of tokens, and the documents it holds a part of."""
+
+    tokens: np.ndarray  # (T,) int64
+    places: np.ndarray  # (T,) int64: the place in `documents` of each token's own; -1 for a BOS
+    documents: list[str]  # their ids, in the order of the row
 
 
 class Tokenizer(Protocol):
@@ -129,24 +140,36 @@ def pack(
 
     Raises ValueError where a row has no room for text.
     """
+    rows = pack_with_documents(documents, tokenizer, context_length)
+    yield from (row.tokens for row in itertools.islice(rows, start_row, None))
+
+
+def pack_with_documents(documents: Iterable[Document], tokenizer: Tokenizer, context_length: int) -> Iterator[Row]:
+    """The rows of `pack`, and of which document each of their tokens is. Raises ValueError as it does."""
     if context_length < 2:
         raise ValueError(f"a row of {context_length} tokens has no room for text after its BOS: use 2 or more")
-    number = 0  # of the row that is being filled
-    row, filled = np.full(context_length, tokenizer.bos_id, dtype=np.int64), 1
+
+    def empty() -> Row:
+        tokens = np.full(context_length, tokenizer.bos_id, dtype=np.int64)
+        return Row(tokens, np.full(context_length, -1, dtype=np.int64), [])
+
+    row, filled = empty(), 1
     for document in documents:
         tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int64)
         if filled > 1 and len(tokens):
-            tokens = np.concatenate(([tokenizer.bos_id], tokens))
+            filled += 1  # the BOS between two documents, which `empty` has put there
         used = 0
-        while used < len(tokens):
-            count = min(context_length - filled, len(tokens) - used)
-            row[filled : filled + count] = tokens[used : used + count]
-            filled, used = filled + count, used + count
+        while True:
             if filled == context_length:
-                if number >= start_row:
-                    yield row
-                    row = np.full(context_length, tokenizer.bos_id, dtype=np.int64)
-                number, filled = number + 1, 1
+                yield row
+                row, filled = empty(), 1
+            if used == len(tokens):
+                break
+            count = min(context_length - filled, len(tokens) - used)
+            row.tokens[filled : filled + count] = tokens[used : used + count]
+            row.places[filled : filled + count] = len(row.documents)
+            row.documents.append(document.id)
+            filled, used = filled + count, used + count
 
 
 def shuffle(rows: Iterable[np.ndarray], window: int, seed: int) -> Iterator[np.ndarray]:

@@ -145,15 +145,42 @@ def test_sae_lens_reads_our_metadata(sae_lens, sae, tmp_path):
     assert found.metadata.sae_lens_training_version is None
 
 
-def test_sae_lens_reads_our_sparsity_as_log10_firing_frequencies(sae_lens, sae, tmp_path, monkeypatch):
+@pytest.mark.parametrize("maximum", [None, torch.rand(F)])
+def test_sae_lens_reads_our_sparsity_as_log10_firing_frequencies(sae_lens, sae, tmp_path, monkeypatch, maximum):
     frequency = torch.linspace(0, 1, F)
-    save_sae(tmp_path, sae, METADATA, frequency)
+    save_sae(tmp_path, sae, METADATA, frequency, maximum)
     loaders = sae_lens.loading.pretrained_sae_loaders
     monkeypatch.setattr(loaders, "hf_hub_download", lambda filename, **_: str(tmp_path / Path(filename).name))
     found = loaders.sae_lens_huggingface_loader("owner/name", "sae")[2]
     assert found[0] == -10  # never fired: finite, as SAE Lens writes it
     torch.testing.assert_close(found, torch.log10(frequency + 1e-10))
     assert torch.equal(load_sae(tmp_path).log_sparsity, found)
+
+
+def test_maxima_come_back_and_sae_lens_passes_over_them(sae_lens, sae, tmp_path):
+    maximum = torch.linspace(0, 9, F)
+    save_sae(tmp_path, sae, METADATA, torch.rand(F), maximum)
+    assert torch.equal(load_sae(tmp_path).maximum, maximum)
+    assert_same(sae_lens.SAE.load_from_disk(tmp_path, device="cpu"), sae, residuals())
+    save_sae(tmp_path, sae, METADATA, torch.rand(F))
+    assert load_sae(tmp_path).maximum is None
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "maximum"),
+    [
+        (None, torch.ones(F)),
+        (torch.rand(F), torch.ones(F + 1)),
+        (torch.rand(F), torch.full((F,), -1.0)),
+        (torch.rand(F), torch.full((F,), torch.inf)),
+        (torch.rand(F), torch.full((F,), torch.nan)),
+    ],
+)
+def test_maxima_that_are_none_or_stand_alone_are_refused(sae, tmp_path, sparsity, maximum):
+    with pytest.raises(SAEError, match="maxima") as error:
+        save_sae(tmp_path, sae, METADATA, sparsity, maximum)
+    one_line(error)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_loaded_equals_what_was_saved(sae, tmp_path):
@@ -562,7 +589,8 @@ def test_impossible_sizes_are_refused_before_memory_is_taken(tmp_path):
 
 def test_sparsity_of_another_autoencoder_is_refused(sae, tmp_path):
     save_sae(tmp_path, sae, METADATA)
-    for contents in ({"sparsity": torch.zeros(F - 1)}, {"density": torch.zeros(F)}):
+    maximum_of_another = {"sparsity": torch.zeros(F), "maximum": torch.zeros(F - 1)}
+    for contents in ({"sparsity": torch.zeros(F - 1)}, {"density": torch.zeros(F)}, maximum_of_another):
         save_file(contents, tmp_path / "sparsity.safetensors")
         with pytest.raises(SAEError, match="sparsity") as error:
             load_sae(tmp_path)

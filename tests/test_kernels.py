@@ -108,6 +108,6 @@ def test_encoding_in_chunks_changes_nothing(monkeypatch):
     centered = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)) - b_dec
     dead = torch.arange(10, 30)
     whole = kernels.encode(centered, W_enc, b_enc, 16, dead)
-    monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", 4 * 256 * 7)  # seven tokens at a time
+    monkeypatch.setitem(kernels.CHUNK_BYTES, ("cpu", torch.float32), 4 * 256 * 7)  # seven tokens at a time
     for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16, dead), whole, strict=True):
         torch.testing.assert_close(part, expected)

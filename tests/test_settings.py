@@ -22,6 +22,7 @@ NAME = "tiny"
 VERBOSE = False
 FOLDER: str | None = None
 COUNT: int | None = 3
+API_KEY: str | None = None
 EITHER: int | float = 1
 lower = 1
 """
@@ -137,6 +138,11 @@ def test_without_arguments_every_constant_has_its_default(constants):
 
 def test_a_constant_that_cannot_follow_is_an_error_that_shows_the_cause(constants):
     assert error_of(constants, "WIDTH=0").startswith("AREA cannot be computed with WIDTH=0")
+
+
+def test_no_error_repeats_a_key(constants):
+    assert "secret" not in error_of(constants, "API_KEY=secret", "WIDTH=0")
+    assert "secret" not in error_of(constants, "API_KEYS=secret")
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,37 @@ def test_a_trainer_that_loads_the_state_of_another_goes_on_like_it(tmp_path, mom
     assert all(torch.equal(a, b) for a, b in zip(first.state().values(), second.state().values(), strict=True))
 
 
+def test_a_trainer_keeps_the_largest_activation_of_each_feature_since_it_was_told_to_forget():
+    trainer = Trainer(16, 64, 4, k_aux=8, auxk_coefficient=1 / 32, dead_after_tokens=50, max_gradient_norm=1.0)
+    x = torch.randn(6, 40, 16, generator=torch.Generator().manual_seed(0))
+    trainer.initialize(x[0], 0)
+    for i, batch in enumerate(x):
+        if i == 3:
+            before = trainer.maximum.clone()
+            trainer.forget_maximum()
+            expected = torch.zeros(64)
+        seen = trainer.sae.encode(batch).dense(64).amax(dim=0)  # by the weights that the step begins with
+        trainer.step(batch, 1e-2)
+        if i >= 3:
+            expected = torch.maximum(expected, seen)
+    torch.testing.assert_close(trainer.maximum, expected, rtol=1e-4, atol=1e-5)
+    assert (before > trainer.maximum).any()
+
+
+def test_the_maxima_that_are_saved_are_those_of_the_last_part_of_the_run(
+    finished, here, arguments, tmp_path, monkeypatch
+):
+    forgotten, steps = [], []
+    step, forget = Trainer.step, Trainer.forget_maximum
+    monkeypatch.setattr(Trainer, "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
+    monkeypatch.setattr(Trainer, "forget_maximum", lambda self: (forgotten.append(len(steps)), forget(self))[1])
+    assert here(arguments(tmp_path / "run")).code == 0
+    assert forgotten == [int(0.8 * STEPS)]  # where the learning rate begins to fall
+    maximum, checkpoint = load_sae(finished[0]).maximum, load_file(finished[0] / "checkpoint.safetensors")
+    assert torch.equal(maximum, checkpoint["maximum"])
+    assert (maximum > 0).any()
+
+
 def test_a_finished_run_started_again_trains_nothing(here, arguments, copied, monkeypatch):
     before = contents_of(copied)
     monkeypatch.setattr(Trainer, "step", None)
@@ -469,6 +500,18 @@ def test_weights_that_break_stop_the_run_and_the_last_good_checkpoint_stays(
     assert step_of_checkpoint(tmp_path / "run") == 10
     assert load_file(tmp_path / "run/sae/sae_weights.safetensors")["W_enc"].abs().max() < 1e3
     assert metrics_of(tmp_path / "run")[-1]["step"] < seen_at
+
+
+def test_every_constant_is_known_to_shape_a_run_or_not_to():
+    script = runpy.run_path(str(ROOT / "train.py"))
+    constants = {name for name in vars(config) if name.isupper()}
+    source = (ROOT / "config.py").read_text()
+    of_explain = set(re.findall(r"^([A-Z_]+)\b", source[source.index("# ---- explain.py") :], re.MULTILINE))
+    free = {"DEVICE", "LEARNING_RATE", "RUN_DIR", "RESUME", "DRY_RUN", "CHECKPOINT_EVERY"}
+    free |= {"EVALUATION_ROWS", "EVALUATION_STRIDE", "EVALUATIONS"}
+    assert "OPENAI_API_KEY" in of_explain
+    assert constants == set(script["SHAPING"]) | free | of_explain
+    assert not set(script["SHAPING"]) & (free | of_explain)
 
 
 # ---- the plan, and what it refuses ----

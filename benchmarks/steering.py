@@ -1,0 +1,184 @@
+"""Does clamping a feature do what its activations say? Over features chosen by rule, beside a random direction.
+
+    python -m benchmarks.steering [NAME=value ...]
+
+The features: in a random order (SEED), the first FEATURES that fire on 0.01 % to 1 % of tokens and promote a clear
+class of tokens. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of five tokens
+by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature does to
+generated text, which is what is measured then.
+
+For each feature, texts from several prompts are sampled at growing strengths, and the strongest at which they are
+still fluent is marked, by demo.py's own rule (`sweep.is_fluent`). At that strength, on texts of other seeds: how often
+the feature fires when the model without the edit reads them, beside its rate on the model's own texts and on texts
+made under an edit of the same size at every token along a random direction; and what the texts cost in cross-entropy.
+
+The autoencoder is that of RUN_DIR, which train.py makes if there is none.
+"""
+
+import statistics
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import config
+import train
+from benchmarks.machine import save
+from mistral_sae import features, lm, settings, sweep
+from mistral_sae.checkpoint import LoadedSAE, load_sae
+from mistral_sae.steering import steer
+
+FEATURES = 24
+RAREST, MOST_FREQUENT = 1e-4, 1e-2  # share of tokens a feature fires on
+CLEAR = 4.0  # standard deviations
+CLASS_SAMPLE = (12, 128)  # rows and positions of held-out text on which the classes are measured
+STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # times the maximum
+PROMPTS = ("import os\nimport sys\n\ndef main(", 'class Parser:\n    """', "    def test_", "    # The")
+SEEDS_TO_MARK, SEEDS_TO_MEASURE = range(8), range(100, 116)  # of each prompt's texts
+MAX_TOKENS, TEMPERATURE = 40, 0.7
+SHOWN = 5  # promoted tokens
+
+
+def candidates(loaded: LoadedSAE) -> list[int]:
+    """The features in the range of frequencies, in a random order."""
+    found = features.statistics_in(loaded)
+    order = torch.randperm(len(found.density_F), generator=torch.Generator().manual_seed(config.SEED))
+    rare = (found.density_F >= RAREST) & (found.density_F <= MOST_FREQUENT) & (found.maximum_F > 0)
+    return order[rare[order]].tolist()
+
+
+def with_a_clear_class(model: lm.LanguageModel, loaded: LoadedSAE, rows_RT: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """The candidates that promote a clear class of tokens, in their order, and what they promote."""
+    (R, T), every = CLASS_SAMPLE, candidates(loaded)
+    for looked_at in range(0, len(every), features.AT_ONCE):
+        activations = {f: float(loaded.maximum[f]) for f in every[looked_at : looked_at + features.AT_ONCE]}
+        promotion_NV = features.promotion(model, loaded, activations, rows_RT[:R, :T])
+        clearness = features.clearness(promotion_NV).tolist()
+        for i, (feature, clear, promotion_V) in enumerate(zip(activations, clearness, promotion_NV, strict=True)):
+            if clear >= CLEAR:
+                yield {
+                    "feature": feature,
+                    "density": 10 ** float(loaded.log_sparsity[feature]),
+                    "maximum": activations[feature],
+                    "clearness": clear,
+                    "promoted": features.extremes(model, promotion_V, SHOWN)[0],
+                    "candidates_before": looked_at + i,
+                }
+
+
+class Texts:
+    """Samples from all prompts under one edit or another, and what is found in them."""
+
+    def __init__(self, model: lm.LanguageModel, loaded: LoadedSAE, seeds: range):
+        self._model, self._loaded, self._seeds = model, loaded, seeds
+        self._prompts = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in PROMPTS]
+        self._own = [self._sampled(ids, number) for number, ids in enumerate(self._prompts)]
+
+    def _sampled(self, ids: list[int], number: int) -> list[list[int]]:
+        seeds = [1000 * number + seed for seed in self._seeds]
+        return sweep.sample(self._model, ids, seeds, MAX_TOKENS, TEMPERATURE)
+
+    def own(self, feature: int) -> sweep.Measured:
+        """Of the unsteered model."""
+        pairs = zip(self._prompts, self._own, strict=True)
+        found = [sweep.measure(self._model, self._loaded, feature, ids, texts, nullcontext()) for ids, texts in pairs]
+        return sweep.pooled([each for texts in found for each in texts])
+
+    def steered(self, feature: int, strength: float, directions_SD: torch.Tensor | None = None) -> sweep.Measured:
+        """With the feature clamped to so many times its maximum, or the same along other directions."""
+
+        def edit() -> AbstractContextManager:
+            c = strength * float(self._loaded.maximum[feature])
+            return steer(self._model, self._loaded, {feature: c}, directions_SD=directions_SD)
+
+        found = []
+        for number, ids in enumerate(self._prompts):
+            with edit():
+                texts = self._sampled(ids, number)
+            found += sweep.measure(self._model, self._loaded, feature, ids, texts, edit())
+        return sweep.pooled(found)
+
+
+def marked_strength(texts: Texts, feature: int) -> float | None:
+    """The strongest at which the texts are still fluent; None if they are not even at the weakest."""
+    own, best = texts.own(feature), None
+    for strength in STRENGTHS:
+        if not sweep.is_fluent(texts.steered(feature, strength), own):
+            break
+        best = strength
+    return best
+
+
+def effect(to_mark: Texts, to_measure: Texts, loaded: LoadedSAE, feature: int) -> dict[str, Any]:
+    """One feature's figures at its marked strength."""
+    strength = marked_strength(to_mark, feature)
+    if strength is None:
+        return {"strength": None}
+    direction_SD = sweep.random_directions(loaded.sae.W_dec[[feature]], seed=feature)
+    found = {
+        "own": to_measure.own(feature),
+        "steered": to_measure.steered(feature, strength),
+        "random_direction": to_measure.steered(feature, strength, direction_SD),
+    }
+    return {"strength": strength} | {name: measured._asdict() for name, measured in found.items()}
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all features; one without a fluent strength counts as one that did nothing."""
+    marked = [each for each in found if each["strength"] is not None]
+    rates = {name: [each[name]["rate"] for each in marked] for name in ("own", "steered", "random_direction")}
+    costs = [each["steered"]["cross_entropy"] - each["own"]["cross_entropy"] for each in marked]
+    control_costs = [each["random_direction"]["cross_entropy"] - each["own"]["cross_entropy"] for each in marked]
+    return {
+        "features": len(found),
+        "candidates": found[-1]["candidates_before"] + 1,
+        "raised": sum(s > o for s, o in zip(rates["steered"], rates["own"], strict=True)) / len(found),
+        "beat_random_direction": sum(s > r for s, r in zip(rates["steered"], rates["random_direction"], strict=True))
+        / len(found),
+        "median_rates": {name: statistics.median(values) for name, values in rates.items()},
+        "mean_rates": {name: statistics.mean(values) for name, values in rates.items()},
+        "median_strength": statistics.median(each["strength"] for each in marked),
+        "cost": {"median": statistics.median(costs), "mean": statistics.mean(costs), "highest": max(costs)},
+        "within_a_nat": sum(cost <= sweep.MOST_NATS for cost in costs) / len(found),
+        "control_cost": {"median": statistics.median(control_costs)},
+    }
+
+
+def main() -> None:
+    """Choose, mark, measure."""
+    warnings.simplefilter("ignore")
+    settings.override(sys.argv[1:], config)
+    sae_path = Path(config.RUN_DIR) / "sae"
+    if not sae_path.exists():
+        train.main()
+    model, loaded = train.load_model(), load_sae(sae_path)
+    rows_RT = train.held_out_rows(model)
+    to_mark, to_measure = (Texts(model, loaded, seeds) for seeds in (SEEDS_TO_MARK, SEEDS_TO_MEASURE))
+    found = []
+    chosen = islice(with_a_clear_class(model, loaded, rows_RT), FEATURES)
+    for known in tqdm(chosen, total=FEATURES, unit=" features"):
+        found.append(known | effect(to_mark, to_measure, loaded, known["feature"]))
+        print(line(found[-1]), flush=True)
+    results = {"summary": summary(found), "features": found}
+    for name, value in results["summary"].items():
+        print(f"{name:24}{value}")
+    save("steering", results)
+
+
+def line(each: dict[str, Any]) -> str:
+    """One feature's figures."""
+    text = f"{each['feature']:6}  {each['density']:.2%} of tokens  x{each['strength']}"
+    if each["strength"] is not None:
+        rates = "  ".join(f"{name} {each[name]['rate']:.2%}" for name in ("own", "random_direction", "steered"))
+        text += f"  {rates}  +{each['steered']['cross_entropy'] - each['own']['cross_entropy']:.2f} nats"
+    return text + f"  {'  '.join(map(repr, each['promoted']))}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,507 @@
+"""Steer a Mistral with a feature: `python demo.py [NAME=value ...]`.
+
+Prints the model's own continuation of a prompt beside the steered one. SWEEP=1 prints a table over coefficients
+instead, CHAT=1 starts a conversation. Edit the constants below, or set them for one run: `python demo.py SEED=1`.
+"""
+
+import config
+
+# ---- what to steer ----
+# Folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae, which train.py writes
+SAE_PATH: str | None = None
+# Where the autoencoder belongs, if its folder says something else, as in "blocks.16.hook_resid_post"
+HOOK_NAME: str | None = None
+# A feature's number; words, for the feature that matches them best; or several features as {number: coefficient}
+FEATURE_INDEX: int | str | dict = "exception"
+STEERING_ON = True  # False: both columns are the model's own
+
+# ---- how ----
+METHOD = "clamp"  # "clamp", "add", "ablate" or "raw"
+# Its unit depends on the method. clamp: the feature is set to so many times its maximum seen in training; add: so many
+# times the residual's norm at each position is added along the feature's direction; raw: so many times the feature's
+# decoder row is added; ablate sets the feature to 0 whatever it is. Negative ones push away; None is as it is
+COEFFICIENT: float | None = 1.0
+POSITIONS = "all"  # "all": of the prompt (but its first) and of what is generated; "generated": the latter only
+EXACT = False  # encode all features to know when TopK silences the steered one, at the price of its speed
+
+# ---- text ----
+PROMPT = 'def load(path):\n    """'
+MAX_TOKENS = 80  # generated, at most
+TEMPERATURE = 0.7  # 0 takes the likeliest token
+SEED = 0
+
+# ---- other things to do ----
+SWEEP = False  # a table over coefficients
+SWEEP_COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # multiples of COEFFICIENT's unit
+SWEEP_SAMPLES = 8  # texts a coefficient
+CHAT = False  # a conversation, with commands: /help lists them
+CHAT_CONTEXT = config.CONTEXT_LENGTH if config.ON_STANDIN else 8192  # tokens of it that the model is given, at most
+
+import sys
+
+from mistral_sae import settings
+
+if __name__ == "__main__":
+    settings.begin("demo", config, sys.modules[__name__])  # before the imports below take their seconds
+
+import ast
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from mistral_sae import chat, features, lm, screen, steering, sweep, text
+from mistral_sae.checkpoint import LoadedSAE, load_sae
+from mistral_sae.evaluate import reconstruction
+from mistral_sae.files import SAEError
+from mistral_sae.steering import SteeringError
+
+SCAN_ROWS = 48  # rows of held-out text that are read to find features by their tokens
+MAXIMUM_TOKENS = 200_000  # that are read to measure features' maxima, for an autoencoder that comes without
+POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
+LISTED = 5  # features that match words, and tokens that a feature promotes
+
+
+class Subject(NamedTuple):
+    """What is steered, and with what."""
+
+    model: lm.LanguageModel
+    loaded: LoadedSAE
+    statistics: features.Statistics
+    explanations: dict[int, features.Explained]
+
+
+Coefficients = dict[int, float | None]  # by feature, in METHOD's unit
+
+
+def main() -> None:
+    """Open the autoencoder, load the model, choose the feature; then a text, a table or a conversation."""
+    check_settings()
+    loaded = open_sae()
+    model = lm.load(config.MISTRAL_MODEL_PATH, device=config.DEVICE, dtype=config.DTYPE)
+    subject = Subject(model, loaded, statistics_of(model, loaded), read_explanations())
+    coefficients = choose(subject, FEATURE_INDEX, COEFFICIENT)
+    in_unit_of(METHOD, coefficients, subject)  # what cannot be steered is said before anything is generated
+    if CHAT:
+        talk(subject, coefficients)
+    elif SWEEP:
+        show_sweep(subject, coefficients)
+    else:
+        show_texts(subject, coefficients)
+
+
+# ---- side by side ----
+
+
+def show_texts(subject: Subject, coefficients: Coefficients) -> None:
+    """The model's own continuation beside the steered one, and what they are."""
+    model, console = subject.model, Console(highlight=False)
+    prompt_ids = encode_prompt(model)
+    steered = edit(subject, METHOD, coefficients, len(prompt_ids)) if STEERING_ON else nullcontext()
+    generated = {}
+    for name, context in (("without steering", nullcontext()), ("with steering", steered)):
+        ids = model.generate(prompt_ids, MAX_TOKENS, TEMPERATURE, seed=SEED)
+        with context:
+            generated[name] = list(tqdm(ids, name, MAX_TOKENS, unit=" tokens", delay=2, leave=False))
+    own = torch.tensor([prompt_ids + generated["without steering"]])
+
+    print_fit(subject, own)
+    print_features(subject, coefficients, own, console)
+    print_line(
+        console, "edit", describe(subject, METHOD, coefficients) if STEERING_ON else "none: STEERING_ON is False"
+    )
+    print_line(console, "prompt", repr(PROMPT))
+    print()
+    marks = [read_back(subject, coefficients, prompt_ids, ids) for ids in generated.values()]
+    screen.print_side_by_side(console, list(generated), marks)
+    console.print(screen.legend(console))
+    print_figures(subject, coefficients, prompt_ids, generated)
+
+
+def read_back(subject: Subject, coefficients: Coefficients, prompt_ids: list[int], ids: list[int]) -> list[screen.Mark]:
+    """The texts of generated tokens, marked by the strongest of the features when read without the edit."""
+    model, sae = subject.model, subject.loaded.sae
+    if not ids:
+        return []
+    x_TD = model.residuals(torch.tensor([prompt_ids + ids]), layer_of(subject))[0, len(prompt_ids) :]
+    of = torch.tensor(list(coefficients), device=x_TD.device)
+    activations_TS = steering.activations_of(sae, x_TD, of)[0].cpu()
+    shares = (activations_TS / subject.statistics.maximum_F[of.cpu()].clamp_min(1e-6)).amax(dim=1).tolist()
+    texts = model.tokenizer.strings(prompt_ids + ids)[len(prompt_ids) :]
+    return [screen.Mark(piece, screen.level_of(share)) for piece, share in zip(texts, shares, strict=True)]
+
+
+def print_features(subject: Subject, coefficients: Coefficients, own: torch.Tensor, console: Console) -> None:
+    """What is known of each feature; `own` (1, T) is a text of the model's, in which promotions are measured."""
+    maximum_F, density_F, _ = subject.statistics
+    for feature in coefficients:
+        maximum, density = float(maximum_F[feature]), float(density_F[feature])
+        explained = subject.explanations.get(feature)
+        if explained:
+            score = "" if explained.detection is None else f", detection {explained.detection:.2f}"
+            print_line(console, f"feature {feature}", f"{explained.text} ({explained.explainer}{score})")
+        else:
+            print_line(console, f"feature {feature}", "no explanation yet (explain.py writes them)")
+        print_line(console, "  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
+        if maximum > 0:
+            (promotion_V,) = features.promotion(subject.model, subject.loaded, {feature: maximum}, own)
+            up, down = features.extremes(subject.model, promotion_V, 2 * LISTED)
+            print_line(console, "  promotes", "  ".join(map(repr, up)))
+            print_line(console, "  suppresses", "  ".join(map(repr, down)))
+        lens_up, _ = features.logit_lens(subject.model, subject.loaded, feature, 2 * LISTED)
+        print_line(console, "  logit lens", "  ".join(map(repr, lens_up)))
+
+
+def print_figures(
+    subject: Subject, coefficients: Coefficients, prompt_ids: list[int], generated: dict[str, list[int]]
+) -> None:
+    """What the texts cost the unsteered model, and where the first feature fires when they are read back."""
+    for name, ids in generated.items():
+        (found,) = sweep.measure(
+            subject.model, subject.loaded, next(iter(coefficients)), prompt_ids, [ids], nullcontext()
+        )
+        print(
+            f"{name:<17} {found.tokens} tokens, {found.cross_entropy:.2f} nats each to the unsteered model, "
+            f"{found.repetition:.0%} repeated; the feature fires on {found.rate:.0%}"
+        )
+
+
+def print_line(console: Console, name: str, value: str) -> None:
+    """A name and as much of its value as the screen's width takes."""
+    line = Text(f"{name:<13} {value}")
+    line.truncate(max(console.width, 40), overflow="ellipsis")
+    console.print(line, no_wrap=True, crop=False)
+
+
+# ---- a table over coefficients ----
+
+
+def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
+    """Texts over coefficients, and the same for a random direction and for another feature, as controls."""
+    if METHOD == "ablate":
+        raise SteeringError("found SWEEP with METHOD=ablate, which has no strength: use clamp, add or raw")
+    model, loaded, console = subject.model, subject.loaded, Console(highlight=False)
+    prompt_ids, seeds = encode_prompt(model), range(SEED, SEED + SWEEP_SAMPLES)
+    signs = {feature: -1.0 if c is not None and c < 0 else 1.0 for feature, c in coefficients.items()}
+    if len(coefficients) > 1:  # several keep their proportions
+        signs = {feature: c for feature, c in coefficients.items() if c is not None}
+    first = next(iter(signs))
+    other = another_feature(subject, first)
+    rows_SD = loaded.sae.W_dec[list(signs)]
+    measure = partial(sweep.measure, model, loaded, first, prompt_ids)
+    texts = sweep.sample(model, prompt_ids, seeds, MAX_TOKENS, TEMPERATURE)
+    unsteered = sweep.pooled(measure(texts, nullcontext()))
+    print_line(console, "edit", f"{METHOD}, COEFFICIENT as in the table, {SWEEP_SAMPLES} texts each")
+    print_line(console, "prompt", repr(PROMPT))
+    for title, of, directions_SD in [
+        (f"feature {', '.join(map(str, signs))}", signs, None),
+        ("control: random direction, the same size of edit", signs, sweep.random_directions(rows_SD, SEED)),
+        (f"control: another feature, {other}", {other: 1.0}, None),
+    ]:
+
+        def edit_of(scales_B: torch.Tensor, of=of, directions_SD=directions_SD) -> AbstractContextManager:
+            scaled = {feature: c * scales_B for feature, c in of.items()}
+            return edit(subject, METHOD, scaled, len(prompt_ids), directions_SD)
+
+        found = sweep.sweep(
+            model, loaded, first, edit_of, SWEEP_COEFFICIENTS, unsteered,
+            prompt_ids=prompt_ids, seeds=seeds, max_tokens=MAX_TOKENS, temperature=TEMPERATURE,
+        )  # fmt: skip
+        found = list(tqdm(found, title, len(SWEEP_COEFFICIENTS), unit=" coefficients", leave=False, delay=1))
+        print()
+        console.print(sweep_table(subject, title, texts[0], unsteered, found))
+    print(
+        f"\n→ strongest setting at which the text is still fluent: at most {sweep.MOST_NATS:g} nat a token above the "
+        f"model's own text, and at most {sweep.MOST_REPETITION:.0%} more of it repeated"
+    )
+
+
+def sweep_table(
+    subject: Subject, title: str, own: list[int], unsteered: sweep.Measured, found: list[sweep.Setting]
+) -> Table:
+    """One table: a row a setting, the unsteered model's first."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
+    table.add_column("")
+    for name in ("coef.", "nats", "KL", "repeated", "fires", "mean"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    marked = sweep.strongest_fluent(found)
+    rows = [("", "none", unsteered, own)]
+    rows += [("→" if each is marked else "", f"{each.scale:g}", each.measured, each.text) for each in found]
+    for mark, coefficient, m, ids in rows:
+        start = Text(repr(subject.model.tokenizer.decode(ids))[1:-1])
+        figures = (
+            f"{m.cross_entropy:.2f}",
+            f"{m.kl:.2f}",
+            f"{m.repetition:.0%}",
+            f"{m.rate:.1%}",
+            f"{m.activation:.2f}",
+        )
+        table.add_row(mark, coefficient, *figures, start, style="bold" if mark else None)
+    return table
+
+
+def another_feature(subject: Subject, feature: int) -> int:
+    """A random feature that fires about as rarely as most."""
+    maximum_F, density_F, _ = subject.statistics
+    live = ((maximum_F > 0) & (density_F > 1e-4) & (density_F < 1e-2)).nonzero().squeeze(1).tolist()
+    live = [other for other in live if other != feature] or [feature]
+    return live[torch.randint(len(live), (1,), generator=torch.Generator().manual_seed(SEED)).item()]
+
+
+# ---- conversation ----
+
+
+def talk(subject: Subject, coefficients: Coefficients) -> None:
+    """A conversation in the terminal; its transcript goes to RUN_DIR/chat.jsonl."""
+    is_instruct = not config.ON_STANDIN and chat.has_chat_format(subject.model)
+    if not is_instruct:
+        print("this is no instruct model: it continues what you write")
+    current = chat.Steering(coefficients, METHOD, on=STEERING_ON)
+    print("/help lists the commands, Ctrl-C stops a reply, /quit or Ctrl-D ends")
+
+    def describe_all(wanted: chat.Steering) -> str:
+        steering_as = describe(subject, wanted.method, wanted.coefficients)
+        return f"steering: {steering_as}" if wanted.on else f"steering is off ({steering_as})"
+
+    chat.converse(
+        subject.model,
+        current,
+        steered=lambda wanted, length: edit(subject, wanted.method, wanted.coefficients, length),
+        find=lambda words: choose(subject, parsed(words), COEFFICIENT),
+        describe=describe_all,
+        is_instruct=is_instruct,
+        context=CHAT_CONTEXT,
+        max_tokens=MAX_TOKENS,
+        temperature=TEMPERATURE,
+        seed=SEED,
+        transcript=Path(config.RUN_DIR) / "chat.jsonl",
+    )
+
+
+def parsed(words: str) -> int | str | dict:
+    """What FEATURE_INDEX may be, from what was typed."""
+    try:
+        value = ast.literal_eval(words)
+    except (ValueError, SyntaxError):
+        return words
+    return value if isinstance(value, int | dict) else words
+
+
+# ---- the edit ----
+
+
+def edit(
+    subject: Subject,
+    method: str,
+    coefficients: dict[int, steering.Coefficient],
+    prompt_length: int,
+    directions_SD: torch.Tensor | None = None,
+) -> AbstractContextManager:
+    """The context in which the model is steered."""
+    return steering.steer(
+        subject.model,
+        subject.loaded,
+        in_unit_of(method, coefficients, subject),
+        method,
+        first_position=prompt_length if POSITIONS == "generated" else 1,
+        exact=EXACT,
+        directions_SD=directions_SD,
+    )
+
+
+def in_unit_of(method: str, coefficients: Coefficients, subject: Subject) -> Coefficients:
+    """COEFFICIENTs as `steer` takes them: of clamp, as activations. Raises SteeringError for what cannot be steered."""
+    steering.check_coefficients(subject.loaded.sae, coefficients, method)
+    if method != "clamp":
+        return coefficients
+    return steering.times_maximum(coefficients, subject.statistics.maximum_F)
+
+
+def describe(subject: Subject, method: str, coefficients: Coefficients) -> str:
+    """The edit in words, with its unit."""
+    in_unit = in_unit_of(method, coefficients, subject)
+    where = "generated tokens" if POSITIONS == "generated" else "prompt and generated tokens"
+    parts = []
+    for feature, c in coefficients.items():
+        if c is None:
+            parts.append(f"{feature} as it is")
+        elif method == "clamp":
+            parts.append(f"{feature} set to {c:g} times its maximum ({in_unit[feature]:.1f})")
+        elif method == "ablate":
+            parts.append(f"{feature} set to 0")
+        else:
+            unit = "times the residual's norm" if method == "add" else "times its decoder row"
+            parts.append(f"{feature} added at {c:g} {unit}")
+    return f"{method}: {', '.join(parts)}; on {where}"
+
+
+# ---- which feature ----
+
+
+def choose(subject: Subject, wanted: int | str | dict, coefficient: float | None) -> Coefficients:
+    """The features and their coefficients: numbers as they are, words looked up. Raises SteeringError."""
+    if isinstance(wanted, int):
+        found: Coefficients = {wanted: coefficient}
+    elif isinstance(wanted, dict):
+        found = dict(wanted)
+    else:
+        found = {look_up(subject, wanted): coefficient}
+    if not found:
+        raise SteeringError("found no feature in FEATURE_INDEX: expected one or more, as in {12: 2, 40: -1}")
+    steering.check_coefficients(subject.loaded.sae, found, "clamp")
+    return found
+
+
+def look_up(subject: Subject, words: str) -> int:
+    """The feature that matches words best, from a ranked list that is printed."""
+    explanations = {feature: explained.text for feature, explained in subject.explanations.items()}
+    matching = features.by_explanation(words, explanations)
+    if not explanations:
+        how = f"no explanations yet in {config.RUN_DIR} (explain.py writes them): by tokens promoted and fired on"
+    elif not matching:
+        how = f"none of {len(explanations):,} explanations matches: by tokens promoted and fired on"
+    else:
+        how = f"by explanation, of which {len(matching):,} of {len(explanations):,} match"
+    print(f"features for {words!r}, {how}")
+    found = features.find(
+        words, subject.model, subject.loaded, subject.statistics, explanations, lambda: held_out_rows(subject.model)
+    )
+    if not found:
+        raise SteeringError(
+            f"found no feature for {words!r}: expected words or parts of words that the model's text has"
+        )
+    for i, each in enumerate(found[:LISTED]):
+        what = explanations.get(each.feature) or "promotes " + "  ".join(map(repr, each.promoted))
+        print(f"  {'→' if i == 0 else ' '} {each.feature:>6}  {each.promotion:4.1f}  {what}")
+    return found[0].feature
+
+
+def read_explanations() -> dict[int, features.Explained]:
+    """Those of RUN_DIR, unless they describe another autoencoder than SAE_PATH's."""
+    run_dir = Path(config.RUN_DIR)
+    is_own = SAE_PATH is None or Path(SAE_PATH).expanduser().resolve() in (
+        run_dir.resolve(),
+        (run_dir / "sae").resolve(),
+    )
+    if not is_own and (run_dir / "sae").exists():
+        return {}
+    return features.read_explanations(run_dir / "explanations.jsonl")
+
+
+# ---- model, autoencoder and text ----
+
+
+def open_sae() -> LoadedSAE:
+    """The autoencoder, checked against the model before that is loaded. Raises SAEError and SteeringError."""
+    spec = lm.inspect(config.MISTRAL_MODEL_PATH or lm.STANDIN)
+    device, _ = lm.device_and_dtype(config.DEVICE, config.DTYPE)
+    source: str | Path = SAE_PATH or Path(config.RUN_DIR) / "sae"
+    if SAE_PATH is None and not (source / "cfg.json").exists():
+        raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH")
+    loaded = load_sae(source, hook_name=HOOK_NAME, device=device)
+    sae, metadata, layer = loaded.sae, loaded.metadata, steering.layer_of(loaded.metadata)
+    steering.check_width(sae, spec.name, spec.d_model)
+    if layer >= spec.n_layers:
+        raise SteeringError(
+            f"found an autoencoder of layer {layer} and {spec.name} with layers 0 to {spec.n_layers - 1}: expected the "
+            "model that it was trained on; set MISTRAL_MODEL_PATH or SAE_PATH"
+        )
+    print(f"layer         {layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
+    print(f"autoencoder   {source}, {sae.n_features:,} features")
+    named = (metadata.model_name or spec.name).rsplit("/", 1)[-1]
+    if named.lower() != spec.name.lower():
+        print(
+            f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
+        )
+    return loaded
+
+
+def layer_of(subject: Subject) -> int:
+    """The layer that is read and edited."""
+    return steering.layer_of(subject.loaded.metadata)
+
+
+def statistics_of(model: lm.LanguageModel, loaded: LoadedSAE) -> features.Statistics:
+    """How often and strongly features fire: from training, or measured on text once and kept in RUN_DIR."""
+    if (known := features.statistics_in(loaded)) is not None:
+        return known
+    path = Path(config.RUN_DIR) / "feature_statistics.safetensors"
+    n_rows = max(1, MAXIMUM_TOKENS // config.CONTEXT_LENGTH)
+    print(f"the autoencoder comes without its features' maxima: from {MAXIMUM_TOKENS:,} tokens, kept in {path}")
+
+    def measure() -> features.Statistics:
+        rows = islice(rows_of(model, held_out=False), n_rows)
+        batches = text.batches(rows, config.ROWS_PER_FORWARD)
+        n_batches = -(-n_rows // config.ROWS_PER_FORWARD)
+        return features.measure_statistics(model, loaded, tqdm(batches, total=n_batches, leave=False, delay=1))
+
+    source = f"{config.DATA_PATH} {config.DATA_SPLIT} {config.TEXT_FIELD} {n_rows} x {config.CONTEXT_LENGTH}"
+    return features.cached_statistics(path, model, loaded, source, measure)
+
+
+def rows_of(model: lm.LanguageModel, *, held_out: bool):
+    """Token rows (T) of one part of the corpus."""
+    documents = text.corpus(
+        config.DATA_PATH,
+        held_out=held_out,
+        held_out_fraction=config.HELD_OUT_FRACTION,
+        seed=config.SEED,
+        text_field=config.TEXT_FIELD,
+        split=config.DATA_SPLIT,
+    )
+    return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
+
+
+def held_out_rows(model: lm.LanguageModel) -> torch.Tensor:
+    """SCAN_ROWS rows (R, T) of the held-out part, some way apart."""
+    apart = islice(rows_of(model, held_out=True), 0, None, config.EVALUATION_STRIDE)
+    rows = next(text.batches(apart, SCAN_ROWS), None)
+    if rows is None:
+        raise text.TextError(
+            "the held-out part has less text than one row: use more text, or a FEATURE_INDEX that is a number"
+        )
+    return rows
+
+
+def encode_prompt(model: lm.LanguageModel) -> list[int]:
+    """The prompt's token ids, BOS first."""
+    return [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
+
+
+def print_fit(subject: Subject, own: torch.Tensor) -> None:
+    """Say so if the autoencoder does not explain the model's residuals on a text of its own (1, T)."""
+    x = subject.model.residuals(own, layer_of(subject))[0, 1:]
+    explained = reconstruction(subject.loaded.sae, [x]).explained_variance
+    if explained < POOR_FIT:
+        print(
+            f"warning: the autoencoder explains {explained:.0%} of the residuals' variance here: "
+            "is it of this model and this layer?"
+        )
+
+
+def check_settings() -> None:
+    """Raise SettingsError for constants that no run can use, before anything is loaded."""
+    for name, good, expected in [
+        ("METHOD", METHOD in steering.METHODS, "clamp, add, ablate or raw"),
+        ("POSITIONS", POSITIONS in ("all", "generated"), "all or generated"),
+        ("MAX_TOKENS", MAX_TOKENS >= 1, "at least 1"),
+        ("TEMPERATURE", TEMPERATURE >= 0, "0 or more"),
+        ("SEED", 0 <= SEED < 2**32, "0 to 2**32 - 1"),
+        ("SWEEP_SAMPLES", SWEEP_SAMPLES >= 1, "at least 1"),
+        ("SWEEP_COEFFICIENTS", list(SWEEP_COEFFICIENTS) == sorted(SWEEP_COEFFICIENTS), "numbers from weak to strong"),
+        ("CHAT_CONTEXT", CHAT_CONTEXT > MAX_TOKENS, f"more than MAX_TOKENS, {MAX_TOKENS}"),
+    ]:
+        if not good:
+            raise settings.SettingsError(f"{name} is {globals()[name]!r}: expected {expected}")
+
+
+if __name__ == "__main__":
+    settings.run(main, bad_input=(settings.SettingsError, SteeringError, lm.ModelError, text.TextError, SAEError))

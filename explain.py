@@ -1,0 +1,403 @@
+"""Explain the features of a sparse autoencoder: `python explain.py [NAME=value ...]`.
+
+A corpus gives the examples that activate each feature, an explainer says in words what they have in common, a scorer
+how well the words tell where the feature fires on other documents. It all ends in RUN_DIR/explanations.jsonl and
+RUN_DIR/report.html. The constants are in config.py. Nothing that was paid for is asked again when a run that was
+stopped is started anew.
+"""
+
+import config
+from mistral_sae import settings
+
+if __name__ == "__main__":
+    settings.begin("explain", config)  # the first line, before the imports below take their seconds
+
+import asyncio
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral_sae import examples, labelling, lm, offline, prompts, report, text
+from mistral_sae.checkpoint import LoadedSAE, load_sae
+from mistral_sae.client import BudgetReached, Client, ClientError, DryRun, Prices, Usage
+from mistral_sae.collect import Collection, Settings, collect, encode
+from mistral_sae.files import SAEError, write_text
+from mistral_sae.geometry import decoder_geometry
+from mistral_sae.journal import Journal, JournalError, locked
+from mistral_sae.local_completer import LocalCompleter
+from mistral_sae.records import Completer, Completion, Label, Request
+from mistral_sae.steering import SteeringError, layer_of
+
+SHOWN_FEATURES = 10  # of a token of TEXT
+
+
+def main() -> None:
+    """Load, collect, explain, score, report."""
+    run_dir = Path(config.RUN_DIR)
+    check_settings()
+    loaded, model = load_both()
+    if config.TEXT is not None:
+        return show_text(model, loaded, run_dir)
+    with locked(run_dir) as note:
+        if note:
+            print(note)
+        collection = collect_examples(model, loaded, run_dir)
+        chosen = select(collection)
+        records = examples.FeatureRecords(collection, chosen, model, loaded.sae)
+        labels = label(records, model, run_dir)
+        if config.DRY_RUN:
+            return
+        write_text(run_dir / "explanations.jsonl", "".join(labelling.to_json(each) + "\n" for each in labels.values()))
+        run = about_run(loaded, model, text.check(config.DATA_PATH), collection.tokens, collection.firings)
+        report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), labels)
+    print_results(labels, run_dir)
+
+
+# ---- settings ----
+
+
+def check_settings() -> None:
+    """Raise SettingsError for constants that no run can use, before anything is loaded."""
+    for name, good, expected in [
+        ("EXPLAINER", explainer() in ("openai", "mistral", "offline"), "openai, mistral or offline"),
+        ("SCORERS", set(scorers()) <= set(labelling.METHODS), f"any of {', '.join(labelling.METHODS)}"),
+        ("EXPLAIN_TOKENS", config.EXPLAIN_TOKENS >= config.CONTEXT_LENGTH, "at least one row, CONTEXT_LENGTH"),
+        ("CONTEXT_LENGTH", config.CONTEXT_LENGTH >= 3, "at least 3"),
+        *((name, getattr(config, name) >= 1, "at least 1") for name in ("EXPLAIN_STRIDE", "CONCURRENCY")),
+        *((name, getattr(config, name) >= 0, "0 or more") for name in ("TOKENS_BEFORE", "TOKENS_AFTER", "SEED")),
+        *((name, getattr(config, name) > 0, "above 0") for name in ("REQUEST_TIMEOUT", "REQUEST_DEADLINE")),
+        *((name, getattr(config, name) >= 0, "0 or more") for name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS")),
+        *((name, (getattr(config, name) or 1) > 0, "above 0, or None") for name in ("MAX_DOLLARS", "MAX_TOKENS")),
+        ("MAX_FAILED_SHARE", 0 <= config.MAX_FAILED_SHARE <= 1, "0 to 1"),
+        ("TEXT", config.TEXT is None or config.TEXT.strip(), "some text"),
+    ]:
+        if not good:
+            raise settings.SettingsError(f"{name} is {getattr(config, name)!r}: expected {expected}")
+
+
+def explainer() -> str:
+    """Who explains: EXPLAINER, or what the key and the base URL say."""
+    if config.EXPLAINER is not None:
+        return config.EXPLAINER
+    return "openai" if config.OPENAI_API_KEY or config.OPENAI_BASE_URL else "offline"
+
+
+def scorers() -> list[str]:
+    """The methods of SCORERS."""
+    return config.SCORERS.replace(",", " ").split()
+
+
+# ---- model and examples ----
+
+
+def load_both() -> tuple[LoadedSAE, lm.LanguageModel]:
+    """The autoencoder and the whole model, which fit each other."""
+    source = config.SAE_PATH or str(Path(config.RUN_DIR) / "sae")
+    if config.SAE_PATH is None and not Path(source, "cfg.json").is_file():
+        raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH or RUN_DIR")
+    device, _ = lm.device_and_dtype(config.DEVICE, config.DTYPE)
+    loaded = load_sae(source, hook_name=config.HOOK_NAME, device=device)
+    spec, layer = lm.inspect(config.MISTRAL_MODEL_PATH or lm.STANDIN), layer_of(loaded.metadata)
+    if (loaded.sae.d_model, True) != (spec.d_model, layer < spec.n_layers):
+        raise SAEError(
+            f"found an autoencoder of width {loaded.sae.d_model} for layer {layer}, expected one for {spec.name} "
+            f"(width {spec.d_model}, layers 0 to {spec.n_layers - 1}): set SAE_PATH or MISTRAL_MODEL_PATH"
+        )
+    print(f"features  {loaded.sae.n_features:,} of {source}, layer {layer} ({loaded.metadata.hook_name})")
+    model = lm.load(config.MISTRAL_MODEL_PATH, device=config.DEVICE, dtype=config.DTYPE)
+    return loaded, model
+
+
+def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> Collection:
+    """The examples of all features: those of RUN_DIR if they are of the same making, else from the corpus."""
+    print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
+    layer, per_row = layer_of(loaded.metadata), config.CONTEXT_LENGTH - 1
+    n_rows = math.ceil(config.EXPLAIN_TOKENS / per_row)
+    wanted = Settings(left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED)
+    names = ["DATA_PATH", "DATA_SPLIT", "TEXT_FIELD", "HELD_OUT_FRACTION", "SEED", "CONTEXT_LENGTH", "EXPLAIN_STRIDE"]
+    corpus = {name: getattr(config, name) for name in names}
+    corpus |= {"files": text.fingerprint(config.DATA_PATH), "rows": n_rows}
+    made_from = examples.inputs(model, loaded.sae, layer, corpus, wanted)
+    path = run_dir / "examples.safetensors"
+    collection, why = examples.load_collection(path, made_from)
+    if collection is not None:
+        print(f"examples  {path}, from {collection.tokens:,} tokens")
+        return collection
+    if why:
+        print(why)
+    print(f"looking for examples of all features in {n_rows * per_row:,} tokens")
+    skipped = text.Skipped()
+    documents = text.corpus(
+        config.DATA_PATH,
+        held_out=False,
+        held_out_fraction=config.HELD_OUT_FRACTION,
+        seed=config.SEED,
+        epochs=False,
+        text_field=config.TEXT_FIELD,
+        split=config.DATA_SPLIT,
+        skipped=skipped,
+    )
+    packed = text.pack_with_documents(documents, model.tokenizer, config.CONTEXT_LENGTH)
+    rows = islice(text.prefetch(islice(packed, 0, None, config.EXPLAIN_STRIDE), depth=1024), n_rows)
+    with tqdm(total=n_rows * per_row, unit=" tokens", unit_scale=True) as progress:
+        collection = collect(
+            counted(rows, progress, per_row), model, loaded.sae, layer, wanted, rows_per_forward=config.ROWS_PER_FORWARD
+        )
+    if skipped.count:
+        print(skipped.summary())
+    examples.save_collection(path, collection, made_from)
+    return collection
+
+
+def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any]:
+    """The same items, each of which moves the bar."""
+    for item in items:
+        yield item
+        progress.update(each)
+
+
+def select(collection: Collection) -> list[int]:
+    """The features that SELECT names, in the order of their numbers. Raises SettingsError."""
+    n_features = len(collection.firings)
+    living = collection.firings.nonzero().squeeze(1).tolist()
+    words = str(config.SELECT).strip().lower()
+    if words == "all":
+        return list(range(n_features))
+    if match := re.fullmatch(r"(random|densest)\s+(\d+)", words):
+        count = min(int(match[2]), len(living))
+        if match[1] == "random":
+            return sorted(random.Random(config.SEED).sample(living, count))
+        return sorted(collection.firings.topk(count).indices.tolist())
+    if match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", words):
+        chosen = list(range(int(match[1]), int(match[2]) + 1))
+    elif re.fullmatch(r"[\[(]?\s*\d+(\s*,\s*\d+)*\s*,?\s*[\])]?", words):
+        chosen = sorted({int(number) for number in re.findall(r"\d+", words)})
+    else:
+        chosen = []
+    if not chosen or chosen[-1] >= n_features:
+        raise settings.SettingsError(
+            f"SELECT is {config.SELECT!r}: expected all, random N, densest N, a range such as 0-99 or a list such as "
+            f"[3, 17], of features 0 to {n_features - 1}"
+        )
+    return chosen
+
+
+# ---- explanations and scores ----
+
+
+def label(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Path) -> dict[int, Label]:
+    """A label for each of the features; none with DRY_RUN, which only says what they would cost."""
+    who, n = explainer(), len(records)
+    if who == "offline":
+        why = "" if config.EXPLAINER else ", since neither OPENAI_API_KEY nor OPENAI_BASE_URL is set"
+        print(f"explainer offline: counting, without a model{why}")
+        if config.DRY_RUN:
+            print(f"{n:,} features would be explained without a request")
+            return {}
+        with bar(n, "explaining") as progress:
+            found = {each.feature: offline.find(each) for each in counted(records, progress)}
+        with bar(n, "scoring") as progress:
+            scored = counted(offline.score_all(found, records.__getitem__, seed=config.SEED), progress)
+            return {each.feature: each for each in scored}
+    if config.DRY_RUN:
+        prices = Prices(config.PROMPT_DOLLARS, config.COMPLETION_DOLLARS)
+        dry = DryRun(prompts.dry_reply, prices)
+        asyncio.run(ask(records, dry, who))
+        use = dry.usage
+        print(
+            f"explainer {name_of(who)}: {n:,} features need {use.done:,} requests, about {use.prompt_tokens:,} tokens "
+            f"to read and {use.completion_tokens:,} to write: ${use.dollars:,.2f}, at most ${dry.most_dollars:,.2f}; "
+            "none was sent"
+        )
+        return {}
+    if who == "mistral":
+        print(f"explainer {name_of(who)}: the loaded model itself")
+        return asyncio.run(ask(records, LocalCompleter(model), who))
+    return asyncio.run(ask_server(records, run_dir))
+
+
+def name_of(who: str) -> str:
+    """Of the explainer, as its labels have it."""
+    return config.OPENAI_MODEL if who == "openai" else who
+
+
+async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[int, Label]:
+    """Labels by a server, each of whose completions is in the journal before it is used."""
+    with Journal(run_dir / "completions.jsonl") as journal:
+        client = Client(
+            journal,
+            config.OPENAI_MODEL,
+            config.OPENAI_BASE_URL,
+            config.OPENAI_API_KEY,
+            prices=Prices(config.PROMPT_DOLLARS, config.COMPLETION_DOLLARS),
+            max_dollars=config.MAX_DOLLARS,
+            max_tokens=config.MAX_TOKENS,
+            concurrency=config.CONCURRENCY,
+            timeout=config.REQUEST_TIMEOUT,
+            deadline=config.REQUEST_DEADLINE,
+        )
+        known = f", {len(journal):,} requests are answered already" if len(journal) else ""
+        print(f"explainer {name_of('openai')} at {config.OPENAI_BASE_URL or 'OpenAI'}{known}")
+        async with client:
+            within_budget = WithinBudget(client)
+            labels = await ask(records, within_budget, "openai")
+        if within_budget.reached:
+            print(f"stopped: {within_budget.reached}; start again with more to go on")
+        for note in client.notes:
+            print(note)
+        use = client.usage
+        print(
+            f"{use.done:,} requests, {use.retries:,} retries, {use.known:,} answered from the journal; "
+            f"{use.prompt_tokens:,} tokens read, {use.completion_tokens:,} written: ${use.dollars:,.2f}"
+        )
+        return labels
+
+
+async def ask(records: examples.FeatureRecords, completer: Completer, who: str) -> dict[int, Label]:
+    """Explain all, then score all. A budget that is reached ends it early: the features that were left say so."""
+    explanations: dict[int, labelling.Explanation] = {}
+    labels: dict[int, Label] = {}
+    load = records.__getitem__
+    with bar(len(records), "explaining") as progress:
+        async for each in labelling.explain_all(records.features, load, completer, in_flight=config.CONCURRENCY):
+            explanations[each.feature] = each
+            advance(progress, completer)
+    with bar(len(records), "scoring") as progress:
+        async for each in labelling.score_all(
+            explanations, load, completer, explainer=name_of(who), methods=scorers(), seed=config.SEED
+        ):
+            labels[each.feature] = each
+            advance(progress, completer)
+    return {feature: labels[feature] for feature in records.features}
+
+
+class WithinBudget:
+    """A Completer that ends the requests for which there is no money left, and not those that are under way."""
+
+    def __init__(self, client: Client):
+        self.client, self.reached = client, ""
+
+    @property
+    def usage(self) -> Usage:
+        """The client's."""
+        return self.client.usage
+
+    async def complete(self, request: Request) -> Completion:
+        """The client's completion, or one of status "stopped"."""
+        try:
+            return await self.client.complete(request)
+        except BudgetReached as reached:
+            self.reached = str(reached)
+            return Completion("stopped", self.reached)
+
+
+def bar(total: int, what: str) -> tqdm:
+    """A progress bar over features."""
+    return tqdm(total=total, desc=what, unit=" features")
+
+
+def advance(progress: tqdm, completer: Completer) -> None:
+    """One feature further; with a server, what it has cost so far and how many requests are out."""
+    progress.update()
+    if isinstance(completer, WithinBudget):
+        use = completer.usage
+        progress.set_postfix_str(
+            f"${use.dollars:.3f}, {use.done} requests, {use.retries} retries, {use.concurrency} at once"
+        )
+
+
+# ---- what comes of it ----
+
+
+def about_run(
+    loaded: LoadedSAE, model: lm.LanguageModel, corpus: str, tokens: int, firings: Tensor | None
+) -> report.Run:
+    """What the pages say of the run as a whole."""
+    evaluation, metrics = report.read_figures(Path(config.RUN_DIR)) if config.SAE_PATH is None else ({}, [])
+    return report.Run(
+        model="the bundled stand-in, a tiny Mistral that has read nothing but Python"
+        if config.ON_STANDIN
+        else model.name,
+        layer=layer_of(loaded.metadata),
+        hook_name=loaded.metadata.hook_name,
+        corpus=corpus,
+        tokens=tokens,
+        sae_path=config.SAE_PATH or str(Path(config.RUN_DIR) / "sae"),
+        d_model=loaded.sae.d_model,
+        n_features=loaded.sae.n_features,
+        evaluation=evaluation,
+        metrics=metrics,
+        density_F=None if firings is None else firings.double() / max(1, tokens),
+        geometry=None if firings is None else decoder_geometry(loaded.sae.W_dec, firings > 0),
+    )
+
+
+def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None:
+    """Write the page of TEXT: the strongest features of each of its tokens."""
+    sae, ids = loaded.sae, model.tokenizer.encode(config.TEXT)
+    tokens_BT = torch.tensor([[model.tokenizer.bos_id, *ids]])
+    values, indices = encode(sae, model.residuals(tokens_BT, layer_of(loaded.metadata)))
+    strongest = values[0, 1:].topk(min(SHOWN_FEATURES, values.shape[-1]), dim=-1)
+    features = indices[0, 1:].gather(1, strongest.indices)
+    tokens = [
+        report.TextToken(string, [(f, v) for f, v in zip(fs, vs, strict=True) if v > 0])
+        for string, fs, vs in zip(
+            model.tokenizer.strings(ids), features.tolist(), strongest.values.tolist(), strict=True
+        )
+    ]
+    path = run_dir / "explanations.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    labels = {each.feature: each for each in map(labelling.from_json, lines)}
+    maxima = {} if loaded.maximum is None else dict(enumerate(loaded.maximum.tolist()))
+    page = run_dir / "text.html"
+    report.write_text_page(page, about_run(loaded, model, "your text", len(ids), None), tokens, labels, maxima)
+    print(
+        f"page      {page}: {len(ids):,} tokens" + ("" if labels else "; run explain.py without TEXT for explanations")
+    )
+
+
+def print_results(labels: dict[int, Label], run_dir: Path) -> None:
+    """How many features have a label, how good the labels are, and where they are; Failed if too few have one."""
+    statuses = Counter(each.status for each in labels.values())
+    print(f"\nlabels    {run_dir / 'explanations.jsonl'}")
+    print(f"report    {run_dir / 'report.html'}")
+    print(
+        f"\n{len(labels):,} features: " + ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
+    )
+    for summary in report.summarize_scores(labels.values()):
+        print(
+            f"  {summary.method:10} {summary.value:.2f}   another feature's explanation {summary.other_feature:.2f}, "
+            f"its top token {summary.top_token:.2f}"
+        )
+    failed = sum(
+        count for status, count in statuses.items() if status not in ("ok", prompts.NO_PATTERN, "dead", "stopped")
+    )
+    if failed > config.MAX_FAILED_SHARE * len(labels):
+        raise settings.Failed(
+            f"{failed:,} of {len(labels):,} features have no label, more than MAX_FAILED_SHARE, "
+            f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why; start again to ask anew"
+        )
+
+
+if __name__ == "__main__":
+    settings.run(
+        main,
+        bad_input=(
+            settings.SettingsError,
+            lm.ModelError,
+            text.TextError,
+            SAEError,
+            SteeringError,
+            ClientError,
+            JournalError,
+        ),
+    )

@@ -1,0 +1,383 @@
+"""Chat completions from any OpenAI-compatible server, of which none is lost and none is asked for twice.
+
+    with locked(run_dir), Journal(run_dir / "completions.jsonl") as journal:
+        async with Client(journal, model, base_url, key) as client:
+            completion = await client.complete(Request(messages, schema, max_tokens=200))
+
+What happens to one request is a status of its completion. What would happen to all of them (a wrong key, an unknown
+model, no quota, no server) is a ClientError, and what ends the run as its user wished is a BudgetReached.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+
+import anyio  # what openai itself runs on; asyncio.timeout needs Python 3.11
+import openai
+
+from mistral_sae.dialect import Dialect
+from mistral_sae.journal import Journal, JournalError
+from mistral_sae.records import Completion, Request
+from mistral_sae.replies import Reply, estimate_tokens, most_tokens, read_error, read_response
+from mistral_sae.throttle import FREE, Budget, BudgetReached, Limit, Prices, Tokens
+
+__all__ = ["BudgetReached", "Client", "ClientError", "DryRun", "Prices", "Usage", "estimate_tokens", "request_key"]
+
+OPENAI = "https://api.openai.com/v1"
+CONNECT_SECONDS = 10.0
+FIRST_CONNECTIONS = 3  # attempts to reach a server that has not answered yet
+LONGEST_BACKOFF = 60  # times the first one
+REASON_LENGTH = 300  # characters of a server's words that are kept
+
+
+FATAL = {
+    "key": "the server at {address} refused the key ({words}), expected one that it accepts: check OPENAI_API_KEY",
+    "no key": "the server at {address} wants a key ({words}), found none: set OPENAI_API_KEY",
+    "model": "the server at {address} has no model {model!r} ({words}), expected one that it serves: "
+    "correct the model's name, or load it there",
+    "address": "found no chat completions for model {model!r} under {address} ({words}), expected an OpenAI-compatible "
+    "server: check the base URL, which mostly ends in /v1, and the model's name",
+    "quota": "the account at {address} has no quota left ({words}), expected some: add credit and start again to go on",
+    "no server": "found no server at {address} ({words}), expected one: start it, or correct the base URL",
+}
+
+
+class ClientError(RuntimeError):
+    """Why no request can succeed. One line: what was found, what was expected, what to do."""
+
+
+class Usage(NamedTuple):
+    """What a run has used so far."""
+
+    done: int  # requests that ended, whatever their status
+    known: int  # requests answered from the journal
+    retries: int  # attempts beyond the first of each request
+    prompt_tokens: int  # of all attempts; one whose reply was lost counts with the most it can have used
+    completion_tokens: int
+    dollars: float
+    concurrency: int  # attempts that may be out at once, at present
+
+
+class Client:
+    """A Completer that asks a server: `async with Client(...) as client`. One event loop, one model.
+
+    It prints nothing, and silences the loggers of openai and what that is made of. The key is in no text that leaves
+    it.
+
+    Args:
+        journal: where completions are looked up and written down.
+        model: the server's name for it.
+        base_url: of the server, mostly ending in /v1; None for OpenAI's.
+        key: None for a server that wants none.
+        sampling: fields of the request's body, such as `{"temperature": 0.0}`, which is the default, or `top_p`,
+            `seed`, `reasoning_effort`, `chat_template_kwargs`. One that the server rejects by name is left out.
+        prices: dollars per million tokens.
+        max_dollars: that all runs with this journal may spend together; None for no bound.
+        max_tokens: likewise, prompts and replies.
+        concurrency: attempts out at once, at most.
+        timeout: seconds an attempt may take, however slowly it trickles in.
+        deadline: seconds a request may take from its first attempt, with all waiting in between.
+        attempts: how often a request is tried that fails for other reasons than a server which is busy or away.
+        backoff: seconds before the first retry, about; doubles each time.
+        longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled.
+
+    Raises:
+        ClientError: the base URL or the key cannot be one.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        model: str,
+        base_url: str | None = None,
+        key: str | None = None,
+        *,
+        sampling: dict[str, Any] | None = None,
+        prices: Prices = FREE,
+        max_dollars: float | None = None,
+        max_tokens: int | None = None,
+        concurrency: int = 32,
+        timeout: float = 120.0,
+        deadline: float = 600.0,
+        attempts: int = 6,
+        backoff: float = 0.5,
+        longest_reply: int = 4096,
+    ):
+        self.model = model
+        self._address = _address(base_url or OPENAI)
+        self._has_key, self._secret = bool(key), _checked_key(key or "")
+        self._journal = journal
+        self._asked = {"temperature": 0.0} if sampling is None else dict(sampling)  # what completions are known by
+        self._dialect = Dialect(model, self._asked)
+        self._limit = Limit(concurrency)
+        self._budget = Budget(prices, max_dollars, max_tokens, journal.dollars, journal.tokens)
+        self._timeout, self._deadline = timeout, deadline
+        self._most_faults, self._backoff, self._longest_reply = attempts, backoff, longest_reply
+        self._done = self._known = self._retries = 0
+        self._reached = False  # whether the server ever answered
+        self._ended = ""  # why the run is over
+        self._scopes: set[anyio.CancelScope] = set()  # of the requests that are being asked
+        self._asking: dict[str, asyncio.Future[Completion | None]] = {}
+        for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # the last four before and since openai 3
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._openai = openai.AsyncOpenAI(
+            base_url=base_url or OPENAI,
+            api_key=key or "none",  # the package insists on one
+            max_retries=0,  # one place decides, and that is here
+            timeout=openai.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout)),
+        )
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._openai.close()
+
+    @property
+    def usage(self) -> Usage:
+        """What this run has used so far."""
+        spent = self._budget.spent
+        return Usage(
+            self._done, self._known, self._retries, *spent, self._budget.dollars, concurrency=int(self._limit.value)
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the server does not take, and what it is asked for in its place: a line each, as it is found out."""
+        return self._dialect.notes
+
+    async def complete(self, request: Request) -> Completion:
+        """The completion of a request: from the journal, else from the server and then in the journal.
+
+        The same request asked twice at once goes out once. A completion's tokens are those of all its attempts.
+
+        Raises:
+            ClientError: no request can succeed; every other that is being asked ends with it, too.
+            BudgetReached: the next attempt might cost more than is left.
+        """
+        key = request_key(request, self.model, self._asked)
+        while True:
+            if known := self._journal.get(key):
+                self._known += 1
+                return known
+            if key not in self._asking:
+                break
+            if completion := await asyncio.shield(self._asking[key]):  # None: whoever asked was stopped
+                return completion
+        completion = None
+        self._asking[key] = asyncio.get_running_loop().create_future()
+        try:
+            completion = await self._ask(key, request)
+            return completion
+        finally:
+            self._asking.pop(key).set_result(completion)
+
+    async def _ask(self, key: str, request: Request) -> Completion:
+        """Ask, and write down what came of it."""
+        tally = _Tally()
+        try:
+            status, text = await self._within_deadline(request, tally)
+        except BaseException:  # the run is stopped; what this request has cost counts even so
+            never_there = self._ended and not self._reached
+            if any(tally.spent) and not never_there:
+                with contextlib.suppress(JournalError):
+                    self._write(key, Completion("failed", "the run was stopped", *tally.spent))
+            raise
+        text = self._scrubbed(text)
+        if status in ("failed", "overflow"):
+            text = _one_line(text)
+        completion = Completion(status, text, *tally.spent)
+        try:
+            self._write(key, completion)
+        except JournalError as error:
+            self._end("journal", str(error))
+        self._done += 1
+        return completion
+
+    def _write(self, key: str, completion: Completion) -> None:
+        spent = Tokens(completion.prompt_tokens, completion.completion_tokens)
+        self._journal.append(key, completion, self._budget.prices.dollars(spent))
+
+    async def _within_deadline(self, request: Request, tally: "_Tally") -> tuple[str, str]:
+        """A request's status, and its reply or the reason."""
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                if not self._ended:
+                    return await self._attempts(request, scope, tally)
+            finally:
+                self._scopes.remove(scope)
+        if self._ended:
+            raise ClientError(self._ended)
+        return "failed", self._late(tally)
+
+    async def _attempts(self, request: Request, scope: anyio.CancelScope, tally: "_Tally") -> tuple[str, str]:
+        """Try until there is a status, within `scope`, whose deadline is set when the first attempt goes out."""
+        room, cut_off = request.max_tokens, None
+        since, faults, waits = None, 0, 0
+        while True:
+            async with self._limit.slot(since):
+                if since is None:
+                    since = anyio.current_time()
+                    scope.deadline = since + self._deadline
+                else:
+                    self._retries += 1
+                body = self._dialect.body(request, room)
+                reply = await self._attempt(body, request, room, tally)
+            tally.problem = reply.text
+            self._reached |= reply.kind != "no server"
+
+            if reply.kind in ("ok", "refused", "filtered"):
+                return reply.kind, reply.text
+            if reply.kind == "truncated":
+                cut_off = reply.text or "the reply was cut off before it began"
+                if room >= self._longest_reply:
+                    return "truncated", cut_off
+                room = min(2 * room, self._longest_reply)
+                continue
+            if reply.kind == "rejected" and self._dialect.adapt(body, reply.text):
+                continue
+            if reply.kind in ("overflow", "rejected", "failed"):
+                if cut_off is not None:  # the smaller room had been accepted
+                    return "truncated", cut_off
+                return ("overflow" if reply.kind == "overflow" else "failed"), reply.text
+
+            waits += 1
+            faults += reply.kind == "fault"
+            if reply.kind in FATAL and not (reply.kind == "no server" and (self._reached or waits < FIRST_CONNECTIONS)):
+                self._end(reply.kind, reply.text)
+            if faults == self._most_faults:
+                return "failed", f"{faults} attempts failed, the last with {reply.text}"
+            wait = self._backoff * min(2 ** min(waits - 1, 20), LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
+            if reply.wait is not None:
+                # No sooner than it says, and not all at the same moment
+                wait = max(reply.wait, self._backoff) + self._backoff * random.random()
+            if anyio.current_time() + wait > scope.deadline:
+                asked = f"the server asks for {reply.wait:g} s of patience, and there is " if reply.wait else ""
+                return "failed", asked + self._late(tally)
+            await anyio.sleep(wait)
+
+    async def _attempt(self, body: dict[str, Any], request: Request, room: int, tally: "_Tally") -> Reply:
+        """Send a request once, within the budget and the timeout."""
+        most = Tokens(most_tokens(request.messages, request.schema), room)
+        await self._budget.reserve(most)
+        spent = most  # until the server says better: it may charge for a reply that is lost on the way
+        began = anyio.current_time()
+        reply = Reply("busy", f"no reply within {self._timeout:g} s", None)
+        try:
+            with anyio.move_on_after(self._timeout):  # the package's own timeout starts again with each byte
+                reply = await self._send(body)
+            if reply.spent is not None:
+                spent = reply.spent
+        finally:
+            self._budget.settle(most, spent)
+            tally.spent = Tokens(tally.spent.prompt + spent.prompt, tally.spent.completion + spent.completion)
+        if reply.kind == "busy":
+            self._limit.overwhelmed(began)
+        elif reply.kind in ("ok", "refused", "filtered", "truncated"):
+            self._limit.succeeded()
+        return reply
+
+    async def _send(self, body: dict[str, Any]) -> Reply:
+        try:
+            response = await self._openai.chat.completions.create(**body)
+        except Exception as error:  # whatever the package makes of a reply that is no chat completion
+            return read_error(error)
+        return read_response(response, body["messages"])
+
+    def _end(self, kind: str, words: str) -> NoReturn:
+        """End the run: every request that is being asked ends with this error."""
+        if not self._ended:
+            kind = "no key" if kind == "key" and not self._has_key else kind
+            words = _one_line(self._scrubbed(words))
+            template = FATAL.get(kind, "{words}")
+            self._ended = template.format(address=self._address, model=self.model, words=words)
+            for scope in self._scopes:
+                scope.cancel()
+        raise ClientError(self._ended)
+
+    def _late(self, tally: "_Tally") -> str:
+        return f"no answer within {self._deadline:g} s; the last attempt: {tally.problem or 'none was finished'}"
+
+    def _scrubbed(self, text: str) -> str:
+        """`text` without the key, which some servers repeat."""
+        return text.replace(self._secret, "[key]") if self._secret else text
+
+
+class DryRun:
+    """A Completer that sends nothing: it counts what would be sent, and answers with a stand-in.
+
+    Args:
+        reply: what to answer a request with, of typical length and, where the next request depends on it, form.
+        prices: dollars per million tokens.
+    """
+
+    def __init__(self, reply: Callable[[Request], str], prices: Prices = FREE):
+        self._reply, self._prices = reply, prices
+        self._seen: set[str] = set()
+        self._typical = self._most = Tokens()
+
+    @property
+    def usage(self) -> Usage:
+        """What a run would use: estimates, with replies as long as the stand-ins and no retries."""
+        return Usage(len(self._seen), 0, 0, *self._typical, self._prices.dollars(self._typical), 0)
+
+    @property
+    def most_dollars(self) -> float:
+        """What it would cost if every reply were as long as it may be."""
+        return self._prices.dollars(self._most)
+
+    async def complete(self, request: Request) -> Completion:
+        """Count a request, unless it was counted before: a run would not ask it again."""
+        text = self._reply(request)
+        prompt, completion = estimate_tokens(request.messages), estimate_tokens([{"content": text}])
+        completion = min(completion, request.max_tokens)
+        key = request_key(request, "", {})
+        if key not in self._seen:
+            self._seen.add(key)
+            self._typical = Tokens(self._typical.prompt + prompt, self._typical.completion + completion)
+            self._most = Tokens(self._most.prompt + prompt, self._most.completion + request.max_tokens)
+        return Completion("ok", text, prompt, completion)
+
+
+def request_key(request: Request, model: str, sampling: dict[str, Any]) -> str:
+    """What a completion is known by: SHA-256 of all that it depends on, so neither the server's address nor its key."""
+    return hashlib.sha256(json.dumps([*request, model, sampling], sort_keys=True).encode()).hexdigest()
+
+
+class _Tally:
+    """What the attempts of one request have cost, and what went wrong in the last."""
+
+    def __init__(self):
+        self.spent = Tokens()
+        self.problem = ""
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + "..."
+
+
+def _address(base_url: str) -> str:
+    """A base URL as it may be shown: without user, password and query."""
+    try:
+        parts = urlsplit(base_url)
+        host, port = parts.hostname, f":{parts.port}" if parts.port else ""
+    except ValueError:
+        parts, host, port = None, None, ""
+    if not host or parts.scheme not in ("http", "https"):
+        raise ClientError(f"found the base URL {base_url!r}, expected one like http://localhost:8000/v1: correct it")
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path.rstrip('/')}"
+
+
+def _checked_key(key: str) -> str:
+    """The key if it is a secret, "" if it is a placeholder such as EMPTY or ollama."""
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ClientError("found a key with a space, a line break or a foreign letter in it: check OPENAI_API_KEY")
+    return "" if len(key) < 6 or key.isalpha() else key

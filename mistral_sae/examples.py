@@ -1,0 +1,256 @@
+"""Collected examples on disk, and what they say of each feature.
+
+    made_from = inputs(lm, sae, layer, corpus, settings)
+    collection, why = load_collection(path, made_from)
+    if collection is None:
+        collection = collect(rows, lm, sae, layer, settings)
+        save_collection(path, collection, made_from)
+    for feature in FeatureRecords(collection, [3, 17, 42], lm, sae): ...
+
+Shapes: F features, D model width, V vocabulary, n examples of a list, C features at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mistral_sae.collect import Collection, Settings
+from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.lm import LanguageModel
+from mistral_sae.pool import Pool, PoolIndex, Span
+from mistral_sae.records import Example, Feature
+from mistral_sae.reservoir import Windows
+from mistral_sae.sae import SparseAutoencoder
+from mistral_sae.tokenizer import Tokenizer
+
+FORMAT = 1  # of the file and of what is collected: raised by whoever changes either
+LISTS = ("top", "spread", "held_out")
+NEGATIVES = 10  # random passages of a feature, and hard ones
+NEIGHBORS = 10  # nearest and coactive features
+TOKENS = 10  # promoted and suppressed
+CHUNK_BYTES = 2**28  # of cosines or logits at a time
+
+
+# ---- on disk ----
+
+
+def inputs(
+    lm: LanguageModel, sae: SparseAutoencoder, layer: int, corpus: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """All that a collection depends on: hashes of the autoencoder's and the layers' weights, corpus and settings.
+
+    `corpus` is whatever names the rows: `text.fingerprint`, the part, the row's length, how many.
+    """
+    config = (sae.d_model, sae.n_features, sae.k, sae.activation, sae.normalize, sae.center)
+    tensors = {f"{i}.{name}": tensor for i in range(layer + 1) for name, tensor in lm.block(i).state_dict().items()}
+    found = {
+        "autoencoder": _hash(config, sae.state_dict()),
+        "model": _hash((lm.name, layer, lm.vocab_size), tensors),
+        "corpus": corpus,
+        "settings": settings._asdict() | {"format": FORMAT},
+    }
+    return json.loads(json.dumps(found))  # as it will be read
+
+
+def _hash(description: Any, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(repr(description).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_collection(path: Path, collection: Collection, made_from: dict[str, Any]) -> None:
+    """Write a collection as one safetensors file; `made_from` are its `inputs`."""
+    tensors = {name: getattr(collection, name) for name in ("firings", "maximum", "histogram")}
+    for name in (*LISTS, "pool"):
+        part = getattr(collection, name)
+        tensors |= {f"{name}.{field}": tensor for field, tensor in part._asdict().items()}
+    names = np.frombuffer(json.dumps(collection.names).encode(), dtype=np.uint8)
+    tensors["names"] = torch.from_numpy(names.copy())  # JSON: there can be more of them than a header may hold
+    save_state(path, tensors, {"made_from": made_from, "tokens": collection.tokens})
+
+
+def load_collection(path: Path, made_from: dict[str, Any]) -> tuple[Collection | None, str]:
+    """The collection in a file, or None and one line that says why it cannot be used; "" where there is no file."""
+    if not Path(path).exists():
+        return None, ""
+    try:
+        tensors, metadata = load_state(path, "cpu")
+    except SAEError as error:
+        return None, f"{error}; collecting anew"
+    there = metadata.get("made_from", {})
+    other = [name for name in made_from if there.get(name) != made_from[name]]
+    if other:
+        return None, f"the examples in {path} are of another {' and another '.join(other)}: collecting anew"
+    settings = {name: value for name, value in there["settings"].items() if name != "format"}
+    collection = Collection(
+        Settings(**settings),
+        metadata["tokens"],
+        *(tensors[name] for name in ("firings", "maximum", "histogram")),
+        *(Windows(*(tensors[f"{name}.{field}"] for field in Windows._fields)) for name in LISTS),
+        Pool(*(tensors[f"pool.{field}"] for field in Pool._fields)),
+        json.loads(tensors["names"].numpy().tobytes()),
+    )
+    return collection, ""
+
+
+# ---- as records ----
+
+
+class FeatureRecords:
+    """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
+
+    Iterating over many is a millisecond each, and holding all of them is 100 KB each. Raises ValueError for a feature
+    that the autoencoder does not have, and ModelError unless the whole model is loaded: it says which tokens a feature
+    promotes.
+    """
+
+    def __init__(self, collection: Collection, features: Sequence[int], lm: LanguageModel, sae: SparseAutoencoder):
+        wrong = [feature for feature in features if not 0 <= feature < sae.n_features]
+        if wrong:
+            raise ValueError(f"found feature {wrong[0]}: expected 0 to {sae.n_features - 1}")
+        self.features, self._collection, self._lm, self._sae = list(features), collection, lm, sae
+        settings = collection.settings
+        self._pool = PoolIndex(
+            collection.pool, sae.n_features, left=settings.left, right=settings.right, seed=settings.seed
+        )
+        self._place = {feature: place for place, feature in enumerate(self.features)}
+        self._texts = _Texts(lm.tokenizer)
+        self._norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1).clamp_min(1e-12)
+        self._step = max(1, CHUNK_BYTES // (4 * max(sae.n_features, lm.vocab_size)))
+        self._weights: dict[int, tuple] = {}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __iter__(self) -> Iterator[Feature]:
+        return map(self.__getitem__, self.features)
+
+    def __getitem__(self, feature: int) -> Feature:
+        """The record of one of the features."""
+        collection, pool = self._collection, self._pool
+        nearest, promoted, suppressed = self._of_weights(feature)
+        lists = {name: self._examples(getattr(collection, name), feature) for name in LISTS}
+        peaks = [id for name in LISTS for id in self._peaks(getattr(collection, name), feature)]
+        return Feature(
+            feature=feature,
+            density=int(collection.firings[feature]) / max(1, collection.tokens),
+            maximum=float(collection.maximum[feature]),
+            histogram=tuple(collection.histogram[feature].tolist()),
+            promoted=promoted,
+            suppressed=suppressed,
+            nearest=nearest,
+            coactive=tuple(pool.coactive(feature, NEIGHBORS)),
+            **lists,
+            random=self._silent(pool.random(feature, NEGATIVES)),
+            hard=self._silent(pool.hard(feature, peaks, [other for other, _ in nearest], NEGATIVES)),
+        )
+
+    def _examples(self, windows: Windows, feature: int) -> tuple[Example, ...]:
+        lengths = windows.lengths[feature].tolist()
+        rows = zip(
+            lengths,
+            windows.documents[feature].tolist(),
+            windows.starts[feature].tolist(),
+            token_ids(windows.tokens[feature]).tolist(),
+            windows.activations[feature].tolist(),
+            strict=True,
+        )
+        return tuple(
+            Example(self._collection.names[document], start, self._texts.of(ids[:n]), tuple(activations[:n]))
+            for n, document, start, ids, activations in rows
+            if n
+        )
+
+    def _peaks(self, windows: Windows, feature: int) -> list[int]:
+        """The tokens on which the examples of a list are strongest."""
+        there = windows.lengths[feature] > 0
+        peaks = windows.activations[feature].float().argmax(dim=1, keepdim=True)
+        return token_ids(windows.tokens[feature]).gather(1, peaks).squeeze(1)[there].tolist()
+
+    def _silent(self, spans: list[Span]) -> tuple[Example, ...]:
+        """Passages of the pool in which the feature does not fire, as examples."""
+        pool, names = self._collection.pool, self._collection.names
+        return tuple(
+            Example(
+                names[pool.documents[row, start]],
+                start,
+                self._texts.of(pool.tokens[row, start:stop].tolist()),
+                (0.0,) * (stop - start),
+            )
+            for row, start, stop in spans
+        )
+
+    def _of_weights(self, feature: int) -> tuple:
+        """Nearest features, promoted and suppressed tokens; computed for as many features at once as have room."""
+        if feature not in self._weights:
+            begin = self._place[feature] // self._step * self._step
+            chunk = self.features[begin : begin + self._step]
+            nearest = _nearest(self._sae, self._norms, chunk)
+            promoted, suppressed = _promoted(self._lm, self._sae, chunk)
+            for place, each in enumerate(chunk):
+                texts = (tuple((self._texts.one(id), logit) for id, logit in x[place]) for x in (promoted, suppressed))
+                self._weights[each] = (tuple(nearest[place]), *texts)
+        return self._weights[feature]
+
+
+@torch.no_grad()
+def _nearest(sae: SparseAutoencoder, norms_F: Tensor, features: list[int]) -> list[list[tuple[int, float]]]:
+    """For each feature the NEIGHBORS others of the largest cosine of decoder rows, and it."""
+    chosen = torch.tensor(features, device=norms_F.device)
+    cosines_CF = sae.W_dec[chosen] @ sae.W_dec.T / norms_F / norms_F[chosen].unsqueeze(1)
+    cosines_CF.scatter_(1, chosen.unsqueeze(1), -torch.inf)
+    return _pairs(cosines_CF.topk(min(NEIGHBORS, sae.n_features - 1), dim=1))
+
+
+@torch.no_grad()
+def _promoted(lm: LanguageModel, sae: SparseAutoencoder, features: list[int]) -> tuple[list, list]:
+    """For each feature the ids of the TOKENS tokens whose logits it raises most, and of those it lowers most.
+
+    A logit is taken from the mean over the vocabulary, which no probability depends on: 0 is a token that the feature
+    neither promotes nor suppresses.
+    """
+    logits_CV = lm.unembed(sae.W_dec[torch.tensor(features, device=sae.W_dec.device)])
+    logits_CV -= logits_CV.mean(dim=1, keepdim=True)
+    return _pairs(logits_CV.topk(TOKENS, dim=1)), _pairs(logits_CV.topk(TOKENS, dim=1, largest=False))
+
+
+def _pairs(best: Any) -> list[list[tuple[int, float]]]:
+    """(index, value) of what topk found, row by row."""
+    return [list(zip(i, v, strict=True)) for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+
+def token_ids(tokens: Tensor) -> Tensor:
+    """Stored token ids as they are: 16 bits hold ids modulo 2**16."""
+    return tokens.long() & 0xFFFF if tokens.dtype == torch.int16 else tokens.long()
+
+
+class _Texts(dict):
+    """The text of each token id that is whole characters, else None."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, id: int) -> str | None:
+        try:
+            self[id] = self.tokenizer.token_bytes(id).decode()
+        except UnicodeDecodeError:
+            self[id] = None
+        return self[id]
+
+    def one(self, id: int) -> str:
+        """The text of one token."""
+        return self.tokenizer.strings([id])[0] if self[id] is None else self[id]
+
+    def of(self, ids: list[int]) -> tuple[str, ...]:
+        """What `Tokenizer.strings` gives, for many passages."""
+        texts = [self[id] for id in ids]
+        return tuple(self.tokenizer.strings(ids) if None in texts else texts)

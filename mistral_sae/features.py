@@ -1,0 +1,268 @@
+"""Which feature to steer with: what is known of features, and which of them match words.
+
+Shapes: R rows, T positions, N features that are looked at, F features, V vocabulary.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mistral_sae.activations import residuals_of
+from mistral_sae.checkpoint import LoadedSAE
+from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.lm import LanguageModel
+from mistral_sae.steering import SteeringError, layer_of, steer
+from mistral_sae.tokenizer import Tokenizer
+
+SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
+CLASS = 5  # tokens by which a class of promoted tokens is judged
+AT_ONCE = 64  # features whose promotions are measured in one forward
+SAMPLE = (4, 32)  # rows and positions of text on which the promotions of features that match words are measured
+
+
+class Statistics(NamedTuple):
+    """How often and how strongly each feature fires."""
+
+    maximum_F: Tensor  # largest activation, in the autoencoder's unit
+    density_F: Tensor  # share of tokens
+    tokens: int | None  # that were read to measure it; None if training did
+
+
+# ---- how often and how strongly ----
+
+
+def statistics_in(loaded: LoadedSAE) -> Statistics | None:
+    """What training measured and saved with the autoencoder; None if it saved no maxima."""
+    if loaded.maximum is None or loaded.log_sparsity is None:
+        return None
+    return Statistics(loaded.maximum, 10**loaded.log_sparsity, None)
+
+
+@torch.no_grad()
+def measure_statistics(lm: LanguageModel, loaded: LoadedSAE, batches: Iterable[Tensor]) -> Statistics:
+    """The same from rows of tokens (R, T), for an autoencoder that comes without. First positions are left out."""
+    sae, layer, tokens = loaded.sae, layer_of(loaded.metadata), 0
+    maximum_F = torch.zeros(sae.n_features, device=sae.W_dec.device)
+    fired_F = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_dec.device)
+    for tokens_RT in batches:
+        encoded = sae.encode(residuals_of(lm, tokens_RT, layer))
+        indices, values = encoded.indices.flatten(), encoded.values.flatten()
+        maximum_F.scatter_reduce_(0, indices, values, "amax")
+        fired_F.scatter_add_(0, indices, (values > 0).long())
+        tokens += len(encoded.values)
+    return Statistics(maximum_F.cpu(), (fired_F.double() / max(1, tokens)).float().cpu(), tokens)
+
+
+def cached_statistics(
+    path: Path, lm: LanguageModel, loaded: LoadedSAE, text: str, measure: Callable[[], Statistics]
+) -> Statistics:
+    """`measure()`, kept in the file `path` for the next time with the same autoencoder, model and name of the text."""
+    layer = layer_of(loaded.metadata)
+    wanted = {
+        "autoencoder": _digest(loaded.sae.parameters()),
+        "model": _digest(lm.block(layer).parameters()),
+        "layer": layer,
+        "text": text,
+    }
+    try:
+        tensors, found = load_state(path, "cpu")
+        if found.get("of") == wanted:
+            return Statistics(tensors["maximum"], tensors["density"], found["tokens"])
+    except SAEError:  # not there, or damaged: measured again
+        pass
+    statistics = measure()
+    tensors = {"maximum": statistics.maximum_F, "density": statistics.density_F}
+    save_state(path, tensors, {"of": wanted, "tokens": statistics.tokens})
+    return statistics
+
+
+def _digest(parameters: Iterable[Tensor]) -> str:
+    """A hash of the beginning of each parameter: training of any kind leaves no matrix as it was."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(parameter.detach()[:8].float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- what a feature promotes ----
+
+
+def logit_lens(lm: LanguageModel, loaded: LoadedSAE, feature: int, count: int) -> tuple[list[str], list[str]]:
+    """The tokens that the feature's decoder row promotes and suppresses through the output matrix, most first."""
+    (logits_V,) = lm.unembed(loaded.sae.W_dec[feature : feature + 1])
+    return extremes(lm, logits_V, count)
+
+
+def extremes(lm: LanguageModel, scores_V: Tensor, count: int) -> tuple[list[str], list[str]]:
+    """The tokens with the highest scores and those with the lowest, most extreme first."""
+    order = scores_V.argsort(descending=True).tolist()
+    highest, lowest = order[:count], order[: -count - 1 : -1]
+    return [lm.tokenizer.strings([id])[0] for id in highest], [lm.tokenizer.strings([id])[0] for id in lowest]
+
+
+@torch.no_grad()
+def promotion(lm: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, float], tokens_RT: Tensor) -> Tensor:
+    """How far clamping each feature raises each token's logit (N, V), in standard deviations over the vocabulary.
+
+    Measured: the mean change over the positions of some text (R, T), through the layers above, which the logit lens
+    leaves out. `activations` are {feature: what it is clamped to}; each is clamped alone.
+    """
+    R, plain_RTV = len(tokens_RT), lm.forward(tokens_RT)[:, 1:]
+    plain_V = plain_RTV.mean(dim=(0, 1))
+    parts = []
+    features = list(activations)
+    for some in (features[i : i + AT_ONCE] for i in range(0, len(features), AT_ONCE)):
+        alone = torch.full((len(some), len(some)), torch.nan)  # row i of a batch clamps feature i, and no other
+        alone.diagonal().copy_(torch.tensor([activations[feature] for feature in some]))
+        clamps = {feature: column.repeat_interleave(R) for feature, column in zip(some, alone.T, strict=True)}
+        with steer(lm, loaded, clamps):
+            logits_NTV = lm.forward(tokens_RT.repeat(len(some), 1))[:, 1:]
+        parts.append(logits_NTV.unflatten(0, (len(some), R)).mean(dim=(1, 2)) - plain_V)
+    change_NV = torch.cat(parts)
+    return ((change_NV - change_NV.mean(dim=1, keepdim=True)) / change_NV.std(dim=1, keepdim=True)).cpu()
+
+
+def clearness(promotion_NV: Tensor) -> Tensor:
+    """How clear the class of tokens is that each feature promotes (N): the mean of its CLASS highest promotions."""
+    return promotion_NV.topk(CLASS, dim=1).values.mean(dim=1)
+
+
+# ---- features by words ----
+
+
+class Explained(NamedTuple):
+    """What explain.py found of a feature."""
+
+    text: str
+    explainer: str
+    detection: float | None  # balanced accuracy with which the explanation tells where the feature fires
+
+
+def read_explanations(path: Path) -> dict[int, Explained]:
+    """The explanations in explanations.jsonl by feature; none where there is no such file.
+
+    Of a feature with several lines the last counts. Raises SteeringError for a line that is none, unless it is the
+    last: that may be in the writing.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    explanations = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if record["status"] == "ok":
+                detection = record["scores"].get("detection") or {}
+                explained = Explained(record["explanation"], record["explainer"], detection.get("value"))
+                explanations[record["feature"]] = explained
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number < len(lines):
+                raise SteeringError(
+                    f"found no label in line {number} of {path}, expected what explain.py writes: remove the line"
+                ) from None
+    return explanations
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def are_alike(a: str, b: str) -> bool:
+    """Whether two words are the same, or one begins with the other and that has SHORTEST_STEM letters or more."""
+    return a == b or (min(len(a), len(b)) >= SHORTEST_STEM and (a.startswith(b) or b.startswith(a)))
+
+
+def by_explanation(query: str, explanations: Mapping[int, str]) -> dict[int, float]:
+    """Features whose explanations share words with the query, and their scores.
+
+    The score is the sum over the query's words, of those that the explanation has, of log(1 + N / n): N explanations,
+    n of which have the word. So a rare word counts for more than a frequent one, and all of them for more than some.
+    """
+    words = {feature: set(words_of(text)) for feature, text in explanations.items()}
+    scores: Counter[int] = Counter()
+    for wanted in set(words_of(query)):
+        having = [feature for feature, own in words.items() if any(are_alike(wanted, word) for word in own)]
+        for feature in having:
+            scores[feature] += math.log(1 + len(words) / len(having))
+    return dict(scores)
+
+
+def tokens_like(tokenizer: Tokenizer, query: str) -> list[int]:
+    """The tokens of the vocabulary that are words of the query, or begin with one, or begin one."""
+    wanted = words_of(query)
+    texts = ((id, words_of(tokenizer.strings([id])[0])) for id in range(tokenizer.vocab_size))
+    return [id for id, words in texts if len(words) == 1 and any(are_alike(words[0], word) for word in wanted)]
+
+
+@torch.no_grad()
+def by_firing(
+    lm: LanguageModel, loaded: LoadedSAE, ids: Sequence[int], batches: Iterable[Tensor], count: int
+) -> list[int]:
+    """The features that tell some tokens apart best: those that fire on them, or right before them, and not elsewhere.
+
+    By F1 of firing on a token of rows (R, T) as a prediction that it, or the one after it, is among `ids`.
+    """
+    sae, layer = loaded.sae, layer_of(loaded.metadata)
+    wanted = torch.tensor(ids)
+    fired_F = torch.zeros(sae.n_features)
+    right_2F, there_2 = torch.zeros(2, sae.n_features), torch.zeros(2, 1)
+    for tokens_RT in batches:
+        encoded = sae.encode(residuals_of(lm, tokens_RT[:, :-1], layer))  # each with a token after it
+        is_active = (encoded.values > 0).cpu()
+        indices = encoded.indices.cpu()
+        fired_F += torch.bincount(indices[is_active], minlength=sae.n_features)
+        is_wanted = torch.isin(tokens_RT, wanted)
+        for i, is_it in enumerate((is_wanted[:, 1:-1].flatten(), is_wanted[:, 2:].flatten())):
+            right_2F[i] += torch.bincount(indices[is_it][is_active[is_it]], minlength=sae.n_features)
+            there_2[i] += is_it.sum()
+    f1_F = (2 * right_2F / (fired_F + there_2).clamp_min(1)).amax(dim=0)
+    best = f1_F.topk(min(count, len(f1_F)))
+    return [feature for feature, f1 in zip(best.indices.tolist(), best.values.tolist(), strict=True) if f1 > 0]
+
+
+class Found(NamedTuple):
+    """A feature that matches words."""
+
+    feature: int
+    match: float  # of its explanation, as `by_explanation` scores it; 0 for one found by its tokens
+    promotion: float  # mean of the words' CLASS most promoted tokens, as `promotion` measures them
+    promoted: list[str]  # the tokens it promotes most
+
+
+def find(
+    query: str,
+    lm: LanguageModel,
+    loaded: LoadedSAE,
+    statistics: Statistics,
+    explanations: Mapping[int, str],
+    rows: Callable[[], Tensor],
+) -> list[Found]:
+    """Features for words, best first: by their explanations, or where none matches by the tokens that they fire on.
+
+    Of features that match equally well, first the one that promotes the words' tokens most. `rows()` gives some text
+    (R, T). Empty where no explanation matches and no token of the vocabulary does, or none of the features fires on it.
+    """
+    tokens_RT, ids = rows(), tokens_like(lm.tokenizer, query)
+    matches = by_explanation(query, explanations)
+    if matches:
+        candidates = sorted(matches, key=matches.__getitem__, reverse=True)[:AT_ONCE]
+    else:
+        candidates = by_firing(lm, loaded, ids, tokens_RT.split(16), AT_ONCE) if ids else []
+    activations = {f: float(statistics.maximum_F[f]) for f in candidates if statistics.maximum_F[f] > 0}
+    if not activations:
+        return []
+    R, T = SAMPLE
+    promotion_NV = promotion(lm, loaded, activations, tokens_RT[:R, :T])
+    found = []
+    for feature, promotion_V in zip(activations, promotion_NV, strict=True):
+        wanted = promotion_V[ids] if ids else promotion_V
+        strength = wanted.topk(min(CLASS, len(wanted))).values.mean().item()
+        found.append(Found(feature, matches.get(feature, 0.0), strength, extremes(lm, promotion_V, CLASS)[0]))
+    return sorted(found, key=lambda each: (-each.match, -each.promotion))

@@ -1,0 +1,61 @@
+"""The loaded model as a `records.Completer`: an instruct model explains its own features, without a network."""
+
+import asyncio
+import itertools
+import threading
+
+from mistral_sae.lm import LanguageModel, ModelError
+from mistral_sae.prompts import fold_system
+from mistral_sae.records import Completion, Request
+
+CONTEXT = 32_768  # tokens that Mistral's instruct models were made for, from 7B v0.2 on
+
+
+class LocalCompleter:
+    """Completes chats with a model, one at a time, in a thread beside the event loop's.
+
+    The likeliest token is taken each time, so that a request has the same completion whenever it is asked. A prompt
+    that leaves no room for a reply has the status "overflow", a reply that does not end within the request's max_tokens
+    or the rest of the context "truncated".
+
+    Args:
+        lm: the whole model.
+        context_length: tokens of prompt and reply together, at most.
+
+    Raises:
+        ModelError: from `complete`, if the tokenizer has no chat format: no request can succeed then.
+    """
+
+    def __init__(self, lm: LanguageModel, context_length: int = CONTEXT):
+        self._lm, self._context_length = lm, context_length
+        self._turn = asyncio.Lock()
+        self._has_system_role = True
+
+    async def complete(self, request: Request) -> Completion:
+        """The completion of a request, after those that were asked for before it."""
+        async with self._turn:
+            stopped = threading.Event()
+            try:
+                return await asyncio.to_thread(self._complete, request, stopped)
+            finally:
+                stopped.set()  # if this was cancelled, the thread would go on to the end of the reply
+
+    def _complete(self, request: Request, stopped: threading.Event) -> Completion:
+        ids = self._chat(request.messages)
+        room = min(request.max_tokens, self._context_length - len(ids))
+        if room < 1:
+            return Completion("overflow", f"the prompt has {len(ids):,} of {self._context_length:,} tokens", len(ids))
+        # One token more than is wanted, to see whether the reply ends there
+        tokens = itertools.takewhile(lambda _: not stopped.is_set(), self._lm.generate(ids, room + 1))
+        reply = list(tokens)
+        text = self._lm.tokenizer.decode(reply[:room])
+        return Completion("ok" if len(reply) <= room else "truncated", text, len(ids), min(len(reply), room))
+
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat; where the format has no system role, its text goes into the first message."""
+        if self._has_system_role:
+            try:
+                return self._lm.tokenizer.chat(messages)
+            except ModelError:
+                self._has_system_role = False
+        return self._lm.tokenizer.chat(fold_system(messages))

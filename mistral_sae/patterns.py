@@ -1,0 +1,139 @@
+"""Rules of where a feature fires, in a form that can be counted, checked against a text and said in few words.
+
+A rule is a target (what the token is) in a context (where it stands), each a pair of a kind and a value:
+
+    targets    any, core "self" (a token without the spaces around it), token " self" (as it is), class "numbers"
+    contexts   any, after "(" (the token before, or the two before), continuing "sel" (a word), line "import" (whose
+               first word that is), starting (a line), in "comments", early (in a row of tokens), before "self"
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from mistral_sae.records import Example
+
+ANY = ("any", "")
+EARLY = 8  # positions of a row, its BOS not counted
+QUOTES = "\"'`"
+SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase can be counted
+WORD_END = re.compile(r"\w+$")
+
+
+class Rule(NamedTuple):
+    """A feature fires on `target` in `context`."""
+
+    target: tuple[str, str]
+    context: tuple[str, str]
+    strength: float  # mean activation there, as a share of the feature's maximum
+
+
+class Place(NamedTuple):
+    """All targets and contexts that hold for one token of a passage."""
+
+    targets: list[tuple[str, str]]  # ANY first, then from the general to the particular
+    contexts: list[tuple[str, str]]  # ANY first
+
+
+def places(passage: Example) -> list[Place]:
+    """What can be said of each token of a passage. All of it is said of the text up to the token, but for "before"."""
+    tokens, found = passage.tokens, []
+    line, line_is_whole, quote = "", False, ""  # `quote` is what opened the string, or the comment, that we are in
+    before = " "
+    for i, token in enumerate(tokens):
+        is_word = token[:1].isalnum() or token[:1] == "_"
+        contexts = [ANY]
+        if i > 0:
+            contexts.append(("after", core(tokens[i - 1])))
+        if i > 1:
+            contexts.append(("after", (tokens[i - 2] + tokens[i - 1]).strip(" ")))
+        if is_word and (stem := WORD_END.search(before)):
+            contexts.append(("continuing", stem[0]))
+        if line_is_whole:
+            contexts.append(("line", words[0]) if (words := line.split(None, 1)) else ("starting", ""))
+        if quote:
+            contexts.append(("in", "comments" if quote == "#" else "strings"))
+        if passage.start + i <= EARLY:
+            contexts.append(("early", ""))
+        if i + 1 < len(tokens):
+            contexts.append(("before", core(tokens[i + 1])))
+        continues = is_word and (before[-1].isalnum() or before[-1] == "_")
+        found.append(
+            Place([ANY, ("core", core(token)), ("token", token), ("class", class_of(token, continues))], contexts)
+        )
+        quote = _quote_after(token, quote, before[-1])
+        before = (before + token)[-60:]
+        line += token
+        if "\n" in token:
+            line, line_is_whole = token[token.rindex("\n") + 1 :], True
+    return found
+
+
+def core(token: str) -> str:
+    """A token without the spaces around it, unless it is nothing else."""
+    return token.strip(" ") or token
+
+
+def class_of(token: str, continues: bool) -> str:
+    """What kind of token it is, in plural; `continues` if it is part of a word that began before it."""
+    if not token.strip():
+        return "line breaks" if "\n" in token else "indentation"
+    if token.strip().isdigit():
+        return "numbers"
+    if re.fullmatch(r" *\w+ *", token):
+        return "word parts" if continues else "words"
+    return "words with punctuation" if re.search(r"\w", token) else "punctuation"
+
+
+def phrase(rules: Sequence[Rule], share: Callable[[Sequence[Rule]], float]) -> str:
+    """Rules in words, with the share, in percent, of the feature's passages that those named together account for.
+
+    Rules are named together if they have the context in common, or the target and the kind of context: the phrase says
+    what the rules say and no more.
+    """
+    left, parts = list(rules), []
+    while left:
+        first = left[0]
+        quoted = first.target[0] in ("core", "token")
+        same_context = [r for r in left if r.context == first.context and r.target[0] in ("core", "token")]
+        same_target = [r for r in left if r.target == first.target and r.context[0] == first.context[0]]
+        together = same_context if quoted and len(same_context) >= len(same_target) else same_target
+        left = [r for r in left if r not in together]
+        what = ", ".join(dict.fromkeys(shown(r.target[1]) for r in together)) if quoted else first.target[1] or "tokens"
+        where = _where(first.context[0], list(dict.fromkeys(r.context[1] for r in together)))
+        parts.append(f"{what}{where} ({share(together):.0%})")
+    return "; ".join(parts)
+
+
+def shown(token: str) -> str:
+    """A token in quotes as Python writes it, double ones where it can, but with SPACE for spaces."""
+    written = repr(token)
+    quote = written[0] if '"' in token else '"'
+    return f"{quote}{written[1:-1].replace(' ', SPACE)}{quote}"
+
+
+def _where(kind: str, values: list[str]) -> str:
+    if kind == "any":
+        return ""
+    if kind == "in":
+        return f" in {' or '.join(values)}"
+    listed = " or ".join(map(shown, values))
+    return {
+        "after": f" after {listed}",
+        "continuing": f" continuing {listed}",
+        "line": f" on {listed} lines",
+        "starting": " starting lines",
+        "early": " early",
+        "before": f" before {listed}",
+    }[kind]
+
+
+def _quote_after(token: str, quote: str, previous: str) -> str:
+    """What string or comment the text is in after a token, going by the line alone, as most languages would."""
+    for character in token:
+        if character == "\n" or (quote in QUOTES and character == quote and previous != "\\"):
+            quote = ""
+        elif not quote and (character == "#" or (character in QUOTES and not previous.isalnum())):
+            quote = character
+        previous = character
+    return quote

@@ -1,0 +1,257 @@
+"""How well an explanation, or a predictor, foretells a feature: what is asked, and what the answers are worth.
+
+Everything random here is drawn from a seed and the feature's index, so that a run that starts again draws the same. All
+passages are of documents that the explanation was not made from.
+
+Shapes: P passages, S resamples.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from mistral_sae.prompts import evenly, visible
+from mistral_sae.records import INTERVALS, Example, Feature, Judgement, Score
+
+RESAMPLES = 1000  # of the bootstrap
+LETTERS = "bcdfghjkmnpqrstvwxz"  # of ids: three of them make no word
+ACTIVE_SIMULATED, SILENT_SIMULATED = 4, 4  # passages a simulation asks for
+
+Item = TypeVar("Item")
+
+
+class Question(NamedTuple):
+    """A passage to be judged; `truth` is what a scorer should say."""
+
+    kind: str  # as in Judgement
+    index: int
+    truth: bool
+    passage: Example
+    marked: frozenset[int] = frozenset()  # fuzzing: tokens that are claimed to be active
+
+
+class Simulated(NamedTuple):
+    """A passage's activations as they are and as they were predicted, in the same units."""
+
+    true: Sequence[float]
+    predicted: Sequence[float]
+
+
+def detection_questions(feature: Feature, seed: int) -> list[Question]:
+    """As many passages in which the feature fires as passages in which it does not, shuffled.
+
+    The former from all its intervals; the latter half random and half hard, as far as there are hard ones. The number
+    of each in a batch is left to chance, so that it tells nothing.
+    """
+    count = min(len(feature.held_out), len(feature.random) + len(feature.hard))
+    hard = min(len(feature.hard), max(count // 2, count - len(feature.random)))
+    chosen = {"held_out": count, "random": count - hard, "hard": hard}
+    questions = [
+        Question(kind, index, kind == "held_out", visible(getattr(feature, kind)[index]))
+        for kind, n in chosen.items()
+        for index in evenly(range(len(getattr(feature, kind))), n)
+    ]
+    _generator(feature, seed, "detection").shuffle(questions)
+    return questions
+
+
+def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
+    """Two rounds over the passages in which the feature fires, marked rightly in one and wrongly in the other.
+
+    Wrong marks are on as many tokens, in runs of the same lengths where there is room, all of them silent. Which round
+    has the right marks of a passage is drawn, and no request should mix rounds: marks of one passage side by side would
+    give each other away. Passages without enough silent tokens are left out.
+    """
+    generator = _generator(feature, seed, "fuzzing")
+    rounds: list[list[Question]] = [[], []]
+    for index, passage in enumerate(map(visible, feature.held_out)):
+        active = frozenset(i for i, activation in enumerate(passage.activations) if activation > 0)
+        moved = _moved(active, len(passage.tokens), generator)
+        if moved is None:
+            continue
+        questions = [
+            Question("held_out", index, True, passage, active),
+            Question("held_out", index, False, passage, moved),
+        ]
+        generator.shuffle(questions)
+        for questions_of_round, question in zip(rounds, questions, strict=True):
+            questions_of_round.append(question)
+    for questions_of_round in rounds:
+        generator.shuffle(questions_of_round)
+    return rounds
+
+
+def simulation_passages(
+    feature: Feature, active: int = ACTIVE_SIMULATED, silent: int = SILENT_SIMULATED
+) -> list[Example]:
+    """Passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
+    silent = min(silent, len(feature.random) + len(feature.hard))
+    hard = min(len(feature.hard), max(silent // 2, silent - len(feature.random)))
+    chosen = [*evenly(feature.held_out, active), *evenly(feature.random, silent - hard), *evenly(feature.hard, hard)]
+    return [visible(passage) for passage in chosen]
+
+
+def opaque_ids(feature: Feature, seed: int, method: str, count: int) -> list[str]:
+    """As many different ids, which tell nothing of what they stand for."""
+    generator = _generator(feature, seed, f"ids of {method}")
+    ids: dict[str, None] = {}
+    while len(ids) < count:
+        ids["".join(generator.choices(LETTERS, k=3))] = None
+    return list(ids)
+
+
+def batches(items: Sequence[Item], most: int) -> list[list[Item]]:
+    """The items in their order, in as few batches of at most `most` as there can be, about equal in size."""
+    count = math.ceil(len(items) / most)
+    edges = [i * len(items) // count for i in range(count + 1)] if count else []
+    return [list(items[start:end]) for start, end in itertools.pairwise(edges)]
+
+
+def halves(items: list[Item]) -> list[list[Item]]:
+    """A list in two parts."""
+    return [items[: len(items) // 2], items[len(items) // 2 :]]
+
+
+def verdict_score(judgements: Sequence[Judgement], seed: int) -> Score:
+    """The score of verdicts, as yet without baselines and recall."""
+    answered = sum(j.verdict is not None for j in judgements)
+    low, high = accuracy_interval(judgements, seed) or (None, None)
+    return Score(balanced_accuracy(judgements), low, high, None, None, answered, len(judgements) - answered)
+
+
+def simulation_score(simulated: Sequence[Simulated], asked: int, seed: int) -> Score:
+    """The score of those of the `asked` passages that were simulated, as yet without baselines."""
+    r, r2 = correlation(simulated)
+    low, high = correlation_interval(simulated, seed) or (None, None)
+    return Score(r, low, high, None, None, len(simulated), asked - len(simulated), r2=r2)
+
+
+def strongest_token(feature: Feature) -> str:
+    """The token on which a feature is strongest; a baseline's explanation is just this."""
+    passage = visible(feature.top[0])
+    return passage.tokens[passage.peak]
+
+
+def others(explained: Iterable[int]) -> dict[int, int | None]:
+    """For each explained feature another one, whose explanation is its baseline: half the list of them away.
+
+    None if it is the only one.
+    """
+    features = sorted(explained)
+    half = len(features) // 2
+    return {
+        feature: other if other != feature else None
+        for feature, other in zip(features, features[half:] + features[:half], strict=True)
+    }
+
+
+def balanced_accuracy(judgements: Sequence[Judgement]) -> float | None:
+    """The mean of the shares of true and of false items that were answered rightly; None if one kind has no answers."""
+    right = [
+        [j.verdict == truth for j in judgements if j.verdict is not None and j.truth == truth]
+        for truth in (True, False)
+    ]
+    return sum(sum(each) / len(each) for each in right) / 2 if all(right) else None
+
+
+def accuracy_interval(judgements: Sequence[Judgement], seed: int) -> tuple[float, float] | None:
+    """The 95 % bootstrap interval of `balanced_accuracy`, None where that is None.
+
+    Resampled are passages, with all that was said of each, and those that activate the feature apart from the others.
+    """
+    if balanced_accuracy(judgements) is None:
+        return None
+    groups: dict[bool, dict[tuple[str, int], np.ndarray]] = {True: {}, False: {}}
+    for j in judgements:  # of each passage: right and all answers to true items, right and all answers to false items
+        passage = groups[j.kind == "held_out"].setdefault((j.kind, j.index), np.zeros(4))
+        if j.verdict is not None:
+            passage[0 if j.truth else 2] += j.verdict == j.truth
+            passage[1 if j.truth else 3] += 1
+    generator = np.random.default_rng(seed)
+    sums_S4 = sum(_resampled(np.stack(list(group.values())), generator) for group in groups.values() if group)
+    with np.errstate(invalid="ignore"):
+        values_S = (sums_S4[:, 0] / sums_S4[:, 1] + sums_S4[:, 2] / sums_S4[:, 3]) / 2
+    return _interval(values_S)  # without resamples that happened to have no answers of one kind
+
+
+def recall(feature: Feature, judgements: Sequence[Judgement]) -> tuple[float | None, ...]:
+    """Detection: of the passages from each interval that were judged, the share that was found; None without any."""
+    found: list[list[bool]] = [[] for _ in range(INTERVALS)]
+    for j in judgements:
+        if j.kind == "held_out" and j.verdict is not None:
+            found[feature.held_out[j.index].interval(feature.maximum)].append(j.verdict)
+    return tuple(sum(each) / len(each) if each else None for each in found)
+
+
+def correlation(simulated: Sequence[Simulated]) -> tuple[float | None, float | None]:
+    """Pearson's r of the predicted activations with the true ones, over the tokens of all passages, and R2.
+
+    R2 is 1 - |true - predicted|^2 / |true - mean(true)|^2. A prediction that is the same everywhere has r = 0. Both are
+    None where the truth is the same everywhere.
+    """
+    moments_6 = sum((_moments(each) for each in simulated), np.zeros(6))
+    r, r2 = _r_and_r2(moments_6[None])
+    return (None, None) if np.isnan(r[0]) else (float(r[0]), float(r2[0]))
+
+
+def correlation_interval(simulated: Sequence[Simulated], seed: int) -> tuple[float, float] | None:
+    """The 95 % bootstrap interval of Pearson's r, by resampling passages; None where that is None."""
+    if correlation(simulated)[0] is None:
+        return None
+    moments_P6 = np.stack([_moments(each) for each in simulated])
+    return _interval(_r_and_r2(_resampled(moments_P6, np.random.default_rng(seed)))[0])
+
+
+def _generator(feature: Feature, seed: int, purpose: str) -> random.Random:
+    return random.Random(f"{seed} {feature.feature} {purpose}")
+
+
+def _moved(active: frozenset[int], n_tokens: int, generator: random.Random) -> frozenset[int] | None:
+    """As many silent tokens, in runs as long as the active ones where they fit; None if there are too few."""
+    free = set(range(n_tokens)) - active
+    if len(free) < len(active):
+        return None
+    moved: set[int] = set()
+    for length in sorted(_run_lengths(active), reverse=True):
+        apart = free - moved - {i + step for i in moved for step in (-1, 1)}  # runs that touch would be one
+        starts = [i for i in sorted(apart) if all(i + step in apart for step in range(length))]
+        if not starts:
+            return frozenset(generator.sample(sorted(free), len(active)))
+        start = generator.choice(starts)
+        moved.update(range(start, start + length))
+    return frozenset(moved)
+
+
+def _run_lengths(indices: frozenset[int]) -> list[int]:
+    starts = sorted(i for i in indices if i - 1 not in indices)
+    return [next(n for n in itertools.count(1) if start + n not in indices) for start in starts]
+
+
+def _moments(each: Simulated) -> np.ndarray:
+    x, y = np.asarray(each.true, dtype=float), np.asarray(each.predicted, dtype=float)
+    assert x.shape == y.shape, (x.shape, y.shape)
+    return np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+
+
+def _r_and_r2(moments_S6: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    n, x, y, xx, yy, xy = moments_S6.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        var_x, var_y, covariance = xx - x * x / n, yy - y * y / n, xy - x * y / n
+        varies = var_x > 1e-9 * xx  # not only by rounding
+        r = np.where(var_y > 1e-9 * yy, covariance / np.sqrt(var_x * var_y), 0.0)
+        return np.where(varies, r, np.nan), np.where(varies, 1 - (xx - 2 * xy + yy) / var_x, np.nan)
+
+
+def _resampled(values_PN: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Sums over passages drawn with replacement, (S, N)."""
+    P = len(values_PN)
+    return generator.multinomial(P, np.full(P, 1 / P), size=RESAMPLES) @ values_PN
+
+
+def _interval(values_S: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanpercentile(values_S, [2.5, 97.5])
+    return float(low), float(high)
