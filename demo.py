@@ -8,9 +8,9 @@ import config
 
 # ---- what to steer ----
 # Folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae, which train.py writes
-SAE_PATH: str | None = None
+SAE_PATH: str | None = config.SAE_PATH
 # Where the autoencoder belongs, if its folder says something else, as in "blocks.16.hook_resid_post"
-HOOK_NAME: str | None = None
+HOOK_NAME: str | None = config.HOOK_NAME
 # A feature's number; words, for the feature that matches them best; or several features as {number: coefficient}
 FEATURE_INDEX: int | str | dict = "exception"
 STEERING_ON = True  # False: both columns are the model's own
@@ -114,9 +114,7 @@ def show_texts(subject: Subject, coefficients: Coefficients) -> None:
 
     print_fit(subject, own)
     print_features(subject, coefficients, own, console)
-    print_line(
-        console, "edit", describe(subject, METHOD, coefficients) if STEERING_ON else "none: STEERING_ON is False"
-    )
+    print(f"{'edit':<13} {describe(subject, METHOD, coefficients) if STEERING_ON else 'none: STEERING_ON is False'}")
     print_line(console, "prompt", repr(PROMPT))
     print()
     marks = [read_back(subject, coefficients, prompt_ids, ids) for ids in generated.values()]
@@ -150,7 +148,7 @@ def print_features(subject: Subject, coefficients: Coefficients, own: torch.Tens
         else:
             print_line(console, f"feature {feature}", "no explanation yet (explain.py writes them)")
         print_line(console, "  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
-        if maximum > 0:
+        if maximum > 0 and own.shape[1] > 1:
             (promotion_V,) = features.promotion(subject.model, subject.loaded, {feature: maximum}, own)
             up, down = features.extremes(subject.model, promotion_V, 2 * LISTED)
             print_line(console, "  promotes", "  ".join(map(repr, up)))
@@ -168,8 +166,8 @@ def print_figures(
             subject.model, subject.loaded, next(iter(coefficients)), prompt_ids, [ids], nullcontext()
         )
         print(
-            f"{name:<17} {found.tokens} tokens, {found.cross_entropy:.2f} nats each to the unsteered model, "
-            f"{found.repetition:.0%} repeated; the feature fires on {found.rate:.0%}"
+            f"{name:<17} {found.tokens} tokens: fires on {found.rate:.0%}, {found.repetition:.0%} repeated, "
+            f"{found.cross_entropy:.2f} nats a token unsteered"
         )
 
 
@@ -348,6 +346,8 @@ def describe(subject: Subject, method: str, coefficients: Coefficients) -> str:
 
 def choose(subject: Subject, wanted: int | str | dict, coefficient: float | None) -> Coefficients:
     """The features and their coefficients: numbers as they are, words looked up. Raises SteeringError."""
+    if isinstance(wanted, str) and wanted.lstrip().startswith("{"):
+        raise SteeringError(f"found FEATURE_INDEX {wanted!r}: expected a dictionary like {{12: 2, 40: -1}}")
     if isinstance(wanted, int):
         found: Coefficients = {wanted: coefficient}
     elif isinstance(wanted, dict):
@@ -478,6 +478,8 @@ def encode_prompt(model: lm.LanguageModel) -> list[int]:
 
 def print_fit(subject: Subject, own: torch.Tensor) -> None:
     """Say so if the autoencoder does not explain the model's residuals on a text of its own (1, T)."""
+    if own.shape[1] < 4:
+        return  # so few have hardly any variance
     x = subject.model.residuals(own, layer_of(subject))[0, 1:]
     explained = reconstruction(subject.loaded.sae, [x]).explained_variance
     if explained < POOR_FIT:

@@ -84,7 +84,11 @@ def _training(metrics: Sequence[Mapping[str, float]]) -> Figure:
 def _dead(metrics: Sequence[Mapping[str, float]]) -> Figure:
     def draw(axes: "Axes") -> None:
         _curve(axes, metrics, "dead", color=CURVE, linewidth=1.4)
-        axes.set(xlabel="million tokens", ylim=(0, 1.3 * max(1, *(record.get("dead", 0) for record in metrics))))
+        axes.set(
+            xlabel="million tokens",
+            ylabel="features",
+            ylim=(0, 1.3 * max(1, *(record.get("dead", 0) for record in metrics))),
+        )
 
     meaning = "Features that had not fired for a long while: each is capacity that the run paid for and did not use."
     return Figure("Dead features", meaning, _svg("dead", draw))

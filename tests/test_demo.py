@@ -1,0 +1,424 @@
+"""demo.py from end to end, on a small random model; in a process of its own where signals and streams matter."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import config
+from mistral_sae import lm
+from mistral_sae.checkpoint import Metadata, load_sae, save_sae
+from mistral_sae.lm import STANDIN
+from mistral_sae.settings import override
+from mistral_sae.steering import steer
+from tests.test_steering import LAYER, D, F, autoencoder
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "def f(x):"
+SETTINGS = {
+    "DEVICE": "cpu",
+    "CONTEXT_LENGTH": 32,
+    "HELD_OUT_FRACTION": 0.3,
+    "EVALUATION_STRIDE": 1,
+    "ROWS_PER_FORWARD": 4,
+    "FEATURE_INDEX": 3,
+    "COEFFICIENT": 4.0,
+    "PROMPT": PROMPT,
+    "MAX_TOKENS": 12,
+    "SWEEP_SAMPLES": 2,
+    "SWEEP_COEFFICIENTS": "(0.5, 2.0, 8.0)",
+}
+METADATA = Metadata("tiny", f"blocks.{LAYER}.hook_resid_post", LAYER, True, 32, "text")
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def columns(self) -> list[str]:
+        """The texts of the two columns, without what marks them."""
+        lines = [line for line in self.out.splitlines() if "│" in line][2:]
+        lines = [line for line in lines if not re.fullmatch(r"[ ▁▃▅▇│]*[▁▃▅▇][ ▁▃▅▇│]*", line)]
+        return ["".join(line.split("│")[i].strip() for line in lines).replace(" ", "") for i in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    documents = [f"def f{i}(x):\n    raise Exception({i})\n\n\nimport os\nerror = f{i}({i})\n" * 3 for i in range(60)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """What train.py leaves, as far as demo.py needs it."""
+    density = torch.full((F,), 0.003)
+    save_sae(tmp_path / "run" / "sae", autoencoder(), METADATA, density, torch.linspace(1, 5, F))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def arguments(mistral_folder, corpus, run_dir):
+    def of(**changed):
+        constants = {"MISTRAL_MODEL_PATH": mistral_folder, "DATA_PATH": corpus, "RUN_DIR": run_dir}
+        return [f"{name}={value}" for name, value in (constants | SETTINGS | changed).items()]
+
+    return of
+
+
+@pytest.fixture
+def demo(arguments, monkeypatch, capsys):
+    """Run demo.py in this process, with constants."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
+
+    def run(**changed):
+        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments(**changed)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path("demo.py", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return Ran(code, *capsys.readouterr())
+
+    yield run
+    override([], config)
+
+
+def without_spaces(model, ids) -> str:
+    text = "".join(model.tokenizer.strings(ids))
+    return "".join(c if c.isprintable() else "·" for c in text.replace("\n", "")).replace(" ", "")
+
+
+# ---- side by side ----
+
+
+def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder, run_dir):
+    ran = demo(TEMPERATURE=0.0)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(f"demo: {mistral_folder}")
+    for words in (
+        "layer         1 of 0 to 2 (blocks.1.hook_resid_post)",
+        "64 features",
+        "on 0.300% of tokens, at most 1.2",
+    ):
+        assert words in ran.out
+    for name in ("feature 3", "promotes", "suppresses", "logit lens", "no explanation yet"):
+        assert name in ran.out
+    assert "clamp: 3 set to 4 times its maximum (4.8); on prompt and generated tokens" in ran.out
+    assert "\x1b" not in ran.out
+
+    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
+    plain = list(model.generate(ids, 12))
+    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+        steered = list(model.generate(ids, 12))
+    assert plain != steered
+    assert ran.columns == [without_spaces(model, plain), without_spaces(model, steered)]
+
+
+@pytest.mark.parametrize("changed", [{"STEERING_ON": False}, {"COEFFICIENT": None}])
+def test_without_steering_both_columns_are_the_models_own(demo, changed):
+    ran = demo(**changed)
+    assert ran.code == 0, ran.err
+    assert ran.columns[0] == ran.columns[1] != ""
+    figures = re.findall(r"^with(?:out)? steering +(\d.*)$", ran.out, re.M)
+    assert len(figures) == 2
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"METHOD": "add", "COEFFICIENT": -2}, "add: 3 added at -2 times the residual's norm"),
+        ({"METHOD": "raw", "COEFFICIENT": 30}, "raw: 3 added at 30 times its decoder row"),
+        ({"METHOD": "ablate"}, "ablate: 3 set to 0"),
+        ({"POSITIONS": "generated"}, "on generated tokens"),
+        ({"EXACT": 1}, "clamp: 3 set to 4 times"),
+        ({"FEATURE_INDEX": "{3: 4, 40: -2.5}"}, "3 set to 4 times its maximum (4.8), 40 set to -2.5 times"),
+        ({"COEFFICIENT": -4}, "3 set to -4 times its maximum (-4.8)"),
+    ],
+)
+def test_methods_positions_and_several_features(demo, changed, words):
+    ran = demo(**changed)
+    assert ran.code == 0, ran.err
+    assert words in ran.out
+    if changed.get("METHOD") != "ablate":
+        assert ran.columns[0] != ran.columns[1]
+
+
+def test_only_generated_tokens_are_steered_where_that_is_asked(demo):
+    everywhere, generated = demo(TEMPERATURE=0.0), demo(TEMPERATURE=0.0, POSITIONS="generated")
+    assert everywhere.columns[0] == generated.columns[0]
+    assert everywhere.columns[1] != generated.columns[1]
+
+
+def test_the_tokens_that_the_feature_fires_on_are_marked(demo, monkeypatch, run_dir):
+    sae = load_sae(run_dir).sae
+    sae.b_enc.data[3] = 50.0  # on every token
+    save_sae(run_dir / "sae", sae, METADATA, torch.full((F,), 0.003), torch.full((F,), 50.0))
+    ran = demo()
+    assert "▇▇" in ran.out
+    assert "fires on 100%" in ran.out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = demo()
+    assert "\x1b[4;" in coloured.out
+    assert "▇▇" not in coloured.out
+
+
+def test_a_prompt_of_nothing_is_continued_too(demo):
+    assert demo(PROMPT="", MAX_TOKENS=1).code == 0
+
+
+# ---- which feature ----
+
+
+def test_words_find_a_feature_by_its_tokens_while_there_are_no_explanations(demo, run_dir):
+    ran = demo(FEATURE_INDEX="exception")
+    assert ran.code == 0, ran.err
+    assert f"no explanations yet in {run_dir}" in ran.out
+    (chosen,) = re.findall(r"^  → +(\d+) ", ran.out, re.M)
+    assert len(re.findall(r"^  [→ ] +\d+ .*promotes", ran.out, re.M)) > 1
+    assert f"feature {chosen} " in ran.out
+
+
+def explain(run_dir, **explanations):
+    lines = [
+        {"feature": int(f[1:]), "explanation": text, "explainer": "offline", "status": "ok", "scores": {}}
+        for f, text in explanations.items()
+    ]
+    (run_dir / "explanations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_words_find_a_feature_by_its_explanation(demo, run_dir):
+    explain(run_dir, f7="brackets", f9="an exception raised", f11="exceptions")
+    ran = demo(FEATURE_INDEX="raised exception")
+    assert ran.code == 0, ran.err
+    assert "by explanation, of which 2 of 3 match" in ran.out
+    assert re.findall(r"^  → +(\d+) .*an exception raised$", ran.out, re.M) == ["9"]
+    assert "an exception raised (offline)" in ran.out
+    unmatched = demo(FEATURE_INDEX="import")
+    assert "none of 3 explanations matches" in unmatched.out
+    assert unmatched.code == 0, unmatched.err
+
+
+def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir, tmp_path):
+    explain(run_dir, f3="brackets")
+    assert "brackets" in demo().out
+    other = shutil.copytree(run_dir / "sae", tmp_path / "other")
+    assert "brackets" not in demo(SAE_PATH=other).out
+    assert "brackets" in demo(SAE_PATH=run_dir / "sae").out
+
+
+# ---- the autoencoder and the model ----
+
+
+def test_an_autoencoder_without_maxima_is_measured_once(demo, run_dir, tmp_path):
+    save_sae(tmp_path / "other", autoencoder(), METADATA)
+    first = demo(SAE_PATH=tmp_path / "other")
+    assert first.code == 0, first.err
+    assert "without its features' maxima" in first.out
+    before = (run_dir / "feature_statistics.safetensors").stat().st_mtime_ns
+    again = demo(SAE_PATH=tmp_path / "other")
+    assert (run_dir / "feature_statistics.safetensors").stat().st_mtime_ns == before
+    assert again.columns == first.columns
+
+
+def test_the_label_of_another_model_is_a_warning(demo, run_dir):
+    assert "warning" not in demo().out.replace("warning: the autoencoder explains", "")
+    save_sae(run_dir / "sae", autoencoder(), METADATA._replace(model_name="other/model"), *[torch.rand(F)] * 2)
+    ran = demo()
+    assert ran.code == 0
+    assert "warning: the autoencoder was trained on other/model, by its label, and the model is tiny" in ran.out
+
+
+def test_residuals_that_the_autoencoder_does_not_explain_are_a_warning(demo):
+    assert re.search(r"warning: the autoencoder explains -?\d+% of the residuals' variance", demo().out)
+
+
+def write_2024(folder: Path) -> Path:
+    """The form of the published layer-16 autoencoder, whose label names another hook than it was trained on."""
+    cfg = {
+        "architecture": "standard",
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 6},
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "hook_name": f"blocks.{LAYER}.hook_mlp_out",
+        "hook_layer": LAYER,
+        "model_name": "tiny",
+        "normalize_activations": "layer_norm",
+    }
+    folder.mkdir()
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    tensors = {name: p.detach().contiguous() for name, p in autoencoder().named_parameters()}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+def test_the_form_of_2024_with_a_wrong_label_works_once_the_hook_is_given(demo, tmp_path):
+    path = write_2024(tmp_path / "published")
+    refused = demo(SAE_PATH=path)
+    assert refused.code == 2
+    assert "blocks.1.hook_mlp_out" in refused.err
+    assert "hook_name" in refused.err
+    ran = demo(SAE_PATH=path, HOOK_NAME="blocks.1.hook_resid_post")
+    assert ran.code == 0, ran.err
+    assert ran.columns[0] != ran.columns[1]
+
+
+def test_both_kinds_of_model_folder_give_the_same_texts(demo, mistral_folder, hugging_face_folder, tmp_path):
+    folder = shutil.copytree(hugging_face_folder, tmp_path / "tiny")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    shutil.copy(STANDIN / "tekken.json", folder)
+    ran = demo(MISTRAL_MODEL_PATH=folder, TEMPERATURE=0.0)
+    assert ran.code == 0, ran.err
+    assert ran.columns == demo(TEMPERATURE=0.0).columns
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"RUN_DIR": "nowhere"}, "found no autoencoder in nowhere/sae: run train.py first, or set SAE_PATH"),
+        ({"FEATURE_INDEX": 64}, "feature 64: expected a whole number from 0 to 63"),
+        ({"FEATURE_INDEX": -1}, "feature -1"),
+        ({"FEATURE_INDEX": "{3: 1, 99: 1}"}, "feature 99"),
+        ({"FEATURE_INDEX": "{3: 'x'}"}, "coefficient 'x' of feature 3"),
+        ({"FEATURE_INDEX": "{3: }"}, "expected a dictionary like {12: 2, 40: -1}"),
+        ({"FEATURE_INDEX": "{}"}, "no feature in FEATURE_INDEX"),
+        ({"FEATURE_INDEX": "xylophone"}, "no feature for 'xylophone'"),
+        ({"METHOD": "clmp"}, "METHOD is 'clmp': expected clamp, add, ablate or raw"),
+        ({"POSITIONS": "prompt"}, "POSITIONS is 'prompt'"),
+        ({"MAX_TOKENS": 0}, "MAX_TOKENS is 0"),
+        ({"COEFFICIENT": "much"}, "COEFFICIENT must be of type float"),
+        ({"SWEEP": 1, "METHOD": "ablate"}, "SWEEP with METHOD=ablate"),
+        ({"COEFFICIENTS": 1}, "the closest is COEFFICIENT"),
+    ],
+)
+def test_a_mistake_is_one_line(demo, changed, words):
+    ran = demo(**changed)
+    assert ran.code == 2
+    assert ran.err.startswith("error: ")
+    assert words in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+
+
+def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run_dir):
+    from mistral_sae.sae import SparseAutoencoder
+
+    wide = SparseAutoencoder(16, 32, 4)
+    wide.initialize(torch.randn(9, 16), 0)
+    save_sae(run_dir / "sae", wide, METADATA)
+    ran = demo()
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "autoencoder of width 16 and tiny of width 32" in ran.err
+    save_sae(run_dir / "sae", autoencoder(), METADATA._replace(hook_name="blocks.7.hook_resid_post", layer=7))
+    ran = demo()
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert "of layer 7 and tiny with layers 0 to 2" in ran.err
+
+
+# ---- the table ----
+
+
+def test_the_sweep_has_a_table_for_the_feature_and_for_each_control(demo):
+    ran = demo(SWEEP=1)
+    assert ran.code == 0, ran.err
+    for title in ("feature 3", "control: random direction", "control: another feature"):
+        assert re.search(rf"^{title}", ran.out, re.M)
+    assert re.findall(r"^→? +(none|0\.5|2|8) ", ran.out, re.M) == ["none", "0.5", "2", "8"] * 3
+    divergences = [float(kl) for kl in re.findall(r"^→? +(?:0\.5|2|8) +[\d.]+ +([\d.]+)", ran.out, re.M)]
+    assert divergences[0] < divergences[1] < divergences[2]
+    assert "strongest setting" in ran.out
+    assert ran.out.count("→") >= 2
+
+
+def test_the_sweep_takes_several_features_in_their_proportions_and_negative_coefficients(demo):
+    assert "feature 3, 40" in demo(SWEEP=1, FEATURE_INDEX="{3: 1, 40: -2}").out
+    assert demo(SWEEP=1, COEFFICIENT=-1).out != demo(SWEEP=1, COEFFICIENT=1).out
+
+
+# ---- conversation ----
+
+
+def test_ctrl_c_stops_a_reply_and_not_the_conversation(arguments, run_dir):
+    environment = {name: value for name, value in os.environ.items() if name != "MISTRAL_MODEL_PATH"}
+    process = subprocess.Popen(
+        [sys.executable, "demo.py", *arguments(CHAT=1, MAX_TOKENS=30_000, CHAT_CONTEXT=40_000)],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        for line in (b"def f(x):\n", b"more\n"):
+            read_until(process, b"you> ")
+            process.stdin.write(line)
+            process.stdin.flush()
+            read_until(process, b" ", at_least=20)  # of the reply
+            process.send_signal(signal.SIGINT)
+            read_until(process, b"(stopped)")
+        read_until(process, b"you> ")
+        process.send_signal(signal.SIGINT)  # between replies it says how to end
+        read_until(process, b"/quit or Ctrl-D ends")
+        process.stdin.write(b"/coefficient 2\n/quit\n")
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, err
+    assert b"3 set to 2 times its maximum" in out
+    assert b"Traceback" not in err
+    turns = [json.loads(line) for line in (run_dir / "chat.jsonl").read_text().splitlines()]
+    assert [(turn["user"], turn["stopped"]) for turn in turns] == [("def f(x):", True), ("more", True)]
+    assert all(turn["reply"] for turn in turns)
+
+
+def read_until(process, words: bytes, at_least: int = 0) -> bytes:
+    """Read what is printed up to some words."""
+    seen = b""
+    while words not in seen or len(seen) < at_least:
+        byte = process.stdout.read(1)
+        assert byte, seen + process.stderr.read()
+        seen += byte
+    return seen
+
+
+def test_a_conversation_ends_with_its_input_and_commands_find_features(demo, monkeypatch, run_dir):
+    lines = iter(["/feature exception", "def f", "/off", "def f"])
+
+    def read(prompt):
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    ran = demo(CHAT=1, TEMPERATURE=0.0)
+    assert ran.code == 0, ran.err
+    assert "features for 'exception'" in ran.out
+    assert "no instruct model" not in ran.out  # its tokenizer has a chat format
+    steered, off = [json.loads(line) for line in (run_dir / "chat.jsonl").read_text().splitlines()]
+    assert steered["features"] == off["features"] != {"3": 4.0}
+    assert (steered["on"], off["on"]) == (True, False)
