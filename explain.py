@@ -120,14 +120,8 @@ def load_both() -> tuple[LoadedSAE, lm.LanguageModel]:
 def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> Collection:
     """The examples of all features: those of RUN_DIR if they are of the same making, else from the corpus."""
     print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
-    layer, per_row = layer_of(loaded.metadata), config.CONTEXT_LENGTH - 1
-    n_rows = math.ceil(config.EXPLAIN_TOKENS / per_row)
-    wanted = Settings(left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED)
-    names = ["DATA_PATH", "DATA_SPLIT", "TEXT_FIELD", "HELD_OUT_FRACTION", "SEED", "CONTEXT_LENGTH", "EXPLAIN_STRIDE"]
-    corpus = {name: getattr(config, name) for name in names}
-    corpus |= {"files": text.fingerprint(config.DATA_PATH), "rows": n_rows}
-    made_from = examples.inputs(model, loaded.sae, layer, corpus, wanted)
-    path = run_dir / "examples.safetensors"
+    layer, per_row, n_rows, wanted = layer_of(loaded.metadata), config.CONTEXT_LENGTH - 1, rows_wanted(), windows()
+    path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
     collection, why = examples.load_collection(path, made_from)
     if collection is not None:
         print(f"examples  {path}, from {collection.tokens:,} tokens")
@@ -156,6 +150,24 @@ def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) 
         print(skipped.summary())
     examples.save_collection(path, collection, made_from)
     return collection
+
+
+def rows_wanted() -> int:
+    """Rows of the corpus that are read."""
+    return math.ceil(config.EXPLAIN_TOKENS / (config.CONTEXT_LENGTH - 1))
+
+
+def windows() -> Settings:
+    """What is kept around each example."""
+    return Settings(left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED)
+
+
+def made_of(model: lm.LanguageModel, loaded: LoadedSAE) -> dict[str, Any]:
+    """All that the examples depend on."""
+    names = ["DATA_PATH", "DATA_SPLIT", "TEXT_FIELD", "HELD_OUT_FRACTION", "SEED", "CONTEXT_LENGTH", "EXPLAIN_STRIDE"]
+    corpus = {name: getattr(config, name) for name in names}
+    corpus |= {"files": text.fingerprint(config.DATA_PATH), "rows": rows_wanted()}
+    return examples.inputs(model, loaded.sae, layer_of(loaded.metadata), corpus, windows())
 
 
 def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any]:
@@ -357,9 +369,11 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
     path = run_dir / "explanations.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     labels = {each.feature: each for each in map(labelling.from_json, lines)}
-    maxima = {} if loaded.maximum is None else dict(enumerate(loaded.maximum.tolist()))
+    collection, _ = examples.load_collection(run_dir / "examples.safetensors", made_of(model, loaded))
+    fired = sorted({feature for token in tokens for feature, _ in token.features})
+    records = [] if collection is None else examples.FeatureRecords(collection, fired, model, sae)
     page = run_dir / "text.html"
-    report.write_text_page(page, about_run(loaded, model, "your text", len(ids), None), tokens, labels, maxima)
+    report.write_text_page(page, about_run(loaded, model, "your text", len(ids), None), tokens, labels, records)
     print(
         f"page      {page}: {len(ids):,} tokens" + ("" if labels else "; run explain.py without TEXT for explanations")
     )
@@ -384,7 +398,8 @@ def print_results(labels: dict[int, Label], run_dir: Path) -> None:
     if failed > config.MAX_FAILED_SHARE * len(labels):
         raise settings.Failed(
             f"{failed:,} of {len(labels):,} features have no label, more than MAX_FAILED_SHARE, "
-            f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why; start again to ask anew"
+            f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why"
+            + ("; start again to ask anew what got no answer" if statuses["failed"] else "")
         )
 
 

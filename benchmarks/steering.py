@@ -3,14 +3,15 @@
     python -m benchmarks.steering [NAME=value ...]
 
 The features: in a random order (SEED), the first FEATURES that fire on 0.01 % to 1 % of tokens and promote a clear
-class of tokens. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of five tokens
-by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature does to
+class of tokens. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of five
+tokens by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature does to
 generated text, which is what is measured then.
 
 For each feature, texts from several prompts are sampled at growing strengths, and the strongest at which they are
-still fluent is marked, by demo.py's own rule (`sweep.is_fluent`). At that strength, on texts of other seeds: how often
-the feature fires when the model without the edit reads them, beside its rate on the model's own texts and on texts
-made under an edit of the same size at every token along a random direction; and what the texts cost in cross-entropy.
+still fluent is marked, by demo.py's own rule (`sweep.is_fluent`) with a margin. At that strength, on texts of other
+seeds: how often the feature fires when the model without the edit reads them, beside its rate on the model's own texts
+and on texts made under an edit of the same size at every token along a random direction; and what the texts cost in
+cross-entropy.
 
 The autoencoder is that of RUN_DIR, which train.py makes if there is none.
 """
@@ -38,6 +39,7 @@ FEATURES = 24
 RAREST, MOST_FREQUENT = 1e-4, 1e-2  # share of tokens a feature fires on
 CLEAR = 4.0  # standard deviations
 CLASS_SAMPLE = (12, 128)  # rows and positions of held-out text on which the classes are measured
+MARGIN = 0.2  # nats by which a marked strength stays below what is allowed: what is measured then are other texts
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # times the maximum
 PROMPTS = ("import os\nimport sys\n\ndef main(", 'class Parser:\n    """', "    def test_", "    # The")
 SEEDS_TO_MARK, SEEDS_TO_MEASURE = range(8), range(100, 116)  # of each prompt's texts
@@ -109,7 +111,9 @@ def marked_strength(texts: Texts, feature: int) -> float | None:
     """The strongest at which the texts are still fluent; None if they are not even at the weakest."""
     own, best = texts.own(feature), None
     for strength in STRENGTHS:
-        if not sweep.is_fluent(texts.steered(feature, strength), own):
+        found = texts.steered(feature, strength)
+        cost = found.cross_entropy - own.cross_entropy
+        if not sweep.is_fluent(found, own) or cost > sweep.MOST_NATS - MARGIN:
             break
         best = strength
     return best

@@ -16,7 +16,7 @@ LONGEST_LINE = 600  # characters of an explanation; what is longer is an essay
 NONE_FOUND = re.compile(
     r"(there (is|was|seems to be) )?no (\w+ )?pattern( (was|is|can be))?( (found|visible|seen|identified))?", re.I
 )
-PLAIN_EXPLANATION = re.compile(r"^[\W_]*explanation[\W_]*?:[*_\s]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+PLAIN_EXPLANATION = re.compile(r"^[^\w{\n]*_*explanation[\W_]*?:[*_\s]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 PLAIN_VERDICT = re.compile(r"^\W*(\w+)\W+(true|false|yes|no)\b\W*$", re.IGNORECASE | re.MULTILINE)
 OPENING = re.compile(r"[{\[]")
 QUOTES = {('"', '"'), ("'", "'"), ("`", "`"), ("“", "”")}
@@ -156,8 +156,10 @@ def _json_values(text: str) -> list[Any]:
         try:
             value, place = decoder.raw_decode(text, opening.start())
             values.append(value)
-        except (ValueError, RecursionError):
+        except ValueError:
             place = opening.end()
+        except RecursionError:  # thousands of brackets: nothing that was asked for
+            break
     return values
 
 

@@ -22,7 +22,6 @@ from mistral_sae.records import Example, Feature, Judgement, Label
 EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
 PRECISION = 0.5  # of the tokens on which a rule holds, the share on which the feature must fire
-COST = 2.0  # of a passage in which a rule holds where the feature is silent; one in which it fires there is worth 1
 LEAST_SHARE = 0.2  # of a feature's passages; rules that account for fewer are no pattern
 TRIED = 30  # rules that are looked at when the best ones do not fit into the phrase
 
@@ -57,8 +56,8 @@ def find(feature: Feature) -> Findings:
     """The rules that together tell best where a feature fires.
 
     They are added one by one, the one with the most to gain first: the weight of the passages in which it newly holds
-    where the feature fires, less COST times the share of those in which it newly holds where it is silent. That ends
-    when nothing is to be gained, or nothing that does so fits into the phrase.
+    where the feature fires, less the share of those in which it newly holds where it is silent. That ends when there is
+    nothing to gain, or nothing that fits into the phrase.
     """
     passages = [visible(passage) for passage in (*feature.top, *feature.spread)]
     if not passages:
@@ -76,7 +75,7 @@ def _choose(candidates: Candidates) -> list[Rule]:
     rules: list[Rule] = []
     while True:
         new_PR = hits_PR & ~covered_P[:, None]
-        gain_R = candidates.weight_P @ new_PR - COST * (misses_PR & ~wrong_P[:, None]).mean(axis=0)
+        gain_R = candidates.weight_P @ new_PR - (misses_PR & ~wrong_P[:, None]).mean(axis=0)
         gain_R[(new_PR.sum(axis=0) < SUPPORT) | (candidates.precision_R < PRECISION)] = 0
         for r in np.argsort(-gain_R, kind="stable")[:TRIED]:
             rule = Rule(*candidates.pairs[r], float(candidates.strength_R[r]))

@@ -198,7 +198,7 @@ def number(value: float | None) -> float | None:
 def compressed(value: Any) -> bytes:
     """base64 of gzip of JSON: characters that need no escaping anywhere in HTML."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII, so that lone surrogates pass too
-    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=9, mtime=0))
+    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0))
 
 
 def pack(features: Iterable[Feature], labels: Mapping[int, Label], chunks: BinaryIO) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Corpus:
         self.indices = torch.from_numpy(chance.argsort(axis=-1)[..., :K].copy())
         growth = np.geomspace(0.1, 8, len(self.rows))[:, None, None]
         values = growth * random.exponential(size=(*shape, K)) * (random.random((*shape, K)) < 0.7)
+        values = np.ceil(8 * values) / 8  # so that some are equal
         values[:, 0] = 1000.0  # the first position, which has to be ignored
         values[values == 0] = -1.0  # as an encoder without relu may give
         self.values = torch.from_numpy(values).float()
@@ -302,12 +303,12 @@ def test_zeros_beside_the_active_features_change_nothing(corpus, collection):
     for start in range(0, len(corpus.rows), 5):
         part, more = slice(start, start + 5), start % 3
         pad = torch.nn.functional.pad
-        collector.add(corpus.rows[part], pad(corpus.values[part], (0, more)), pad(corpus.indices[part], (0, more)))
+        collector.add(corpus.rows[part], pad(corpus.values[part], (more, 0)), pad(corpus.indices[part], (more, 0)))
     other = collector.finish()
     assert torch.equal(other.held_out.activations, collection.held_out.activations)
-    assert other.pool.values.shape[2] > K
-    assert torch.equal(other.pool.values[..., :K], collection.pool.values)
-    assert not other.pool.values[..., K:].any()
+    assert other.pool.values.shape[2] == K + 2
+    for feature in range(F):
+        assert torch.equal(pooled(other, feature), pooled(collection, feature))
 
 
 def test_the_state_does_not_grow_with_the_corpus(monkeypatch):
@@ -325,6 +326,18 @@ def test_the_state_does_not_grow_with_the_corpus(monkeypatch):
     assert len(collector.names) <= 2 * in_use + 50 + 40 < len(names)
     assert len(collector.finish().names) == in_use
     assert len(collector.finish().pool.tokens) == SETTINGS.pool_rows
+
+
+def test_a_document_is_left_to_the_interval_that_has_no_other():
+    names = [name for name in map(str, range(100)) if not is_for_scoring(name)][:2]
+    rows = list(pack_with_documents([Document(name, "a" * 39) for name in names], Letters(), 40))
+    values = torch.zeros(2, 40, 1)
+    values[0, 5], values[0, 30], values[1, 20] = 1.0, 0.1, 0.9
+    collector = Collector(1, 1000, SETTINGS._replace(spread=1), "cpu")
+    collector.add(rows, values, torch.zeros(2, 40, 1, dtype=torch.long))
+    collection = collector.finish()
+    found = [(name, max(activations)) for name, _, _, activations in passages(collection.spread, collection.names, 0)]
+    assert found == [(names[1], pytest.approx(0.9, rel=1e-3)), (names[0], pytest.approx(0.1, rel=1e-3))]
 
 
 def test_settings_that_keep_nothing_and_a_corpus_of_nothing_are_refused():
@@ -361,7 +374,10 @@ def check_silent(collection, feature, spans):
 def test_the_pool_holds_whole_rows_with_all_their_activations(corpus, collection):
     by_tokens = {tuple(row.tokens.tolist()): i for i, row in enumerate(corpus.rows)}
     numbers = [by_tokens[tuple(tokens)] for tokens in collection.pool.tokens.tolist()]
-    assert len(set(numbers)) == len(numbers) == SETTINGS.pool_rows
+    eligible = [i for i, row in enumerate(corpus.rows) if any(is_for_scoring(name) for name in row.documents)]
+    chosen = sorted(eligible, key=drawn(torch.arange(len(corpus.rows)), SETTINGS.seed).tolist().__getitem__)
+    assert len(chosen) > SETTINGS.pool_rows
+    assert sorted(numbers) == sorted(chosen[: SETTINGS.pool_rows])
     for feature in range(F):
         there = torch.from_numpy(corpus.activations(feature)[numbers])
         for_scoring = collection.pool.documents >= 0

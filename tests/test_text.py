@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import json
+import os
 import signal
 import sys
 import threading
@@ -19,8 +20,10 @@ from mistral_sae.text import (
     check,
     corpus,
     documents,
+    fingerprint,
     is_held_out,
     pack,
+    pack_with_documents,
     prefetch,
 )
 
@@ -403,6 +406,24 @@ def test_a_part_without_documents_is_an_error_and_no_endless_loop(tmp_path, monk
         next(corpus(path, held_out=True, held_out_fraction=0.0))
 
 
+def test_the_fingerprint_changes_with_the_files_of_a_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "notes.md").write_text("no text")
+    first = fingerprint(str(tmp_path))
+    (tmp_path / "notes.md").write_text("other notes")
+    assert fingerprint(str(tmp_path)) == first == fingerprint(str(tmp_path))
+    (tmp_path / "a.txt").write_text("two, three")
+    second = fingerprint(str(tmp_path))
+    (tmp_path / "b.txt").write_text("four")
+    third = fingerprint(str(tmp_path))
+    os.utime(tmp_path / "b.txt", (0, 0))
+    assert len({first, second, third, fingerprint(str(tmp_path))}) == 4
+    assert fingerprint("stdlib") == fingerprint("stdlib") not in (first, second, third)
+    assert fingerprint("owner/name") == "owner/name"
+    with pytest.raises(TextError, match="there is no file or folder"):
+        fingerprint("nowhere at all")
+
+
 # Packing
 
 
@@ -433,6 +454,31 @@ def test_no_token_of_any_document_is_dropped():
         whole = "".join(contents)
         assert whole.startswith("".join(stream))
         assert len(whole) - len(stream) < length
+
+
+def test_rows_say_of_which_document_each_token_is():
+    rows = list(pack_with_documents(as_documents("abc", "", "de", "fghijk"), Letters(), 5))
+    assert [row.tokens.tolist() for row in rows] == [[ord(c) for c in row] for row in ("\0abc\0", "\0de\0f", "\0ghij")]
+    assert [row.places.tolist() for row in rows] == [[-1, 0, 0, 0, -1], [-1, 0, 0, -1, 1], [-1, 0, 0, 0, 0]]
+    assert [row.documents for row in rows] == [["0"], ["2", "3"], ["3"]]
+
+
+def test_every_token_of_a_row_is_of_the_document_it_came_from():
+    random = np.random.default_rng(0)
+    contents = ["".join(chr(97 + i) for i in random.integers(0, 26, n)) for n in random.integers(0, 40, 300)]
+    for length in (2, 7, 64):
+        rows = list(pack_with_documents(as_documents(*contents), Letters(), length))
+        plain = pack(as_documents(*contents), Letters(), length)
+        assert all((row.tokens == other).all() for row, other in zip(rows, plain, strict=True))
+        found = {}
+        for row in rows:
+            assert ((row.tokens == 0) == (row.places == -1)).all()
+            for token, place in zip(row.tokens, row.places, strict=True):
+                if place >= 0:
+                    found[row.documents[place]] = found.get(row.documents[place], "") + chr(token)
+        last = max(found, key=int)
+        assert contents[int(last)].startswith(found.pop(last))  # the corpus ends in a row that is not full
+        assert found == {str(i): text for i, text in enumerate(contents[: int(last)]) if text}
 
 
 def test_a_run_goes_on_at_the_row_where_it_was_left():
