@@ -25,7 +25,7 @@ POSITIONS = "all"  # "all": of the prompt (but its first) and of what is generat
 EXACT = False  # encode all features to know when TopK silences the steered one, at the price of its speed
 
 # ---- text ----
-PROMPT = 'def load(path):\n    """'
+PROMPT = 'def load(path):\n    """' if config.ON_STANDIN else "The thing that I wanted to tell you is that"
 MAX_TOKENS = 80  # generated, at most
 TEMPERATURE = 0.7  # 0 takes the likeliest token
 SEED = 0
@@ -189,9 +189,9 @@ def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
     prompt_ids, seeds = encode_prompt(model), range(SEED, SEED + SWEEP_SAMPLES)
     signs = {feature: -1.0 if c is not None and c < 0 else 1.0 for feature, c in coefficients.items()}
     if len(coefficients) > 1:  # several keep their proportions
-        signs = {feature: c for feature, c in coefficients.items() if c is not None}
+        signs = {feature: 0.0 if c is None else c for feature, c in coefficients.items()}
     first = next(iter(signs))
-    other = another_feature(subject, first)
+    other = features.random_feature(subject.statistics, SEED, other_than=first)
     rows_SD = loaded.sae.W_dec[list(signs)]
     measure = partial(sweep.measure, model, loaded, first, prompt_ids)
     texts = sweep.sample(model, prompt_ids, seeds, MAX_TOKENS, TEMPERATURE)
@@ -224,34 +224,26 @@ def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
 def sweep_table(
     subject: Subject, title: str, own: list[int], unsteered: sweep.Measured, found: list[sweep.Setting]
 ) -> Table:
-    """One table: a row a setting, the unsteered model's first."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
-    table.add_column("")
-    for name in ("coef.", "nats", "KL", "repeated", "fires", "mean"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    marked = sweep.strongest_fluent(found)
-    rows = [("", "none", unsteered, own)]
-    rows += [("→" if each is marked else "", f"{each.scale:g}", each.measured, each.text) for each in found]
-    for mark, coefficient, m, ids in rows:
-        start = Text(repr(subject.model.tokenizer.decode(ids))[1:-1])
-        figures = (
-            f"{m.cross_entropy:.2f}",
-            f"{m.kl:.2f}",
-            f"{m.repetition:.0%}",
-            f"{m.rate:.1%}",
-            f"{m.activation:.2f}",
+    """A row a setting, the unsteered model's first."""
+    strongest = sweep.strongest_fluent(found)
+    rows = [(False, "none", unsteered, own)]
+    rows += [(each is strongest, f"{each.scale:g}", each.measured, each.text) for each in found]
+    as_text = (
+        (
+            is_strongest,
+            (
+                name,
+                f"{m.cross_entropy:.2f}",
+                f"{m.kl:.2f}",
+                f"{m.repetition:.0%}",
+                f"{m.rate:.1%}",
+                f"{m.activation:.2f}",
+            ),
+            subject.model.tokenizer.decode(ids),
         )
-        table.add_row(mark, coefficient, *figures, start, style="bold" if mark else None)
-    return table
-
-
-def another_feature(subject: Subject, feature: int) -> int:
-    """A random feature that fires about as rarely as most."""
-    maximum_F, density_F, _ = subject.statistics
-    live = ((maximum_F > 0) & (density_F > 1e-4) & (density_F < 1e-2)).nonzero().squeeze(1).tolist()
-    live = [other for other in live if other != feature] or [feature]
-    return live[torch.randint(len(live), (1,), generator=torch.Generator().manual_seed(SEED)).item()]
+        for is_strongest, name, m, ids in rows
+    )
+    return screen.table(title, ("coef.", "nats", "KL", "repeated", "fires", "mean"), as_text)
 
 
 # ---- conversation ----
@@ -273,7 +265,7 @@ def talk(subject: Subject, coefficients: Coefficients) -> None:
         subject.model,
         current,
         steered=lambda wanted, length: edit(subject, wanted.method, wanted.coefficients, length),
-        find=lambda words: choose(subject, parsed(words), COEFFICIENT),
+        find=lambda words, coefficient: choose(subject, parsed(words), coefficient),
         describe=describe_all,
         is_instruct=is_instruct,
         context=CHAT_CONTEXT,
@@ -408,12 +400,7 @@ def open_sae() -> LoadedSAE:
         raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH")
     loaded = load_sae(source, hook_name=HOOK_NAME, device=device)
     sae, metadata, layer = loaded.sae, loaded.metadata, steering.layer_of(loaded.metadata)
-    steering.check_width(sae, spec.name, spec.d_model)
-    if layer >= spec.n_layers:
-        raise SteeringError(
-            f"found an autoencoder of layer {layer} and {spec.name} with layers 0 to {spec.n_layers - 1}: expected the "
-            "model that it was trained on; set MISTRAL_MODEL_PATH or SAE_PATH"
-        )
+    steering.check_model(loaded, spec.name, spec.d_model, spec.n_layers)
     print(f"layer         {layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
     print(f"autoencoder   {source}, {sae.n_features:,} features")
     named = (metadata.model_name or spec.name).rsplit("/", 1)[-1]

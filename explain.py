@@ -76,7 +76,10 @@ def check_settings() -> None:
         *((name, getattr(config, name) >= 0, "0 or more") for name in ("TOKENS_BEFORE", "TOKENS_AFTER", "SEED")),
         *((name, getattr(config, name) > 0, "above 0") for name in ("REQUEST_TIMEOUT", "REQUEST_DEADLINE")),
         *((name, getattr(config, name) >= 0, "0 or more") for name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS")),
-        *((name, (getattr(config, name) or 1) > 0, "above 0, or None") for name in ("MAX_DOLLARS", "MAX_TOKENS")),
+        *(
+            (name, getattr(config, name) is None or getattr(config, name) > 0, "above 0, or None")
+            for name in ("MAX_DOLLARS", "MAX_TOKENS")
+        ),
         ("MAX_FAILED_SHARE", 0 <= config.MAX_FAILED_SHARE <= 1, "0 to 1"),
         ("TEXT", config.TEXT is None or config.TEXT.strip(), "some text"),
     ]:
@@ -389,8 +392,8 @@ def print_results(labels: dict[int, Label], run_dir: Path) -> None:
     )
     for summary in report.summarize_scores(labels.values()):
         print(
-            f"  {summary.method:10} {summary.value:.2f}   another feature's explanation {summary.other_feature:.2f}, "
-            f"its top token {summary.top_token:.2f}"
+            f"  {summary.method:10} {figure(summary.value)}   another feature's explanation "
+            f"{figure(summary.other_feature)}, its top token {figure(summary.top_token)}"
         )
     failed = sum(
         count for status, count in statuses.items() if status not in ("ok", prompts.NO_PATTERN, "dead", "stopped")
@@ -401,6 +404,11 @@ def print_results(labels: dict[int, Label], run_dir: Path) -> None:
             f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why"
             + ("; start again to ask anew what got no answer" if statuses["failed"] else "")
         )
+
+
+def figure(value: float | None) -> str:
+    """A mean score, if there is one: a feature that is explained alone has no other to be compared with."""
+    return "none" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

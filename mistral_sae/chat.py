@@ -30,18 +30,22 @@ class Steering:
     both: bool = False
 
 
+# What follows /feature, and the coefficient so far -> coefficients by feature
+Find = Callable[[str, float | None], dict[int, float | None]]
+
+
 class CommandError(ValueError):
     """A command that is none, or that cannot be carried out: one line."""
 
 
-def obey(command: str, steering: Steering, find: Callable[[str], dict[int, float | None]]) -> Steering:
-    """The steering after a command. `find` gives the coefficients for what follows /feature. Raises CommandError."""
+def obey(command: str, steering: Steering, find: Find) -> Steering:
+    """The steering after a command. Raises CommandError."""
     name, _, argument = command.strip().partition(" ")
     argument = argument.strip()
     if name in ("/feature", "/coefficient", "/method") and not argument:
         raise CommandError(f"{name} needs a value: /help shows examples")
     if name == "/feature":
-        return replace(steering, coefficients=find(argument), on=True)
+        return replace(steering, coefficients=find(argument, next(iter(steering.coefficients.values()))), on=True)
     if name == "/coefficient":
         try:
             coefficient = None if argument.lower() == "none" else float(argument)
@@ -109,7 +113,7 @@ def converse(
     steering: Steering,
     *,
     steered: Callable[[Steering, int], AbstractContextManager],
-    find: Callable[[str], dict[int, float | None]],
+    find: Find,
     describe: Callable[[Steering], str],
     is_instruct: bool,
     context: int,
@@ -122,7 +126,7 @@ def converse(
 
     Args:
         steered: the steering and the length of the prompt -> the edit to generate under.
-        find: what follows /feature -> coefficients by feature.
+        find: the features that /feature means.
         describe: one line about the steering; raises ValueError for one that cannot be, and which is not taken over.
         is_instruct: use the tokenizer's chat format.
         context: tokens of a conversation, with the reply to come.

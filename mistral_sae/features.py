@@ -22,6 +22,7 @@ from mistral_sae.lm import LanguageModel
 from mistral_sae.steering import SteeringError, layer_of, steer
 from mistral_sae.tokenizer import Tokenizer
 
+RARE, COMMON = 1e-4, 1e-2  # shares of tokens between which most features fire
 SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
 CLASS = 5  # tokens by which a class of promoted tokens is judged
 AT_ONCE = 64  # features whose promotions are measured in one forward
@@ -90,6 +91,13 @@ def _digest(parameters: Iterable[Tensor]) -> str:
     for parameter in parameters:
         digest.update(parameter.detach()[:8].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def random_feature(statistics: Statistics, seed: int, *, other_than: int) -> int:
+    """A random feature that fires neither almost never nor all the time; the given one if there is no other."""
+    live_F = (statistics.maximum_F > 0) & (statistics.density_F > RARE) & (statistics.density_F < COMMON)
+    live = [feature for feature in live_F.nonzero().flatten().tolist() if feature != other_than] or [other_than]
+    return live[torch.randint(len(live), (), generator=torch.Generator().manual_seed(seed))]
 
 
 # ---- what a feature promotes ----

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 # By level: 0 is silent. Underlined too, for terminals without colour and readers who see none
@@ -89,6 +90,18 @@ def _print_row(console: Console, row: Sequence[Sequence[Mark]], width: int, has_
             line.append(" " * (width - sum(cell_len(text) for text, _ in marks)) + SEPARATOR)
     line.rstrip()
     console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[tuple[bool, Sequence[str], str]]) -> Table:
+    """Figures under their headings and a text beside them, cut at the screen's width, a row each; True marks a row."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
+    for heading in ("", *headings):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    for is_marked, figures, text in rows:
+        style = "bold" if is_marked else None
+        shown.add_row("→" if is_marked else "", *figures, Text(repr(text)[1:-1]), style=style)
+    return shown
 
 
 def legend(console: Console) -> Text:

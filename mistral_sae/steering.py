@@ -80,7 +80,7 @@ def steer(
     layer = layer_of(loaded.metadata)
     wanted = {feature: c for feature, c in coefficients.items() if c is not None}
     check_coefficients(loaded.sae, wanted, method)
-    check_width(loaded.sae, lm.name, lm.d_model)
+    check_model(loaded, lm.name, lm.d_model, lm.n_layers)
     if first_position < 1:
         raise SteeringError(f"found first_position {first_position}: expected 1 or more, position 0 is never edited")
     if not wanted:
@@ -199,12 +199,13 @@ def layer_of(metadata: Metadata) -> int:
     )
 
 
-def check_width(sae: SparseAutoencoder, name: str, d_model: int) -> None:
-    """Raise SteeringError unless the autoencoder has the width of the model."""
-    if sae.d_model != d_model:
+def check_model(loaded: LoadedSAE, name: str, d_model: int, n_layers: int) -> None:
+    """Raise SteeringError unless the autoencoder has the width of the model, and the model its layer."""
+    width, layer = loaded.sae.d_model, layer_of(loaded.metadata)
+    if width != d_model or layer >= n_layers:
         raise SteeringError(
-            f"found an autoencoder of width {sae.d_model} and {name} of width {d_model}: expected the model that it "
-            "was trained on; set MISTRAL_MODEL_PATH or SAE_PATH"
+            f"found an autoencoder of width {width} and layer {layer}, and {name} of width {d_model} and layers 0 to "
+            f"{n_layers - 1}: expected the model that it was trained on; set MISTRAL_MODEL_PATH or SAE_PATH"
         )
 
 

@@ -42,7 +42,7 @@ def make_feature(index: int, fires: Fires, words: Sequence[str] = WORDS, length:
     generator = random.Random(f"{index} {seed}")
     firing: list[Example] = []
     silent: list[Example] = []
-    while len(firing) < 60 or len(silent) < 24:
+    while len(firing) < 200 or len(silent) < 24:
         tokens = generator.choices(words, k=length)
         if generator.random() < 0.5:
             tokens = [token for token in tokens if not fires([token], 0)] or [words[0]]

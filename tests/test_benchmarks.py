@@ -72,3 +72,10 @@ def test_both_sides_of_the_end_to_end_benchmark_train_on_the_same_input():
     printed = smoke("end_to_end")
     for side in ("mistral-sae", "sae-lens"):
         assert re.search(rf"^  {side} +[\d.]+ s +[\d,]+ tokens/s .* normalized MSE [\d.]+", printed, re.M)
+
+
+def test_the_speed_of_steering_is_measured_beside_the_model_alone():
+    printed = smoke("steering_speed")
+    found = dict(re.findall(r"^  (\S.*?) +[\d.]+ ms a token +([+-][\d.]+)%$", printed, re.M))
+    assert found.pop("without steering") == "+0.0"
+    assert set(found) == {"clamp, one feature", "clamp, eight features", "add, one feature", "clamp, exact"}

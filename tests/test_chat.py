@@ -19,10 +19,10 @@ def lm(mistral_folder):
     return load(mistral_folder, device="cpu")
 
 
-def find(words):
+def find(words, coefficient):
     if words == "nothing":
         raise SteeringError("found no feature for 'nothing'")
-    return {40: 1.0}
+    return {40: coefficient}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,10 @@ def find(words):
 )
 def test_commands_change_the_steering(command, expected):
     assert obey(command, STEERING, find) == expected
+
+
+def test_another_feature_takes_the_coefficient_that_was_set():
+    assert obey("/feature http", obey("/coefficient 2", STEERING, find), find).coefficients == {40: 2.0}
 
 
 @pytest.mark.parametrize("command", ["/feature exception", "/coefficient 1", "/method clamp", "/on"])

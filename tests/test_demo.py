@@ -333,11 +333,11 @@ def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run
     save_sae(run_dir / "sae", wide, METADATA)
     ran = demo()
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
-    assert "autoencoder of width 16 and tiny of width 32" in ran.err
+    assert "autoencoder of width 16 and layer 1, and tiny of width 32" in ran.err
     save_sae(run_dir / "sae", autoencoder(), METADATA._replace(hook_name="blocks.7.hook_resid_post", layer=7))
     ran = demo()
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
-    assert "of layer 7 and tiny with layers 0 to 2" in ran.err
+    assert "layer 7, and tiny of width 32 and layers 0 to 2" in ran.err
 
 
 # ---- the table ----

@@ -104,6 +104,17 @@ def test_measured_statistics_of_another_model_are_measured_again(lm, loaded, mis
     assert len(calls) == 2
 
 
+def test_a_random_feature_is_another_one_that_fires_now_and_then():
+    maximum, density = torch.ones(F), torch.full((F,), 0.5)
+    density[[5, 9, 20]] = 0.001
+    maximum[20] = 0.0
+    statistics = Statistics(maximum, density, None)
+    assert {features.random_feature(statistics, seed, other_than=3) for seed in range(20)} == {5, 9}
+    assert {features.random_feature(statistics, seed, other_than=5) for seed in range(20)} == {9}
+    density[:] = 0.5
+    assert features.random_feature(statistics, 0, other_than=3) == 3
+
+
 # ---- what a feature promotes ----
 
 

@@ -273,6 +273,8 @@ def test_a_link_shows_all_of_a_feature(browser, report):
     ):
         assert words in shown, words
     assert len(find_all(browser, ".bar")) == 50
+    shares = [text(browser, f".columns section:nth-child({n}) .number") for n in (1, 2, 3, 4)]
+    assert shares == ["+3.00", "\u22123.00", "0.60", "54%"]
     columns = ["Promotes", "Suppresses", "Nearest", "Fires together with"]
     assert [element.text for element in find_all(browser, ".columns h3")] == columns
     sizes = [len(section.find_elements(By.TAG_NAME, "li")) for section in find_all(browser, ".columns section")]
@@ -420,6 +422,8 @@ def test_a_narrow_screen_shows_one_thing_at_a_time(browser, report):
     assert shown == [True, False, False]
     press(browser, "/")
     wait(browser, "return document.activeElement.id === 'search'")
+    shown = [find(browser, selector).is_displayed() for selector in ("#run", "#browser", "#feature")]
+    assert shown == [False, True, False]
     press(browser, "#77", Keys.ENTER)
     wait(browser, "return document.activeElement.hash === '#feature=77'")
     press(browser, Keys.ENTER)
@@ -494,7 +498,7 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, tmp_path):
 
 
 def test_a_token_that_turns_the_direction_does_not_turn_its_neighbours(browser, tmp_path):
-    tokens = ("abc", "\u05e9\u05dc\u05d5\u05dd", "def", "ghi")
+    tokens = ("abc", "\u05e9\u05dc\u05d5\u05dd", " ", "123")  # digits after Hebrew would go to its left
     passage = Example("d", 1, tokens, (0.0, 1.0, 0.0, 0.0))
     write_report(tmp_path / "report.html", make_run(), [make_feature(1)._replace(top=(passage,))], {})
     open_feature(browser, (tmp_path / "report.html").as_uri(), 1)
@@ -534,6 +538,28 @@ def test_a_report_of_20000_features_opens_and_scrolls(browser, tmp_path):
     assert len(find_all(browser, ".line")) < 50
     find_all(browser, ".line a")[-1].click()
     wait(browser, "return document.querySelector('.eyebrow').textContent === 'Feature 19999'")
+
+
+def test_a_feature_whose_data_is_still_coming_waits_unless_another_is_asked_for(browser, report):
+    visit(browser, report)
+    browser.execute_script(
+        """window.late = document.getElementById('chunk-2'), window.after = late.nextElementSibling;
+        late.remove();
+        Object.defineProperty(document, 'readyState', { value: 'loading' });
+        location.hash = '#feature=70';"""
+    )
+    time.sleep(0.2)
+    assert not find(browser, "#feature").is_displayed()
+    browser.execute_script("location.hash = '#feature=1'")
+    wait(browser, "return !document.getElementById('feature').hidden")
+    browser.execute_script("after.before(late)")
+    time.sleep(0.2)
+    assert text(browser, ".eyebrow") == "Feature 1"
+    browser.execute_script("late.remove(); location.hash = '#feature=70'")
+    time.sleep(0.2)
+    assert text(browser, ".eyebrow") == "Feature 1"
+    browser.execute_script("after.before(late)")
+    wait(browser, "return document.querySelector('.eyebrow').textContent === 'Feature 70'")
 
 
 def test_a_report_that_was_cut_short_says_so(browser, tmp_path):

@@ -302,12 +302,13 @@ def test_both_libraries_are_steered_alike(mistral_folder, hugging_face_folder, l
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
 
 
-def test_a_model_in_bfloat16_is_steered_in_float32_and_stays_bfloat16(mistral_folder, loaded, tokens_BT):
+@pytest.mark.parametrize(("method", "c"), [("clamp", 9.0), ("add", 0.3), ("raw", 2.0)])
+def test_a_model_in_bfloat16_is_steered_in_float32_and_stays_bfloat16(mistral_folder, loaded, tokens_BT, method, c):
     lm = load(mistral_folder, device="cpu", dtype="bfloat16")
     plain = lm.residuals(tokens_BT, LAYER)
-    with steer(lm, loaded, {3: 9.0}):
+    with steer(lm, loaded, {3: c}, method):
         steered = lm.residuals(tokens_BT, LAYER)
-    expected = make_edit(loaded.sae, {3: 9.0}, "clamp", CPU)(plain.float()).bfloat16()
+    expected = make_edit(loaded.sae, {3: c}, method, CPU)(plain.float()).bfloat16()
     assert steered.dtype == torch.bfloat16
     assert torch.equal(steered[:, 1:], expected[:, 1:])
 
@@ -375,13 +376,19 @@ def test_what_cannot_be_steered_is_said_in_one_line(lm, loaded, coefficients, op
 
 def test_an_autoencoder_of_another_width_is_refused(lm):
     other = LoadedSAE(SparseAutoencoder(16, 32, 4), RESID_POST, None)
-    with pytest.raises(SteeringError, match=r"of width 16 and .* of width 32"), steer(lm, other, {3: 1.0}):
+    with pytest.raises(SteeringError, match=r"of width 16 and layer 1, and .* of width 32"), steer(lm, other, {3: 1}):
         pass
 
 
 def test_a_layer_that_the_model_has_not_is_refused(lm):
     deep = loaded_of(autoencoder(), RESID_POST._replace(hook_name="blocks.9.hook_resid_post", layer=9))
-    with pytest.raises(ModelError, match="layer 9"), steer(lm, deep, {3: 1.0}):
+    with pytest.raises(SteeringError, match=r"and layer 9, and .* layers 0 to 2"), steer(lm, deep, {3: 1.0}):
+        pass
+
+
+def test_a_layer_that_is_not_loaded_is_refused(mistral_folder, loaded):
+    lm = load(mistral_folder, last_layer=0, device="cpu")
+    with pytest.raises(ModelError, match="load more of it"), steer(lm, loaded, {3: 1.0}):
         pass
 
 

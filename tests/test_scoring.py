@@ -1,0 +1,220 @@
+import numpy as np
+import pytest
+
+from mistral_sae import scoring
+from mistral_sae.records import Example, Judgement
+from mistral_sae.scoring import Simulated
+from tests.synthetic_features import make_feature, on
+
+
+@pytest.fixture(scope="module")
+def feature():
+    return make_feature(3, on(" self"))
+
+
+def judgements(right_true, wrong_true, right_false, wrong_false, unanswered=0):
+    counts = [
+        (True, True, right_true),
+        (True, False, wrong_true),
+        (False, False, right_false),
+        (False, True, wrong_false),
+    ]
+    found = []
+    for truth, verdict, count in [*counts, (True, None, unanswered)]:
+        kind = "held_out" if truth else "random"
+        found += [Judgement("detection", kind, len(found) + i, truth, verdict) for i in range(count)]
+    return found
+
+
+# What is asked
+
+
+def test_detection_asks_as_many_active_as_silent_passages_half_of_the_latter_hard(feature):
+    questions = scoring.detection_questions(feature, 0)
+    kinds = [question.kind for question in questions]
+    assert kinds.count("held_out") == len(feature.held_out) == 20
+    assert kinds.count("random") == kinds.count("hard") == 10
+    assert {q.passage.interval(feature.maximum) for q in questions if q.truth} == {0, 1, 2, 3}
+    for question in questions:
+        assert question.passage == getattr(feature, question.kind)[question.index]
+        assert question.truth == any(question.passage.activations)
+
+
+@pytest.mark.parametrize(
+    ("n_random", "n_hard", "expected"), [(10, 2, (12, 10, 2)), (0, 10, (10, 0, 10)), (3, 0, (3, 3, 0))]
+)
+def test_detection_stays_balanced_where_negatives_are_few(feature, n_random, n_hard, expected):
+    few = feature._replace(random=feature.random[:n_random], hard=feature.hard[:n_hard])
+    kinds = [question.kind for question in scoring.detection_questions(few, 0)]
+    assert tuple(map(kinds.count, ("held_out", "random", "hard"))) == expected
+
+
+def test_a_feature_without_passages_to_judge_has_no_questions(feature):
+    assert scoring.detection_questions(feature._replace(held_out=()), 0) == []
+    assert scoring.detection_questions(feature._replace(random=(), hard=()), 0) == []
+    assert scoring.fuzzing_questions(feature._replace(held_out=()), 0) == [[], []]
+    assert scoring.batches([], 8) == []
+
+
+def test_how_many_passages_of_a_batch_are_active_cannot_be_known():
+    counts = set()
+    for index in range(20):
+        questions = scoring.detection_questions(make_feature(index, on(" self")), 0)
+        counts |= {sum(q.truth for q in batch) for batch in scoring.batches(questions, 8)}
+    assert len(counts) >= 5
+
+
+def test_the_order_is_drawn_by_seed_and_feature(feature):
+    def order(feature, seed):
+        return [(q.kind, q.index) for q in scoring.detection_questions(feature, seed)]
+
+    assert order(feature, 0) == order(feature, 0)
+    assert order(feature, 0) != order(feature, 1)
+    assert order(feature, 0) != order(feature._replace(feature=4), 0)
+
+
+def test_ids_differ_and_tell_nothing(feature):
+    ids = scoring.opaque_ids(feature, 0, "detection", 500)
+    assert len(set(ids)) == 500
+    assert all(len(id) == 3 and set(id) <= set(scoring.LETTERS) for id in ids)
+    assert ids != sorted(ids)
+    assert scoring.opaque_ids(feature, 0, "detection", 3) == ids[:3]
+    assert scoring.opaque_ids(feature, 0, "fuzzing", 3) != ids[:3]
+
+
+def test_wrong_marks_are_on_as_many_tokens_all_of_them_silent(feature):
+    first, second = scoring.fuzzing_questions(feature, 0)
+    by_index = {q.index: q for q in second}
+    assert sorted(by_index) == sorted(q.index for q in first) == list(range(20))
+    assert 0 < sum(q.truth for q in first) < 20
+    for question in first:
+        other = by_index[question.index]
+        right, wrong = (question, other) if question.truth else (other, question)
+        assert right.truth != wrong.truth
+        active = {i for i, activation in enumerate(right.passage.activations) if activation > 0}
+        assert right.marked == active
+        assert len(wrong.marked) == len(active)
+        assert not wrong.marked & active
+        assert wrong.marked <= set(range(len(wrong.passage.tokens)))
+
+
+def test_wrong_marks_keep_the_lengths_of_the_runs_where_there_is_room(feature):
+    passage = Example("d", 1, tuple("abcdefghijklmnop"), (1.0,) * 3 + (0.0,) * 4 + (1.0,) + (0.0,) * 8)
+    for seed in range(20):
+        (question,), (other,) = scoring.fuzzing_questions(feature._replace(held_out=(passage,)), seed)
+        wrong = other if question.truth else question
+        assert sorted(scoring._run_lengths(wrong.marked)) == [1, 3]
+
+
+def test_a_passage_without_room_for_wrong_marks_is_left_out(feature):
+    dense = Example("d", 1, ("a", "b", "c"), (1.0, 1.0, 0.0))
+    tight = Example("d", 1, ("a", "b", "c", "d"), (1.0, 0.0, 1.0, 0.0))
+    rounds = scoring.fuzzing_questions(feature._replace(held_out=(dense, tight)), 0)
+    assert [[q.index for q in questions] for questions in rounds] == [[1], [1]]
+    wrong = next(q for questions in rounds for q in questions if not q.truth)
+    assert wrong.marked == {1, 3}
+
+
+def test_batches_are_few_and_about_equal():
+    assert [len(batch) for batch in scoring.batches(list(range(20)), 8)] == [6, 7, 7]
+    assert [x for batch in scoring.batches(list(range(20)), 8) for x in batch] == list(range(20))
+
+
+def test_simulation_asks_for_all_intervals_and_both_kinds_of_negatives(feature):
+    passages = scoring.simulation_passages(feature)
+    assert [any(p.activations) for p in passages] == [True] * 4 + [False] * 4
+    assert {p.interval(feature.maximum) for p in passages[:4]} == {0, 1, 2, 3}
+    assert sum(p in feature.hard for p in passages[4:]) == 2
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 10])
+def test_every_explained_feature_has_another_one_for_a_baseline(n):
+    features = [7 * i for i in range(n)]
+    others = scoring.others(reversed(features))
+    assert sorted(others) == features
+    if n > 1:
+        assert all(other != feature for feature, other in others.items())
+        assert sorted(others.values()) == features
+    else:
+        assert list(others.values()) == [None] * n
+
+
+def test_the_token_a_feature_is_strongest_on_is_the_peak_of_its_first_passage(feature):
+    assert scoring.strongest_token(feature) == " self"
+
+
+# What answers are worth
+
+
+def test_balanced_accuracy_is_the_mean_of_both_shares_of_right_answers():
+    assert scoring.balanced_accuracy(judgements(10, 0, 10, 0)) == 1.0
+    assert scoring.balanced_accuracy(judgements(0, 10, 0, 10)) == 0.0
+    assert scoring.balanced_accuracy(judgements(20, 0, 0, 5)) == 0.5  # always yes, whatever the balance
+    assert scoring.balanced_accuracy(judgements(3, 1, 5, 5)) == pytest.approx((0.75 + 0.5) / 2)
+
+
+def test_what_was_not_answered_counts_neither_for_nor_against():
+    answered, partly = judgements(3, 1, 5, 5), judgements(3, 1, 5, 5, unanswered=30)
+    assert scoring.balanced_accuracy(partly) == scoring.balanced_accuracy(answered)
+    score = scoring.verdict_score(partly, 0)
+    assert (score.answered, score.unanswered) == (14, 30)
+
+
+def test_without_answers_of_both_kinds_there_is_no_score():
+    assert scoring.balanced_accuracy(judgements(5, 5, 0, 0)) is None
+    score = scoring.verdict_score(judgements(0, 0, 0, 0, unanswered=4), 0)
+    assert (score.value, score.low, score.high, score.answered, score.unanswered) == (None, None, None, 0, 4)
+
+
+def test_the_interval_is_that_of_the_binomial_for_many_independent_passages():
+    low, high = scoring.accuracy_interval(judgements(280, 120, 360, 40), seed=0)
+    spread = 1.96 * np.sqrt((0.7 * 0.3 + 0.9 * 0.1) / 400) / 2
+    assert (low, high) == pytest.approx((0.8 - spread, 0.8 + spread), abs=0.006)
+    assert scoring.accuracy_interval(judgements(280, 120, 360, 40), seed=0) == (low, high)
+    assert scoring.accuracy_interval(judgements(280, 120, 360, 40), seed=1) != (low, high)
+
+
+def test_both_judgements_of_a_passage_are_resampled_together():
+    fuzzing = [
+        Judgement("fuzzing", "held_out", i, truth, (i % 2 == 0) == truth) for i in range(40) for truth in (True, False)
+    ]
+    low, high = scoring.accuracy_interval(fuzzing, seed=0)  # passages are all right or all wrong: 40 items, not 80
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 40), rel=0.15)
+
+
+def test_recall_is_by_the_interval_of_the_passage(feature):
+    found = [
+        Judgement("detection", "held_out", i, True, passage.interval(feature.maximum) >= 2)
+        for i, passage in enumerate(feature.held_out)
+    ]
+    assert scoring.recall(feature, found) == (0.0, 0.0, 1.0, 1.0)
+    silent = [
+        j._replace(verdict=None) if feature.held_out[j.index].interval(feature.maximum) == 3 else j for j in found
+    ]
+    assert scoring.recall(feature, [*silent, Judgement("detection", "random", 0, False, True)]) == (0.0, 0.0, 1.0, None)
+
+
+def test_correlation_and_r2_are_those_of_numpy_over_all_tokens():
+    generator = np.random.default_rng(0)
+    truth = generator.gamma(1.0, size=(6, 30))
+    predicted = 0.5 * truth + 0.2 * generator.normal(size=truth.shape)
+    r, r2 = scoring.correlation([Simulated(x, y) for x, y in zip(truth, predicted, strict=True)])
+    assert r == pytest.approx(np.corrcoef(truth.ravel(), predicted.ravel())[0, 1])
+    assert r2 == pytest.approx(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def test_a_perfect_simulation_has_one_and_a_constant_one_zero():
+    truth = [0.0, 3.0, 0.0, 1.0]
+    assert scoring.correlation([Simulated(truth, truth)]) == (pytest.approx(1), pytest.approx(1))
+    assert scoring.correlation([Simulated(truth, [0.1] * 4)])[0] == 0.0
+    assert scoring.correlation([Simulated([0.1] * 4, truth)]) == (None, None)
+    assert scoring.correlation([]) == (None, None)
+
+
+def test_a_simulation_score_counts_the_passages_it_did_not_get():
+    truth = [0.0, 3.0, 0.0, 1.0]
+    score = scoring.simulation_score([Simulated(truth, [0.0, 2.0, 1.0, 1.0]), Simulated(truth, truth)], 5, seed=0)
+    assert (score.answered, score.unanswered) == (2, 3)
+    assert score.low <= score.value <= score.high
+    assert score.low < score.high
+    assert scoring.simulation_score([], 3, seed=0)[:3] == (None, None, None)
