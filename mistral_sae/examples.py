@@ -218,6 +218,7 @@ def _promoted(lm: LanguageModel, sae: SparseAutoencoder, features: list[int]) ->
     neither promotes nor suppresses.
     """
     logits_CV = lm.unembed(sae.W_dec[torch.tensor(features, device=sae.W_dec.device)])
+    logits_CV = logits_CV[:, : lm.tokenizer.vocab_size]  # some models' matrices are padded beyond it
     logits_CV -= logits_CV.mean(dim=1, keepdim=True)
     return _pairs(logits_CV.topk(TOKENS, dim=1)), _pairs(logits_CV.topk(TOKENS, dim=1, largest=False))
 

@@ -261,6 +261,7 @@ async def _as_they_come(
     """Results of `work` on the items, at most so many at a time. If one fails, the others are stopped."""
     waiting = iter(items)
     running: set[asyncio.Future[Result]] = set()
+    done: set[asyncio.Future[Result]] = set()
     try:
         while True:
             while len(running) < most and (item := next(waiting, None)) is not None:
@@ -273,7 +274,7 @@ async def _as_they_come(
     finally:
         for task in running:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*running, *done, return_exceptions=True)  # or asyncio complains of what nobody looked at
 
 
 def to_json(label: Label) -> str:

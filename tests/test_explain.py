@@ -319,7 +319,7 @@ def test_select_takes_the_densest(here, arguments, run_dir):
 def test_select_draws_living_features_by_the_seed(here, arguments, run_dir):
     firings, drawn = firings_of(run_dir), []
     for seed in (0, 0, 1):
-        # Another seed is another corpus, too: the examples stay, and only the draw is looked at
+        # Another seed orders the corpus anew, too, and so its examples are others: only the draw is looked at
         ran = here(arguments(run_dir, SELECT="random 7", SEED=seed))
         assert ran.code == 0, ran.err
         drawn.append([label.feature for label in labels_of(run_dir)])

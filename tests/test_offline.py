@@ -20,7 +20,7 @@ def fires_in_comments(tokens, i):
 
 
 def fires_before_items(tokens, i):
-    return 3.0 if i + 1 < len(tokens) and tokens[i + 1] == " items" else 0.0
+    return 3.0 if i + 1 < len(tokens) and tokens[i + 1] == "items" else 0.0
 
 
 def passage(text_tokens, start=20):

@@ -279,7 +279,11 @@ def test_a_link_shows_all_of_a_feature(browser, report):
     assert [element.text for element in find_all(browser, ".columns h3")] == columns
     sizes = [len(section.find_elements(By.TAG_NAME, "li")) for section in find_all(browser, ".columns section")]
     assert sizes == [len(feature.promoted), len(feature.suppressed), 5, 5]
-    assert len(find_all(browser, "details")) == 1 + 4 + 2
+    groups = browser.execute_script("return [...document.querySelectorAll('details')].map((one) => one.textContent)")
+    assert len(groups) == 1 + 4 + 2
+    assert groups[0].count("top") == 8
+    for interval, group in enumerate(reversed(groups[1:5])):
+        assert [n for n in range(12) if f"spread{n}.py" in group] == [3 * interval + step for step in range(3)]
 
 
 def test_pointing_at_a_token_shows_its_value(browser, report):
@@ -581,6 +585,7 @@ def test_a_text_shows_its_features_token_by_token(browser, tmp_path):
     assert browser.execute_script(hrefs) == ["report.html#feature=4", "report.html#feature=3"]
     assert text(browser, "#text") == "".join(token.text for token in tokens)
     find_all(browser, "#text .t")[0].click()
+    assert [token.text for token in find_all(browser, ".chosen")] == [HOSTILE[1]]
     assert browser.execute_script(hrefs) == ["report.html#feature=3", "report.html#feature=4"]
     assert "50% of its maximum" in text(browser, "#firing")
     assert "fires on " in text(browser, "#firing")
