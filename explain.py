@@ -162,7 +162,7 @@ def rows_wanted() -> int:
 
 def windows() -> Settings:
     """What is kept around each example."""
-    return Settings(left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED)
+    return Settings(spread=8, left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED)
 
 
 def made_of(model: lm.LanguageModel, loaded: LoadedSAE) -> dict[str, Any]:

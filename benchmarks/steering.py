@@ -19,7 +19,7 @@ The autoencoder is that of RUN_DIR, which train.py makes if there is none.
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,8 @@ CLASS_SAMPLE = (12, 128)  # rows and positions of held-out text on which the cla
 MARGIN = 0.2  # nats by which a marked strength stays below what is allowed: what is measured then are other texts
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # times the maximum
 PROMPTS = ("import os\nimport sys\n\ndef main(", 'class Parser:\n    """', "    def test_", "    # The")
-SEEDS_TO_MARK, SEEDS_TO_MEASURE = range(8), range(100, 116)  # of each prompt's texts
+STRENGTHS_AT_ONCE = 4  # in a batch
+SEEDS_TO_MARK, SEEDS_TO_MEASURE = range(16), range(100, 116)  # of each prompt's texts
 MAX_TOKENS, TEMPERATURE = 40, 0.7
 SHOWN = 5  # promoted tokens
 
@@ -80,11 +81,12 @@ class Texts:
     def __init__(self, model: lm.LanguageModel, loaded: LoadedSAE, seeds: range):
         self._model, self._loaded, self._seeds = model, loaded, seeds
         self._prompts = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in PROMPTS]
-        self._own = [self._sampled(ids, number) for number, ids in enumerate(self._prompts)]
+        self._own = [self._sampled(number, 1) for number in range(len(self._prompts))]
 
-    def _sampled(self, ids: list[int], number: int) -> list[list[int]]:
-        seeds = [1000 * number + seed for seed in self._seeds]
-        return sweep.sample(self._model, ids, seeds, MAX_TOKENS, TEMPERATURE)
+    def _sampled(self, number: int, n_strengths: int) -> list[list[int]]:
+        """Continuations of a prompt, one for each seed, so many times over."""
+        seeds = [1000 * number + seed for seed in self._seeds] * n_strengths
+        return sweep.sample(self._model, self._prompts[number], seeds, MAX_TOKENS, TEMPERATURE)
 
     def own(self, feature: int) -> sweep.Measured:
         """Of the unsteered model."""
@@ -92,30 +94,36 @@ class Texts:
         found = [sweep.measure(self._model, self._loaded, feature, ids, texts, nullcontext()) for ids, texts in pairs]
         return sweep.pooled([each for texts in found for each in texts])
 
-    def steered(self, feature: int, strength: float, directions_SD: torch.Tensor | None = None) -> sweep.Measured:
-        """With the feature clamped to so many times its maximum, or the same along other directions."""
+    def steered(
+        self, feature: int, strengths: Sequence[float], directions_SD: torch.Tensor | None = None
+    ) -> list[sweep.Measured]:
+        """With the feature clamped to so many times its maximum, or the same along other directions, by strength."""
+        n = len(self._seeds)
+        c_B = float(self._loaded.maximum[feature]) * torch.tensor(strengths).repeat_interleave(n)
 
         def edit() -> AbstractContextManager:
-            c = strength * float(self._loaded.maximum[feature])
-            return steer(self._model, self._loaded, {feature: c}, directions_SD=directions_SD)
+            return steer(self._model, self._loaded, {feature: c_B}, directions_SD=directions_SD)
 
-        found = []
+        by_strength: list[list[sweep.Measured]] = [[] for _ in strengths]
         for number, ids in enumerate(self._prompts):
             with edit():
-                texts = self._sampled(ids, number)
-            found += sweep.measure(self._model, self._loaded, feature, ids, texts, edit())
-        return sweep.pooled(found)
+                texts = self._sampled(number, len(strengths))
+            found = sweep.measure(self._model, self._loaded, feature, ids, texts, edit())
+            for i, each in enumerate(by_strength):
+                each += found[i * n : (i + 1) * n]
+        return [sweep.pooled(each) for each in by_strength]
 
 
 def marked_strength(texts: Texts, feature: int) -> float | None:
     """The strongest at which the texts are still fluent; None if they are not even at the weakest."""
     own, best = texts.own(feature), None
-    for strength in STRENGTHS:
-        found = texts.steered(feature, strength)
-        cost = found.cross_entropy - own.cross_entropy
-        if not sweep.is_fluent(found, own) or cost > sweep.MOST_NATS - MARGIN:
-            break
-        best = strength
+    for i in range(0, len(STRENGTHS), STRENGTHS_AT_ONCE):
+        some = STRENGTHS[i : i + STRENGTHS_AT_ONCE]
+        for strength, found in zip(some, texts.steered(feature, some), strict=True):
+            cost = found.cross_entropy - own.cross_entropy
+            if not sweep.is_fluent(found, own) or cost > sweep.MOST_NATS - MARGIN:
+                return best
+            best = strength
     return best
 
 
@@ -127,8 +135,8 @@ def effect(to_mark: Texts, to_measure: Texts, loaded: LoadedSAE, feature: int) -
     direction_SD = sweep.random_directions(loaded.sae.W_dec[[feature]], seed=feature)
     found = {
         "own": to_measure.own(feature),
-        "steered": to_measure.steered(feature, strength),
-        "random_direction": to_measure.steered(feature, strength, direction_SD),
+        "steered": to_measure.steered(feature, [strength])[0],
+        "random_direction": to_measure.steered(feature, [strength], direction_SD)[0],
     }
     return {"strength": strength} | {name: measured._asdict() for name, measured in found.items()}
 

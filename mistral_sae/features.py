@@ -105,7 +105,7 @@ def random_feature(statistics: Statistics, seed: int, *, other_than: int) -> int
 
 def logit_lens(lm: LanguageModel, loaded: LoadedSAE, feature: int, count: int) -> tuple[list[str], list[str]]:
     """The tokens that the feature's decoder row promotes and suppresses through the output matrix, most first."""
-    (logits_V,) = lm.unembed(loaded.sae.W_dec[feature : feature + 1])
+    (logits_V,) = lm.unembed(loaded.sae.W_dec[feature : feature + 1])[:, : lm.tokenizer.vocab_size]
     return extremes(lm, logits_V, count)
 
 

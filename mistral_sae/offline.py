@@ -23,6 +23,7 @@ EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
 PRECISION = 0.5  # of the tokens on which a rule holds, the share on which the feature must fire
 LEAST_SHARE = 0.2  # of a feature's passages; rules that account for fewer are no pattern
+MASS = 0.1  # worth of all of a feature's activation in the choice between rules, all its passages being worth 1
 TRIED = 30  # rules that are looked at when the best ones do not fit into the phrase
 
 Pair = tuple[tuple[str, str], tuple[str, str]]  # a target and a context
@@ -45,6 +46,7 @@ class Candidates(NamedTuple):
     misses_PR: np.ndarray  # whether it holds on one on which the feature is silent
     precision_R: np.ndarray  # share of the tokens on which it holds on which the feature fires
     strength_R: np.ndarray  # mean activation on the tokens on which it holds, as a share of the maximum
+    mass_R: np.ndarray  # share of all activation that is on the tokens on which it holds
 
     def share(self, rules: Sequence[Rule]) -> float:
         """Weight of the passages in which one of the rules holds where the feature fires."""
@@ -77,7 +79,7 @@ def _choose(candidates: Candidates) -> list[Rule]:
         new_PR = hits_PR & ~covered_P[:, None]
         gain_R = candidates.weight_P @ new_PR - (misses_PR & ~wrong_P[:, None]).mean(axis=0)
         gain_R[(new_PR.sum(axis=0) < SUPPORT) | (candidates.precision_R < PRECISION)] = 0
-        for r in np.argsort(-gain_R, kind="stable")[:TRIED]:
+        for r in np.argsort(-gain_R - MASS * candidates.mass_R * (gain_R > 0), kind="stable")[:TRIED]:
             rule = Rule(*candidates.pairs[r], float(candidates.strength_R[r]))
             if gain_R[r] <= 0 or _fits([*rules, rule]):
                 break
@@ -128,10 +130,11 @@ def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
     misses_PR[owner_L[~fires_L], r_L[~fires_L]] = True
     held_R = np.bincount(r_L, weight_P[owner_L], R)
     precision_R = np.bincount(r_L, weight_P[owner_L] * fires_L, R) / held_R
-    strength_R = np.bincount(r_L, weight_P[owner_L] * activation_N[token_L], R) / held_R
+    mass_R = np.bincount(r_L, weight_P[owner_L] * activation_N[token_L], R)
+    strength_R, mass_R = mass_R / held_R, mass_R / (weight_P[owner_N] @ activation_N)
     targets, contexts = list(target_ids), list(context_ids)
     pairs = [(targets[number // len(contexts)], contexts[number % len(contexts)]) for number in number_R]
-    return Candidates(pairs, weight_P, hits_PR, misses_PR, precision_R, strength_R)
+    return Candidates(pairs, weight_P, hits_PR, misses_PR, precision_R, strength_R, mass_R)
 
 
 def _numbers(

@@ -16,7 +16,7 @@ def fires_on_self_after_parenthesis(tokens, i):
 
 def fires_in_comments(tokens, i):
     line = "".join(tokens[:i]).rsplit("\n", 1)[-1]
-    return 2.0 + i % 3 if "#" in line and "\n" not in tokens[i] else 0.0
+    return 2.0 + i % 3 if "#" in line else 0.0
 
 
 def fires_before_items(tokens, i):
@@ -92,7 +92,7 @@ def test_several_tokens_of_one_context_are_named_together():
     def fires(tokens, i):
         return 2.0 if tokens[i] in (" self", " name", " x") else 0.0
 
-    found = offline.find(make_feature(2, fires))
+    found = offline.find(make_feature(2, fires, [*WORDS, *(f" w{i}" for i in range(100))]))
     (phrase,) = found.phrase.split("; ")
     assert phrase.endswith("(100%)")
     assert {'"self"', '"name"', '"x"'} == set(phrase[: -len(" (100%)")].split(", "))
@@ -131,17 +131,24 @@ def test_a_dead_feature_is_dead():
 
 
 def test_a_phrase_has_at_most_twenty_words_however_much_there_is_to_say():
-    words = [f" w{i}" for i in range(30)]
-    feature = make_feature(6, lambda tokens, i: 1.0 if tokens[i] in words[:25] and i % 3 == 0 else 0.0, words)
+    def example(n):
+        tokens = [f" w{i}" for i in range(8)]
+        tokens[n % 8 : n % 8] = [f"v{n % 8}"]
+        return Example(f"d{n}", 20, tuple(tokens), tuple(2.0 if i == n % 8 + 1 else 0.0 for i in range(9)))
+
+    feature = make_feature(6, on(" self"))._replace(top=tuple(map(example, range(40))), spread=(), maximum=2.0)
     found = offline.find(feature)
-    assert 10 < len(found.phrase.split()) <= 20
-    assert all(patterns.shown(rule.target[1]) in found.phrase for rule in found.rules if rule.target[0] == "core")
+    assert 15 < len(found.phrase.split()) <= 20
+    assert 3 < len(found.rules) < 8
+    for rule in found.rules:
+        assert patterns.shown(rule.context[1]) in found.phrase
 
 
 def test_only_the_explaining_examples_are_looked_at():
     feature = make_feature(1, fires_on_self_after_parenthesis)
     assert offline.find(feature) == offline.find(feature._replace(held_out=(), random=(), hard=(), nearest=((1, 0.5),)))
-    assert offline.find(feature) != offline.find(feature._replace(top=(), spread=feature.spread[:2]))
+    other = make_feature(2, on(" 1"))
+    assert offline.find(feature._replace(top=other.top, spread=other.spread)).phrase == '"1" (100%)'
 
 
 def test_all_intervals_count_the_same_however_many_passages_they_have():
@@ -196,14 +203,14 @@ def test_rules_are_scored_on_held_out_passages_beside_both_baselines():
     assert (detection.value, detection.low, detection.high) == (1.0, 1.0, 1.0)
     assert simulation.value == pytest.approx(1.0)
     assert simulation.r2 == pytest.approx(1.0)
-    assert detection.top_token == pytest.approx(
-        0.5 + 0.25 * np.mean([" self" not in p.tokens for p in features[0].random])
-    )
+    negatives = [getattr(features[0], j.kind)[j.index] for j in label.judgements if not j.truth]
+    assert detection.top_token == pytest.approx(0.5 + 0.5 * np.mean([" self" not in p.tokens for p in negatives]))
+    assert detection.top_token < 0.9
     assert detection.other_feature < 0.7
     assert simulation.other_feature < 0.2
-    assert (detection.answered, detection.unanswered) == (40, 0)
+    assert detection.answered == simulation.answered == len(label.judgements) == 2 * len(features[0].held_out)
+    assert detection.unanswered == 0
     assert set(detection.recall) == {None, 1.0}  # it always fires at its maximum
-    assert len(label.judgements) == 40
     for judgement in label.judgements:
         example = getattr(features[0], judgement.kind)[judgement.index]
         assert judgement.truth == judgement.verdict == any(example.activations)
