@@ -3,8 +3,14 @@ BIN = .venv/bin
 
 .PHONY: quickstart test bench clean
 
-quickstart: .venv/installed  ## train on the bundled stand-in, four minutes on two cores
+quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, six minutes on two cores
 	$(BIN)/python train.py
+	@echo
+	$(BIN)/python explain.py
+	@echo
+	$(BIN)/python demo.py
+	@echo
+	@echo 'open runs/standin/report.html in a browser'
 
 test: .venv/installed-dev  ## lint and tests
 	$(BIN)/ruff check .
@@ -12,7 +18,7 @@ test: .venv/installed-dev  ## lint and tests
 	$(BIN)/python -m pytest -q
 
 bench: .venv/installed-bench  ## side by side with peers, into benchmarks/results
-	for name in step growth moments quality control pipeline end_to_end gpu; do \
+	for name in step growth moments quality control pipeline end_to_end collect steering steering_speed gpu; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.tables

@@ -65,8 +65,11 @@ SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens'
 HOOK_NAME: str | None = None  # where it belongs, if its folder says something else: "blocks.16.hook_resid_post"
 # Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]"
 SELECT: str | int | list = "random 200"
-EXPLAIN_TOKENS = 400_000 if ON_STANDIN else 10_000_000  # of the corpus, read once for examples of all features
+EXPLAIN_TOKENS = 600_000 if ON_STANDIN else 10_000_000  # of the corpus, read once for examples of all features
 EXPLAIN_STRIDE = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
+# To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many. At 7B each one
+# more takes 0.3 GB on the device
+EXAMPLES_PER_INTERVAL = 10 if ON_STANDIN else 3
 TOKENS_BEFORE = 48  # of an example, left of the token on which the feature is strongest: what it may react to
 TOKENS_AFTER = 15  # and right of it: what it may foretell
 # A text of your own: RUN_DIR/text.html shows which features fire on it, and nothing else is done

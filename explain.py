@@ -72,7 +72,10 @@ def check_settings() -> None:
         ("SCORERS", set(scorers()) <= set(labelling.METHODS), f"any of {', '.join(labelling.METHODS)}"),
         ("EXPLAIN_TOKENS", config.EXPLAIN_TOKENS >= config.CONTEXT_LENGTH, "at least one row, CONTEXT_LENGTH"),
         ("CONTEXT_LENGTH", config.CONTEXT_LENGTH >= 3, "at least 3"),
-        *((name, getattr(config, name) >= 1, "at least 1") for name in ("EXPLAIN_STRIDE", "CONCURRENCY")),
+        *(
+            (name, getattr(config, name) >= 1, "at least 1")
+            for name in ("EXPLAIN_STRIDE", "EXAMPLES_PER_INTERVAL", "CONCURRENCY")
+        ),
         *((name, getattr(config, name) >= 0, "0 or more") for name in ("TOKENS_BEFORE", "TOKENS_AFTER", "SEED")),
         *((name, getattr(config, name) > 0, "above 0") for name in ("REQUEST_TIMEOUT", "REQUEST_DEADLINE")),
         *((name, getattr(config, name) >= 0, "0 or more") for name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS")),
@@ -162,7 +165,9 @@ def rows_wanted() -> int:
 
 def windows() -> Settings:
     """What is kept around each example."""
-    return Settings(spread=8, left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED)
+    return Settings(
+        spread=config.EXAMPLES_PER_INTERVAL, left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED
+    )
 
 
 def made_of(model: lm.LanguageModel, loaded: LoadedSAE) -> dict[str, Any]:

@@ -106,7 +106,45 @@ def moments(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
-TABLES = {f.__name__: f for f in (control, quality, step, growth, end_to_end, moments)}
+def steering(result: dict[str, Any]) -> str:
+    """What clamping features does to text, beside a random direction: of all features together, and of each."""
+    found, features = result["results"]["summary"], result["results"]["features"]
+    rows = [
+        ["feature promotes", "fires on", "set to", "its rate, own text", "random direction", "clamped", "nats more"]
+    ]
+
+    def row(name: str, density: str, strength: str, rates: dict[str, float], cost: float) -> list[str]:
+        shown = (f"{rates[kind]:.2%}" for kind in ("own", "random_direction", "steered"))
+        return [name, density, strength, *shown, f"{cost:.2f}"]
+
+    name = f"**{found['features']} features, median**"
+    rows.append(row(name, "", f"{found['median_strength']:g} x", found["median_rates"], found["cost"]["median"]))
+    for each in features:
+        promoted = " ".join(f"`{token.strip()}`" for token in each["promoted"] if token.strip(" \n`|")).replace(
+            "|", "\\|"
+        )
+        if each["strength"] is None:
+            rows.append([promoted, f"{each['density']:.2%}", "none fluent", "", "", "", ""])
+            continue
+        rates = {kind: each[kind]["rate"] for kind in ("own", "random_direction", "steered")}
+        cost = each["steered"]["cross_entropy"] - each["own"]["cross_entropy"]
+        rows.append(row(promoted, f"{each['density']:.2%}", f"{each['strength']:g} x", rates, cost))
+    return _table(rows)
+
+
+def steering_speed(result: dict[str, Any]) -> str:
+    """Time of a generated token with and without an edit."""
+    rows = [["", "ms a token", "more"]]
+    for size in result["results"]:
+        seconds, rest = size["seconds"], ["", ""]
+        rows.append([f"**{size['model']}: D={size['D']}, {size['layers']} layers, F={size['F']}**", *rest])
+        for name, value in seconds.items():
+            more = f"{value / seconds['without steering'] - 1:.1%}" if name != "without steering" else ""
+            rows.append([name, f"{1000 * value:.2f}", more])
+    return _table(rows)
+
+
+TABLES = {f.__name__: f for f in (control, quality, step, growth, end_to_end, moments, steering, steering_speed)}
 
 
 def filled(readme: str) -> str:

@@ -23,7 +23,6 @@ EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
 PRECISION = 0.5  # of the tokens on which a rule holds, the share on which the feature must fire
 LEAST_SHARE = 0.2  # of a feature's passages; rules that account for fewer are no pattern
-MASS = 0.1  # worth of all of a feature's activation in the choice between rules, all its passages being worth 1
 TRIED = 30  # rules that are looked at when the best ones do not fit into the phrase
 
 Pair = tuple[tuple[str, str], tuple[str, str]]  # a target and a context
@@ -48,6 +47,10 @@ class Candidates(NamedTuple):
     strength_R: np.ndarray  # mean activation on the tokens on which it holds, as a share of the maximum
     mass_R: np.ndarray  # share of all activation that is on the tokens on which it holds
 
+    def rule(self, r: int) -> Rule:
+        """A candidate as a rule."""
+        return Rule(*self.pairs[r], float(self.strength_R[r]))
+
     def share(self, rules: Sequence[Rule]) -> float:
         """Weight of the passages in which one of the rules holds where the feature fires."""
         columns = [self.pairs.index((rule.target, rule.context)) for rule in rules]
@@ -58,8 +61,9 @@ def find(feature: Feature) -> Findings:
     """The rules that together tell best where a feature fires.
 
     They are added one by one, the one with the most to gain first: the weight of the passages in which it newly holds
-    where the feature fires, less the share of those in which it newly holds where it is silent. That ends when there is
-    nothing to gain, or nothing that fits into the phrase.
+    where the feature fires, less the share of those in which it newly holds where it is silent. Of two with as much to
+    gain, it is the one that holds on more of the activation. That ends when there is nothing to gain, or nothing that
+    fits into the phrase.
     """
     passages = [visible(passage) for passage in (*feature.top, *feature.spread)]
     if not passages:
@@ -79,15 +83,11 @@ def _choose(candidates: Candidates) -> list[Rule]:
         new_PR = hits_PR & ~covered_P[:, None]
         gain_R = candidates.weight_P @ new_PR - (misses_PR & ~wrong_P[:, None]).mean(axis=0)
         gain_R[(new_PR.sum(axis=0) < SUPPORT) | (candidates.precision_R < PRECISION)] = 0
-        for r in np.argsort(-gain_R - MASS * candidates.mass_R * (gain_R > 0), kind="stable")[:TRIED]:
-            rule = Rule(*candidates.pairs[r], float(candidates.strength_R[r]))
-            if gain_R[r] <= 0 or _fits([*rules, rule]):
-                break
-        else:
+        order = np.lexsort((-candidates.mass_R, -gain_R.round(9)))[:TRIED]
+        r = next((r for r in order if gain_R[r] > 0 and _fits([*rules, candidates.rule(r)])), None)
+        if r is None:
             return rules
-        if gain_R[r] <= 0:
-            return rules
-        rules.append(rule)
+        rules.append(candidates.rule(r))
         covered_P |= hits_PR[:, r]
         wrong_P |= misses_PR[:, r]
 

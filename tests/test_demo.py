@@ -20,6 +20,7 @@ import config
 from mistral_sae import lm
 from mistral_sae.checkpoint import Metadata, load_sae, save_sae
 from mistral_sae.lm import STANDIN
+from mistral_sae.sae import SparseAutoencoder
 from mistral_sae.settings import override
 from mistral_sae.steering import steer
 from tests.test_steering import LAYER, D, F, autoencoder
@@ -326,8 +327,6 @@ def test_a_mistake_is_one_line(demo, changed, words):
 
 
 def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run_dir):
-    from mistral_sae.sae import SparseAutoencoder
-
     wide = SparseAutoencoder(16, 32, 4)
     wide.initialize(torch.randn(9, 16), 0)
     save_sae(run_dir / "sae", wide, METADATA)
@@ -430,3 +429,17 @@ def test_a_conversation_ends_with_its_input_and_commands_find_features(demo, mon
     steered, off = [json.loads(line) for line in (run_dir / "chat.jsonl").read_text().splitlines()]
     assert steered["features"] == off["features"] != {"3": 4.0}
     assert (steered["on"], off["on"]) == (True, False)
+
+
+def test_the_example_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "README.md").read_text().split("## Steer with a feature")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    sae = SparseAutoencoder(256, 8192, 8)
+    sae.initialize(torch.randn(100, 256), seed=0)
+    metadata = Metadata("standin", "blocks.2.hook_resid_post", 2, True, 256, "stdlib")
+    save_sae(tmp_path / "runs/standin/sae", sae, metadata, torch.full((8192,), 0.01), torch.full((8192,), 9.0))
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {})
+    plain = names["model"].tokenizer.decode(list(names["model"].generate(names["prompt"], 80, temperature=0.7)))
+    assert len(capsys.readouterr().out) > 20
+    assert plain.strip()

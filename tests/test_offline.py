@@ -132,14 +132,14 @@ def test_a_dead_feature_is_dead():
 
 def test_a_phrase_has_at_most_twenty_words_however_much_there_is_to_say():
     def example(n):
-        tokens = [f" w{i}" for i in range(8)]
-        tokens[n % 8 : n % 8] = [f"v{n % 8}"]
-        return Example(f"d{n}", 20, tuple(tokens), tuple(2.0 if i == n % 8 + 1 else 0.0 for i in range(9)))
+        tokens = [f" w{i}" for i in range(12)]
+        tokens[n % 12 : n % 12] = [f"v{n % 12}"]
+        return Example(f"d{n}", 20, tuple(tokens), tuple(2.0 if i == n % 12 + 1 else 0.0 for i in range(13)))
 
     feature = make_feature(6, on(" self"))._replace(top=tuple(map(example, range(40))), spread=(), maximum=2.0)
     found = offline.find(feature)
     assert 15 < len(found.phrase.split()) <= 20
-    assert 3 < len(found.rules) < 8
+    assert 3 < len(found.rules) < 12
     for rule in found.rules:
         assert patterns.shown(rule.context[1]) in found.phrase
 
