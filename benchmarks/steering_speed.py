@@ -30,7 +30,7 @@ from mistral_sae.steering import steer
 EXPANSION, K = 32, 128  # features over the model's width, active features
 PROMPT, CHUNK = 32, 16  # tokens
 ROUNDS = 25
-THREADS = 2
+THREADS = 1  # a machine with other work on it measures one thread well, and two badly
 QUARTER = MISTRAL_7B | {"dim": 1024, "n_layers": 4, "hidden_dim": 3584, "n_heads": 8, "n_kv_heads": 2}
 STANDIN = MISTRAL_7B | {
     "dim": 256, "n_layers": 6, "head_dim": 64, "hidden_dim": 704, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 4096,

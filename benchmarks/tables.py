@@ -106,6 +106,17 @@ def moments(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def collect(result: dict[str, Any]) -> str:
+    """Cost and memory of collecting examples along a pass."""
+    found = result["results"]["bookkeeping"]
+    rows = [["tokens so far", "µs a token since the line before", "resident memory, MB"]]
+    for each in found["along_the_way"]:
+        values = f"{each['microseconds_a_token']:.1f}", f"{each['resident_megabytes']:,.0f}"
+        rows.append([f"{each['tokens'] / 1e6:.0f}M", *values])
+    rows.append(["the encoder", f"{found['encoder_microseconds_a_token']:.0f}", ""])
+    return _table(rows)
+
+
 def steering(result: dict[str, Any]) -> str:
     """What clamping features does to text, beside a random direction: of all features together, and of each."""
     found, features = result["results"]["summary"], result["results"]["features"]
@@ -144,7 +155,9 @@ def steering_speed(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
-TABLES = {f.__name__: f for f in (control, quality, step, growth, end_to_end, moments, steering, steering_speed)}
+TABLES = {
+    f.__name__: f for f in (control, quality, step, growth, end_to_end, moments, collect, steering, steering_speed)
+}
 
 
 def filled(readme: str) -> str:

@@ -80,7 +80,7 @@ class Label(NamedTuple):
     status: str  # "ok", "no pattern", "unparsed", "dead" (nothing to explain), or a Completion's
     scores: dict[str, Score]  # by method: "detection", "fuzzing", "simulation"
     judgements: tuple[Judgement, ...]
-    reason: str = ""  # one line, for a status other than "ok"
+    reason: str = ""  # one line: why the status is not "ok", or what went wrong although it is
 
 
 class Request(NamedTuple):

@@ -149,7 +149,9 @@ def test_one_who_guesses_scores_a_half_and_no_correlation():
     for method, expected in (("detection", 0.5), ("fuzzing", 0.5), ("simulation", 0.0)):
         mean = sum(label.scores[method].value for label in labels) / len(labels)
         assert mean == pytest.approx(expected, abs=0.07)
-        assert sum(label.scores[method].low <= expected <= label.scores[method].high for label in labels) >= 19
+        assert (
+            sum(label.scores[method].low <= expected <= label.scores[method].high for label in labels) >= 17
+        )  # few passages
 
 
 def test_one_who_always_says_yes_scores_a_half(features):
@@ -160,6 +162,12 @@ def test_one_who_always_says_yes_scores_a_half(features):
     for label in labels.values():
         assert [score.value for score in label.scores.values()] == [0.5, 0.5]
         assert label.scores["detection"].recall == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_a_simulated_activation_of_ten_stands_for_the_maximum():
+    feature = make_feature(0, lambda tokens, i: 4.0 if tokens[i] == " self" else 0.0)._replace(maximum=8.0)
+    label = run_all(Fake(perfect), {0: feature}, methods=("simulation",))[0]  # it always says 5
+    assert label.scores["simulation"].r2 == pytest.approx(1.0)
 
 
 def test_judgements_name_the_passage_its_truth_and_the_verdict(features):
@@ -351,6 +359,24 @@ def test_what_the_completer_raises_ends_the_run_and_nothing_is_left_behind(featu
             async for _ in score_all(explanations, load, fake, explainer="fake"):
                 pass
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(work())
+
+
+def test_a_run_that_ends_does_not_wait_for_requests_that_hang(features):
+    async def work():
+        fake = Fake(perfect)
+        explanation = await explain(features[0], fake)
+
+        async def complete(request):
+            if request.schema["title"] == "activations":
+                await asyncio.sleep(0.01)
+                raise RuntimeError("no quota")
+            await asyncio.sleep(3600)
+
+        fake.complete = complete
+        with pytest.raises(RuntimeError, match="no quota"):
+            await asyncio.wait_for(score(features[0], explanation, None, fake, explainer="fake"), 10)
 
     asyncio.run(work())
 

@@ -52,6 +52,32 @@ def test_contexts_say_where_a_token_stands():
     ]
 
 
+def test_a_comment_ends_with_its_line_and_a_string_with_its_quote_or_its_line():
+    tokens = [
+        "#",
+        " it's",
+        " #",
+        " x",
+        "\n",
+        "'",
+        "a",
+        '"',
+        "\\'",
+        "b",
+        "'",
+        "c",
+        " don't",
+        " d",
+        "\n",
+        '"',
+        "e",
+        "\n",
+        "f",
+    ]
+    where = [values[0] if values else "" for values in names(patterns.places(passage(tokens)), "in")]
+    assert where == ["", *["comments"] * 4, "", *["strings"] * 5, "", "", "", "", "", "strings", "strings", ""]
+
+
 @pytest.mark.parametrize(
     ("token", "continues", "expected"),
     [
