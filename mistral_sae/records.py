@@ -60,7 +60,7 @@ class Judgement(NamedTuple):
 class Score(NamedTuple):
     """How well an explanation predicts a feature on passages it was not made from, beside two baselines."""
 
-    value: float | None  # balanced accuracy (detection, fuzzing) or Pearson correlation (simulation); None if no answers
+    value: float | None  # balanced accuracy (detection, fuzzing) or Pearson correlation (simulation); None: no answers
     low: float | None  # 95 % bootstrap interval of `value`
     high: float | None
     other_feature: float | None  # `value` with another feature's explanation in its place

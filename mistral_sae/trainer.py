@@ -99,11 +99,15 @@ class Trainer:
         """All tensors that continuing needs, for `load`."""
         # W_enc feature by feature, as it lies in memory: no transposed copy on the device
         weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
-        return weights | self.adam.state() | {
-            "since_fired": self.since_fired,
-            "firings": self.firings,
-            "maximum": self.maximum,
-        }
+        return (
+            weights
+            | self.adam.state()
+            | {
+                "since_fired": self.since_fired,
+                "firings": self.firings,
+                "maximum": self.maximum,
+            }
+        )
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave."""
