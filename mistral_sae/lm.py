@@ -145,7 +145,7 @@ class LanguageModel:
         for _ in range(max_tokens):
             logits_V = self.forward(torch.tensor([ids[seen:]]), cache)[0, -1].cpu()
             seen = len(ids) if use_cache else 0
-            next_id = _choose(logits_V, temperature, top_p, generator)
+            next_id = choose_token(logits_V, temperature, top_p, generator)
             if next_id == self.tokenizer.eos_id:
                 return
             ids.append(next_id)
@@ -236,7 +236,7 @@ def _check_layer(layer: int, name: str, n_layers: int) -> None:
         raise ModelError(f"found layer {layer}: expected 0 to {n_layers - 1}, as {name} has {n_layers} layers")
 
 
-def _choose(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+def choose_token(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """The next token's id, by temperature and nucleus (Holtzman et al. 2020)."""
     import torch
 

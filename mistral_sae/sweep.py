@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mistral_sae.checkpoint import LoadedSAE
 from mistral_sae.lm import LanguageModel
-from mistral_sae.lm import _choose as choose
+from mistral_sae.lm import choose_token
 from mistral_sae.steering import activations_of, layer_of
 
 NGRAM = 4  # tokens of a phrase that counts as repeated
@@ -46,7 +46,7 @@ def sample(
     ended = [False] * len(seeds)
     for _ in range(max_tokens):
         logits_BV = lm.forward(tokens, cache)[:, -1].cpu()
-        chosen = [choose(row, temperature, 1.0, own) for row, own in zip(logits_BV, generators, strict=True)]
+        chosen = [choose_token(row, temperature, 1.0, own) for row, own in zip(logits_BV, generators, strict=True)]
         for i, token in enumerate(chosen):
             ended[i] |= token == lm.tokenizer.eos_id
             if not ended[i]:
