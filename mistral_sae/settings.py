@@ -45,7 +45,9 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.0)
-            raise SettingsError(f"there is no constant {name}: the closest is {close[0]} (all stand at the top of config.py, those of demo.py in demo.py)")
+            raise SettingsError(
+                f"there is no constant {name}: the closest is {close[0]} (all are in config.py or demo.py)"
+            )
 
 
 def _split(argument: str) -> tuple[str, str]:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_sae.checkpoint import LoadedSAE
-from mistral_sae.lm import LanguageModel
-from mistral_sae.lm import choose_token
+from mistral_sae.lm import LanguageModel, choose_token
 from mistral_sae.steering import activations_of, layer_of
 
 NGRAM = 4  # tokens of a phrase that counts as repeated
