@@ -58,9 +58,10 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mistral_sae import chat, features, lm, screen, steering, sweep, text
-from mistral_sae.checkpoint import LoadedSAE, load_sae
+from mistral_sae.checkpoint import LoadedSAE
 from mistral_sae.evaluate import reconstruction
 from mistral_sae.files import SAEError
+from mistral_sae.opening import open_both
 from mistral_sae.steering import SteeringError
 
 SCAN_ROWS = 48  # rows of held-out text that are read to find features by their tokens
@@ -82,10 +83,16 @@ Coefficients = dict[int, float | None]  # by feature, in METHOD's unit
 
 
 def main() -> None:
-    """Open the autoencoder, load the model, choose the feature; then a text, a table or a conversation."""
+    """Load the autoencoder and the model, choose the feature; then a text, a table or a conversation."""
     check_settings()
-    loaded = open_sae()
-    model = lm.load(config.MISTRAL_MODEL_PATH, device=config.DEVICE, dtype=config.DTYPE)
+    loaded, model = open_both(
+        sae_path=SAE_PATH,
+        run_dir=config.RUN_DIR,
+        hook_name=HOOK_NAME,
+        model_path=config.MISTRAL_MODEL_PATH,
+        device=config.DEVICE,
+        dtype=config.DTYPE,
+    )
     subject = Subject(model, loaded, statistics_of(model, loaded), read_explanations())
     coefficients = choose(subject, FEATURE_INDEX, COEFFICIENT)
     in_unit_of(METHOD, coefficients, subject)  # what cannot be steered is said before anything is generated
@@ -128,7 +135,8 @@ def read_back(subject: Subject, coefficients: Coefficients, prompt_ids: list[int
     model, sae = subject.model, subject.loaded.sae
     if not ids:
         return []
-    x_TD = model.residuals(torch.tensor([prompt_ids + ids]), layer_of(subject))[0, len(prompt_ids) :]
+    layer = subject.loaded.metadata.residual_layer
+    x_TD = model.residuals(torch.tensor([prompt_ids + ids]), layer)[0, len(prompt_ids) :]
     of = torch.tensor(list(coefficients), device=x_TD.device)
     activations_TS = steering.activations_of(sae, x_TD, of)[0].cpu()
     shares = (activations_TS / subject.statistics.maximum_F[of.cpu()].clamp_min(1e-6)).amax(dim=1).tolist()
@@ -388,32 +396,7 @@ def read_explanations() -> dict[int, features.Explained]:
     return features.read_explanations(run_dir / "explanations.jsonl")
 
 
-# ---- model, autoencoder and text ----
-
-
-def open_sae() -> LoadedSAE:
-    """The autoencoder, checked against the model before that is loaded. Raises SAEError and SteeringError."""
-    spec = lm.inspect(config.MISTRAL_MODEL_PATH or lm.STANDIN)
-    device, _ = lm.device_and_dtype(config.DEVICE, config.DTYPE)
-    source: str | Path = SAE_PATH or Path(config.RUN_DIR) / "sae"
-    if SAE_PATH is None and not (source / "cfg.json").exists():
-        raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH")
-    loaded = load_sae(source, hook_name=HOOK_NAME, device=device)
-    sae, metadata, layer = loaded.sae, loaded.metadata, steering.layer_of(loaded.metadata)
-    steering.check_model(loaded, spec.name, spec.d_model, spec.n_layers)
-    print(f"layer         {layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
-    print(f"autoencoder   {source}, {sae.n_features:,} features")
-    named = (metadata.model_name or spec.name).rsplit("/", 1)[-1]
-    if named.lower() != spec.name.lower():
-        print(
-            f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
-        )
-    return loaded
-
-
-def layer_of(subject: Subject) -> int:
-    """The layer that is read and edited."""
-    return steering.layer_of(subject.loaded.metadata)
+# ---- what is known, and text ----
 
 
 def statistics_of(model: lm.LanguageModel, loaded: LoadedSAE) -> features.Statistics:
@@ -467,7 +450,7 @@ def print_fit(subject: Subject, own: torch.Tensor) -> None:
     """Say so if the autoencoder does not explain the model's residuals on a text of its own (1, T)."""
     if own.shape[1] < 4:
         return  # so few have hardly any variance
-    x = subject.model.residuals(own, layer_of(subject))[0, 1:]
+    x = subject.model.residuals(own, subject.loaded.metadata.residual_layer)[0, 1:]
     explained = reconstruction(subject.loaded.sae, [x]).explained_variance
     if explained < POOR_FIT:
         print(

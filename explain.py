@@ -27,15 +27,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_sae import examples, labelling, lm, offline, prompts, report, text
-from mistral_sae.checkpoint import LoadedSAE, load_sae
-from mistral_sae.client import BudgetReached, Client, ClientError, DryRun, Prices, Usage
+from mistral_sae.checkpoint import LoadedSAE
+from mistral_sae.client import Client, ClientError, DryRun, Prices
 from mistral_sae.collect import Collection, Settings, collect, encode
 from mistral_sae.files import SAEError, write_text
 from mistral_sae.geometry import decoder_geometry
 from mistral_sae.journal import Journal, JournalError, locked
 from mistral_sae.local_completer import LocalCompleter
-from mistral_sae.records import Completer, Completion, Label, Request
-from mistral_sae.steering import SteeringError, layer_of
+from mistral_sae.opening import open_both
+from mistral_sae.records import Completer, Label
 
 SHOWN_FEATURES = 10  # of a token of TEXT
 
@@ -44,7 +44,14 @@ def main() -> None:
     """Load, collect, explain, score, report."""
     run_dir = Path(config.RUN_DIR)
     check_settings()
-    loaded, model = load_both()
+    loaded, model = open_both(
+        sae_path=config.SAE_PATH,
+        run_dir=config.RUN_DIR,
+        hook_name=config.HOOK_NAME,
+        model_path=config.MISTRAL_MODEL_PATH,
+        device=config.DEVICE,
+        dtype=config.DTYPE,
+    )
     if config.TEXT is not None:
         return show_text(model, loaded, run_dir)
     with locked(run_dir) as note:
@@ -102,31 +109,13 @@ def scorers() -> list[str]:
     return config.SCORERS.replace(",", " ").split()
 
 
-# ---- model and examples ----
-
-
-def load_both() -> tuple[LoadedSAE, lm.LanguageModel]:
-    """The autoencoder and the whole model, which fit each other."""
-    source = config.SAE_PATH or str(Path(config.RUN_DIR) / "sae")
-    if config.SAE_PATH is None and not Path(source, "cfg.json").is_file():
-        raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH or RUN_DIR")
-    device, _ = lm.device_and_dtype(config.DEVICE, config.DTYPE)
-    loaded = load_sae(source, hook_name=config.HOOK_NAME, device=device)
-    spec, layer = lm.inspect(config.MISTRAL_MODEL_PATH or lm.STANDIN), layer_of(loaded.metadata)
-    if (loaded.sae.d_model, True) != (spec.d_model, layer < spec.n_layers):
-        raise SAEError(
-            f"found an autoencoder of width {loaded.sae.d_model} for layer {layer}, expected one for {spec.name} "
-            f"(width {spec.d_model}, layers 0 to {spec.n_layers - 1}): set SAE_PATH or MISTRAL_MODEL_PATH"
-        )
-    print(f"features  {loaded.sae.n_features:,} of {source}, layer {layer} ({loaded.metadata.hook_name})")
-    model = lm.load(config.MISTRAL_MODEL_PATH, device=config.DEVICE, dtype=config.DTYPE)
-    return loaded, model
+# ---- examples ----
 
 
 def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> Collection:
     """The examples of all features: those of RUN_DIR if they are of the same making, else from the corpus."""
     print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
-    layer, per_row, n_rows, wanted = layer_of(loaded.metadata), config.CONTEXT_LENGTH - 1, rows_wanted(), windows()
+    layer, per_row, n_rows, wanted = loaded.metadata.residual_layer, config.CONTEXT_LENGTH - 1, rows_wanted(), windows()
     path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
     collection, why = examples.load_collection(path, made_from)
     if collection is not None:
@@ -175,7 +164,7 @@ def made_of(model: lm.LanguageModel, loaded: LoadedSAE) -> dict[str, Any]:
     names = ["DATA_PATH", "DATA_SPLIT", "TEXT_FIELD", "HELD_OUT_FRACTION", "SEED", "CONTEXT_LENGTH", "EXPLAIN_STRIDE"]
     corpus = {name: getattr(config, name) for name in names}
     corpus |= {"files": text.fingerprint(config.DATA_PATH), "rows": rows_wanted()}
-    return examples.inputs(model, loaded.sae, layer_of(loaded.metadata), corpus, windows())
+    return examples.inputs(model, loaded.sae, loaded.metadata.residual_layer, corpus, windows())
 
 
 def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any]:
@@ -240,14 +229,20 @@ def label(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Pa
         )
         return {}
     if who == "mistral":
-        print(f"explainer {name_of(who)}: the loaded model itself")
-        return asyncio.run(ask(records, LocalCompleter(model), who))
+        with Journal(run_dir / "completions-mistral.jsonl") as journal:  # its tokens count towards no budget
+            print(f"explainer {name_of(who)}: the loaded model itself{known_in(journal)}")
+            return asyncio.run(ask(records, LocalCompleter(model, journal), who))
     return asyncio.run(ask_server(records, run_dir))
 
 
 def name_of(who: str) -> str:
     """Of the explainer, as its labels have it."""
     return config.OPENAI_MODEL if who == "openai" else who
+
+
+def known_in(journal: Journal) -> str:
+    """How much of what was asked before need not be asked again."""
+    return f", {len(journal):,} requests are answered already" if len(journal) else ""
 
 
 async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[int, Label]:
@@ -265,13 +260,11 @@ async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[in
             timeout=config.REQUEST_TIMEOUT,
             deadline=config.REQUEST_DEADLINE,
         )
-        known = f", {len(journal):,} requests are answered already" if len(journal) else ""
-        print(f"explainer {name_of('openai')} at {config.OPENAI_BASE_URL or 'OpenAI'}{known}")
+        print(f"explainer {name_of('openai')} at {config.OPENAI_BASE_URL or 'OpenAI'}{known_in(journal)}")
         async with client:
-            within_budget = WithinBudget(client)
-            labels = await ask(records, within_budget, "openai")
-        if within_budget.reached:
-            print(f"stopped: {within_budget.reached}; start again with more to go on")
+            labels = await ask(records, client, "openai")
+        if client.stopped:
+            print(f"stopped: {client.stopped}")
         for note in client.notes:
             print(note)
         use = client.usage
@@ -300,26 +293,6 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
     return {feature: labels[feature] for feature in records.features}
 
 
-class WithinBudget:
-    """A Completer that ends the requests for which there is no money left, and not those that are under way."""
-
-    def __init__(self, client: Client):
-        self.client, self.reached = client, ""
-
-    @property
-    def usage(self) -> Usage:
-        """The client's."""
-        return self.client.usage
-
-    async def complete(self, request: Request) -> Completion:
-        """The client's completion, or one of status "stopped"."""
-        try:
-            return await self.client.complete(request)
-        except BudgetReached as reached:
-            self.reached = str(reached)
-            return Completion("stopped", self.reached)
-
-
 def bar(total: int, what: str) -> tqdm:
     """A progress bar over features."""
     return tqdm(total=total, desc=what, unit=" features")
@@ -328,7 +301,7 @@ def bar(total: int, what: str) -> tqdm:
 def advance(progress: tqdm, completer: Completer) -> None:
     """One feature further; with a server, what it has cost so far and how many requests are out."""
     progress.update()
-    if isinstance(completer, WithinBudget):
+    if isinstance(completer, Client):
         use = completer.usage
         progress.set_postfix_str(
             f"${use.dollars:.3f}, {use.done} requests, {use.retries} retries, {use.concurrency} at once"
@@ -347,7 +320,7 @@ def about_run(
         model="the bundled stand-in, a tiny Mistral that has read nothing but Python"
         if config.ON_STANDIN
         else model.name,
-        layer=layer_of(loaded.metadata),
+        layer=loaded.metadata.residual_layer,
         hook_name=loaded.metadata.hook_name,
         corpus=corpus,
         tokens=tokens,
@@ -365,7 +338,7 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
     """Write the page of TEXT: the strongest features of each of its tokens."""
     sae, ids = loaded.sae, model.tokenizer.encode(config.TEXT)
     tokens_BT = torch.tensor([[model.tokenizer.bos_id, *ids]])
-    values, indices = encode(sae, model.residuals(tokens_BT, layer_of(loaded.metadata)))
+    values, indices = encode(sae, model.residuals(tokens_BT, loaded.metadata.residual_layer))
     strongest = values[0, 1:].topk(min(SHOWN_FEATURES, values.shape[-1]), dim=-1)
     features = indices[0, 1:].gather(1, strongest.indices)
     tokens = [
@@ -400,14 +373,13 @@ def print_results(labels: dict[int, Label], run_dir: Path) -> None:
             f"  {summary.method:10} {figure(summary.value)}   another feature's explanation "
             f"{figure(summary.other_feature)}, its top token {figure(summary.top_token)}"
         )
-    failed = sum(
-        count for status, count in statuses.items() if status not in ("ok", prompts.NO_PATTERN, "dead", "stopped")
-    )
-    if failed > config.MAX_FAILED_SHARE * len(labels):
+    failed = [label for label in labels.values() if labelling.has_failed(label)]
+    if len(failed) > config.MAX_FAILED_SHARE * len(labels):
+        unanswered = any(label.status == "failed" or "requests failed" in label.reason for label in failed)
         raise settings.Failed(
-            f"{failed:,} of {len(labels):,} features have no label, more than MAX_FAILED_SHARE, "
+            f"{len(failed):,} of {len(labels):,} features have no label or no score, more than MAX_FAILED_SHARE, "
             f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why"
-            + ("; start again to ask anew what got no answer" if statuses["failed"] else "")
+            + ("; start again to ask anew what got no answer" if unanswered else "")
         )
 
 
@@ -424,7 +396,6 @@ if __name__ == "__main__":
             lm.ModelError,
             text.TextError,
             SAEError,
-            SteeringError,
             ClientError,
             JournalError,
         ),

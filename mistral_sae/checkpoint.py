@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_sae.files import SAEError, one_line, opened, sync_folder, write_beside
+from mistral_sae.lm import LanguageModel, ModelSpec
 from mistral_sae.sae import SparseAutoencoder
 
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
@@ -51,6 +52,22 @@ class Metadata(NamedTuple):
     context_size: int | None  # tokens a row
     dataset_path: str | None
 
+    @property
+    def residual_layer(self) -> int:
+        """The layer whose output is read and written: resid_post of its layer, or resid_pre of the next one.
+
+        Raises SAEError for an autoencoder of another place in the block, or of none that its folder names.
+        """
+        name = self.hook_name or ""
+        if self.layer is not None and name.endswith("hook_resid_post"):
+            return self.layer
+        if self.layer and name.endswith("hook_resid_pre"):
+            return self.layer - 1
+        raise SAEError(
+            f"found an autoencoder of {self.hook_name or 'no named hook'}: expected a residual stream; where the label "
+            "is wrong, load it with hook_name, as in blocks.16.hook_resid_post"
+        )
+
 
 class LoadedSAE(NamedTuple):
     """An autoencoder and what its folder says about it."""
@@ -59,6 +76,17 @@ class LoadedSAE(NamedTuple):
     metadata: Metadata
     log_sparsity: Tensor | None  # (F) log10 firing frequency, on the CPU
     maximum: Tensor | None = None  # (F) largest activation late in training, on the CPU; None in what others saved
+
+
+def check_model(loaded: LoadedSAE, model: LanguageModel | ModelSpec) -> None:
+    """Raise SAEError unless the autoencoder has the width of the model, and the model its layer."""
+    width, layer = loaded.sae.d_model, loaded.metadata.residual_layer
+    if width != model.d_model or layer >= model.n_layers:
+        raise SAEError(
+            f"found an autoencoder of width {width} and layer {layer}, and {model.name} of width {model.d_model} and "
+            f"layers 0 to {model.n_layers - 1}: expected the model that it was trained on; set MISTRAL_MODEL_PATH or "
+            "SAE_PATH"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,14 +4,12 @@
         async with Client(journal, model, base_url, key) as client:
             completion = await client.complete(Request(messages, schema, max_tokens=200))
 
-What happens to one request is a status of its completion. What would happen to all of them (a wrong key, an unknown
-model, no quota, no server) is a ClientError, and what ends the run as its user wished is a BudgetReached.
+What happens to one request is a status of its completion; "stopped" is that of all for which the budget has nothing
+left. What would happen to all of them otherwise (a wrong key, an unknown model, no quota, no server) is a ClientError.
 """
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import logging
 import random
 from collections.abc import Callable
@@ -22,12 +20,12 @@ import anyio  # what openai itself runs on; asyncio.timeout needs Python 3.11
 import openai
 
 from mistral_sae.dialect import Dialect
-from mistral_sae.journal import Journal, JournalError
+from mistral_sae.journal import Journal, JournalError, request_key
 from mistral_sae.records import Completion, Request
 from mistral_sae.replies import Reply, estimate_tokens, most_tokens, read_error, read_response
 from mistral_sae.throttle import FREE, Budget, BudgetReached, Limit, Prices, Tokens
 
-__all__ = ["BudgetReached", "Client", "ClientError", "DryRun", "Prices", "Usage", "estimate_tokens", "request_key"]
+__all__ = ["Client", "ClientError", "DryRun", "Prices", "Usage"]
 
 OPENAI = "https://api.openai.com/v1"
 CONNECT_SECONDS = 10.0
@@ -87,6 +85,9 @@ class Client:
         backoff: seconds before the first retry, about; doubles each time.
         longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled.
 
+    Attributes:
+        stopped: why the budget ended the run, in one line; "" while it has not.
+
     Raises:
         ClientError: the base URL or the key cannot be one.
     """
@@ -109,7 +110,7 @@ class Client:
         backoff: float = 0.5,
         longest_reply: int = 4096,
     ):
-        self.model = model
+        self.model, self.stopped = model, ""
         self._address = _address(base_url or OPENAI)
         self._has_key, self._secret = bool(key), _checked_key(key or "")
         self._journal = journal
@@ -155,11 +156,12 @@ class Client:
     async def complete(self, request: Request) -> Completion:
         """The completion of a request: from the journal, else from the server and then in the journal.
 
-        The same request asked twice at once goes out once. A completion's tokens are those of all its attempts.
+        The same request asked twice at once goes out once. A completion's tokens are those of all its attempts. Where
+        the next attempt might cost more than is left it is "stopped", which the journal does not keep, and so are all
+        that are not out yet.
 
         Raises:
             ClientError: no request can succeed; every other that is being asked ends with it, too.
-            BudgetReached: the next attempt might cost more than is left.
         """
         key = request_key(request, self.model, self._asked)
         while True:
@@ -175,6 +177,9 @@ class Client:
         try:
             completion = await self._ask(key, request)
             return completion
+        except BudgetReached as reached:
+            self.stopped = str(reached)
+            return Completion("stopped", self.stopped)
         finally:
             self._asking.pop(key).set_result(completion)
 
@@ -344,11 +349,6 @@ class DryRun:
             self._typical = Tokens(self._typical.prompt + prompt, self._typical.completion + completion)
             self._most = Tokens(self._most.prompt + prompt, self._most.completion + request.max_tokens)
         return Completion("ok", text, prompt, completion)
-
-
-def request_key(request: Request, model: str, sampling: dict[str, Any]) -> str:
-    """What a completion is known by: SHA-256 of all that it depends on, so neither the server's address nor its key."""
-    return hashlib.sha256(json.dumps([*request, model, sampling], sort_keys=True).encode()).hexdigest()
 
 
 class _Tally:

@@ -3,8 +3,9 @@
 import re
 from typing import Any
 
+from mistral_sae.prompts import fold_system
 from mistral_sae.records import Request
-from mistral_sae.replies import FORMAT, UNKNOWN_FIELD
+from mistral_sae.replies import FORMAT, SYSTEM_ROLE, UNKNOWN_FIELD
 
 FORMATS = ("json_schema", "json_object", "text")  # each is tried once the server has rejected the one before
 
@@ -23,12 +24,13 @@ class Dialect:
         self._model = model
         self._format = 0  # into FORMATS
         self._length = "max_tokens"
+        self._has_system_role = True
 
     def body(self, request: Request, max_tokens: int) -> dict[str, Any]:
         """The arguments of `chat.completions.create`."""
         body = {
             "model": self._model,
-            "messages": request.messages,
+            "messages": request.messages if self._has_system_role else fold_system(request.messages),
             self._length: max_tokens,
             "stream": False,  # which some servers do unless told
             "extra_body": dict(self.sampling),
@@ -55,6 +57,11 @@ class Dialect:
                 if self.sampling.pop(name, None) is not None:
                     self.notes.append(f"the server does not take {name}: it uses its own")
                 return True
+        if sent["messages"][0]["role"] == "system" and SYSTEM_ROLE.search(words):
+            if self._has_system_role:
+                self._has_system_role = False
+                self.notes.append("the server takes no system message: its text begins the first of the user's")
+            return True
         if "response_format" in sent and (FORMAT.search(words) or UNKNOWN_FIELD.search(words)):
             rejected = FORMATS.index(sent["response_format"]["type"])
             if self._format == rejected:

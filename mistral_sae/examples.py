@@ -10,7 +10,6 @@
 Shapes: F features, D model width, V vocabulary, n examples of a list, C features at a time.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mistral_sae.collect import Collection, Settings
-from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.files import SAEError, hash_of, load_state, save_state
 from mistral_sae.lm import LanguageModel
 from mistral_sae.pool import Pool, PoolIndex, Span
 from mistral_sae.records import Example, Feature
@@ -50,20 +49,12 @@ def inputs(
     config = (sae.d_model, sae.n_features, sae.k, sae.activation, sae.normalize, sae.center)
     tensors = {f"{i}.{name}": tensor for i in range(layer + 1) for name, tensor in lm.block(i).state_dict().items()}
     found = {
-        "autoencoder": _hash(config, sae.state_dict()),
-        "model": _hash((lm.name, layer, lm.vocab_size), tensors),
+        "autoencoder": hash_of(config, sae.state_dict()),
+        "model": hash_of((lm.name, layer, lm.vocab_size), tensors),
         "corpus": corpus,
         "settings": settings._asdict() | {"format": FORMAT},
     }
     return json.loads(json.dumps(found))  # as it will be read
-
-
-def _hash(description: Any, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(repr(description).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def save_collection(path: Path, collection: Collection, made_from: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 Shapes: R rows, T positions, N features that are looked at, F features, V vocabulary.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from mistral_sae.activations import residuals_of
 from mistral_sae.checkpoint import LoadedSAE
-from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.files import SAEError, hash_of, load_state, save_state
 from mistral_sae.lm import LanguageModel
-from mistral_sae.steering import SteeringError, layer_of, steer
+from mistral_sae.steering import SteeringError, steer
 from mistral_sae.tokenizer import Tokenizer
 
 RARE, COMMON = 1e-4, 1e-2  # shares of tokens between which most features fire
@@ -50,7 +49,7 @@ def statistics_in(loaded: LoadedSAE) -> Statistics | None:
 @torch.no_grad()
 def measure_statistics(lm: LanguageModel, loaded: LoadedSAE, batches: Iterable[Tensor]) -> Statistics:
     """The same from rows of tokens (R, T), for an autoencoder that comes without. First positions are left out."""
-    sae, layer, tokens = loaded.sae, layer_of(loaded.metadata), 0
+    sae, layer, tokens = loaded.sae, loaded.metadata.residual_layer, 0
     maximum_F = torch.zeros(sae.n_features, device=sae.W_dec.device)
     fired_F = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_dec.device)
     for tokens_RT in batches:
@@ -66,10 +65,10 @@ def cached_statistics(
     path: Path, lm: LanguageModel, loaded: LoadedSAE, text: str, measure: Callable[[], Statistics]
 ) -> Statistics:
     """`measure()`, kept in the file `path` for the next time with the same autoencoder, model and name of the text."""
-    layer = layer_of(loaded.metadata)
+    layer = loaded.metadata.residual_layer
     wanted = {
-        "autoencoder": _digest(loaded.sae.parameters()),
-        "model": _digest(lm.block(layer).parameters()),
+        "autoencoder": hash_of("", loaded.sae.state_dict()),
+        "model": hash_of(lm.name, lm.block(layer).state_dict()),
         "layer": layer,
         "text": text,
     }
@@ -83,14 +82,6 @@ def cached_statistics(
     tensors = {"maximum": statistics.maximum_F, "density": statistics.density_F}
     save_state(path, tensors, {"of": wanted, "tokens": statistics.tokens})
     return statistics
-
-
-def _digest(parameters: Iterable[Tensor]) -> str:
-    """A hash of the beginning of each parameter: training of any kind leaves no matrix as it was."""
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        digest.update(parameter.detach()[:8].float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def random_feature(statistics: Statistics, seed: int, *, other_than: int) -> int:
@@ -217,7 +208,7 @@ def by_firing(
 
     By F1 of firing on a token of rows (R, T) as a prediction that it, or the one after it, is among `ids`.
     """
-    sae, layer = loaded.sae, layer_of(loaded.metadata)
+    sae, layer = loaded.sae, loaded.metadata.residual_layer
     wanted = torch.tensor(ids)
     fired_F = torch.zeros(sae.n_features)
     right_2F, there_2 = torch.zeros(2, sae.n_features), torch.zeros(2, 1)

@@ -4,9 +4,10 @@ Weights are safetensors and nothing else; nothing is ever unpickled.
 """
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,12 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def hash_of(description: Any, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights, by which what was made from them is known again, and of whatever `description` prints."""
+    digest = hashlib.sha256(repr(description).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

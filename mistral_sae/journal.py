@@ -8,6 +8,7 @@ SYNC_SECONDS, so a power cut costs the requests of that long.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mistral_sae.records import Completion
+from mistral_sae.records import Completion, Request
 
 FINAL = frozenset({"ok", "refused", "filtered", "truncated", "overflow"})  # asking again would give the same
 SYNC_SECONDS = 1.0
@@ -58,8 +59,13 @@ def locked(run_dir: Path | str) -> Iterator[str]:
         yield note
 
 
+def request_key(request: Request, model: str, sampling: dict[str, Any]) -> str:
+    """What a completion is known by: SHA-256 of all that it depends on, so neither the server's address nor its key."""
+    return hashlib.sha256(json.dumps([*request, model, sampling], sort_keys=True).encode()).hexdigest()
+
+
 class Journal:
-    """The completions of a RUN_DIR, by the hash of what was asked. `with Journal(path) as journal`, under `locked`.
+    """The completions of a RUN_DIR, by `request_key`. `with Journal(path) as journal`, under `locked`.
 
     Completions stay on the disk and only their places in memory, about 250 bytes each.
 

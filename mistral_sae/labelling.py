@@ -136,6 +136,17 @@ async def score_all(
         yield label
 
 
+def has_failed(label: Label) -> bool:
+    """Whether a label lacks its explanation, or all answers to one of its scorers, for other reasons than a budget's.
+
+    A feature that is dead or has no pattern, as the explainer says, lacks nothing.
+    """
+    if label.status != "ok":
+        return label.status not in (prompts.NO_PATTERN, "dead", "stopped")
+    in_vain = any(score.unanswered and not score.answered for score in label.scores.values())
+    return in_vain and "requests stopped" not in label.reason
+
+
 class _Outcome(NamedTuple):
     """What one explanation got from one scorer; `failures` are statuses with their counts."""
 

@@ -53,6 +53,7 @@ class LanguageModel:
         name: the folder's name.
         tokenizer: the model's own.
         d_model, n_layers, vocab_size: sizes of the whole model.
+        context_length: positions that it was made for; None if its folder does not say so.
         last_layer: the last layer that was loaded, or None if all of the model was.
         device, dtype: of the weights and the residuals.
         span: (B, T, start) of the forward in progress, start being the position in the rows of its first
@@ -61,7 +62,7 @@ class LanguageModel:
 
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, backend: Any, last_layer: int | None, device, dtype):
         self.name, self.d_model, self.n_layers = spec.name, spec.d_model, spec.n_layers
-        self.vocab_size = spec.vocab_size
+        self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
         self.tokenizer = tokenizer
         self.last_layer = last_layer
         self.device: torch.device = device

@@ -4,41 +4,53 @@ import asyncio
 import itertools
 import threading
 
+from mistral_sae.files import hash_of
+from mistral_sae.journal import Journal, request_key
 from mistral_sae.lm import LanguageModel, ModelError
 from mistral_sae.prompts import fold_system
 from mistral_sae.records import Completion, Request
 
-CONTEXT = 32_768  # tokens that Mistral's instruct models were made for, from 7B v0.2 on
+CONTEXT = 32_768  # positions of Mistral's instruct models, whose own format does not say so, from 7B v0.2 on
 
 
 class LocalCompleter:
     """Completes chats with a model, one at a time, in a thread beside the event loop's.
 
-    The likeliest token is taken each time, so that a request has the same completion whenever it is asked. A prompt
+    The likeliest token is taken each time, so that a request has the same completion whenever it is asked: the second
+    time, and in a run that goes on after one that was stopped, it comes from the journal. A prompt
     that leaves no room for a reply has the status "overflow", a reply that does not end within the request's max_tokens
     or the rest of the context "truncated".
 
     Args:
         lm: the whole model.
-        context_length: tokens of prompt and reply together, at most.
+        journal: where completions are looked up and written down.
+        context_length: tokens of prompt and reply together, at most; None is what the model was made for.
 
     Raises:
         ModelError: from `complete`, if the tokenizer has no chat format: no request can succeed then.
+        JournalError: from `complete`, if the journal cannot be written.
     """
 
-    def __init__(self, lm: LanguageModel, context_length: int = CONTEXT):
-        self._lm, self._context_length = lm, context_length
+    def __init__(self, lm: LanguageModel, journal: Journal, context_length: int | None = None):
+        self._lm, self._journal = lm, journal
+        self._context_length = context_length or lm.context_length or CONTEXT
+        self._model = hash_of(lm.name, lm.block(lm.n_layers - 1).state_dict())  # any training changes its last layer
         self._turn = asyncio.Lock()
         self._has_system_role = True
 
     async def complete(self, request: Request) -> Completion:
         """The completion of a request, after those that were asked for before it."""
+        key = request_key(request, self._model, {"context_length": self._context_length})
         async with self._turn:
+            if known := self._journal.get(key):
+                return known
             stopped = threading.Event()
             try:
-                return await asyncio.to_thread(self._complete, request, stopped)
+                completion = await asyncio.to_thread(self._complete, request, stopped)
             finally:
                 stopped.set()  # if this was cancelled, the thread would go on to the end of the reply
+            self._journal.append(key, completion)
+            return completion
 
     def _complete(self, request: Request, stopped: threading.Event) -> Completion:
         ids = self._chat(request.messages)

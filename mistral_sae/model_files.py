@@ -41,6 +41,7 @@ class ModelSpec(NamedTuple):
     embedding_parameters: int
     layer_parameters: tuple[int, ...]  # of each layer
     head_parameters: int  # final norm and output matrix
+    context_length: int | None = None  # positions that the model was made for, if its folder says so
 
     def parameters(self, last_layer: int | None = None) -> int:
         """Number of parameters of the embedding and layers 0..last_layer, or of the whole model."""
@@ -112,6 +113,7 @@ def open_folder(path: str | Path) -> ModelFolder:
         counts["embedding"],
         tuple(counts[layer] for layer in range(n_layers)),
         counts["head"],
+        config.get("max_position_embeddings"),
     )
     return ModelFolder(path, spec, config, tensors)
 

@@ -95,7 +95,8 @@ class Completion(NamedTuple):
     """What came back."""
 
     # "ok"; "refused" by the model, "filtered" by the provider, "truncated" even with more room, "overflow" when the
-    # prompt is longer than the model's context, "failed" when the server did not answer in time or at all
+    # prompt is longer than the model's context, "failed" when the server did not answer in time or at all, "stopped"
+    # when the budget ended before it was asked
     status: str
     text: str  # the reply; for other states than "ok" what there is of it, or the reason in one line
     prompt_tokens: int = 0

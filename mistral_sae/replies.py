@@ -26,6 +26,12 @@ FILTERED = re.compile(
 BAD_KEY = re.compile(r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key", re.IGNORECASE)
 NO_QUOTA = re.compile(r"insufficient[ _-](quota|balance|funds|credits)|billing_(hard_limit|not_active)", re.IGNORECASE)
 FORMAT = re.compile(r"response.?format|json.?(schema|object|mode)|structured.output|guided|grammar", re.IGNORECASE)
+# Of chat templates, which mostly say it in the words of the model's makers
+SYSTEM_ROLE = re.compile(
+    r"system.{0,20}\b(role|message|prompt|instruction)|\broles?\b.{0,40}(system|alternate|only|user)"
+    r"|only user and assistant",
+    re.IGNORECASE,
+)
 UNKNOWN_FIELD = re.compile(
     r"(unknown|unsupported|unrecognized|unexpected|extra|additional) (\w+ )?(parameter|argument|field|input|key|prop)",
     re.IGNORECASE,

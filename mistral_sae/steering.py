@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.checkpoint import LoadedSAE, Metadata
+from mistral_sae.checkpoint import LoadedSAE, check_model
 from mistral_sae.hooks import edit_residual
 from mistral_sae.lm import LanguageModel
 from mistral_sae.sae import SparseAutoencoder
@@ -74,13 +74,13 @@ def steer(
             model's device. For clamp and ablate.
         directions_SD: directions to write along in place of the decoder rows, as a control.
 
-    Raises SteeringError for what cannot be steered, ModelError for a layer that is not loaded, and HookError if no
-    forward ran inside the block.
+    Raises SteeringError for what cannot be steered, SAEError for an autoencoder of another place or another model,
+    ModelError for a layer that is not loaded, and HookError if no forward ran inside the block.
     """
-    layer = layer_of(loaded.metadata)
+    layer = loaded.metadata.residual_layer
     wanted = {feature: c for feature, c in coefficients.items() if c is not None}
     check_coefficients(loaded.sae, wanted, method)
-    check_model(loaded, lm.name, lm.d_model, lm.n_layers)
+    check_model(loaded, lm)
     if first_position < 1:
         raise SteeringError(f"found first_position {first_position}: expected 1 or more, position 0 is never edited")
     if not wanted:
@@ -181,32 +181,6 @@ def _from(first_position: int, edit: Callable[[Tensor], Tensor]) -> Callable[[Te
 
 
 # ---- what can be steered ----
-
-
-def layer_of(metadata: Metadata) -> int:
-    """The layer whose output an autoencoder reads and writes: resid_post of its layer, or resid_pre of the next one.
-
-    Raises SteeringError for one of another place in the block, or of none that its folder names.
-    """
-    name, layer = metadata.hook_name or "", metadata.layer
-    if layer is not None and name.endswith("hook_resid_post"):
-        return layer
-    if layer and name.endswith("hook_resid_pre"):
-        return layer - 1
-    raise SteeringError(
-        f"found an autoencoder of {metadata.hook_name or 'no named hook'}: expected a residual stream; where the label "
-        "is wrong, load it with hook_name, as in blocks.16.hook_resid_post"
-    )
-
-
-def check_model(loaded: LoadedSAE, name: str, d_model: int, n_layers: int) -> None:
-    """Raise SteeringError unless the autoencoder has the width of the model, and the model its layer."""
-    width, layer = loaded.sae.d_model, layer_of(loaded.metadata)
-    if width != d_model or layer >= n_layers:
-        raise SteeringError(
-            f"found an autoencoder of width {width} and layer {layer}, and {name} of width {d_model} and layers 0 to "
-            f"{n_layers - 1}: expected the model that it was trained on; set MISTRAL_MODEL_PATH or SAE_PATH"
-        )
 
 
 def check_coefficients(sae: SparseAutoencoder, coefficients: Mapping[int, Coefficient], method: str) -> None:

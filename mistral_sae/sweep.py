@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mistral_sae.checkpoint import LoadedSAE
 from mistral_sae.lm import LanguageModel, choose_token
-from mistral_sae.steering import activations_of, layer_of
+from mistral_sae.steering import activations_of
 
 NGRAM = 4  # tokens of a phrase that counts as repeated
 # Text is fluent if it costs the unsteered model at most so many nats a token more than its own texts do, and if the
@@ -80,7 +80,7 @@ def measure(
         edited = lm.forward(tokens_BT)[:, n - 1 : -1].log_softmax(dim=-1)
     nats = -plain.gather(-1, tokens_BT[:, n:, None].to(plain.device)).squeeze(-1).cpu()
     kl = F.kl_div(plain, edited, log_target=True, reduction="none").sum(dim=-1).cpu()
-    x = lm.residuals(tokens_BT, layer_of(loaded.metadata))[:, n:].float()
+    x = lm.residuals(tokens_BT, loaded.metadata.residual_layer)[:, n:].float()
     activation = activations_of(loaded.sae, x, torch.tensor([feature], device=x.device))[0].squeeze(-1).cpu()
 
     count = lengths.clamp_min(1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mistral_sae.files import SAEError
 from mistral_sae.kernels import bf16_pays, topk_step
 from mistral_sae.optimizer import SAEAdam
 from mistral_sae.sae import SparseAutoencoder
@@ -110,7 +111,12 @@ class Trainer:
         )
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from what `state` gave. Raises SAEError where a tensor is missing."""
+        if missing := self.state().keys() - tensors.keys():
+            raise SAEError(
+                f"found a training state without {', '.join(sorted(missing))}, expected one of this version: "
+                "train anew with RESUME=False, or in another RUN_DIR"
+            )
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
         self.find_dead()

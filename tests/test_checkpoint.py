@@ -677,3 +677,20 @@ def test_damaged_and_foreign_states_are_one_line(sae, tmp_path):
     with pytest.raises(SAEError, match="found no") as error:
         load_state(tmp_path / "nothing", "cpu")
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "layer", "expected"),
+    [("blocks.16.hook_resid_post", 16, 16), ("blocks.8.hook_resid_pre", 8, 7)],
+)
+def test_the_hook_says_after_which_layer_the_residual_is(hook_name, layer, expected):
+    assert METADATA._replace(hook_name=hook_name, layer=layer).residual_layer == expected
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "layer"),
+    [("blocks.16.hook_mlp_out", 16), ("blocks.0.hook_resid_pre", 0), (None, None), ("hook_embed", None)],
+)
+def test_an_autoencoder_of_another_place_is_refused(hook_name, layer):
+    with pytest.raises(SAEError, match="residual stream"):
+        _ = METADATA._replace(hook_name=hook_name, layer=layer).residual_layer

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from openai_server import FATAL, LASTING, TRANSIENT, TRUNCATED, Raw, Server, random_faults
 
-from mistral_sae.client import BudgetReached, Client, ClientError, DryRun, Prices, estimate_tokens, request_key
-from mistral_sae.journal import FINAL, Journal
+from mistral_sae.client import Client, ClientError, DryRun, Prices
+from mistral_sae.journal import FINAL, Journal, request_key
 from mistral_sae.records import Completion, Request
-from mistral_sae.replies import most_tokens
-from mistral_sae.throttle import FIRST_LIMIT, Budget, Limit, Tokens
+from mistral_sae.replies import estimate_tokens, most_tokens
+from mistral_sae.throttle import FIRST_LIMIT, Budget, BudgetReached, Limit, Tokens
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-test-0123456789abcdef"
@@ -420,6 +420,29 @@ def test_the_parameters_of_reasoning_models_are_found_out(journal):
     assert len(server.log) == 6  # a new client finds it out again
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "System role not supported",
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+        "Only user and assistant roles are supported!",
+    ],
+)
+def test_a_server_without_a_system_role_gets_its_text_from_the_user(journal, words):
+    def refuse(asked):
+        if asked.messages[0]["role"] == "system":
+            return Raw(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}})
+        return None
+
+    with Server(reply, refuse) as server:
+        results, client = ask(server, journal, "x", *map(str, range(10)), attempts=1)
+    assert {result.status for result in results} == {"ok"}
+    assert server.log[-1].body["messages"][0]["content"].startswith("Describe.\n\n")
+    assert [len(served.body["messages"]) for served in server.log].count(1) == 11
+    assert server.log[-1].body["response_format"]["type"] == "json_schema"  # the format was not to blame
+    assert len(client.notes) == 1
+
+
 # ---- the journal ----
 
 
@@ -582,13 +605,14 @@ def test_the_budget_holds_with_many_out_and_over_several_runs(journal):
     most = sum((most_tokens(requests[0].messages, SCHEMA), 50))
     with Server(lambda messages: "word " * 40, delay=0.02) as server:
         for bound in (3 * most, 4 * most, 8 * most):
-            results, _ = ask(server, journal, *requests, max_tokens=bound)
-            errors = [result for result in results if isinstance(result, Exception)]
-            assert {type(error) for error in errors} == {BudgetReached}
-            assert f"{bound:,} tokens is reached" in str(errors[0])
+            results, client = ask(server, journal, *requests, max_tokens=bound)
+            stopped = [result for result in results if result.status == "stopped"]
+            assert {result.status for result in results} == {"ok", "stopped"}
+            assert {result.text for result in stopped} == {client.stopped}
+            assert f"{bound:,} tokens is reached" in client.stopped
             spent = sum(line["prompt_tokens"] + line["completion_tokens"] for line in lines(journal))
             assert bound - most - 1 < spent <= bound  # no more, and no less than it could
-            assert len(lines(journal)) == len(server.log) == 40 - len(errors)  # all that went out ended
+            assert len(lines(journal)) == len(server.log) == 40 - len(stopped)  # all that went out ended
         results, _ = ask(server, journal, *requests)
     assert {result.status for result in results} == {"ok"}
     assert len(server.log) == 40
@@ -604,8 +628,8 @@ def test_dollars_are_counted_and_bounded(journal):
     with Journal(journal.path) as later, Server(reply) as server:
         results, _ = ask(server, later, "x" * 400, "y" * 400, prices=prices, max_dollars=dollars + 1e-5)
         assert results[0] == completion  # what is known costs nothing
-        assert isinstance(results[1], BudgetReached)
-        assert "before this run" in str(results[1])
+        assert results[1].status == "stopped"
+        assert "before this run" in results[1].text
         assert server.log == []
 
 

@@ -186,6 +186,9 @@ def reply(messages):
         return json.dumps({"pattern": "…", "explanation": f"{name_of(messages)}: the token {token.strip()}"})
     explanation = json.loads(re.search(r'of the feature: (".*")$', asked, re.MULTILINE)[1])
     token = explanation.split("the token ")[1].strip('" ')
+    if "one token a line" in asked:
+        positions = [int(n) for n, text in re.findall(r'^(\d+) "(.*)"$', asked, re.MULTILINE) if text.strip() == token]
+        return json.dumps({"active": [{"position": n, "activation": 10} for n in positions]})
     passages = re.findall(r'^([a-z]{3}): "(.*)"$', asked, re.MULTILINE)
     held = [(id, f"«{token}" in text.replace("« ", "«") if "«" in text else token in text) for id, text in passages]
     return json.dumps({"answers": [{"id": id, "answer": answer} for id, answer in held]})
@@ -198,7 +201,8 @@ def name_of(messages):
 def openai(server, **changed):
     """Settings of a run that asks the server."""
     url = server if isinstance(server, str) else server.url
-    return {"OPENAI_BASE_URL": url, "OPENAI_MODEL": "test-model", "REQUEST_TIMEOUT": 20, "CONCURRENCY": 8} | changed
+    fixed = {"OPENAI_MODEL": "test-model", "REQUEST_TIMEOUT": 20, "CONCURRENCY": 8}
+    return {"OPENAI_BASE_URL": url, "SCORERS": "detection fuzzing simulation"} | fixed | changed
 
 
 def journal_of(run_dir):
@@ -242,7 +246,8 @@ def test_the_output_says_what_runs_and_where_the_results_are(finished, mistral_f
     lines = ran.out.splitlines()
     assert lines[0].startswith(f"explain: {mistral_folder} ")
     for line in (
-        f"features  64 of {run_dir / 'sae'}, layer 1 (blocks.1.hook_resid_post)",
+        "layer     1 of 0 to 2 (blocks.1.hook_resid_post)",
+        f"features  64 of {run_dir / 'sae'}",
         "explainer offline: counting, without a model, since neither OPENAI_API_KEY nor OPENAI_BASE_URL is set",
         f"labels    {run_dir / 'explanations.jsonl'}",
         f"report    {run_dir / 'report.html'}",
@@ -354,13 +359,18 @@ def test_a_server_explains_and_scores_each_feature(served):
     for label in labels:
         assert (label.status, label.explainer, label.reason) == ("ok", "test-model", "")
         assert re.fullmatch(r"prompt [0-9a-f]{8}: the token .+", label.explanation)
-        assert set(label.scores) == {"detection", "fuzzing"}
+        assert set(label.scores) == {"detection", "fuzzing", "simulation"}
+        simulation = label.scores["simulation"]
+        assert simulation.unanswered == 0 < simulation.answered
+        assert simulation.r2 <= simulation.value**2 + 1e-9  # no line through the prediction does better than the best
         for method, score in label.scores.items():
+            assert score.low <= score.value <= score.high
+            assert None not in (score.other_feature, score.top_token)
+            if method == "simulation":
+                continue
             judged = [judgement for judgement in label.judgements if judgement.method == method]
             assert score.value == pytest.approx(balanced_accuracy(judged))
             assert (score.answered, score.unanswered) == (len(judged), 0)
-            assert score.low <= score.value <= score.high
-            assert None not in (score.other_feature, score.top_token)
     assert len({label.explanation for label in labels}) == len(CHOSEN)
     assert re.search(r"^  detection +0\.\d\d   another feature's explanation 0\.\d\d", ran.out, re.MULTILINE)
 
@@ -417,8 +427,9 @@ def test_faults_leave_exactly_one_true_record_of_each_feature(here, arguments, s
             assert label.explanation == (truth[label.feature].explanation if label.status == "ok" else "")
         for method, score in label.scores.items():
             judged = [judgement for judgement in label.judgements if judgement.method == method]
-            assert score.unanswered == sum(judgement.verdict is None for judgement in judged)
             assert (score.unanswered > 0) == (f"{method}: " in label.reason)
+            if method != "simulation":  # which has no verdicts
+                assert score.unanswered == sum(judgement.verdict is None for judgement in judged)
             true = {j[:4]: j.verdict for j in truth[label.feature].judgements}
             if label.explanation == truth[label.feature].explanation:
                 assert all(j.verdict in (None, true[j[:4]]) for j in judged)  # none is mislabelled
@@ -591,9 +602,23 @@ def test_more_failures_than_allowed_fail_the_run_with_all_files_written(here, ar
     assert sorted(statuses) == ["ok"] * 3 + ["refused"] * 3
     assert (run_dir / "report.html").exists()
     if code:
-        assert_refused(ran, "3 of 6 features have no label, more than MAX_FAILED_SHARE, 40%", code=1)
+        assert_refused(ran, "3 of 6 features have no label or no score, more than MAX_FAILED_SHARE, 40%", code=1)
     else:
         assert (ran.code, ran.problems) == (0, [])
+
+
+@pytest.mark.parametrize(("kind", "again"), [("refusal", False), ("500", True)])
+def test_explanations_of_which_none_could_be_scored_fail_the_run(here, arguments, run_dir, kind, again):
+    def all_but_explanations(asked):
+        return None if '"pattern"' in asked.content else kind
+
+    with Server(reply, all_but_explanations) as server:
+        ran = here(arguments(run_dir, **openai(server)))
+    labels = labels_of(run_dir)
+    assert {label.status for label in labels} == {"ok"}
+    assert {score.answered for label in labels for score in label.scores.values()} == {0}
+    assert_refused(ran, "6 of 6 features have no label or no score", code=1)
+    assert ("start again" in ran.problems[0]) == again
 
 
 def test_a_missing_autoencoder_names_train_py(here, arguments, tmp_path):
@@ -601,14 +626,14 @@ def test_a_missing_autoencoder_names_train_py(here, arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("made", "said"), [({"d_model": 48}, "width 48 for layer 1"), ({"layer": 3}, "width 32 for layer 3")]
+    ("made", "said"), [({"d_model": 48}, "width 48 and layer 1, and"), ({"layer": 3}, "width 32 and layer 3, and")]
 )
 def test_an_autoencoder_of_another_model_is_refused_in_one_line(here, arguments, tmp_path, monkeypatch, made, said):
     monkeypatch.setattr(lm, "load", None)  # before the model is loaded
     write_sae(tmp_path / "run/sae", **made)
     ran = here(arguments(tmp_path / "run"))
     assert_refused(ran, said)
-    assert "(width 32, layers 0 to 2)" in ran.problems[0]
+    assert "of width 32 and layers 0 to 2: expected the model" in ran.problems[0]
 
 
 @pytest.mark.parametrize(
@@ -633,7 +658,7 @@ def test_a_setting_that_no_run_can_use_is_refused_before_anything_is_loaded(
 # ---- the loaded model as its own explainer ----
 
 
-def test_the_loaded_model_gives_each_feature_a_true_status(here, arguments, tmp_path):
+def test_the_loaded_model_gives_each_feature_a_true_status(here, arguments, tmp_path, monkeypatch):
     write_sae(tmp_path / "sae")
     params = PARAMS | {"vocab_size": 274}  # of the tokenizer
     instruct = write_hugging_face_folder(tmp_path / "instruct", params, random_weights(params))
@@ -641,6 +666,9 @@ def test_the_loaded_model_gives_each_feature_a_true_status(here, arguments, tmp_
     changed |= {"SELECT": "[3, 11]", "TOKENS_BEFORE": 2, "TOKENS_AFTER": 1}
     ran = here(arguments(tmp_path / "run", **changed, MAX_FAILED_SHARE=1.0))
     assert (ran.code, ran.problems) == (0, [])
+    journal = tmp_path / "run/completions-mistral.jsonl"
+    answered = journal.read_bytes()
+    assert answered.count(b"\n") >= 2
     labels = labels_of(tmp_path / "run")
     assert [label.feature for label in labels] == [3, 11]
     for label in labels:  # random weights give no JSON, and seldom an end
@@ -648,6 +676,15 @@ def test_the_loaded_model_gives_each_feature_a_true_status(here, arguments, tmp_
         assert label.status in ("unparsed", "truncated")
         assert label.explanation == ""
     assert (tmp_path / "run/report.html").exists()
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("what is in the journal is not generated again")
+
+    monkeypatch.setattr(lm.LanguageModel, "generate", refuse)
+    again = here(arguments(tmp_path / "run", **changed, MAX_FAILED_SHARE=1.0))
+    assert (again.code, again.problems) == (0, [])
+    assert labels_of(tmp_path / "run") == labels
+    assert journal.read_bytes() == answered
 
 
 # ---- a text of the user's ----

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from mistral_sae.checkpoint import LoadedSAE, Metadata
+from mistral_sae.files import SAEError
 from mistral_sae.hooks import HookError
 from mistral_sae.lm import ModelError, load
 from mistral_sae.sae import SparseAutoencoder
 from mistral_sae.steering import (
     METHODS,
     SteeringError,
-    layer_of,
     make_edit,
     steer,
     times_maximum,
@@ -376,13 +376,13 @@ def test_what_cannot_be_steered_is_said_in_one_line(lm, loaded, coefficients, op
 
 def test_an_autoencoder_of_another_width_is_refused(lm):
     other = LoadedSAE(SparseAutoencoder(16, 32, 4), RESID_POST, None)
-    with pytest.raises(SteeringError, match=r"of width 16 and layer 1, and .* of width 32"), steer(lm, other, {3: 1}):
+    with pytest.raises(SAEError, match=r"of width 16 and layer 1, and .* of width 32"), steer(lm, other, {3: 1}):
         pass
 
 
 def test_a_layer_that_the_model_has_not_is_refused(lm):
     deep = loaded_of(autoencoder(), RESID_POST._replace(hook_name="blocks.9.hook_resid_post", layer=9))
-    with pytest.raises(SteeringError, match=r"and layer 9, and .* layers 0 to 2"), steer(lm, deep, {3: 1.0}):
+    with pytest.raises(SAEError, match=r"and layer 9, and .* layers 0 to 2"), steer(lm, deep, {3: 1.0}):
         pass
 
 
@@ -390,23 +390,6 @@ def test_a_layer_that_is_not_loaded_is_refused(mistral_folder, loaded):
     lm = load(mistral_folder, last_layer=0, device="cpu")
     with pytest.raises(ModelError, match="load more of it"), steer(lm, loaded, {3: 1.0}):
         pass
-
-
-@pytest.mark.parametrize(
-    ("hook_name", "layer", "expected"),
-    [("blocks.16.hook_resid_post", 16, 16), ("blocks.8.hook_resid_pre", 8, 7)],
-)
-def test_the_hook_says_after_which_layer_the_residual_is(hook_name, layer, expected):
-    assert layer_of(RESID_POST._replace(hook_name=hook_name, layer=layer)) == expected
-
-
-@pytest.mark.parametrize(
-    ("hook_name", "layer"),
-    [("blocks.16.hook_mlp_out", 16), ("blocks.0.hook_resid_pre", 0), (None, None), ("hook_embed", None)],
-)
-def test_an_autoencoder_of_another_place_is_refused(hook_name, layer):
-    with pytest.raises(SteeringError, match="residual stream"):
-        layer_of(RESID_POST._replace(hook_name=hook_name, layer=layer))
 
 
 def test_multiples_of_the_maximum_become_activations():

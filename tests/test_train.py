@@ -403,6 +403,16 @@ def test_other_settings_in_the_folder_of_a_run_are_refused_and_nothing_is_touche
     assert contents_of(copied) == before
 
 
+def test_a_checkpoint_of_another_version_is_refused_in_one_line_and_kept(here, arguments, copied):
+    path = copied / "checkpoint.safetensors"
+    tensors, metadata = files.load_state(path, "cpu")
+    del tensors["maximum"]
+    files.save_state(path, tensors, metadata)
+    before = contents_of(copied)
+    assert_refused(here(arguments(copied)), "found a training state without maximum")
+    assert contents_of(copied) == before
+
+
 def test_settings_that_do_not_shape_the_result_may_change(here, arguments, copied):
     assert here(arguments(copied, CHECKPOINT_EVERY=30, EVALUATIONS=1)).code == 0
 
