@@ -67,7 +67,7 @@ from mistral_sae.steering import SteeringError
 SCAN_ROWS = 48  # rows of held-out text that are read to find features by their tokens
 MAXIMUM_TOKENS = 200_000  # that are read to measure features' maxima, for an autoencoder that comes without
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
-LISTED = 5  # features that match words, and tokens that a feature promotes
+LISTED = 5  # tokens that a feature promotes, and features that match words: with and without explanation half of each
 
 
 class Subject(NamedTuple):
@@ -363,14 +363,6 @@ def choose(subject: Subject, wanted: int | str | dict, coefficient: float | None
 def look_up(subject: Subject, words: str) -> int:
     """The feature that matches words best, from a ranked list that is printed."""
     explanations = {feature: explained.text for feature, explained in subject.explanations.items()}
-    matching = features.by_explanation(words, explanations)
-    if not explanations:
-        how = f"no explanations yet in {config.RUN_DIR} (explain.py writes them): by tokens promoted and fired on"
-    elif not matching:
-        how = f"none of {len(explanations):,} explanations matches: by tokens promoted and fired on"
-    else:
-        how = f"by explanation, of which {len(matching):,} of {len(explanations):,} match"
-    print(f"features for {words!r}, {how}")
     found = features.find(
         words, subject.model, subject.loaded, subject.statistics, explanations, lambda: held_out_rows(subject.model)
     )
@@ -378,10 +370,28 @@ def look_up(subject: Subject, words: str) -> int:
         raise SteeringError(
             f"found no feature for {words!r}: expected words or parts of words that the model's text has"
         )
-    for i, each in enumerate(found[:LISTED]):
-        what = explanations.get(each.feature) or "promotes " + "  ".join(map(repr, each.promoted))
-        print(f"  {'→' if i == 0 else ' '} {each.feature:>6}  {each.promotion:4.1f}  {what}")
+    by_explanation, by_tokens = [each for each in found if each.match], [each for each in found if not each.match]
+    if by_explanation:
+        how = f"by explanation, of which {len(by_explanation):,} of {len(explanations):,} match"
+    elif explanations:
+        how = f"none of {len(explanations):,} explanations matches: by tokens promoted and fired on"
+    else:
+        how = f"no explanations yet in {config.RUN_DIR} (explain.py writes them): by tokens promoted and fired on"
+    console = Console(highlight=False)
+    print(f"features for {words!r}, {how}")
+    at_most = -(-LISTED // 2) if by_explanation and by_tokens else LISTED
+    for each in by_explanation[:at_most]:
+        print_found(console, each, found[0], explanations[each.feature])
+    if by_explanation and by_tokens:
+        print("and by tokens promoted and fired on, with no explanation that matches")
+    for each in by_tokens[:at_most]:
+        print_found(console, each, found[0], "promotes " + "  ".join(map(repr, each.promoted)))
     return found[0].feature
+
+
+def print_found(console: Console, each: features.Found, best: features.Found, what: str) -> None:
+    """A line of the ranked list: the feature, how far it promotes the words' tokens, and what it is."""
+    print_line(console, f"  {'→' if each is best else ' '} {each.feature:>6}  {each.promotion:4.1f}", what)
 
 
 def read_explanations() -> dict[int, features.Explained]:

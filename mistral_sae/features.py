@@ -243,17 +243,18 @@ def find(
     explanations: Mapping[int, str],
     rows: Callable[[], Tensor],
 ) -> list[Found]:
-    """Features for words, best first: by their explanations, or where none matches by the tokens that they fire on.
+    """Features for words, best first: those whose explanations match, then those that fire on the words' tokens.
 
-    Of features that match equally well, first the one that promotes the words' tokens most. `rows()` gives some text
-    (R, T). Empty where no explanation matches and no token of the vocabulary does, or none of the features fires on it.
+    The latter are looked for unless an explanation matches and every feature has one. Of features that match equally
+    well, first the one that promotes the words' tokens most. `rows()` gives some text (R, T). Empty where no
+    explanation matches and no token of the vocabulary does, or none of the features fires on it.
     """
     tokens_RT, ids = rows(), tokens_like(lm.tokenizer, query)
     matches = by_explanation(query, explanations)
-    if matches:
-        candidates = sorted(matches, key=matches.__getitem__, reverse=True)[:AT_ONCE]
-    else:
-        candidates = by_firing(lm, loaded, ids, tokens_RT.split(16), AT_ONCE) if ids else []
+    candidates = sorted(matches, key=matches.__getitem__, reverse=True)[:AT_ONCE]
+    if ids and not (matches and len(explanations) == loaded.sae.n_features):
+        by_tokens = by_firing(lm, loaded, ids, tokens_RT.split(16), AT_ONCE)
+        candidates += [feature for feature in by_tokens if feature not in matches]
     activations = {f: float(statistics.maximum_F[f]) for f in candidates if statistics.maximum_F[f] > 0}
     if not activations:
         return []

@@ -107,7 +107,7 @@ def table(title: str, headings: Sequence[str], rows: Iterable[tuple[bool, Sequen
 def legend(console: Console) -> Text:
     """What the marks mean, in themselves."""
     has_styles = console.color_system is not None
-    line = Text("read back unsteered, the feature is at ")
+    line = Text("read back unsteered, at ")
     for level, bound in enumerate(("up to ¼", "½", "¾", "more"), start=1):
         line.append(bound if has_styles else f"{BARS[level]} {bound}", style=STYLES[level] if has_styles else None)
         line.append(" " if bound == "more" else "  ")

@@ -216,6 +216,8 @@ def test_words_find_a_feature_by_its_explanation(demo, run_dir):
     assert ran.code == 0, ran.err
     assert "by explanation, of which 2 of 3 match" in ran.out
     assert re.findall(r"^  → +(\d+) .*an exception raised$", ran.out, re.M) == ["9"]
+    by_tokens = ran.out.split("and by tokens promoted")[1]
+    assert re.search(r"^ +\d+ .*promotes", by_tokens, re.M)
     assert "an exception raised (offline)" in ran.out
     unmatched = demo(FEATURE_INDEX="import")
     assert "none of 3 explanations matches" in unmatched.out

@@ -199,6 +199,7 @@ def test_of_features_that_match_equally_the_one_that_promotes_the_words_tokens_m
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
     explanations = {feature: "an exception" for feature in (3, 7, 30, 31)} | {9: "brackets", 11: "an exception test"}
     found = features.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
+    found = [each for each in found if each.match]
     assert {each.feature for each in found} == {3, 7, 30, 31, 11}
     assert [each.promotion for each in found] == sorted((each.promotion for each in found), reverse=True)
     ids = features.tokens_like(lm.tokenizer, "exception")
@@ -220,6 +221,19 @@ def test_without_a_matching_explanation_features_are_found_by_tokens(lm, rows_RT
         assert [each.feature for each in found] == [0]
         assert found[0].match == 0
     assert features.find("xylophone", lm, loaded, statistics, {}, lambda: rows_RT) == []
+
+
+def test_features_found_by_tokens_come_after_those_whose_explanations_match(lm, rows_RT):
+    rows_RT = rows_RT.clone()
+    (id, *_) = features.tokens_like(lm.tokenizer, "exception")
+    rows_RT[1, 4] = id
+    loaded = knows_tokens(lm, rows_RT, [id])
+    statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
+    found = features.find("exception", lm, loaded, statistics, {5: "an exception", 6: "brackets"}, lambda: rows_RT)
+    assert [(each.feature, each.match > 0) for each in found] == [(5, True), (0, False)]
+    every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}  # then the explanations know best
+    found = features.find("exception", lm, loaded, statistics, every, lambda: rows_RT)
+    assert [each.feature for each in found] == [5]
 
 
 def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):
