@@ -156,13 +156,11 @@ def sweep(
 
 
 def strongest_fluent(settings: Sequence[Setting]) -> Setting | None:
-    """The last setting before the first that is not fluent, from weak to strong; None if even the first is not."""
-    best = None
-    for setting in settings:
-        if not setting.fluent:
-            break
-        best = setting
-    return best
+    """The strongest of the settings at which the text is fluent; None if it is at none.
+
+    A weaker one may fail: a few texts say little about repetition, and with chance alone one in many oversteps.
+    """
+    return max((setting for setting in settings if setting.fluent), key=lambda setting: setting.scale, default=None)
 
 
 def random_directions(rows_SD: Tensor, seed: int) -> Tensor:

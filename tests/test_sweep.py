@@ -105,13 +105,13 @@ def test_fluent_text_costs_little_more_than_the_models_own_and_repeats_itself_li
     assert not sweep.is_fluent(figures(0.2, 0.1 + sweep.MOST_REPETITION + 0.01), own)
 
 
-def test_the_strongest_fluent_setting_is_the_last_before_the_first_that_is_not():
+def test_the_strongest_fluent_setting_may_come_after_one_that_failed_by_chance():
     def settings(*fluent):
         return [Setting(float(i), [], figures(1, 0), is_it) for i, is_it in enumerate(fluent)]
 
-    assert sweep.strongest_fluent(settings(True, True, False, True)).scale == 1
+    assert sweep.strongest_fluent(settings(True, False, True, False)).scale == 2
     assert sweep.strongest_fluent(settings(True, True)).scale == 1
-    assert sweep.strongest_fluent(settings(False, True)) is None
+    assert sweep.strongest_fluent(settings(False, False)) is None
 
 
 @pytest.mark.parametrize("rows", [4, 100])
