@@ -3,12 +3,12 @@ BIN = .venv/bin
 
 .PHONY: quickstart test bench clean
 
-quickstart: .venv/installed  ## train, steer and explain on the bundled stand-in, five minutes on two cores
+quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, five minutes on two cores
 	$(BIN)/python train.py
 	@echo
-	$(BIN)/python demo.py
-	@echo
 	$(BIN)/python explain.py
+	@echo
+	$(BIN)/python demo.py
 	@echo
 	@echo 'open runs/standin/report.html in a browser'
 

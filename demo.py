@@ -11,8 +11,9 @@ import config
 SAE_PATH: str | None = config.SAE_PATH
 # Where the autoencoder belongs, if its folder says something else, as in "blocks.16.hook_resid_post"
 HOOK_NAME: str | None = config.HOOK_NAME
-# A feature's number; words, for the feature that matches them best; or several features as {number: coefficient}
-FEATURE_INDEX: int | str | dict = "exception"
+# A feature's number; words such as "exception", for the feature that matches them best; several features as {number:
+# coefficient}; or None for one that promotes a clear class of tokens, of the explained ones if there are any
+FEATURE_INDEX: int | str | dict | None = None
 STEERING_ON = True  # False: both columns are the model's own
 
 # ---- how ----
@@ -26,7 +27,7 @@ EXACT = False  # encode all features to know when TopK silences the steered one,
 
 # ---- text ----
 PROMPT = 'def load(path):\n    """' if config.ON_STANDIN else "The thing that I wanted to tell you is that"
-MAX_TOKENS = 80  # generated, at most
+MAX_TOKENS = 64  # generated, at most
 TEMPERATURE = 0.7  # 0 takes the likeliest token
 SEED = 0
 
@@ -45,19 +46,19 @@ if __name__ == "__main__":
     settings.begin("demo", config, sys.modules[__name__])  # before the imports below take their seconds
 
 import ast
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
-from mistral_sae import chat, features, lm, screen, steering, sweep, text
+from mistral_sae import chat, examples, features, lm, screen, steering, sweep, text
 from mistral_sae.checkpoint import LoadedSAE
 from mistral_sae.evaluate import reconstruction
 from mistral_sae.files import SAEError
@@ -67,7 +68,8 @@ from mistral_sae.steering import SteeringError
 SCAN_ROWS = 48  # rows of held-out text that are read to find features by their tokens
 MAXIMUM_TOKENS = 200_000  # that are read to measure features' maxima, for an autoencoder that comes without
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
-LISTED = 5  # tokens that a feature promotes, and features that match words: with and without explanation half of each
+LISTED = 3  # features of a ranked list
+SHOWN = 10  # tokens that a feature promotes
 
 
 class Subject(NamedTuple):
@@ -93,7 +95,7 @@ def main() -> None:
         device=config.DEVICE,
         dtype=config.DTYPE,
     )
-    subject = Subject(model, loaded, statistics_of(model, loaded), read_explanations())
+    subject = Subject(model, loaded, statistics_of(model, loaded), read_explanations(loaded))
     coefficients = choose(subject, FEATURE_INDEX, COEFFICIENT)
     in_unit_of(METHOD, coefficients, subject)  # what cannot be steered is said before anything is generated
     if CHAT:
@@ -121,12 +123,14 @@ def show_texts(subject: Subject, coefficients: Coefficients) -> None:
 
     print_fit(subject, own)
     print_features(subject, coefficients, own, console)
-    print(f"{'edit':<13} {describe(subject, METHOD, coefficients) if STEERING_ON else 'none: STEERING_ON is False'}")
-    print_line(console, "prompt", repr(PROMPT))
+    screen.print_line(
+        console, "edit", describe(subject, METHOD, coefficients) if STEERING_ON else "none: STEERING_ON is False"
+    )
+    screen.print_line(console, "prompt", repr(PROMPT))
     print()
     marks = [read_back(subject, coefficients, prompt_ids, ids) for ids in generated.values()]
     screen.print_side_by_side(console, list(generated), marks)
-    console.print(screen.legend(console))
+    console.print(screen.legend(console), no_wrap=True, overflow="ellipsis")
     print_figures(subject, coefficients, prompt_ids, generated)
 
 
@@ -152,38 +156,28 @@ def print_features(subject: Subject, coefficients: Coefficients, own: torch.Tens
         explained = subject.explanations.get(feature)
         if explained:
             score = "" if explained.detection is None else f", detection {explained.detection:.2f}"
-            print_line(console, f"feature {feature}", f"{explained.text} ({explained.explainer}{score})")
+            screen.print_line(console, f"feature {feature}", f"{explained.text} ({explained.explainer}{score})")
         else:
-            print_line(console, f"feature {feature}", "no explanation yet (explain.py writes them)")
-        print_line(console, "  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
+            screen.print_line(console, f"feature {feature}", "no explanation yet (explain.py writes them)")
+        screen.print_line(console, "  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
         if maximum > 0 and own.shape[1] > 1:
             (promotion_V,) = features.promotion(subject.model, subject.loaded, {feature: maximum}, own)
-            up, down = features.extremes(subject.model, promotion_V, 2 * LISTED)
-            print_line(console, "  promotes", "  ".join(map(repr, up)))
-            print_line(console, "  suppresses", "  ".join(map(repr, down)))
-        lens_up, _ = features.logit_lens(subject.model, subject.loaded, feature, 2 * LISTED)
-        print_line(console, "  logit lens", "  ".join(map(repr, lens_up)))
+            up, down = features.extremes(subject.model, promotion_V, SHOWN)
+            screen.print_line(console, "  promotes", "  ".join(map(repr, up)))
+            screen.print_line(console, "  suppresses", "  ".join(map(repr, down)))
 
 
 def print_figures(
     subject: Subject, coefficients: Coefficients, prompt_ids: list[int], generated: dict[str, list[int]]
 ) -> None:
-    """What the texts cost the unsteered model, and where the first feature fires when they are read back."""
+    """What the texts cost the unsteered model, and how often the features fire when they are read back."""
+    fires = "one of them fires" if len(coefficients) > 1 else "fires"
     for name, ids in generated.items():
-        (found,) = sweep.measure(
-            subject.model, subject.loaded, next(iter(coefficients)), prompt_ids, [ids], nullcontext()
-        )
+        (found,) = sweep.measure(subject.model, subject.loaded, list(coefficients), prompt_ids, [ids], nullcontext())
         print(
-            f"{name:<17} {found.tokens} tokens: fires on {found.rate:.0%}, {found.repetition:.0%} repeated, "
-            f"{found.cross_entropy:.2f} nats a token unsteered"
+            f"{name:<17} {found.cross_entropy:.2f} nats a token, {fires} on {found.rate:.0%}, "
+            f"{found.repetition:.0%} repeated"
         )
-
-
-def print_line(console: Console, name: str, value: str) -> None:
-    """A name and as much of its value as the screen's width takes."""
-    line = Text(f"{name:<13} {value}")
-    line.truncate(max(console.width, 40), overflow="ellipsis")
-    console.print(line, no_wrap=True, crop=False)
 
 
 # ---- a table over coefficients ----
@@ -191,25 +185,24 @@ def print_line(console: Console, name: str, value: str) -> None:
 
 def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
     """Texts over coefficients, and the same for a random direction and for another feature, as controls."""
-    if METHOD == "ablate":
-        raise SteeringError("found SWEEP with METHOD=ablate, which has no strength: use clamp, add or raw")
     model, loaded, console = subject.model, subject.loaded, Console(highlight=False)
     prompt_ids, seeds = encode_prompt(model), range(SEED, SEED + SWEEP_SAMPLES)
-    signs = {feature: -1.0 if c is not None and c < 0 else 1.0 for feature, c in coefficients.items()}
-    if len(coefficients) > 1:  # several keep their proportions
-        signs = {feature: 0.0 if c is None else c for feature, c in coefficients.items()}
-    first = next(iter(signs))
-    other = features.random_feature(subject.statistics, SEED, other_than=first)
+    signs = {feature: c for feature, c in coefficients.items() if c is not None}
+    if not signs:
+        raise SteeringError("found SWEEP with COEFFICIENT=None, which leaves features as they are: set it to 1 or -1")
+    if len(signs) == 1:  # several keep their proportions
+        signs = {feature: -1.0 if c < 0 else 1.0 for feature, c in signs.items()}
+    others = dict(zip(features.other_features(subject.statistics, SEED, signs), signs.values(), strict=False))
     rows_SD = loaded.sae.W_dec[list(signs)]
-    measure = partial(sweep.measure, model, loaded, first, prompt_ids)
+    measure = partial(sweep.measure, model, loaded, list(signs), prompt_ids)
     texts = sweep.sample(model, prompt_ids, seeds, MAX_TOKENS, TEMPERATURE)
     unsteered = sweep.pooled(measure(texts, nullcontext()))
-    print_line(console, "edit", f"{METHOD}, COEFFICIENT as in the table, {SWEEP_SAMPLES} texts each")
-    print_line(console, "prompt", repr(PROMPT))
+    screen.print_line(console, "edit", f"{METHOD}, COEFFICIENT as in the table, {SWEEP_SAMPLES} texts each")
+    screen.print_line(console, "prompt", repr(PROMPT))
     for title, of, directions_SD in [
         (f"feature {', '.join(map(str, signs))}", signs, None),
         ("control: random direction, the same size of edit", signs, sweep.random_directions(rows_SD, SEED)),
-        (f"control: another feature, {other}", {other: 1.0}, None),
+        (f"control: other features, {', '.join(map(str, others))}", others, None),
     ]:
 
         def edit_of(scales_B: torch.Tensor, of=of, directions_SD=directions_SD) -> AbstractContextManager:
@@ -217,7 +210,7 @@ def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
             return edit(subject, METHOD, scaled, len(prompt_ids), directions_SD)
 
         found = sweep.sweep(
-            model, loaded, first, edit_of, SWEEP_COEFFICIENTS, unsteered,
+            model, loaded, list(signs), edit_of, SWEEP_COEFFICIENTS, unsteered,
             prompt_ids=prompt_ids, seeds=seeds, max_tokens=MAX_TOKENS, temperature=TEMPERATURE,
         )  # fmt: skip
         found = list(tqdm(found, title, len(SWEEP_COEFFICIENTS), unit=" coefficients", leave=False, delay=1))
@@ -273,7 +266,7 @@ def talk(subject: Subject, coefficients: Coefficients) -> None:
         subject.model,
         current,
         steered=lambda wanted, length: edit(subject, wanted.method, wanted.coefficients, length),
-        find=lambda words, coefficient: choose(subject, parsed(words), coefficient),
+        find=lambda words, coefficient: choose(subject, words, coefficient),
         describe=describe_all,
         is_instruct=is_instruct,
         context=CHAT_CONTEXT,
@@ -282,15 +275,6 @@ def talk(subject: Subject, coefficients: Coefficients) -> None:
         seed=SEED,
         transcript=Path(config.RUN_DIR) / "chat.jsonl",
     )
-
-
-def parsed(words: str) -> int | str | dict:
-    """What FEATURE_INDEX may be, from what was typed."""
-    try:
-        value = ast.literal_eval(words)
-    except (ValueError, SyntaxError):
-        return words
-    return value if isinstance(value, int | dict) else words
 
 
 # ---- the edit ----
@@ -326,7 +310,7 @@ def in_unit_of(method: str, coefficients: Coefficients, subject: Subject) -> Coe
 def describe(subject: Subject, method: str, coefficients: Coefficients) -> str:
     """The edit in words, with its unit."""
     in_unit = in_unit_of(method, coefficients, subject)
-    where = "generated tokens" if POSITIONS == "generated" else "prompt and generated tokens"
+    where = "; on generated tokens only" if POSITIONS == "generated" else ""
     parts = []
     for feature, c in coefficients.items():
         if c is None:
@@ -338,26 +322,51 @@ def describe(subject: Subject, method: str, coefficients: Coefficients) -> str:
         else:
             unit = "times the residual's norm" if method == "add" else "times its decoder row"
             parts.append(f"{feature} added at {c:g} {unit}")
-    return f"{method}: {', '.join(parts)}; on {where}"
+    return f"{method}: {', '.join(parts)}{where}"
 
 
 # ---- which feature ----
 
 
-def choose(subject: Subject, wanted: int | str | dict, coefficient: float | None) -> Coefficients:
+def choose(subject: Subject, wanted: int | str | dict | None, coefficient: float | None) -> Coefficients:
     """The features and their coefficients: numbers as they are, words looked up. Raises SteeringError."""
-    if isinstance(wanted, str) and wanted.lstrip().startswith("{"):
-        raise SteeringError(f"found FEATURE_INDEX {wanted!r}: expected a dictionary like {{12: 2, 40: -1}}")
-    if isinstance(wanted, int):
-        found: Coefficients = {wanted: coefficient}
-    elif isinstance(wanted, dict):
-        found = dict(wanted)
+    wanted = parsed(wanted) if isinstance(wanted, str) else wanted
+    if isinstance(wanted, dict):
+        found: Coefficients = dict(wanted)
+    elif type(wanted) is int:
+        found = {wanted: coefficient}
+    elif wanted is None or isinstance(wanted, str):
+        found = {look_up(subject, wanted) if wanted else clearest(subject): coefficient}
     else:
-        found = {look_up(subject, wanted): coefficient}
+        raise SteeringError(f"found FEATURE_INDEX {wanted!r}: expected a number, words or several as {{12: 2, 40: -1}}")
     if not found:
         raise SteeringError("found no feature in FEATURE_INDEX: expected one or more, as in {12: 2, 40: -1}")
     steering.check_coefficients(subject.loaded.sae, found, "clamp")
     return found
+
+
+def parsed(words: str) -> Any:
+    """The value that is written there, or the words themselves. Raises SteeringError for half a dictionary."""
+    try:
+        return ast.literal_eval(words)
+    except (ValueError, SyntaxError):
+        if words.lstrip().startswith("{"):
+            raise SteeringError(
+                f"found FEATURE_INDEX {words!r}: expected a dictionary like {{12: 2, 40: -1}}"
+            ) from None
+        return words
+
+
+def clearest(subject: Subject) -> int:
+    """The feature with the clearest class of promoted tokens, from a ranked list that is printed."""
+    among = subject.explanations or range(subject.loaded.sae.n_features)
+    found = features.clearest(subject.model, subject.loaded, subject.statistics, among)
+    if not found:
+        raise SteeringError("found no feature that fires now and then: expected a FEATURE_INDEX")
+    kind = "explained features" if subject.explanations else "features"
+    print(f"of the {kind} that fire now and then, those that promote the clearest classes of tokens")
+    print_found(found[:LISTED], found[0])
+    return found[0].feature
 
 
 def look_up(subject: Subject, words: str) -> int:
@@ -377,33 +386,31 @@ def look_up(subject: Subject, words: str) -> int:
         how = f"none of {len(explanations):,} explanations matches: by tokens promoted and fired on"
     else:
         how = f"no explanations yet in {config.RUN_DIR} (explain.py writes them): by tokens promoted and fired on"
-    console = Console(highlight=False)
     print(f"features for {words!r}, {how}")
-    at_most = -(-LISTED // 2) if by_explanation and by_tokens else LISTED
-    for each in by_explanation[:at_most]:
-        print_found(console, each, found[0], explanations[each.feature])
+    print_found(by_explanation[:LISTED], found[0], explanations)
     if by_explanation and by_tokens:
         print("and by tokens promoted and fired on, with no explanation that matches")
-    for each in by_tokens[:at_most]:
-        print_found(console, each, found[0], "promotes " + "  ".join(map(repr, each.promoted)))
+    print_found(by_tokens[:LISTED], found[0])
     return found[0].feature
 
 
-def print_found(console: Console, each: features.Found, best: features.Found, what: str) -> None:
-    """A line of the ranked list: the feature, how far it promotes the words' tokens, and what it is."""
-    print_line(console, f"  {'→' if each is best else ' '} {each.feature:>6}  {each.promotion:4.1f}", what)
+def print_found(found: list[features.Found], best: features.Found, explanations: Mapping[int, str] = {}) -> None:
+    """A ranked list: the features, how far they promote what they promote, and what they are."""
+    console = Console(highlight=False)
+    for each in found:
+        what = explanations.get(each.feature) or "promotes " + "  ".join(map(repr, each.promoted))
+        screen.print_line(console, f"  {'→' if each is best else ' '} {each.feature:>6}  {each.promotion:4.1f}", what)
 
 
-def read_explanations() -> dict[int, features.Explained]:
-    """Those of RUN_DIR, unless they describe another autoencoder than SAE_PATH's."""
+def read_explanations(loaded: LoadedSAE) -> dict[int, features.Explained]:
+    """Those of RUN_DIR, unless the examples that they were made from say that they are of another autoencoder."""
     run_dir = Path(config.RUN_DIR)
-    is_own = SAE_PATH is None or Path(SAE_PATH).expanduser().resolve() in (
-        run_dir.resolve(),
-        (run_dir / "sae").resolve(),
-    )
-    if not is_own and (run_dir / "sae").exists():
+    explanations = features.read_explanations(run_dir / "explanations.jsonl")
+    made_from = examples.autoencoder_of(run_dir / "examples.safetensors") if explanations else None
+    if made_from not in (None, examples.hash_of_sae(loaded.sae)):
+        print(f"the explanations in {run_dir} are of another autoencoder: not used")
         return {}
-    return features.read_explanations(run_dir / "explanations.jsonl")
+    return explanations
 
 
 # ---- what is known, and text ----
@@ -474,12 +481,15 @@ def check_settings() -> None:
     for name, good, expected in [
         ("METHOD", METHOD in steering.METHODS, "clamp, add, ablate or raw"),
         ("POSITIONS", POSITIONS in ("all", "generated"), "all or generated"),
-        ("MAX_TOKENS", MAX_TOKENS >= 1, "at least 1"),
-        ("TEMPERATURE", TEMPERATURE >= 0, "0 or more"),
-        ("SEED", 0 <= SEED < 2**32, "0 to 2**32 - 1"),
-        ("SWEEP_SAMPLES", SWEEP_SAMPLES >= 1, "at least 1"),
-        ("SWEEP_COEFFICIENTS", list(SWEEP_COEFFICIENTS) == sorted(SWEEP_COEFFICIENTS), "numbers from weak to strong"),
-        ("CHAT_CONTEXT", CHAT_CONTEXT > MAX_TOKENS, f"more than MAX_TOKENS, {MAX_TOKENS}"),
+        ("PROMPT", isinstance(PROMPT, str), "a text"),
+        ("MAX_TOKENS", settings.is_number(MAX_TOKENS, int) and MAX_TOKENS >= 1, "a whole number, at least 1"),
+        ("TEMPERATURE", settings.is_number(TEMPERATURE) and TEMPERATURE >= 0, "0 or more"),
+        ("SEED", settings.is_number(SEED, int) and 0 <= SEED < 2**32, "a whole number from 0 to 2**32 - 1"),
+        ("SWEEP_SAMPLES", settings.is_number(SWEEP_SAMPLES, int) and SWEEP_SAMPLES >= 1, "a whole number, at least 1"),
+        ("SWEEP_COEFFICIENTS", settings.are_rising(SWEEP_COEFFICIENTS), "numbers above 0, from weak to strong"),
+        ("SWEEP", not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength"),
+        ("SWEEP", not (SWEEP and not STEERING_ON), "False with STEERING_ON=False"),
+        ("CHAT_CONTEXT", settings.is_number(CHAT_CONTEXT, int) and CHAT_CONTEXT > MAX_TOKENS, "above MAX_TOKENS"),
     ]:
         if not good:
             raise settings.SettingsError(f"{name} is {globals()[name]!r}: expected {expected}")

@@ -91,7 +91,7 @@ class Texts:
     def own(self, feature: int) -> sweep.Measured:
         """Of the unsteered model."""
         pairs = zip(self._prompts, self._own, strict=True)
-        found = [sweep.measure(self._model, self._loaded, feature, ids, texts, nullcontext()) for ids, texts in pairs]
+        found = [sweep.measure(self._model, self._loaded, [feature], ids, texts, nullcontext()) for ids, texts in pairs]
         return sweep.pooled([each for texts in found for each in texts])
 
     def steered(
@@ -108,7 +108,7 @@ class Texts:
         for number, ids in enumerate(self._prompts):
             with edit():
                 texts = self._sampled(number, len(strengths))
-            found = sweep.measure(self._model, self._loaded, feature, ids, texts, edit())
+            found = sweep.measure(self._model, self._loaded, [feature], ids, texts, edit())
             for i, each in enumerate(by_strength):
                 each += found[i * n : (i + 1) * n]
         return [sweep.pooled(each) for each in by_strength]

@@ -12,7 +12,7 @@ from mistral_sae.lm import LanguageModel, ModelError
 
 HELP = """\
 /feature 12         steer with feature 12; with words, the feature that matches them best; or {12: 2, 40: -1}
-/coefficient 2      how strongly, in the method's unit; None leaves the feature as it is
+/coefficient 2      how strongly, in the method's unit; None leaves the feature as it is; of several, see /feature
 /method clamp       clamp, add, ablate or raw
 /off                stop steering; /on, or any of the above, steers again
 /both               show each reply without steering, too; again for the steered one alone
@@ -47,6 +47,8 @@ def obey(command: str, steering: Steering, find: Find) -> Steering:
     if name == "/feature":
         return replace(steering, coefficients=find(argument, next(iter(steering.coefficients.values()))), on=True)
     if name == "/coefficient":
+        if len(steering.coefficients) > 1:
+            raise CommandError("each of several features has its own coefficient: expected /feature {12: 2, 40: -1}")
         try:
             coefficient = None if argument.lower() == "none" else float(argument)
         except ValueError:
@@ -160,7 +162,8 @@ def converse(
                     print("with steering>")
                 edit = steered(steering, len(ids)) if steering.on else nullcontext()
                 reply, stopped = reply_to(lm, ids, edit, is_instruct, sampling)
-                history.add(line, reply)
+                if reply.strip():  # chat formats take no empty turn
+                    history.add(line, reply)
                 append_line(transcript, record | {"reply": reply, "stopped": stopped})
                 turn += 1
         except EOFError:

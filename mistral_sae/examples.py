@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mistral_sae.collect import Collection, Settings
-from mistral_sae.files import SAEError, hash_of, load_state, save_state
+from mistral_sae.files import SAEError, hash_of, load_metadata, load_state, save_state
 from mistral_sae.lm import LanguageModel
 from mistral_sae.pool import Pool, PoolIndex, Span
 from mistral_sae.records import Example, Feature
@@ -46,15 +46,28 @@ def inputs(
 
     `corpus` is whatever names the rows: `text.fingerprint`, the part, the row's length, how many.
     """
-    config = (sae.d_model, sae.n_features, sae.k, sae.activation, sae.normalize, sae.center)
     tensors = {f"{i}.{name}": tensor for i in range(layer + 1) for name, tensor in lm.block(i).state_dict().items()}
     found = {
-        "autoencoder": hash_of(config, sae.state_dict()),
+        "autoencoder": hash_of_sae(sae),
         "model": hash_of((lm.name, layer, lm.vocab_size), tensors),
         "corpus": corpus,
         "settings": settings._asdict() | {"format": FORMAT},
     }
     return json.loads(json.dumps(found))  # as it will be read
+
+
+def hash_of_sae(sae: SparseAutoencoder) -> str:
+    """By which an autoencoder is known again, whatever its folder is called."""
+    config = (sae.d_model, sae.n_features, sae.k, sae.activation, sae.normalize, sae.center)
+    return hash_of(config, sae.state_dict())
+
+
+def autoencoder_of(path: Path) -> str | None:
+    """`hash_of_sae` of the autoencoder whose examples a file holds; None if there is no such file."""
+    try:
+        return load_metadata(path).get("made_from", {}).get("autoencoder")
+    except SAEError:
+        return None
 
 
 def save_collection(path: Path, collection: Collection, made_from: dict[str, Any]) -> None:

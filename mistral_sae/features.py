@@ -5,9 +5,10 @@ Shapes: R rows, T positions, N features that are looked at, F features, V vocabu
 
 import json
 import math
+import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ from mistral_sae.checkpoint import LoadedSAE
 from mistral_sae.files import SAEError, hash_of, load_state, save_state
 from mistral_sae.lm import LanguageModel
 from mistral_sae.steering import SteeringError, steer
+from mistral_sae.sweep import sample
 from mistral_sae.tokenizer import Tokenizer
 
 RARE, COMMON = 1e-4, 1e-2  # shares of tokens between which most features fire
 SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
 CLASS = 5  # tokens by which a class of promoted tokens is judged
 AT_ONCE = 64  # features whose promotions are measured in one forward
-SAMPLE = (4, 32)  # rows and positions of text on which the promotions of features that match words are measured
+SAMPLE = (4, 32)  # rows and positions of the text on which the promotions of candidates are measured
+LOOKED_AT = 192  # features among which the one with the clearest class of promoted tokens is looked for
 
 
 class Statistics(NamedTuple):
@@ -84,20 +87,19 @@ def cached_statistics(
     return statistics
 
 
-def random_feature(statistics: Statistics, seed: int, *, other_than: int) -> int:
-    """A random feature that fires neither almost never nor all the time; the given one if there is no other."""
-    live_F = (statistics.maximum_F > 0) & (statistics.density_F > RARE) & (statistics.density_F < COMMON)
-    live = [feature for feature in live_F.nonzero().flatten().tolist() if feature != other_than] or [other_than]
-    return live[torch.randint(len(live), (), generator=torch.Generator().manual_seed(seed))]
+def moderate(statistics: Statistics) -> list[int]:
+    """The features that fire neither almost never nor all the time."""
+    is_it_F = (statistics.maximum_F > 0) & (statistics.density_F > RARE) & (statistics.density_F < COMMON)
+    return is_it_F.nonzero().flatten().tolist()
+
+
+def other_features(statistics: Statistics, seed: int, those: Collection[int]) -> list[int]:
+    """As many random moderate features as the given ones, none of which is among them; fewer if there are no more."""
+    others = [feature for feature in moderate(statistics) if feature not in those]
+    return random.Random(seed).sample(others, min(len(those), len(others)))
 
 
 # ---- what a feature promotes ----
-
-
-def logit_lens(lm: LanguageModel, loaded: LoadedSAE, feature: int, count: int) -> tuple[list[str], list[str]]:
-    """The tokens that the feature's decoder row promotes and suppresses through the output matrix, most first."""
-    (logits_V,) = lm.unembed(loaded.sae.W_dec[feature : feature + 1])[:, : lm.tokenizer.vocab_size]
-    return extremes(lm, logits_V, count)
 
 
 def extremes(lm: LanguageModel, scores_V: Tensor, count: int) -> tuple[list[str], list[str]]:
@@ -227,11 +229,11 @@ def by_firing(
 
 
 class Found(NamedTuple):
-    """A feature that matches words."""
+    """A feature that was looked for."""
 
     feature: int
-    match: float  # of its explanation, as `by_explanation` scores it; 0 for one found by its tokens
-    promotion: float  # mean of the words' CLASS most promoted tokens, as `promotion` measures them
+    match: float  # of its explanation with the words, as `by_explanation` scores it; 0 for one found otherwise
+    promotion: float  # mean of its CLASS highest promotions, of the words' tokens where there are words
     promoted: list[str]  # the tokens it promotes most
 
 
@@ -245,24 +247,46 @@ def find(
 ) -> list[Found]:
     """Features for words, best first: those whose explanations match, then those that fire on the words' tokens.
 
-    The latter are looked for unless an explanation matches and every feature has one. Of features that match equally
-    well, first the one that promotes the words' tokens most. `rows()` gives some text (R, T). Empty where no
-    explanation matches and no token of the vocabulary does, or none of the features fires on it.
+    The latter are looked for in `rows()` (R, T), some text, unless an explanation matches and every feature has one. Of
+    features that match equally well, first the one that promotes the words' tokens most. Empty where no explanation
+    matches and no token of the vocabulary does, or none of the features fires on it.
     """
-    tokens_RT, ids = rows(), tokens_like(lm.tokenizer, query)
-    matches = by_explanation(query, explanations)
+    ids, matches = tokens_like(lm.tokenizer, query), by_explanation(query, explanations)
     candidates = sorted(matches, key=matches.__getitem__, reverse=True)[:AT_ONCE]
     if ids and not (matches and len(explanations) == loaded.sae.n_features):
-        by_tokens = by_firing(lm, loaded, ids, tokens_RT.split(16), AT_ONCE)
+        by_tokens = by_firing(lm, loaded, ids, rows().split(16), AT_ONCE)
         candidates += [feature for feature in by_tokens if feature not in matches]
+    found = _promoting(lm, loaded, statistics, candidates, ids)
+    found = [each._replace(match=matches.get(each.feature, 0.0)) for each in found]
+    return sorted(found, key=lambda each: (-each.match, -each.promotion))
+
+
+def clearest(lm: LanguageModel, loaded: LoadedSAE, statistics: Statistics, among: Collection[int]) -> list[Found]:
+    """LOOKED_AT random moderate features of those given, first the one that promotes the clearest class of tokens."""
+    candidates = [feature for feature in moderate(statistics) if feature in among]
+    candidates = random.Random(0).sample(candidates, min(LOOKED_AT, len(candidates)))
+    return sorted(_promoting(lm, loaded, statistics, candidates, []), key=lambda each: -each.promotion)
+
+
+def _promoting(
+    lm: LanguageModel, loaded: LoadedSAE, statistics: Statistics, candidates: Sequence[int], ids: Sequence[int]
+) -> list[Found]:
+    """The candidates that ever fire, and what they promote: of some tokens, or of all if `ids` is empty."""
     activations = {f: float(statistics.maximum_F[f]) for f in candidates if statistics.maximum_F[f] > 0}
     if not activations:
         return []
-    R, T = SAMPLE
-    promotion_NV = promotion(lm, loaded, activations, tokens_RT[:R, :T])
     found = []
+    promotion_NV = promotion(lm, loaded, activations, _text_of(lm))
     for feature, promotion_V in zip(activations, promotion_NV, strict=True):
         wanted = promotion_V[ids] if ids else promotion_V
         strength = wanted.topk(min(CLASS, len(wanted))).values.mean().item()
-        found.append(Found(feature, matches.get(feature, 0.0), strength, extremes(lm, promotion_V, CLASS)[0]))
-    return sorted(found, key=lambda each: (-each.match, -each.promotion))
+        found.append(Found(feature, 0.0, strength, extremes(lm, promotion_V, CLASS)[0]))
+    return found
+
+
+def _text_of(lm: LanguageModel) -> Tensor:
+    """Text of the model's own (R, T), of SAMPLE's size and the same each time: this needs no corpus."""
+    R, T = SAMPLE
+    start = [lm.tokenizer.bos_id]
+    texts = sample(lm, start, range(R), T - 1, temperature=1.0)
+    return torch.tensor([start + text + [lm.tokenizer.eos_id] * (T - 1 - len(text)) for text in texts])

@@ -99,14 +99,24 @@ def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
 def load_state(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_state` wrote, the tensors on `device`. Raises SAEError if it is damaged or foreign."""
     with opened(Path(path), device) as file:
-        header = (file.metadata() or {}).get(STATE_KEY)
-        if header is None:
-            raise SAEError(f"found no training state in {path}, expected what train.py saved: remove the file")
-        try:
-            metadata = json.loads(header)
-        except ValueError as error:
-            raise SAEError(f"found damaged metadata in {path} ({error}), expected JSON: remove the file") from None
+        metadata = _metadata_in(file, path)
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone. Raises SAEError like `load_state`."""
+    with opened(Path(path), "cpu") as file:
+        return _metadata_in(file, path)
+
+
+def _metadata_in(file: Any, path: Path) -> dict[str, Any]:
+    header = (file.metadata() or {}).get(STATE_KEY)
+    if header is None:
+        raise SAEError(f"found no training state in {path}, expected what train.py saved: remove the file")
+    try:
+        return json.loads(header)
+    except ValueError as error:
+        raise SAEError(f"found damaged metadata in {path} ({error}), expected JSON: remove the file") from None
 
 
 def write_text(path: Path, text: str) -> None:

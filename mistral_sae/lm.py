@@ -223,6 +223,8 @@ def device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype
         raise ModelError(f"found device {str(device)!r}: expected cpu, cuda or cuda:0")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"found no CUDA device for {str(device)!r}: use cpu, or a PyTorch built for your GPU's driver")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # as tensors name it that are there
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, str):

@@ -112,3 +112,10 @@ def legend(console: Console) -> Text:
         line.append(bound if has_styles else f"{BARS[level]} {bound}", style=STYLES[level] if has_styles else None)
         line.append(" " if bound == "more" else "  ")
     return line.append("of its maximum")
+
+
+def print_line(console: Console, name: str, value: str) -> None:
+    """A name and as much of its value as the screen's width takes."""
+    line = Text(f"{name:<13} {value}")
+    line.truncate(max(console.width, 40), overflow="ellipsis")
+    console.print(line, no_wrap=True, crop=False)

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType, TracebackType
@@ -91,6 +92,18 @@ def _typed(name: str, text: str, default: Any, annotation: Any) -> Any:
         return text
     expected = " or ".join("nothing (None)" if k is type(None) else k.__name__ for k in kinds)
     raise SettingsError(f"{name} must be of type {expected}, like its default {default!r}: found {text!r}")
+
+
+def is_number(value: Any, *kinds: type) -> bool:
+    """Whether a constant is a finite number, of these kinds."""
+    return isinstance(value, kinds or (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def are_rising(values: Any) -> bool:
+    """Whether a constant is a tuple or list of numbers above 0, from small to large."""
+    if not isinstance(values, tuple | list) or not values or not all(map(is_number, values)):
+        return False
+    return list(values) == sorted(values) and values[0] > 0
 
 
 def begin(script: str, *modules: ModuleType) -> None:

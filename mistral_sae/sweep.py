@@ -30,8 +30,8 @@ class Measured(NamedTuple):
     cross_entropy: float  # nats a token, of the model without the edit
     kl: float  # KL(with the edit || without) of the next-token distributions along the text, nats a token
     repetition: float  # share of the text's NGRAM-grams that occur in it earlier
-    activation: float  # of the feature when the text is read back without the edit, prompt included
-    rate: float  # share of tokens on which it fires then
+    activation: float  # of the strongest of the features when the text is read back without the edit, after the prompt
+    rate: float  # share of tokens on which one of them fires then
 
 
 def sample(
@@ -60,7 +60,7 @@ def sample(
 def measure(
     lm: LanguageModel,
     loaded: LoadedSAE,
-    feature: int,
+    features: Sequence[int],
     prompt_ids: Sequence[int],
     texts: Sequence[Sequence[int]],
     steered: AbstractContextManager,
@@ -81,7 +81,7 @@ def measure(
     nats = -plain.gather(-1, tokens_BT[:, n:, None].to(plain.device)).squeeze(-1).cpu()
     kl = F.kl_div(plain, edited, log_target=True, reduction="none").sum(dim=-1).cpu()
     x = lm.residuals(tokens_BT, loaded.metadata.residual_layer)[:, n:].float()
-    activation = activations_of(loaded.sae, x, torch.tensor([feature], device=x.device))[0].squeeze(-1).cpu()
+    activation = activations_of(loaded.sae, x, torch.tensor(features, device=x.device))[0].amax(dim=-1).cpu()
 
     count = lengths.clamp_min(1)
     means = [((values * is_text).sum(dim=1) / count).tolist() for values in (nats, kl, activation, activation > 0)]
@@ -124,7 +124,7 @@ class Setting(NamedTuple):
 def sweep(
     lm: LanguageModel,
     loaded: LoadedSAE,
-    feature: int,
+    features: Sequence[int],
     edit: Callable[[Tensor], AbstractContextManager],
     scales: Sequence[float],
     unsteered: Measured,
@@ -137,7 +137,7 @@ def sweep(
     """The texts under an edit at each of some strengths, as they come, several strengths in a batch.
 
     Args:
-        feature: whose activation is read back.
+        features: whose activations are read back.
         edit: strengths (B), one for each text of a batch, -> the edit, a context such as `steer`.
         unsteered: figures of the model's own texts, by which fluency is judged.
     """
@@ -148,7 +148,7 @@ def sweep(
         scales_B = torch.tensor([scale for scale in part for _ in seeds])
         with edit(scales_B):
             texts = sample(lm, prompt_ids, [*seeds] * len(part), max_tokens, temperature)
-        found = measure(lm, loaded, feature, prompt_ids, texts, edit(scales_B))
+        found = measure(lm, loaded, features, prompt_ids, texts, edit(scales_B))
         for i, scale in enumerate(part):
             own = slice(i * len(seeds), (i + 1) * len(seeds))
             figures = pooled(found[own])

@@ -51,6 +51,11 @@ def test_whatever_is_set_turns_steering_on_again(command):
     assert obey(command, Steering({12: 1.0}, "clamp", on=False), find).on
 
 
+def test_several_features_keep_their_coefficients():
+    with pytest.raises(CommandError, match="each of several"):
+        obey("/coefficient 3", Steering({3: 2.0, 4: -1.0}, "clamp"), find)
+
+
 @pytest.mark.parametrize("command", ["/coefficient two", "/coefficient", "/feature", "/method", "/of"])
 def test_commands_that_are_none_say_so(command):
     with pytest.raises(CommandError, match=r"/|coefficient"):
@@ -198,6 +203,24 @@ def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(lm, conversation, mon
     assert [turn["stopped"] for turn in turns] == [True, True]
     assert out.count("(stopped)") == 2
     assert "/quit or Ctrl-D ends" in out
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_after_a_reply_of_nothing_the_conversation_goes_on(lm, conversation, monkeypatch, is_stopped):
+    generate, calls = lm.generate, []
+
+    def silent_at_first(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 1:
+            yield from generate(*args, **kwargs)
+        elif is_stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm, "generate", silent_at_first)
+    out, turns, _ = conversation("a", "b")
+    assert "error" not in out
+    assert [(turn["user"], turn["reply"] != "") for turn in turns] == [("a", False), ("b", True)]
+    assert turns[0]["stopped"] is is_stopped
 
 
 def test_bytes_of_one_character_are_printed_together(lm):

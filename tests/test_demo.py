@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 import config
-from mistral_sae import lm
+from mistral_sae import features, lm, sweep
 from mistral_sae.checkpoint import Metadata, load_sae, save_sae
+from mistral_sae.examples import hash_of_sae
+from mistral_sae.files import save_state
 from mistral_sae.lm import STANDIN
 from mistral_sae.sae import SparseAutoencoder
+from mistral_sae.screen import BARS, level_of
 from mistral_sae.settings import override
 from mistral_sae.steering import steer
 from tests.test_steering import LAYER, D, F, autoencoder
@@ -54,6 +57,12 @@ class Ran(NamedTuple):
         lines = [line for line in self.out.splitlines() if "│" in line][2:]
         lines = [line for line in lines if not re.fullmatch(r"[ ▁▃▅▇│]*[▁▃▅▇][ ▁▃▅▇│]*", line)]
         return ["".join(line.split("│")[i].strip() for line in lines).replace(" ", "") for i in (0, 1)]
+
+    @property
+    def steered_bars(self) -> str:
+        """What marks the second column."""
+        bars = [line for line in self.out.splitlines() if re.fullmatch(r"[ ▁▃▅▇│]*[▁▃▅▇][ ▁▃▅▇│]*", line)]
+        return "\n".join(line.partition("│")[2] for line in bars)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +132,9 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
         "on 0.300% of tokens, at most 1.2",
     ):
         assert words in ran.out
-    for name in ("feature 3", "promotes", "suppresses", "logit lens", "no explanation yet"):
+    for name in ("feature 3", "promotes", "suppresses", "no explanation yet"):
         assert name in ran.out
-    assert "clamp: 3 set to 4 times its maximum (4.8); on prompt and generated tokens" in ran.out
+    assert "clamp: 3 set to 4 times its maximum (4.8)\n" in ran.out
     assert "\x1b" not in ran.out
 
     model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
@@ -171,6 +180,40 @@ def test_only_generated_tokens_are_steered_where_that_is_asked(demo):
     everywhere, generated = demo(TEMPERATURE=0.0), demo(TEMPERATURE=0.0, POSITIONS="generated")
     assert everywhere.columns[0] == generated.columns[0]
     assert everywhere.columns[1] != generated.columns[1]
+
+
+def test_the_marks_are_where_the_unsteered_model_finds_the_feature(demo, mistral_folder, run_dir):
+    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
+    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+        text = list(model.generate(ids, 12))
+        edited = loaded.sae.encode(model.residuals(torch.tensor([ids + text]), LAYER)[0, len(ids) :])
+    encoded = loaded.sae.encode(model.residuals(torch.tensor([ids + text]), LAYER)[0, len(ids) :])
+    shares, under_the_edit = (each.dense(F)[:, 3] / loaded.maximum[3] for each in (encoded, edited))
+    assert 0 < (shares > 0).sum() < 12
+    assert (under_the_edit > 0).sum() != (shares > 0).sum()
+    ran = demo(TEMPERATURE=0.0)
+    strings = model.tokenizer.strings(ids + text)[len(ids) :]
+    pairs = zip(strings, shares.tolist(), strict=True)
+    expected = "".join(BARS[level_of(share)] * len(string) for string, share in pairs if share > 0)
+    assert "".join(re.findall("[▁▃▅▇]", ran.steered_bars)) == expected
+    (rate,) = re.findall(r"^with steering .* fires on (\d+)%", ran.out, re.M)
+    assert int(rate) == round(100 * (shares > 0).float().mean().item())
+
+
+def test_exact_encodes_all_features(demo, mistral_folder, run_dir):
+    sae = load_sae(run_dir).sae
+    sae.b_enc.data[3] = 0.5  # in itself active, and silent wherever TopK has stronger ones
+    save_sae(run_dir / "sae", sae, METADATA, torch.full((F,), 0.003), torch.linspace(1, 5, F))
+    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
+    texts = {}
+    for exact in (False, True):
+        with steer(model, loaded, {3: 2 * loaded.maximum[3]}, exact=exact):
+            texts[exact] = list(model.generate(ids, 12))
+    assert texts[False] != texts[True]
+    for exact, text in texts.items():
+        assert demo(TEMPERATURE=0.0, COEFFICIENT=2.0, EXACT=exact).columns[1] == without_spaces(model, text)
 
 
 def test_the_tokens_that_the_feature_fires_on_are_marked(demo, monkeypatch, run_dir):
@@ -224,12 +267,27 @@ def test_words_find_a_feature_by_its_explanation(demo, run_dir):
     assert unmatched.code == 0, unmatched.err
 
 
-def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir, tmp_path):
+def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir):
     explain(run_dir, f3="brackets")
-    assert "brackets" in demo().out
-    other = shutil.copytree(run_dir / "sae", tmp_path / "other")
-    assert "brackets" not in demo(SAE_PATH=other).out
-    assert "brackets" in demo(SAE_PATH=run_dir / "sae").out
+    assert "brackets" in demo().out  # nothing says whose they are
+    for sae, is_own in ((load_sae(run_dir).sae, True), (autoencoder(seed=1), False)):
+        made_from = {"made_from": {"autoencoder": hash_of_sae(sae)}}
+        save_state(run_dir / "examples.safetensors", {"firings": torch.zeros(1)}, made_from)
+        ran = demo()
+        assert ("brackets" in ran.out) == is_own
+        assert ("are of another autoencoder: not used" in ran.out) != is_own
+
+
+def test_without_a_feature_one_with_a_clear_class_of_tokens_is_taken_of_the_explained_if_there_are_any(demo, run_dir):
+    ran = demo(FEATURE_INDEX=None)
+    assert ran.code == 0, ran.err
+    strengths = [float(found) for found in re.findall(r"^  [→ ] +\d+ +([\d.]+) promotes", ran.out, re.M)]
+    assert len(strengths) == 3
+    assert strengths == sorted(strengths, reverse=True)
+    explain(run_dir, f7="brackets")
+    ran = demo(FEATURE_INDEX=None)
+    assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
+    assert "brackets (offline)" in ran.out
 
 
 # ---- the autoencoder and the model ----
@@ -316,7 +374,13 @@ def test_both_kinds_of_model_folder_give_the_same_texts(demo, mistral_folder, hu
         ({"POSITIONS": "prompt"}, "POSITIONS is 'prompt'"),
         ({"MAX_TOKENS": 0}, "MAX_TOKENS is 0"),
         ({"COEFFICIENT": "much"}, "COEFFICIENT must be of type float"),
-        ({"SWEEP": 1, "METHOD": "ablate"}, "SWEEP with METHOD=ablate"),
+        ({"SWEEP": 1, "METHOD": "ablate"}, "SWEEP is True: expected False with METHOD=ablate"),
+        ({"SWEEP": 1, "STEERING_ON": False}, "SWEEP is True: expected False with STEERING_ON=False"),
+        ({"SWEEP": 1, "COEFFICIENT": None}, "SWEEP with COEFFICIENT=None"),
+        ({"SWEEP_COEFFICIENTS": "(1, 'a')"}, "SWEEP_COEFFICIENTS is (1, 'a'): expected numbers"),
+        ({"FEATURE_INDEX": "[3, 40]"}, "found FEATURE_INDEX [3, 40]: expected a number, words or several"),
+        ({"FEATURE_INDEX": 4.5}, "found FEATURE_INDEX 4.5"),
+        ({"FEATURE_INDEX": True}, "found FEATURE_INDEX True"),
         ({"COEFFICIENTS": 1}, "the closest is COEFFICIENT"),
     ],
 )
@@ -347,7 +411,7 @@ def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run
 def test_the_sweep_has_a_table_for_the_feature_and_for_each_control(demo):
     ran = demo(SWEEP=1)
     assert ran.code == 0, ran.err
-    for title in ("feature 3", "control: random direction", "control: another feature"):
+    for title in ("feature 3", "control: random direction", "control: other features"):
         assert re.search(rf"^{title}", ran.out, re.M)
     assert re.findall(r"^→? +(none|0\.5|2|8) ", ran.out, re.M) == ["none", "0.5", "2", "8"] * 3
     divergences = [float(kl) for kl in re.findall(r"^→? +(?:0\.5|2|8) +[\d.]+ +([\d.]+)", ran.out, re.M)]
@@ -356,9 +420,27 @@ def test_the_sweep_has_a_table_for_the_feature_and_for_each_control(demo):
     assert ran.out.count("→") >= 2
 
 
-def test_the_sweep_takes_several_features_in_their_proportions_and_negative_coefficients(demo):
-    assert "feature 3, 40" in demo(SWEEP=1, FEATURE_INDEX="{3: 1, 40: -2}").out
-    assert demo(SWEEP=1, COEFFICIENT=-1).out != demo(SWEEP=1, COEFFICIENT=1).out
+@pytest.mark.parametrize("of", [{3: 1.0}, {3: -1.0}, {3: 1.0, 40: -2.0}])
+def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_dir, of):
+    ran = demo(SWEEP=1, FEATURE_INDEX=of if len(of) > 1 else 3, COEFFICIENT=of[3], TEMPERATURE=0.0)
+    assert ran.code == 0, ran.err
+    found = re.findall(r"^→? +(?:0\.5|2|8) +([\d.]+) +([\d.]+)", ran.out, re.M)
+    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    statistics = features.statistics_in(loaded)
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
+    others = dict(zip(features.other_features(statistics, 0, of), of.values(), strict=True))
+    directions = sweep.random_directions(loaded.sae.W_dec[list(of)], 0)
+    expected = []
+    for signs, along in ((of, None), (of, directions), (others, None)):
+        for scale in (0.5, 2.0, 8.0):
+            clamped = {f: scale * c * float(loaded.maximum[f]) for f, c in signs.items()}
+            with steer(model, loaded, clamped, directions_SD=along):
+                text = list(model.generate(ids, 12))
+            edit = steer(model, loaded, clamped, directions_SD=along)
+            (figures,) = sweep.measure(model, loaded, list(of), ids, [text], edit)
+            expected.append((f"{figures.cross_entropy:.2f}", f"{figures.kl:.2f}"))
+    assert found == expected
+    assert len({*expected[:3]} & {*expected[3:6]} & {*expected[6:]}) == 0
 
 
 # ---- conversation ----
@@ -415,8 +497,10 @@ def read_until(process, words: bytes, at_least: int = 0) -> bytes:
     return seen
 
 
-def test_a_conversation_ends_with_its_input_and_commands_find_features(demo, monkeypatch, run_dir):
-    lines = iter(["/feature exception", "def f", "/off", "def f"])
+def test_a_conversation_is_steered_ends_with_its_input_and_its_commands_find_features(
+    demo, monkeypatch, mistral_folder, run_dir
+):
+    lines = iter(["def f", "/feature exception", "def f", "/off", "def f"])
 
     def read(prompt):
         if (line := next(lines, None)) is None:
@@ -428,9 +512,17 @@ def test_a_conversation_ends_with_its_input_and_commands_find_features(demo, mon
     assert ran.code == 0, ran.err
     assert "features for 'exception'" in ran.out
     assert "no instruct model" not in ran.out  # its tokenizer has a chat format
-    steered, off = [json.loads(line) for line in (run_dir / "chat.jsonl").read_text().splitlines()]
-    assert steered["features"] == off["features"] != {"3": 4.0}
-    assert (steered["on"], off["on"]) == (True, False)
+    turns = [json.loads(line) for line in (run_dir / "chat.jsonl").read_text().splitlines()]
+    first, found, off = turns
+    assert first["features"] == {"3": 4.0} != found["features"] == off["features"]
+    assert [turn["on"] for turn in turns] == [True, True, False]
+
+    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    ids = model.tokenizer.chat([{"role": "user", "content": "def f"}])
+    plain = model.tokenizer.decode(list(model.generate(ids, 12)))
+    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+        steered = model.tokenizer.decode(list(model.generate(ids, 12)))
+    assert first["reply"].strip() == steered.strip() != plain.strip()
 
 
 def test_the_example_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):

@@ -104,15 +104,16 @@ def test_measured_statistics_of_another_model_are_measured_again(lm, loaded, mis
     assert len(calls) == 2
 
 
-def test_a_random_feature_is_another_one_that_fires_now_and_then():
+def test_other_features_are_as_many_random_ones_that_fire_now_and_then():
     maximum, density = torch.ones(F), torch.full((F,), 0.5)
     density[[5, 9, 20]] = 0.001
     maximum[20] = 0.0
     statistics = Statistics(maximum, density, None)
-    assert {features.random_feature(statistics, seed, other_than=3) for seed in range(20)} == {5, 9}
-    assert {features.random_feature(statistics, seed, other_than=5) for seed in range(20)} == {9}
-    density[:] = 0.5
-    assert features.random_feature(statistics, 0, other_than=3) == 3
+    assert features.moderate(statistics) == [5, 9]
+    assert {tuple(features.other_features(statistics, seed, [3])) for seed in range(20)} == {(5,), (9,)}
+    assert {tuple(features.other_features(statistics, seed, [3, 4])) for seed in range(20)} == {(5, 9), (9, 5)}
+    assert features.other_features(statistics, 0, [5]) == [9]
+    assert features.other_features(statistics, 0, [5, 9]) == []
 
 
 # ---- what a feature promotes ----
@@ -135,13 +136,6 @@ def test_the_extremes_are_the_tokens_with_the_highest_and_the_lowest_scores(lm):
     scores[500], scores[600], scores[700], scores[800] = 2.0, 3.0, -5.0, -1.0
     names = {id: lm.tokenizer.strings([id])[0] for id in (500, 600, 700, 800)}
     assert features.extremes(lm, scores, 2) == ([names[600], names[500]], [names[700], names[800]])
-
-
-def test_the_logit_lens_reads_the_decoder_row(lm, loaded):
-    up, down = features.logit_lens(lm, loaded, 5, 3)
-    order = lm.unembed(loaded.sae.W_dec[5:6])[0].argsort(descending=True).tolist()
-    assert up == [lm.tokenizer.strings([id])[0] for id in order[:3]]
-    assert down == [lm.tokenizer.strings([id])[0] for id in order[:-4:-1]]
 
 
 # ---- words ----
@@ -203,7 +197,8 @@ def test_of_features_that_match_equally_the_one_that_promotes_the_words_tokens_m
     assert {each.feature for each in found} == {3, 7, 30, 31, 11}
     assert [each.promotion for each in found] == sorted((each.promotion for each in found), reverse=True)
     ids = features.tokens_like(lm.tokenizer, "exception")
-    promotion_NV = features.promotion(lm, loaded, {each.feature: 3.0 for each in found}, rows_RT[:4, :32])
+    maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
+    promotion_NV = features.promotion(lm, loaded, maxima, features._text_of(lm))
     expected = promotion_NV[:, ids].topk(features.CLASS, dim=1).values.mean(1)
     assert [each.promotion for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
     both = features.find("exception test", lm, loaded, statistics, explanations, lambda: rows_RT)
@@ -234,6 +229,28 @@ def test_features_found_by_tokens_come_after_those_whose_explanations_match(lm, 
     every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}  # then the explanations know best
     found = features.find("exception", lm, loaded, statistics, every, lambda: rows_RT)
     assert [each.feature for each in found] == [5]
+
+
+def test_no_text_is_read_where_explanations_are_enough(lm, loaded):
+    def none():
+        raise AssertionError("no text is wanted")
+
+    statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
+    every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}
+    assert [each.feature for each in features.find("exception", lm, loaded, statistics, every, none)] == [5]
+
+
+def test_the_clearest_is_the_moderate_feature_whose_promoted_tokens_stand_out_most(lm, loaded):
+    density = torch.full((F,), 0.001)
+    density[11] = 0.5
+    statistics = Statistics(loaded.maximum, density, None)
+    found = features.clearest(lm, loaded, statistics, [3, 7, 11, 30])
+    assert {each.feature for each in found} == {3, 7, 30}
+    maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
+    promotion_NV = features.promotion(lm, loaded, maxima, features._text_of(lm))
+    expected = promotion_NV.topk(features.CLASS, dim=1).values.mean(dim=1)
+    assert [each.promotion for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
+    assert [each.promotion for each in found] == sorted((each.promotion for each in found), reverse=True)
 
 
 def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):

@@ -11,7 +11,7 @@ from conftest import PARAMS, WINDOW, params_of, random_weights, write_mistral_fo
 from safetensors.torch import load_file, save_file
 
 from mistral_sae import backends
-from mistral_sae.lm import STANDIN, ModelError, inspect, load
+from mistral_sae.lm import STANDIN, ModelError, device_and_dtype, inspect, load
 from tools.weights import from_hf, to_hf
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -391,3 +391,9 @@ def test_a_chat_begins_with_bos_and_the_instruction_marker(tokenizer):
     assert tokenizer.decode(ids).strip() == "hi"
     with pytest.raises(ModelError, match="does not take these messages"):
         tokenizer.chat([{"role": "nobody"}])
+
+
+def test_a_cuda_device_is_named_as_its_tensors_name_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for asked, index in (("cuda", 0), ("cuda:1", 1)):
+        assert device_and_dtype(asked, "float32")[0] == torch.device("cuda", index)

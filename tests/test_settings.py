@@ -10,7 +10,7 @@ import pytest
 
 import config
 from mistral_sae import settings
-from mistral_sae.settings import SettingsError, override
+from mistral_sae.settings import SettingsError, are_rising, is_number, override
 
 ROOT = Path(__file__).parent.parent
 CONSTANTS = """
@@ -287,3 +287,18 @@ def test_a_bad_argument_ends_train_with_code_2_and_one_line_without_torch(tmp_pa
 def test_ctrl_c_during_the_imports_is_one_line_and_no_traceback(tmp_path):
     ran = train(tmp_path, torch="raise KeyboardInterrupt")
     assert (ran.returncode, ran.stderr) == (1, "error: stopped\n")
+
+
+@pytest.mark.parametrize("value", [True, None, "1", float("nan"), float("inf"), [1]])
+def test_what_is_no_number_is_none(value):
+    assert not is_number(value)
+    assert not are_rising((0.5, value))
+
+
+def test_numbers_have_kinds_and_lists_of_them_rise():
+    assert is_number(1)
+    assert is_number(0.5)
+    assert is_number(1, int)
+    assert not is_number(1.0, int)
+    assert are_rising((0.5, 1, 2.0))
+    assert not any(map(are_rising, [(), 3, (2, 1), (0, 1), (-1, 1)]))

@@ -53,7 +53,7 @@ def test_each_row_of_a_batch_can_have_its_own_strength(lm, loaded):
 def test_figures_are_those_of_each_text_alone(lm, loaded):
     feature = int(loaded.sae.encode(lm.residuals(torch.tensor([[*PROMPT, 90, 91]]), LAYER)).indices[0, 3, 0])
     texts = [[90, 91, 92, 93, 94, 95], [90, 91, 300], []]
-    found = sweep.measure(lm, loaded, feature, PROMPT, texts, steer(lm, loaded, {3: 6.0}))
+    found = sweep.measure(lm, loaded, [feature], PROMPT, texts, steer(lm, loaded, {3: 6.0}))
     assert [each.tokens for each in found] == [6, 3, 0]
     for text, each in zip(texts[:2], found, strict=False):
         tokens, n = torch.tensor([PROMPT + text]), len(PROMPT)
@@ -70,13 +70,25 @@ def test_figures_are_those_of_each_text_alone(lm, loaded):
     assert found[2] == Measured(0, 0, 0, 0, 0, 0)
 
 
+def test_of_several_features_the_strongest_counts_on_each_token(lm, loaded):
+    text = list(range(90, 110))
+    encoded = loaded.sae.encode(lm.residuals(torch.tensor([PROMPT + text]), LAYER)[0, len(PROMPT) :])
+    dense_TF = encoded.dense(loaded.sae.n_features)
+    several = (dense_TF > 0).float().mean(0).sort().indices[-3:].tolist()
+    (found,) = sweep.measure(lm, loaded, several, PROMPT, [text], nullcontext())
+    assert found.activation == pytest.approx(dense_TF[:, several].amax(1).mean().item(), rel=1e-4)
+    assert found.rate == pytest.approx((dense_TF[:, several] > 0).any(1).float().mean().item())
+    (alone,) = sweep.measure(lm, loaded, several[-1:], PROMPT, [text], nullcontext())
+    assert alone.rate < found.rate
+
+
 def test_without_an_edit_the_divergence_is_zero(lm, loaded):
-    (found,) = sweep.measure(lm, loaded, 3, PROMPT, [[90, 91]], nullcontext())
+    (found,) = sweep.measure(lm, loaded, [3], PROMPT, [[90, 91]], nullcontext())
     assert found.kl == 0
 
 
 def test_nothing_but_empty_texts_has_no_figures(lm, loaded):
-    assert sweep.measure(lm, loaded, 3, PROMPT, [[], []], nullcontext()) == [Measured(0, 0, 0, 0, 0, 0)] * 2
+    assert sweep.measure(lm, loaded, [3], PROMPT, [[], []], nullcontext()) == [Measured(0, 0, 0, 0, 0, 0)] * 2
 
 
 @pytest.mark.parametrize(
@@ -119,12 +131,14 @@ def test_a_sweep_gives_each_strength_its_own_figures_however_many_share_a_batch(
     monkeypatch.setattr(sweep, "ROWS", rows)
     scales, seeds = [0.5, 2.0, 8.0], [0, 1, 2]
     options = {"prompt_ids": PROMPT, "seeds": seeds, "max_tokens": 6, "temperature": 0.5}
-    found = list(sweep.sweep(lm, loaded, 3, lambda c: steer(lm, loaded, {3: c}), scales, figures(7.0, 0.0), **options))
+    found = list(
+        sweep.sweep(lm, loaded, [3], lambda c: steer(lm, loaded, {3: c}), scales, figures(7.0, 0.0), **options)
+    )
     assert [each.scale for each in found] == scales
     for scale, each in zip(scales, found, strict=True):
         with steer(lm, loaded, {3: scale}):
             texts = [list(lm.generate(PROMPT, 6, 0.5, seed=seed)) for seed in seeds]
-        alone = sweep.pooled(sweep.measure(lm, loaded, 3, PROMPT, texts, steer(lm, loaded, {3: scale})))
+        alone = sweep.pooled(sweep.measure(lm, loaded, [3], PROMPT, texts, steer(lm, loaded, {3: scale})))
         assert each.text == texts[0]
         assert each.measured == pytest.approx(alone, rel=1e-3, abs=1e-5)
         assert each.fluent == sweep.is_fluent(alone, figures(7.0, 0.0))
