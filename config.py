@@ -90,7 +90,8 @@ REQUEST_DEADLINE = 600.0  # seconds for a request with all its attempts
 MAX_FAILED_SHARE = 0.1  # of the features: with more without a label than this the run counts as failed (exit code 1)
 
 # ---- explain.py: what it may cost ----
-PROMPT_DOLLARS = 0.15  # per million tokens read
-COMPLETION_DOLLARS = 0.60  # per million tokens written
+# Dollars per million tokens read and written; None: not known, and then there can be no MAX_DOLLARS
+PROMPT_DOLLARS: float | None = 0.15 if OPENAI_MODEL == "gpt-4o-mini" and OPENAI_BASE_URL is None else None
+COMPLETION_DOLLARS: float | None = 0.60 if OPENAI_MODEL == "gpt-4o-mini" and OPENAI_BASE_URL is None else None
 MAX_DOLLARS: float | None = None  # of all runs in RUN_DIR together; the run stops before it spends more
 MAX_TOKENS: int | None = None  # likewise, tokens read and written

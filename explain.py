@@ -14,11 +14,11 @@ if __name__ == "__main__":
 
 import asyncio
 import math
-import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_sae import examples, labelling, lm, offline, prompts, report, text
+from mistral_sae import examples, labelling, lm, offline, prompts, report, selection, text
 from mistral_sae.checkpoint import LoadedSAE
-from mistral_sae.client import Client, ClientError, DryRun, Prices
+from mistral_sae.client import SAMPLING, Client, ClientError, DryRun
 from mistral_sae.collect import Collection, Settings, collect, encode
 from mistral_sae.files import SAEError, write_text
 from mistral_sae.geometry import decoder_geometry
-from mistral_sae.journal import Journal, JournalError, locked
+from mistral_sae.journal import Journal, JournalError, locked, request_key
 from mistral_sae.local_completer import LocalCompleter
 from mistral_sae.opening import open_both
 from mistral_sae.records import Completer, Label
+from mistral_sae.throttle import FREE, Prices
 
 SHOWN_FEATURES = 10  # of a token of TEXT
 
@@ -44,6 +45,7 @@ def main() -> None:
     """Load, collect, explain, score, report."""
     run_dir = Path(config.RUN_DIR)
     check_settings()
+    selected = selection.parse(config.SELECT)
     loaded, model = open_both(
         sae_path=config.SAE_PATH,
         run_dir=config.RUN_DIR,
@@ -54,11 +56,12 @@ def main() -> None:
     )
     if config.TEXT is not None:
         return show_text(model, loaded, run_dir)
+    selected.check(loaded.sae.n_features)  # before the corpus is read
     with locked(run_dir) as note:
         if note:
             print(note)
         collection = collect_examples(model, loaded, run_dir)
-        chosen = select(collection)
+        chosen = selected.choose(collection.firings, config.SEED)
         records = examples.FeatureRecords(collection, chosen, model, loaded.sae)
         labels = label(records, model, run_dir)
         if config.DRY_RUN:
@@ -85,7 +88,15 @@ def check_settings() -> None:
         ),
         *((name, getattr(config, name) >= 0, "0 or more") for name in ("TOKENS_BEFORE", "TOKENS_AFTER", "SEED")),
         *((name, getattr(config, name) > 0, "above 0") for name in ("REQUEST_TIMEOUT", "REQUEST_DEADLINE")),
-        *((name, getattr(config, name) >= 0, "0 or more") for name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS")),
+        *(
+            (name, getattr(config, name) is None or getattr(config, name) >= 0, "0 or more, or None")
+            for name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS")
+        ),
+        (
+            "MAX_DOLLARS",
+            config.MAX_DOLLARS is None or prices_are_known(),
+            "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it",
+        ),
         *(
             (name, getattr(config, name) is None or getattr(config, name) > 0, "above 0, or None")
             for name in ("MAX_DOLLARS", "MAX_TOKENS")
@@ -106,7 +117,7 @@ def explainer() -> str:
 
 def scorers() -> list[str]:
     """The methods of SCORERS."""
-    return config.SCORERS.replace(",", " ").split()
+    return list(dict.fromkeys(config.SCORERS.replace(",", " ").split()))
 
 
 # ---- examples ----
@@ -174,32 +185,6 @@ def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any
         progress.update(each)
 
 
-def select(collection: Collection) -> list[int]:
-    """The features that SELECT names, in the order of their numbers. Raises SettingsError."""
-    n_features = len(collection.firings)
-    living = collection.firings.nonzero().squeeze(1).tolist()
-    words = str(config.SELECT).strip().lower()
-    if words == "all":
-        return list(range(n_features))
-    if match := re.fullmatch(r"(random|densest)\s+(\d+)", words):
-        count = min(int(match[2]), len(living))
-        if match[1] == "random":
-            return sorted(random.Random(config.SEED).sample(living, count))
-        return sorted(collection.firings.topk(count).indices.tolist())
-    if match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", words):
-        chosen = list(range(int(match[1]), int(match[2]) + 1))
-    elif re.fullmatch(r"[\[(]?\s*\d+(\s*,\s*\d+)*\s*,?\s*[\])]?", words):
-        chosen = sorted({int(number) for number in re.findall(r"\d+", words)})
-    else:
-        chosen = []
-    if not chosen or chosen[-1] >= n_features:
-        raise settings.SettingsError(
-            f"SELECT is {config.SELECT!r}: expected all, random N, densest N, a range such as 0-99 or a list such as "
-            f"[3, 17], of features 0 to {n_features - 1}"
-        )
-    return chosen
-
-
 # ---- explanations and scores ----
 
 
@@ -218,18 +203,10 @@ def label(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Pa
             scored = counted(offline.score_all(found, records.__getitem__, seed=config.SEED), progress)
             return {each.feature: each for each in scored}
     if config.DRY_RUN:
-        prices = Prices(config.PROMPT_DOLLARS, config.COMPLETION_DOLLARS)
-        dry = DryRun(prompts.dry_reply, prices)
-        asyncio.run(ask(records, dry, who))
-        use = dry.usage
-        print(
-            f"explainer {name_of(who)}: {n:,} features need {use.done:,} requests, about {use.prompt_tokens:,} tokens "
-            f"to read and {use.completion_tokens:,} to write: ${use.dollars:,.2f}, at most ${dry.most_dollars:,.2f}; "
-            "none was sent"
-        )
+        print(f"explainer {name_of(who)}: {estimate(records, model, run_dir)}; none was sent")
         return {}
     if who == "mistral":
-        with Journal(run_dir / "completions-mistral.jsonl") as journal:  # its tokens count towards no budget
+        with Journal(journal_of(who, run_dir)) as journal:
             print(f"explainer {name_of(who)}: the loaded model itself{known_in(journal)}")
             return asyncio.run(ask(records, LocalCompleter(model, journal), who))
     return asyncio.run(ask_server(records, run_dir))
@@ -240,6 +217,48 @@ def name_of(who: str) -> str:
     return config.OPENAI_MODEL if who == "openai" else who
 
 
+def journal_of(who: str, run_dir: Path) -> Path:
+    """Where an explainer's completions are kept: those of the loaded model apart, as they count towards no budget."""
+    return run_dir / ("completions.jsonl" if who == "openai" else "completions-mistral.jsonl")
+
+
+def prices_are_known() -> bool:
+    """Whether the model's prices are."""
+    return config.PROMPT_DOLLARS is not None and config.COMPLETION_DOLLARS is not None
+
+
+def prices() -> Prices:
+    """Of the server's model; none where they are not known."""
+    return Prices(config.PROMPT_DOLLARS, config.COMPLETION_DOLLARS) if prices_are_known() else FREE
+
+
+def cost(dollars: float, more: str = "") -> str:
+    """What tokens cost, at which prices; nothing where those are not known."""
+    if not prices_are_known():
+        return ""
+    return f": ${dollars:,.2f}{more} at ${config.PROMPT_DOLLARS:g} and ${config.COMPLETION_DOLLARS:g} a million"
+
+
+def estimate(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Path) -> str:
+    """What a run would ask and what that would cost, in words; nothing is asked."""
+    who = explainer()
+    path = journal_of(who, run_dir)
+    with Journal(path) if path.exists() else nullcontext() as journal:
+        if who == "openai":
+            key = partial(request_key, model=config.OPENAI_MODEL, sampling=SAMPLING)
+            dry = DryRun(prompts.dry_reply, key, prices(), journal)
+        else:
+            dry = DryRun(prompts.dry_reply, LocalCompleter(model, journal).key, FREE, journal)
+        asyncio.run(ask(records, dry, who))
+    use = dry.usage
+    known = f", and {use.known:,} that are answered already" if use.known else ""
+    dollars = cost(use.dollars, f", at most ${dry.most_dollars:,.2f},") if who == "openai" else ""
+    return (
+        f"{len(records):,} features need {use.done:,} requests{known}, about {use.prompt_tokens:,} tokens to read and "
+        f"{use.completion_tokens:,} to write{dollars}"
+    )
+
+
 def known_in(journal: Journal) -> str:
     """How much of what was asked before need not be asked again."""
     return f", {len(journal):,} requests are answered already" if len(journal) else ""
@@ -247,20 +266,20 @@ def known_in(journal: Journal) -> str:
 
 async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[int, Label]:
     """Labels by a server, each of whose completions is in the journal before it is used."""
-    with Journal(run_dir / "completions.jsonl") as journal:
+    with Journal(journal_of("openai", run_dir)) as journal:
         client = Client(
             journal,
             config.OPENAI_MODEL,
             config.OPENAI_BASE_URL,
             config.OPENAI_API_KEY,
-            prices=Prices(config.PROMPT_DOLLARS, config.COMPLETION_DOLLARS),
+            prices=prices(),
             max_dollars=config.MAX_DOLLARS,
             max_tokens=config.MAX_TOKENS,
             concurrency=config.CONCURRENCY,
             timeout=config.REQUEST_TIMEOUT,
             deadline=config.REQUEST_DEADLINE,
         )
-        print(f"explainer {name_of('openai')} at {config.OPENAI_BASE_URL or 'OpenAI'}{known_in(journal)}")
+        print(f"explainer {name_of('openai')} at {client.address}{known_in(journal)}")
         async with client:
             labels = await ask(records, client, "openai")
         if client.stopped:
@@ -270,7 +289,7 @@ async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[in
         use = client.usage
         print(
             f"{use.done:,} requests, {use.retries:,} retries, {use.known:,} answered from the journal; "
-            f"{use.prompt_tokens:,} tokens read, {use.completion_tokens:,} written: ${use.dollars:,.2f}"
+            f"{use.prompt_tokens:,} tokens read, {use.completion_tokens:,} written{cost(use.dollars)}"
         )
         return labels
 
@@ -280,10 +299,13 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
     explanations: dict[int, labelling.Explanation] = {}
     labels: dict[int, Label] = {}
     load = records.__getitem__
+    within_budget = takewhile(lambda _: not stopped(completer), records.features)
     with bar(len(records), "explaining") as progress:
-        async for each in labelling.explain_all(records.features, load, completer, in_flight=config.CONCURRENCY):
+        async for each in labelling.explain_all(within_budget, load, completer, in_flight=config.CONCURRENCY):
             explanations[each.feature] = each
             advance(progress, completer)
+    for feature in records.features:
+        explanations.setdefault(feature, labelling.Explanation(feature, "stopped", reason=stopped(completer)))
     with bar(len(records), "scoring") as progress:
         async for each in labelling.score_all(
             explanations, load, completer, explainer=name_of(who), methods=scorers(), seed=config.SEED
@@ -291,6 +313,11 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
             labels[each.feature] = each
             advance(progress, completer)
     return {feature: labels[feature] for feature in records.features}
+
+
+def stopped(completer: Completer) -> str:
+    """Why the budget ended the run; "" if it has not."""
+    return completer.stopped if isinstance(completer, Client) else ""
 
 
 def bar(total: int, what: str) -> tqdm:
@@ -303,8 +330,10 @@ def advance(progress: tqdm, completer: Completer) -> None:
     progress.update()
     if isinstance(completer, Client):
         use = completer.usage
+        dollars = f"${use.dollars:.3f}, " if prices_are_known() else ""
         progress.set_postfix_str(
-            f"${use.dollars:.3f}, {use.done} requests, {use.retries} retries, {use.concurrency} at once"
+            f"{dollars}{use.done} requests, {use.retries} retries, {use.concurrency} at once"
+            + (", the budget is reached" if completer.stopped else "")
         )
 
 
@@ -347,9 +376,7 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
             model.tokenizer.strings(ids), features.tolist(), strongest.values.tolist(), strict=True
         )
     ]
-    path = run_dir / "explanations.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    labels = {each.feature: each for each in map(labelling.from_json, lines)}
+    labels = labels_in(run_dir / "explanations.jsonl")
     collection, _ = examples.load_collection(run_dir / "examples.safetensors", made_of(model, loaded))
     fired = sorted({feature for token in tokens for feature, _ in token.features})
     records = [] if collection is None else examples.FeatureRecords(collection, fired, model, sae)
@@ -360,13 +387,25 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
     )
 
 
+def labels_in(path: Path) -> dict[int, Label]:
+    """The labels that an earlier run left, by feature; none where there is no such file. Raises SettingsError."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        return {each.feature: each for each in map(labelling.from_json, lines)}
+    except ValueError as error:
+        raise settings.SettingsError(f"{path}: {error}; remove the file and run explain.py without TEXT") from None
+
+
 def print_results(labels: dict[int, Label], run_dir: Path) -> None:
     """How many features have a label, how good the labels are, and where they are; Failed if too few have one."""
     statuses = Counter(each.status for each in labels.values())
     print(f"\nlabels    {run_dir / 'explanations.jsonl'}")
     print(f"report    {run_dir / 'report.html'}")
+    unscored = sum(any(not score.answered for score in label.scores.values()) for label in labels.values())
     print(
-        f"\n{len(labels):,} features: " + ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
+        f"\n{len(labels):,} features: "
+        + ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
+        + (f"; {unscored:,} of the ok ones lack a score" if unscored else "")
     )
     for summary in report.summarize_scores(labels.values()):
         print(
@@ -375,7 +414,8 @@ def print_results(labels: dict[int, Label], run_dir: Path) -> None:
         )
     failed = [label for label in labels.values() if labelling.has_failed(label)]
     if len(failed) > config.MAX_FAILED_SHARE * len(labels):
-        unanswered = any(label.status == "failed" or "requests failed" in label.reason for label in failed)
+        asked = (status for label in failed for score in label.scores.values() for status, _ in score.requests)
+        unanswered = "failed" in {*asked, *(label.status for label in failed)}
         raise settings.Failed(
             f"{len(failed):,} of {len(labels):,} features have no label or no score, more than MAX_FAILED_SHARE, "
             f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why"

@@ -28,6 +28,7 @@ from mistral_sae.throttle import FREE, Budget, BudgetReached, Limit, Prices, Tok
 __all__ = ["Client", "ClientError", "DryRun", "Prices", "Usage"]
 
 OPENAI = "https://api.openai.com/v1"
+SAMPLING = {"temperature": 0.0}  # unless a client is told otherwise
 CONNECT_SECONDS = 10.0
 FIRST_CONNECTIONS = 3  # attempts to reach a server that has not answered yet
 LONGEST_BACKOFF = 60  # times the first one
@@ -86,6 +87,7 @@ class Client:
         longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled.
 
     Attributes:
+        address: of the server as it may be shown, without user, password and query.
         stopped: why the budget ended the run, in one line; "" while it has not.
 
     Raises:
@@ -111,10 +113,10 @@ class Client:
         longest_reply: int = 4096,
     ):
         self.model, self.stopped = model, ""
-        self._address = _address(base_url or OPENAI)
+        self.address = _address(base_url or OPENAI)
         self._has_key, self._secret = bool(key), _checked_key(key or "")
         self._journal = journal
-        self._asked = {"temperature": 0.0} if sampling is None else dict(sampling)  # what completions are known by
+        self._asked = SAMPLING if sampling is None else dict(sampling)  # what completions are known by
         self._dialect = Dialect(model, self._asked)
         self._limit = Limit(concurrency)
         self._budget = Budget(prices, max_dollars, max_tokens, journal.dollars, journal.tokens)
@@ -246,7 +248,7 @@ class Client:
                     return "truncated", cut_off
                 room = min(2 * room, self._longest_reply)
                 continue
-            if reply.kind == "rejected" and self._dialect.adapt(body, reply.text):
+            if reply.kind in ("rejected", "doubtful") and self._dialect.adapt(body, reply.text):
                 continue
             if reply.kind in ("overflow", "rejected", "failed"):
                 if cut_off is not None:  # the smaller room had been accepted
@@ -254,7 +256,7 @@ class Client:
                 return ("overflow" if reply.kind == "overflow" else "failed"), reply.text
 
             waits += 1
-            faults += reply.kind == "fault"
+            faults += reply.kind in ("fault", "doubtful")
             if reply.kind in FATAL and not (reply.kind == "no server" and (self._reached or waits < FIRST_CONNECTIONS)):
                 self._end(reply.kind, reply.text)
             if faults == self._most_faults:
@@ -302,7 +304,7 @@ class Client:
             kind = "no key" if kind == "key" and not self._has_key else kind
             words = _one_line(self._scrubbed(words))
             template = FATAL.get(kind, "{words}")
-            self._ended = template.format(address=self._address, model=self.model, words=words)
+            self._ended = template.format(address=self.address, model=self.model, words=words)
             for scope in self._scopes:
                 scope.cancel()
         raise ClientError(self._ended)
@@ -320,18 +322,28 @@ class DryRun:
 
     Args:
         reply: what to answer a request with, of typical length and, where the next request depends on it, form.
+        key: what the completer that it stands for knows a request's completion by.
         prices: dollars per million tokens.
+        journal: where completions of earlier runs are looked up, which need not be asked again.
     """
 
-    def __init__(self, reply: Callable[[Request], str], prices: Prices = FREE):
-        self._reply, self._prices = reply, prices
-        self._seen: set[str] = set()
+    def __init__(
+        self,
+        reply: Callable[[Request], str],
+        key: Callable[[Request], str],
+        prices: Prices = FREE,
+        journal: Journal | None = None,
+    ):
+        self._reply, self._key, self._prices, self._journal = reply, key, prices, journal
+        self._known, self._seen = set[str](), set[str]()
         self._typical = self._most = Tokens()
 
     @property
     def usage(self) -> Usage:
         """What a run would use: estimates, with replies as long as the stand-ins and no retries."""
-        return Usage(len(self._seen), 0, 0, *self._typical, self._prices.dollars(self._typical), 0)
+        return Usage(
+            len(self._seen), len(self._known), 0, *self._typical, self._prices.dollars(self._typical), concurrency=0
+        )
 
     @property
     def most_dollars(self) -> float:
@@ -340,10 +352,13 @@ class DryRun:
 
     async def complete(self, request: Request) -> Completion:
         """Count a request, unless it was counted before: a run would not ask it again."""
+        key = self._key(request)
+        if self._journal is not None and (known := self._journal.get(key)):
+            self._known.add(key)
+            return known
         text = self._reply(request)
         prompt, completion = estimate_tokens(request.messages), estimate_tokens([{"content": text}])
         completion = min(completion, request.max_tokens)
-        key = request_key(request, "", {})
         if key not in self._seen:
             self._seen.add(key)
             self._typical = Tokens(self._typical.prompt + prompt, self._typical.completion + completion)
@@ -372,7 +387,8 @@ def _address(base_url: str) -> str:
     except ValueError:
         parts, host, port = None, None, ""
     if not host or parts.scheme not in ("http", "https"):
-        raise ClientError(f"found the base URL {base_url!r}, expected one like http://localhost:8000/v1: correct it")
+        shown = base_url if base_url.isascii() and not set("@?") & set(base_url) else "one with a secret in it"
+        raise ClientError(f"found the base URL {shown!r}, expected one like http://localhost:8000/v1: correct it")
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path.rstrip('/')}"
 
 

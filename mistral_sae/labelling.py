@@ -11,6 +11,7 @@ goes wrong with one feature is a status; an exception of the completer's ends th
 import asyncio
 import itertools
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -82,7 +83,7 @@ async def score(
     label's reason names the statuses.
     """
     if explanation.status != "ok":
-        return Label(feature.feature, "", explainer, explanation.status, {}, (), explanation.reason)
+        return _without_explanation(explanation, explainer)
     strongest = prompts.quoted(scoring.strongest_token(feature))
     texts = {"own": explanation.text, "other_feature": other and other.text, "top_token": f"the token {strongest}"}
     distinct = list(dict.fromkeys(text for text in texts.values() if text))  # two that say the same are asked once
@@ -97,7 +98,10 @@ async def score(
         values = {name: found[method, text].score.value for name, text in texts.items() if text and name != "own"}
         scores[method] = own.score._replace(**values)
         judgements += own.judgements
-        reasons += [f"{method}: {failure}" for failure in own.failures]
+        total = sum(count for _, count in own.score.requests)
+        reasons += [
+            f"{method}: {count} of {total} requests {status}" for status, count in own.score.requests if status != "ok"
+        ]
     return Label(feature.feature, explanation.text, explainer, "ok", scores, tuple(judgements), "; ".join(reasons))
 
 
@@ -127,6 +131,8 @@ async def score_all(
     other = scoring.others(index for index, explanation in explanations.items() if explanation.status == "ok")
 
     async def work(index: int) -> Label:
+        if explanations[index].status != "ok":  # whose record need not be made
+            return _without_explanation(explanations[index], explainer)
         baseline = explanations.get(other.get(index))
         return await score(
             load(index), explanations[index], baseline, completer, explainer=explainer, methods=methods, seed=seed
@@ -136,6 +142,10 @@ async def score_all(
         yield label
 
 
+def _without_explanation(explanation: Explanation, explainer: str) -> Label:
+    return Label(explanation.feature, "", explainer, explanation.status, {}, (), explanation.reason)
+
+
 def has_failed(label: Label) -> bool:
     """Whether a label lacks its explanation, or all answers to one of its scorers, for other reasons than a budget's.
 
@@ -143,16 +153,15 @@ def has_failed(label: Label) -> bool:
     """
     if label.status != "ok":
         return label.status not in (prompts.NO_PATTERN, "dead", "stopped")
-    in_vain = any(score.unanswered and not score.answered for score in label.scores.values())
-    return in_vain and "requests stopped" not in label.reason
+    in_vain = (score.requests for score in label.scores.values() if not score.answered)
+    return any(status != "stopped" for requests in in_vain for status, _ in requests)
 
 
 class _Outcome(NamedTuple):
-    """What one explanation got from one scorer; `failures` are statuses with their counts."""
+    """What one explanation got from one scorer."""
 
     score: Score
     judgements: list[Judgement]
-    failures: list[str]
 
 
 async def _detect(feature: Feature, explanation: str, completer: Completer, seed: int) -> _Outcome:
@@ -194,7 +203,8 @@ async def _simulate(feature: Feature, explanation: str, completer: Completer, se
         for passage, answer in zip(passages, found, strict=True)
         if answer.status == "ok"
     ]
-    return _Outcome(scoring.simulation_score(simulated, len(passages), seed), [], _failures(found))
+    score = scoring.simulation_score(simulated, len(passages), seed)
+    return _Outcome(score._replace(requests=_by_status(found)), [])
 
 
 async def _judge(
@@ -221,7 +231,7 @@ async def _judge(
         for questions in rounds
         for id, question in questions
     ]
-    return _Outcome(scoring.verdict_score(judgements, seed), judgements, _failures(found))
+    return _Outcome(scoring.verdict_score(judgements, seed)._replace(requests=_by_status(found)), judgements)
 
 
 async def _ask(completer: Completer, request: Request, read: Callable[[str], Any]) -> Answer:
@@ -246,9 +256,8 @@ async def _ask(completer: Completer, request: Request, read: Callable[[str], Any
     return Answer("unparsed", reason=f"{problem}, in two attempts")
 
 
-def _failures(found: Iterable[Answer]) -> list[str]:
-    statuses = [answer.status for answer in found]
-    return [f"{statuses.count(s)} of {len(statuses)} requests {s}" for s in dict.fromkeys(statuses) if s != "ok"]
+def _by_status(found: Iterable[Answer]) -> tuple[tuple[str, int], ...]:
+    return tuple(Counter(answer.status for answer in found).items())
 
 
 def _line(text: str) -> str:
@@ -302,7 +311,13 @@ def from_json(line: str) -> Label:
     try:
         record = json.loads(line)
         scores = {
-            method: Score(**{**fields, "recall": tuple(fields["recall"])})
+            method: Score(
+                **{
+                    **fields,
+                    "recall": tuple(fields["recall"]),
+                    "requests": tuple((status, count) for status, count in fields["requests"]),
+                }
+            )
             for method, fields in record["scores"].items()
         }
         judgements = tuple(Judgement(*fields) for fields in record["judgements"])

@@ -60,6 +60,8 @@ class Candidates(NamedTuple):
 def find(feature: Feature) -> Findings:
     """The rules that together tell best where a feature fires.
 
+    Passages that are in `top` and in `spread` count twice: without that, held-out passages are told apart less well.
+
     They are added one by one, the one with the most to gain first: the weight of the passages in which it newly holds
     where the feature fires, less the share of those in which it newly holds where it is silent. Of two with as much to
     gain, it is the one that holds on more of the activation. That ends when there is nothing to gain, or nothing that

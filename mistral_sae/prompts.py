@@ -85,9 +85,12 @@ class Marked(NamedTuple):
 def explain_request(feature: Feature, n_top: int = 10, n_spread: int = 12) -> Request:
     """Ask for a feature's pattern and then its explanation; the reply is EXPLANATION's.
 
-    Shown are its `n_top` strongest passages and `n_spread` from all over its range, taken evenly from `spread`.
+    Shown are its `n_top` strongest passages and `n_spread` from all over its range, taken evenly from `spread`, at most
+    one of a document.
     """
-    top, spread = feature.top[:n_top], evenly(feature.spread, n_spread)
+    top = feature.top[:n_top]
+    shown = {passage.document for passage in top}
+    spread = evenly([passage for passage in feature.spread if passage.document not in shown], n_spread)
     promoted = [token for token, _ in feature.promoted[:PROMOTED]]
     suppressed = [token for token, _ in feature.suppressed[:PROMOTED]]
     marks = marks_for([*_texts([*top, *spread]), *promoted, *suppressed])

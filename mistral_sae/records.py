@@ -69,6 +69,7 @@ class Score(NamedTuple):
     unanswered: int  # items without an answer, or with one that could not be read
     recall: tuple[float | None, ...] = ()  # detection: share of the passages of each interval that were found
     r2: float | None = None  # simulation: share of the variance that the prediction explains
+    requests: tuple[tuple[str, int], ...] = ()  # those made for `value`, by what came of them: ("ok", 5), ...
 
 
 class Label(NamedTuple):

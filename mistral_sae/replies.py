@@ -47,8 +47,8 @@ class Reply(NamedTuple):
     """The outcome of one attempt."""
 
     # A request's status, if nothing is left to try: "ok", "refused", "filtered", "overflow", "failed". Else
-    # "truncated" (try with more room), "rejected" (a parameter may be at fault), "busy" (later, and less of it),
-    # "fault" (again), "no server" (again, but not for long if there never was one);
+    # "truncated" (try with more room), "rejected" (a parameter may be at fault), "doubtful" (it may, else "fault"),
+    # "busy" (later, and less of it), "fault" (again), "no server" (again, but not for long if there never was one);
     # or what ends the run: "key", "model", "address", "quota"
     kind: str
     text: str  # the reply, or the reason in the server's words
@@ -121,8 +121,8 @@ def _read_status(status: int, words: str, wait: float | None) -> Reply:
         kind = "key"
     elif status in (429, 503, 504, 529):
         kind = "busy"
-    elif status in (400, 404, 422, 500, 501) and FORMAT.search(words):
-        kind = "rejected"
+    elif status in (400, 404, 422, 500, 501) and (FORMAT.search(words) or SYSTEM_ROLE.search(words)):
+        kind = "doubtful" if status == 500 else "rejected"  # llama.cpp says so of what its template refuses
     elif status in (400, 404) and UNKNOWN_MODEL.search(words):
         kind = "model"
     elif status in (404, 405):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from openai_server import FATAL, LASTING, TRANSIENT, TRUNCATED, Raw, Server, random_faults
 
-from mistral_sae.client import Client, ClientError, DryRun, Prices
+from mistral_sae.client import SAMPLING, Client, ClientError, DryRun, Prices
 from mistral_sae.journal import FINAL, Journal, request_key
 from mistral_sae.records import Completion, Request
 from mistral_sae.replies import estimate_tokens, most_tokens
@@ -331,6 +331,13 @@ def test_a_base_url_that_is_none_is_an_error(journal, url):
         Client(journal, MODEL, url, KEY)
 
 
+@pytest.mark.parametrize("url", ["ftp://me:hunter2@host/v1", "host/v1?key=hunter2"])
+def test_a_secret_in_a_base_url_that_is_none_is_not_shown(journal, url):
+    with pytest.raises(ClientError, match="found the base URL") as error:
+        Client(journal, MODEL, url, KEY)
+    assert "hunter2" not in str(error.value)
+
+
 def test_a_journal_that_cannot_be_written_ends_the_run(journal, monkeypatch):
     class Full:
         def __getattr__(self, name):
@@ -428,10 +435,11 @@ def test_the_parameters_of_reasoning_models_are_found_out(journal):
         "Only user and assistant roles are supported!",
     ],
 )
-def test_a_server_without_a_system_role_gets_its_text_from_the_user(journal, words):
+@pytest.mark.parametrize("status", [400, 500])  # 500 is llama.cpp's
+def test_a_server_without_a_system_role_gets_its_text_from_the_user(journal, words, status):
     def refuse(asked):
         if asked.messages[0]["role"] == "system":
-            return Raw(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}})
+            return Raw(status, {"error": {"message": words, "type": "BadRequestError", "code": 400}})
         return None
 
     with Server(reply, refuse) as server:
@@ -682,7 +690,7 @@ def test_a_server_that_counts_no_tokens_is_estimated(journal):
 
 
 def test_a_dry_run_counts_what_a_run_would_use():
-    dry = DryRun(lambda request: "a pattern", Prices(1.0, 2.0))
+    dry = DryRun(lambda request: "a pattern", lambda r: request_key(r, MODEL, SAMPLING), Prices(1.0, 2.0))
 
     async def main():
         return [await dry.complete(request(content)) for content in ("x" * 350, "y" * 350, "x" * 350)]
@@ -692,6 +700,18 @@ def test_a_dry_run_counts_what_a_run_would_use():
     assert dry.usage[:5] == (2, 0, 0, 2 * (100 + 3), 2 * 3)
     assert dry.usage.dollars == pytest.approx((206 * 1 + 6 * 2) / 1e6)
     assert dry.most_dollars == pytest.approx((206 * 1 + 200 * 2) / 1e6)
+
+
+def test_a_dry_run_answers_with_what_the_journal_has(journal):
+    with Server(reply) as server:
+        (known,), _ = ask(server, journal, "x")
+    dry = DryRun(lambda request: "a pattern", lambda r: request_key(r, MODEL, SAMPLING), journal=journal)
+
+    async def main():
+        return [await dry.complete(request(content)) for content in ("x", "x", "y")]
+
+    assert asyncio.run(main())[:2] == [known, known]
+    assert dry.usage[:2] == (1, 1)
 
 
 # ---- silence ----

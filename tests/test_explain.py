@@ -202,6 +202,7 @@ def openai(server, **changed):
     """Settings of a run that asks the server."""
     url = server if isinstance(server, str) else server.url
     fixed = {"OPENAI_MODEL": "test-model", "REQUEST_TIMEOUT": 20, "CONCURRENCY": 8}
+    fixed |= {"PROMPT_DOLLARS": 0.15, "COMPLETION_DOLLARS": 0.6}
     return {"OPENAI_BASE_URL": url, "SCORERS": "detection fuzzing simulation"} | fixed | changed
 
 
@@ -343,8 +344,10 @@ def firings_of(run_dir):
 def test_a_bad_select_is_refused_in_one_line_and_nothing_is_lost(here, arguments, finished, tmp_path, select):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     before = contents_of(folder)
-    assert_refused(here(arguments(folder, SELECT=select)), "expected all, random N, densest N, a range such as 0-99")
-    assert contents_of(folder) | {".lock": b""} == before | {".lock": b""}
+    ran = here(arguments(folder, SELECT=select, EXPLAIN_TOKENS=2000))  # examples that are not there yet
+    assert_refused(ran, f"SELECT is '{select}': expected ")
+    assert "looking for examples" not in ran.out  # which takes long
+    assert contents_of(folder) == before
 
 
 # ---- a server ----
@@ -373,6 +376,14 @@ def test_a_server_explains_and_scores_each_feature(served):
             assert (score.answered, score.unanswered) == (len(judged), 0)
     assert len({label.explanation for label in labels}) == len(CHOSEN)
     assert re.search(r"^  detection +0\.\d\d   another feature's explanation 0\.\d\d", ran.out, re.MULTILINE)
+
+
+def test_a_scorer_named_twice_scores_once(here, arguments, served, run_dir):
+    with Server(reply) as server:
+        ran = here(arguments(run_dir, **openai(server, SELECT="3", SCORERS="detection,detection")))
+    assert ran.code == 0, ran.err
+    (label,) = labels_of(run_dir)
+    assert len(label.judgements) == len(set(label.judgements)) == label.scores["detection"].answered
 
 
 def test_the_progress_bar_shows_what_is_spent(served):
@@ -507,7 +518,9 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nothing(here, arguments, se
     assert ran.code == 0, ran.err
     assert server.log == []
     found = re.search(
-        r"6 features need (\S+) requests, about (\S+) tokens to read and (\S+) to write: \$(\S+),", ran.out
+        r"6 features need (\S+) requests, about (\S+) tokens to read and (\S+) to write: \$(\S+), at most \$\S+, "
+        r"at \$0\.15 and \$0\.6 a million; none was sent",
+        ran.out,
     )
     requests, prompt, completion = (int(found[i].replace(",", "")) for i in (1, 2, 3))
     assert requests == served[2]
@@ -518,6 +531,43 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nothing(here, arguments, se
     assert not {"explanations.jsonl", "report.html", "completions.jsonl"} & set(contents_of(run_dir))
 
 
+def test_a_dry_run_knows_what_is_answered_already(here, arguments, served, tmp_path):
+    folder = shutil.copytree(served[0], tmp_path / "run")
+    with Server(reply) as server:
+        ran = here(arguments(folder, **openai(server, DRY_RUN=1)))
+        more = here(arguments(folder, **openai(server, DRY_RUN=1, SELECT=str([*CHOSEN, 5]))))
+    assert f"6 features need 0 requests, and {served[2]} that are answered already" in ran.out
+    assert "$0.00, at most $0.00" in ran.out
+    assert re.search(r"7 features need [1-9]\d* requests, and [1-9]\d* that are answered already", more.out)
+    assert server.log == []
+
+
+def test_without_prices_no_dollars_are_named_and_none_can_be_bounded(here, arguments, run_dir):
+    unknown = {"PROMPT_DOLLARS": None, "COMPLETION_DOLLARS": None}
+    with Server(reply) as server:
+        assert_refused(here(arguments(run_dir, **openai(server, MAX_DOLLARS=5, **unknown))), "PROMPT_DOLLARS and")
+        dry = here(arguments(run_dir, **openai(server, DRY_RUN=1, **unknown)))
+        assert server.log == []
+        ran = here(arguments(run_dir, **openai(server, **unknown)))
+    assert ran.code == dry.code == 0
+    assert "$" not in dry.out + ran.out + ran.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "priced"),
+    [({}, True), ({"OPENAI_MODEL": "another"}, False), ({"OPENAI_BASE_URL": "http://localhost:1/v1"}, False)],
+)
+def test_only_the_default_model_at_its_own_server_has_a_price_by_default(changed, priced, monkeypatch):
+    for name in OPENAI:
+        monkeypatch.delenv(name, raising=False)
+    try:
+        override([f"{name}={value}" for name, value in changed.items()], config)
+        assert (config.PROMPT_DOLLARS is not None) == (config.COMPLETION_DOLLARS is not None) == priced
+    finally:
+        monkeypatch.undo()
+        override([], config)
+
+
 def test_a_dry_run_that_needs_no_server_says_so(here, arguments, run_dir):
     ran = here(arguments(run_dir, DRY_RUN=1))
     assert ran.code == 0, ran.err
@@ -525,7 +575,7 @@ def test_a_dry_run_that_needs_no_server_says_so(here, arguments, run_dir):
     assert not {"explanations.jsonl", "report.html"} & set(contents_of(run_dir))
 
 
-@pytest.mark.parametrize("limit", [{"MAX_DOLLARS": 0.0015}, {"MAX_TOKENS": 8000}])
+@pytest.mark.parametrize("limit", [{"MAX_DOLLARS": 0.0011}, {"MAX_TOKENS": 4000}])
 def test_a_budget_stops_the_run_cleanly_and_more_goes_on(here, arguments, served, run_dir, limit):
     with Server(reply) as server:
         ran = here(arguments(run_dir, **openai(server, CONCURRENCY=1, **limit)))
@@ -536,7 +586,8 @@ def test_a_budget_stops_the_run_cleanly_and_more_goes_on(here, arguments, served
         assert next(iter(limit)).removeprefix("MAX_").lower() in stopped[0].lower() or "$" in stopped[0]
         labels = labels_of(run_dir)
         assert [label.feature for label in labels] == CHOSEN
-        assert "stopped" in {label.status for label in labels}
+        assert {label.status for label in labels} == {"ok", "stopped"}
+        assert re.search(r"^6 features: .*\d stopped.*; \d of the ok ones lack a score$", ran.out, re.M)
         assert (run_dir / "report.html").exists()
         spent = journal_of(run_dir)
         assert sum(record["dollars"] for record in spent) <= limit.get("MAX_DOLLARS", 1)
@@ -560,6 +611,16 @@ def test_a_wrong_key_is_refused_in_one_line_and_shown_nowhere(here, arguments, r
     assert "check OPENAI_API_KEY" in ran.problems[0]
     assert KEY not in ran.out + ran.err
     assert all(KEY.encode() not in content for content in contents_of(run_dir).values())
+
+
+def test_a_password_in_the_base_url_is_shown_nowhere(here, arguments, run_dir):
+    with Server(reply) as server:
+        url = server.url.replace("http://", "http://me:hunter2@")
+        ran = here(arguments(run_dir, **openai(url, SELECT="3")))
+    assert ran.code == 0, ran.err
+    assert f"explainer test-model at {server.url}" in ran.out
+    assert "hunter2" not in ran.out + ran.err
+    assert all(b"hunter2" not in content for content in contents_of(run_dir).values())
 
 
 def test_the_right_key_is_in_no_file(here, arguments, run_dir, monkeypatch):
@@ -717,6 +778,12 @@ def test_a_text_shows_its_tokens_and_the_features_that_fire_on_them(here, argume
     assert data["maxima"]
     after = contents_of(folder)
     assert {name for name in after if after[name] != before.get(name)} == {"text.html"}
+
+
+def test_damaged_explanations_are_one_line(here, arguments, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "explanations.jsonl").write_text('{"a": 1}\n')
+    assert_refused(here(arguments(folder, TEXT="def f(x):")), "explanations.jsonl: found '{\"a\": 1}'")
 
 
 def test_a_text_without_explanations_says_how_to_get_them(here, arguments, tmp_path):

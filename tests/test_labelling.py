@@ -482,3 +482,43 @@ def test_scoring_an_unexplained_feature_asks_nothing(features):
 
 def test_the_passages_shown_are_as_many_as_a_prompt_is_made_for():
     assert (labelling.TOP, labelling.SPREAD) == (10, 12)
+
+
+@pytest.mark.parametrize(
+    ("status", "scores", "expected"),
+    [
+        ("ok", {"detection": (("ok", 5),)}, False),
+        ("ok", {"detection": (("ok", 1), ("failed", 4))}, False),
+        ("ok", {"detection": (("failed", 5),)}, True),
+        ("ok", {"detection": (("ok", 5),), "fuzzing": (("refused", 3),)}, True),
+        ("ok", {"detection": (("stopped", 5),)}, False),
+        ("ok", {"detection": (("stopped", 5),), "fuzzing": (("refused", 3),)}, True),
+        ("ok", {}, False),
+        ("refused", {}, True),
+        ("unparsed", {}, True),
+        ("stopped", {}, False),
+        ("dead", {}, False),
+        (prompts.NO_PATTERN, {}, False),
+    ],
+)
+def test_a_label_fails_without_its_explanation_or_without_any_answer_to_a_scorer(status, scores, expected):
+    def score(requests):
+        answered = dict(requests).get("ok", 0)
+        return Score(None, None, None, None, None, answered, 5 - answered, requests=requests)
+
+    label = Label(1, "x", "m", status, {method: score(requests) for method, requests in scores.items()}, ())
+    assert labelling.has_failed(label) == expected
+    assert labelling.from_json(labelling.to_json(label)) == label
+
+
+def test_what_has_no_explanation_is_not_loaded_to_be_labelled():
+    def load(index):
+        raise AssertionError("its record is not wanted")
+
+    explanations = {3: labelling.Explanation(3, "stopped", reason="the budget")}
+
+    async def work():
+        found = labelling.score_all(explanations, load, None, explainer="m")
+        return [label async for label in found]
+
+    assert asyncio.run(work()) == [Label(3, "", "m", "stopped", {}, (), "the budget")]

@@ -123,6 +123,11 @@ def test_without_its_marks_a_passage_is_its_text_and_they_stand_around_the_activ
     assert json.loads(text.replace("«", "").replace("»", "")) == "".join(passage.tokens)
 
 
+def test_an_explainer_sees_one_passage_of_a_document(feature):
+    shared = feature._replace(spread=(*feature.top[2:5], *feature.spread))
+    assert prompts.explain_request(shared) == prompts.explain_request(feature)
+
+
 def test_an_explainer_sees_ten_top_passages_and_twelve_from_all_over_the_range(feature):
     content = prompts.explain_request(feature).messages[1]["content"]
     assert len(re.findall(r"^\d+\. \"", content, re.MULTILINE)) == 22
