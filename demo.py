@@ -175,7 +175,7 @@ def print_figures(
     for name, ids in generated.items():
         (found,) = sweep.measure(subject.model, subject.loaded, list(coefficients), prompt_ids, [ids], nullcontext())
         print(
-            f"{name:<17} {found.cross_entropy:.2f} nats a token, {fires} on {found.rate:.0%}, "
+            f"{name:<17} {found.cross_entropy:.2f} nats a token unsteered, {fires} on {found.rate:.0%}, "
             f"{found.repetition:.0%} repeated"
         )
 
