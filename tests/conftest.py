@@ -1,7 +1,9 @@
-"""Small random models, each as a mistral-inference and as a Hugging Face folder of the same weights."""
+"""Small random models, each as a mistral-inference and a Hugging Face folder of the same weights; scripts run here."""
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import config
 from mistral_sae.lm import STANDIN
 from mistral_sae.model_files import shapes_of_params
+from mistral_sae.settings import override
 from tools.weights import to_hf
 
 KINDS = ("gqa", "sliding_window", "moe")
@@ -150,3 +154,26 @@ def hugging_face_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def tokens_BT() -> torch.Tensor:
     return torch.randint(20, 4096, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script of the repository in this process, which spares it the imports: exit code, output, error stream."""
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    for name in ("MISTRAL_MODEL_PATH", "OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
+
+    def run(script: str, arguments: list[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    yield run
+    override([], config)

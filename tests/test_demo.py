@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import config
 from mistral_sae import features, lm, sweep
 from mistral_sae.checkpoint import Metadata, load_sae, save_sae
 from mistral_sae.examples import hash_of_sae
@@ -24,7 +22,6 @@ from mistral_sae.files import save_state
 from mistral_sae.lm import STANDIN
 from mistral_sae.sae import SparseAutoencoder
 from mistral_sae.screen import BARS, level_of
-from mistral_sae.settings import override
 from mistral_sae.steering import steer
 from tests.test_steering import LAYER, D, F, autoencoder
 
@@ -91,27 +88,10 @@ def arguments(mistral_folder, corpus, run_dir):
 
 
 @pytest.fixture
-def demo(arguments, monkeypatch, capsys):
+def demo(run_script, arguments, monkeypatch):
     """Run demo.py in this process, with constants."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
-    for name in ("NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
-
-    def run(**changed):
-        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments(**changed)])
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path("demo.py", run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return Ran(code, *capsys.readouterr())
-
-    yield run
-    override([], config)
+    return lambda **changed: Ran(*run_script("demo.py", arguments(**changed)))
 
 
 def without_spaces(model, ids) -> str:

@@ -12,7 +12,6 @@ import keyword
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -119,26 +118,10 @@ def ended(process):
 
 
 @pytest.fixture
-def here(monkeypatch, capsys):
+def here(run_script, monkeypatch):
     """Run explain.py in this process."""
-    monkeypatch.chdir(ROOT)
-    for name in OPENAI:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
     monkeypatch.setitem(Client.__init__.__kwdefaults__, "backoff", 0.01)
-
-    def run(arguments):
-        monkeypatch.setattr(sys, "argv", ["explain.py", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path("explain.py", run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return Ran(code, *capsys.readouterr())
-
-    yield run
-    override([], config)
+    return lambda arguments: Ran(*run_script("explain.py", arguments))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ import config
 from mistral_sae import files, lm, memory, text
 from mistral_sae.checkpoint import load_sae
 from mistral_sae.memory import memory_plan
-from mistral_sae.settings import override
 from mistral_sae.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -107,24 +106,9 @@ def in_a_process(arguments, code=None):
 
 
 @pytest.fixture
-def here(monkeypatch, capsys):
+def here(run_script):
     """Run train.py in this process."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
-
-    def run(arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path("train.py", run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return Ran(code, *capsys.readouterr())
-
-    yield run
-    override([], config)
+    return lambda arguments: Ran(*run_script("train.py", arguments))
 
 
 @pytest.fixture(scope="module")
