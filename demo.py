@@ -51,7 +51,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -158,7 +158,7 @@ def print_features(subject: Subject, coefficients: Coefficients, own: torch.Tens
             score = "" if explained.detection is None else f", detection {explained.detection:.2f}"
             screen.print_line(console, f"feature {feature}", f"{explained.text} ({explained.explainer}{score})")
         else:
-            screen.print_line(console, f"feature {feature}", "no explanation yet (explain.py writes them)")
+            screen.print_line(console, f"feature {feature}", "no explanation (explain.py writes them)")
         screen.print_line(console, "  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
         if maximum > 0 and own.shape[1] > 1:
             (promotion_V,) = features.promotion(subject.model, subject.loaded, {feature: maximum}, own)
@@ -184,12 +184,12 @@ def print_figures(
 
 
 def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
-    """Texts over coefficients, and the same for a random direction and for another feature, as controls."""
+    """Texts over coefficients, and the same for a random direction and for other features, as controls."""
     model, loaded, console = subject.model, subject.loaded, Console(highlight=False)
     prompt_ids, seeds = encode_prompt(model), range(SEED, SEED + SWEEP_SAMPLES)
-    signs = {feature: c for feature, c in coefficients.items() if c is not None}
+    signs = {feature: c for feature, c in coefficients.items() if c}
     if not signs:
-        raise SteeringError("found SWEEP with COEFFICIENT=None, which leaves features as they are: set it to 1 or -1")
+        raise SteeringError("found SWEEP with COEFFICIENT None or 0, which has no sign: expected 1 or -1")
     if len(signs) == 1:  # several keep their proportions
         signs = {feature: -1.0 if c < 0 else 1.0 for feature, c in signs.items()}
     others = dict(zip(features.other_features(subject.statistics, SEED, signs), signs.values(), strict=False))
@@ -199,11 +199,13 @@ def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
     unsteered = sweep.pooled(measure(texts, nullcontext()))
     screen.print_line(console, "edit", f"{METHOD}, COEFFICIENT as in the table, {SWEEP_SAMPLES} texts each")
     screen.print_line(console, "prompt", repr(PROMPT))
-    for title, of, directions_SD in [
+    tables = [
         (f"feature {', '.join(map(str, signs))}", signs, None),
         ("control: random direction, the same size of edit", signs, sweep.random_directions(rows_SD, SEED)),
-        (f"control: other features, {', '.join(map(str, others))}", others, None),
-    ]:
+    ]
+    if others:
+        tables.append((f"control: at random, feature {', '.join(map(str, others))}", others, None))
+    for title, of, directions_SD in tables:
 
         def edit_of(scales_B: torch.Tensor, of=of, directions_SD=directions_SD) -> AbstractContextManager:
             scaled = {feature: c * scales_B for feature, c in of.items()}
@@ -345,26 +347,33 @@ def choose(subject: Subject, wanted: int | str | dict | None, coefficient: float
     return found
 
 
-def parsed(words: str) -> Any:
-    """The value that is written there, or the words themselves. Raises SteeringError for half a dictionary."""
+def parsed(words: str) -> int | str | dict:
+    """The number or the dictionary that is written there, or the words themselves. Raises SteeringError."""
     try:
-        return ast.literal_eval(words)
-    except (ValueError, SyntaxError):
-        if words.lstrip().startswith("{"):
-            raise SteeringError(
-                f"found FEATURE_INDEX {words!r}: expected a dictionary like {{12: 2, 40: -1}}"
-            ) from None
-        return words
+        value = ast.literal_eval(words)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
+        value = None
+    if type(value) is int or isinstance(value, dict):
+        return value
+    if words.lstrip()[:1] in tuple("{[(") or isinstance(value, float):
+        raise SteeringError(f"found FEATURE_INDEX {words!r}: expected a number, words or several as {{12: 2, 40: -1}}")
+    return words
 
 
 def clearest(subject: Subject) -> int:
     """The feature with the clearest class of promoted tokens, from a ranked list that is printed."""
-    among = subject.explanations or range(subject.loaded.sae.n_features)
+    moderate = features.moderate(subject.statistics)
+    firing = (subject.statistics.maximum_F > 0).nonzero().flatten().tolist()
+    kinds = {
+        "explained features that fire now and then": [f for f in moderate if f in subject.explanations],
+        "features that fire now and then": moderate,
+        "features": firing,
+    }
+    kind, among = next(((kind, among) for kind, among in kinds.items() if among), ("", []))
     found = features.clearest(subject.model, subject.loaded, subject.statistics, among)
     if not found:
-        raise SteeringError("found no feature that fires now and then: expected a FEATURE_INDEX")
-    kind = "explained features" if subject.explanations else "features"
-    print(f"of the {kind} that fire now and then, those that promote the clearest classes of tokens")
+        raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
+    print(f"of the {kind}, those that promote the clearest classes of tokens")
     print_found(found[:LISTED], found[0])
     return found[0].feature
 
@@ -385,7 +394,7 @@ def look_up(subject: Subject, words: str) -> int:
     elif explanations:
         how = f"none of {len(explanations):,} explanations matches: by tokens promoted and fired on"
     else:
-        how = f"no explanations yet in {config.RUN_DIR} (explain.py writes them): by tokens promoted and fired on"
+        how = f"no explanations of it in {config.RUN_DIR} (explain.py writes them): by tokens promoted and fired on"
     print(f"features for {words!r}, {how}")
     print_found(by_explanation[:LISTED], found[0], explanations)
     if by_explanation and by_tokens:
@@ -406,8 +415,7 @@ def read_explanations(loaded: LoadedSAE) -> dict[int, features.Explained]:
     """Those of RUN_DIR, unless the examples that they were made from say that they are of another autoencoder."""
     run_dir = Path(config.RUN_DIR)
     explanations = features.read_explanations(run_dir / "explanations.jsonl")
-    made_from = examples.autoencoder_of(run_dir / "examples.safetensors") if explanations else None
-    if made_from not in (None, examples.hash_of_sae(loaded.sae)):
+    if explanations and not examples.are_of(run_dir / "examples.safetensors", loaded.sae):
         print(f"the explanations in {run_dir} are of another autoencoder: not used")
         return {}
     return explanations

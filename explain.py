@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -299,13 +299,10 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
     explanations: dict[int, labelling.Explanation] = {}
     labels: dict[int, Label] = {}
     load = records.__getitem__
-    within_budget = takewhile(lambda _: not stopped(completer), records.features)
     with bar(len(records), "explaining") as progress:
-        async for each in labelling.explain_all(within_budget, load, completer, in_flight=config.CONCURRENCY):
+        async for each in labelling.explain_all(records.features, load, completer, in_flight=config.CONCURRENCY):
             explanations[each.feature] = each
             advance(progress, completer)
-    for feature in records.features:
-        explanations.setdefault(feature, labelling.Explanation(feature, "stopped", reason=stopped(completer)))
     with bar(len(records), "scoring") as progress:
         async for each in labelling.score_all(
             explanations, load, completer, explainer=name_of(who), methods=scorers(), seed=config.SEED
@@ -313,11 +310,6 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
             labels[each.feature] = each
             advance(progress, completer)
     return {feature: labels[feature] for feature in records.features}
-
-
-def stopped(completer: Completer) -> str:
-    """Why the budget ended the run; "" if it has not."""
-    return completer.stopped if isinstance(completer, Client) else ""
 
 
 def bar(total: int, what: str) -> tqdm:
@@ -376,7 +368,8 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
             model.tokenizer.strings(ids), features.tolist(), strongest.values.tolist(), strict=True
         )
     ]
-    labels = labels_in(run_dir / "explanations.jsonl")
+    path = run_dir / "explanations.jsonl"
+    labels = labels_in(path) if examples.are_of(run_dir / "examples.safetensors", sae) else {}
     collection, _ = examples.load_collection(run_dir / "examples.safetensors", made_of(model, loaded))
     fired = sorted({feature for token in tokens for feature, _ in token.features})
     records = [] if collection is None else examples.FeatureRecords(collection, fired, model, sae)

@@ -133,9 +133,11 @@ def train(
                 history.append(record)
                 append_line(run_dir / "metrics.jsonl", record)
                 progress.set_postfix_str(f"normalized MSE {normalized_mse:.3f}, dead {len(trainer.dead)}")
-                figures, started = [], time.monotonic()
+                figures = []
             if save_now:
                 save(trainer, history, model, run_dir)
+            if not figures:  # neither the evaluation nor the checkpoint counts towards the next ones
+                started = time.monotonic()
 
 
 def schedule(step: int, steps: int) -> float:

@@ -109,6 +109,7 @@ def new_trainer(d_model: int, moments: torch.dtype) -> Trainer:
         config.K,
         k_aux=config.K_AUX,
         auxk_coefficient=config.AUXK_COEFFICIENT,
+        auxk_features=config.AUXK_FEATURES,
         dead_after_tokens=config.DEAD_AFTER_TOKENS,
         max_gradient_norm=config.MAX_GRADIENT_NORM,
         moments=moments,

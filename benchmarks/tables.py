@@ -87,11 +87,13 @@ def growth(result: dict[str, Any]) -> str:
 
 def end_to_end(result: dict[str, Any]) -> str:
     """Raw text to a trained autoencoder, ours beside SAE Lens."""
-    rows = [["", "seconds", "tokens/s", "share of the language model", "normalized MSE", "peak memory, MB"]]
+    columns = ["seconds", "tokens/s", "share of the language model", "normalized MSE", "silent features"]
+    rows = [["", *columns, "peak memory, MB"]]
     for name, found in result["results"]["medians"].items():
         rows.append([
             name, f"{found['seconds']:.1f}", f"{found['tokens_per_second']:,.0f}",
-            f"{found['language_model_share']:.0%}", f"{found['normalized_mse']:.3f}", f"{found['peak_megabytes']:,.0f}",
+            f"{found['language_model_share']:.0%}", f"{found['normalized_mse']:.3f}",
+            f"{found['silent_fraction']:.2%}", f"{found['peak_megabytes']:,.0f}",
         ])  # fmt: skip
     return _table(rows)
 

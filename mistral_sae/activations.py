@@ -18,7 +18,12 @@ def residuals_of(lm: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
 
     The first position is the attention sink: its norm is up to a hundred times the others', and it says nothing.
     """
-    return lm.residuals(tokens_RT.to(lm.device), layer)[:, 1:].flatten(0, 1)
+    return lm.residuals(_sent(tokens_RT, lm.device), layer)[:, 1:].flatten(0, 1)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for what a GPU has still to do: that takes pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def shuffled_batches(
@@ -68,7 +73,8 @@ def shuffled_batches(
             residuals[start * per_row : start * per_row + len(part)] = part
         del part
         generator = torch.Generator().manual_seed(_mix(seed, number))
-        order = torch.randperm(len(residuals), generator=generator)[offset:].to(residuals.device)
+        order = torch.randperm(len(residuals), generator=generator)[offset:]
+        order = _sent(order, residuals.device)
         number, offset = number + 1, 0
         while len(order):
             if batch is None:

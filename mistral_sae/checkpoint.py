@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral_sae.files import SAEError, one_line, opened, sync_folder, write_beside
+from mistral_sae.files import SAEError, hash_of, one_line, opened, sync_folder, write_beside
 from mistral_sae.lm import LanguageModel, ModelSpec
 from mistral_sae.sae import SparseAutoencoder
 
@@ -87,6 +87,12 @@ def check_model(loaded: LoadedSAE, model: LanguageModel | ModelSpec) -> None:
             f"layers 0 to {model.n_layers - 1}: expected the model that it was trained on; set MISTRAL_MODEL_PATH or "
             "SAE_PATH"
         )
+
+
+def hash_of_sae(sae: SparseAutoencoder) -> str:
+    """By which an autoencoder is known again, whatever its folder is called."""
+    config = (sae.d_model, sae.n_features, sae.k, sae.activation, sae.normalize, sae.center)
+    return hash_of(config, sae.state_dict())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

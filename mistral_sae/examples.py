@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mistral_sae.checkpoint import hash_of_sae
 from mistral_sae.collect import Collection, Settings
 from mistral_sae.files import SAEError, hash_of, load_metadata, load_state, save_state
 from mistral_sae.lm import LanguageModel
@@ -56,18 +57,13 @@ def inputs(
     return json.loads(json.dumps(found))  # as it will be read
 
 
-def hash_of_sae(sae: SparseAutoencoder) -> str:
-    """By which an autoencoder is known again, whatever its folder is called."""
-    config = (sae.d_model, sae.n_features, sae.k, sae.activation, sae.normalize, sae.center)
-    return hash_of(config, sae.state_dict())
-
-
-def autoencoder_of(path: Path) -> str | None:
-    """`hash_of_sae` of the autoencoder whose examples a file holds; None if there is no such file."""
+def are_of(path: Path, sae: SparseAutoencoder) -> bool:
+    """Whether a file of examples, and so the explanations beside it, are of this autoencoder; true if there is none."""
     try:
-        return load_metadata(path).get("made_from", {}).get("autoencoder")
+        made_from = load_metadata(path).get("made_from", {}).get("autoencoder")
     except SAEError:
-        return None
+        return True
+    return made_from == hash_of_sae(sae)
 
 
 def save_collection(path: Path, collection: Collection, made_from: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mistral_sae.activations import residuals_of
-from mistral_sae.checkpoint import LoadedSAE
+from mistral_sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.files import SAEError, hash_of, load_state, save_state
 from mistral_sae.lm import LanguageModel
 from mistral_sae.steering import SteeringError, steer
@@ -70,7 +70,7 @@ def cached_statistics(
     """`measure()`, kept in the file `path` for the next time with the same autoencoder, model and name of the text."""
     layer = loaded.metadata.residual_layer
     wanted = {
-        "autoencoder": hash_of("", loaded.sae.state_dict()),
+        "autoencoder": hash_of_sae(loaded.sae),
         "model": hash_of(lm.name, lm.block(layer).state_dict()),
         "layer": layer,
         "text": text,
@@ -94,9 +94,9 @@ def moderate(statistics: Statistics) -> list[int]:
 
 
 def other_features(statistics: Statistics, seed: int, those: Collection[int]) -> list[int]:
-    """As many random moderate features as the given ones, none of which is among them; fewer if there are no more."""
+    """As many random moderate features as the given ones, none of which is among them; none if there are fewer."""
     others = [feature for feature in moderate(statistics) if feature not in those]
-    return random.Random(seed).sample(others, min(len(those), len(others)))
+    return random.Random(seed).sample(others, len(those)) if len(others) >= len(those) else []
 
 
 # ---- what a feature promotes ----
@@ -262,9 +262,8 @@ def find(
 
 
 def clearest(lm: LanguageModel, loaded: LoadedSAE, statistics: Statistics, among: Collection[int]) -> list[Found]:
-    """LOOKED_AT random moderate features of those given, first the one that promotes the clearest class of tokens."""
-    candidates = [feature for feature in moderate(statistics) if feature in among]
-    candidates = random.Random(0).sample(candidates, min(LOOKED_AT, len(candidates)))
+    """LOOKED_AT random ones of the features given, first the one that promotes the clearest class of tokens."""
+    candidates = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
     return sorted(_promoting(lm, loaded, statistics, candidates, []), key=lambda each: -each.promotion)
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 16  # features a group in the two-level top-k
+FEWEST_GROUPS = 3  # times k, from which on two levels are faster than one (measured)
+DENSE_AUXK = 4  # dead features to one that a token uses, up to which a dense product is the faster (measured on a CPU)
 # Bytes of pre-activations at a time. On a CPU a product in float32 wants many tokens, one in bfloat16 a result that
 # stays in cache (measured); on a GPU launches should be few
 CHUNK_BYTES = {
@@ -33,7 +35,7 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     (F / GROUP)-th feature: maxima across long runs are many times as fast as within short ones, in bfloat16 above all.
     """
     n_features = pre.shape[-1]
-    if pre.device.type != "cpu" or n_features % GROUP or n_features < 4 * k * GROUP:
+    if pre.device.type != "cpu" or n_features % GROUP or n_features < FEWEST_GROUPS * k * GROUP:
         return torch.topk(pre, k, dim=-1, sorted=False)
     n_groups = n_features // GROUP
     best = pre.unflatten(-1, (GROUP, n_groups)).amax(dim=-2).topk(k, dim=-1, sorted=False).indices
@@ -121,6 +123,7 @@ class MatrixGradient(NamedTuple):
     vectors: Tensor  # (N, D)
     owners: Tensor  # (terms) which vector each term takes, feature by feature
     weights: Tensor  # (terms) and how much of it
+    added: tuple[Tensor, Tensor] | None = None  # features (A), ascending, and rows (A, D) that come on top
 
     def whole(self) -> Tensor:
         """All of it, (F, D)."""
@@ -133,7 +136,14 @@ class MatrixGradient(NamedTuple):
             first = int(offsets[0])
             last = int(self.offsets[stop]) if stop < len(self.offsets) else len(owners)
             offsets, owners, weights = offsets - first, owners[first:last], weights[first:last]
-        return F.embedding_bag(owners, self.vectors, offsets, mode="sum", per_sample_weights=weights)
+        rows = F.embedding_bag(owners, self.vectors, offsets, mode="sum", per_sample_weights=weights)
+        if self.added is None:
+            return rows
+        features, more = self.added
+        if (start, stop) != (0, len(self.offsets)):
+            first, last = torch.searchsorted(features, torch.tensor([start, stop], device=features.device)).tolist()
+            features, more = features[first:last] - start, more[first:last]
+        return rows.index_add_(0, features, more)
 
 
 class Step(NamedTuple):
@@ -177,7 +187,7 @@ def topk_step(
         z: standardised residuals (B, D).
         W_enc, b_enc, W_dec, b_dec: the autoencoder, (D, F), (F), (F, D), (D).
         k: active features a token.
-        dead: int64 indices (A) of the features that count as dead; None or empty for none.
+        dead: int64 indices (A), ascending, of the features that count as dead; None or empty for none.
         k_aux: how many dead features a token may use, at most A are.
         auxk_coefficient: weight of the second term.
         bf16: let a product in bfloat16 nominate the active features (see `encode`).
@@ -195,11 +205,20 @@ def topk_step(
     normalized_mse = error.square().sum() / variance
     grad_z_hat = error * (-2 / variance)
     terms = [_Terms(indices, values, inner_products(grad_z_hat, indices, W_dec) * (values > 0), grad_z_hat)]
-    auxk = z.new_zeros(())
+    auxk, of_auxk, is_dense = z.new_zeros(()), None, False
     if dead is not None:
-        auxk, of_auxk = _auxk(error, pre_of_dead, W_dec[dead], min(k_aux, len(dead)), auxk_coefficient)
-        terms.append(of_auxk._replace(features=dead[of_auxk.features]))
+        k_aux = min(k_aux, len(dead))
+        is_dense = len(dead) <= DENSE_AUXK * k_aux
+        auxk, of_auxk = _auxk(error, pre_of_dead, W_dec[dead], k_aux, auxk_coefficient, is_dense)
+        if not is_dense:
+            terms.append(of_auxk._replace(features=dead[of_auxk.features]))
     grad_W_enc, grad_b_enc, grad_W_dec = _parameter_gradients(terms, centered, n_features)
+    if is_dense:
+        of_W_enc, of_b_enc, of_W_dec = _dense_gradients(of_auxk, centered, len(dead))
+        grad_b_enc.index_add_(0, dead, of_b_enc)
+        grad_W_enc, grad_W_dec = (
+            gradient._replace(added=(dead, rows)) for gradient, rows in ((grad_W_enc, of_W_enc), (grad_W_dec, of_W_dec))
+        )
     # b_dec also enters every pre-activation, through the centering
     grad_b_dec = grad_z_hat.sum(dim=0) - W_enc @ grad_b_enc
     return Step(
@@ -225,16 +244,35 @@ class _Terms(NamedTuple):
     grad_z_hat: Tensor  # (B, D), that of what they decode to
 
 
-def _auxk(error: Tensor, pre: Tensor, rows: Tensor, k_aux: int, coefficient: float) -> tuple[Tensor, _Terms]:
-    """The auxiliary loss; `pre` (B, A) and `rows` (A, D) are the dead features' pre-activations and decoder rows."""
+def _auxk(
+    error: Tensor, pre: Tensor, rows: Tensor, k_aux: int, coefficient: float, is_dense: bool
+) -> tuple[Tensor, _Terms]:
+    """The auxiliary loss; `pre` (B, A) and `rows` (A, D) are the dead features' pre-activations and decoder rows.
+
+    A token uses many of them: where that is a good part of all, products with all are faster than gathered rows.
+    """
     values, indices = topk(pre, k_aux)
-    residual = error - decode(values, indices, rows)
+    e_hat = _scattered(values, indices, pre.shape[1]) @ rows if is_dense else decode(values, indices, rows)
+    residual = error - e_hat
     variance = (error - error.mean(dim=0)).square().sum()
     loss = residual.square().sum() / variance
     finite = loss.isfinite()
     grad_e_hat = torch.where(finite, residual * (-2 * coefficient / variance), 0.0)
-    terms = _Terms(indices, values, inner_products(grad_e_hat, indices, rows), grad_e_hat)
-    return torch.where(finite, loss, 0.0), terms
+    grad_values = (grad_e_hat @ rows.T).gather(1, indices) if is_dense else inner_products(grad_e_hat, indices, rows)
+    return torch.where(finite, loss, 0.0), _Terms(indices, values, grad_values, grad_e_hat)
+
+
+def _scattered(values: Tensor, indices: Tensor, n_features: int) -> Tensor:
+    """Values (B, k) in their places among all features, (B, A)."""
+    return values.new_zeros(len(values), n_features).scatter_(1, indices, values)
+
+
+def _dense_gradients(terms: _Terms, centered: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rows of W_enc, of b_enc and of the rows of W_dec of some features: (A, D), (A) and (A, D)."""
+    grad_pre = _scattered(terms.grad_values, terms.features, n_features)
+    of_W_enc, of_b_enc = grad_pre.T @ centered, grad_pre.sum(dim=0)
+    del grad_pre
+    return of_W_enc, of_b_enc, _scattered(terms.values, terms.features, n_features).T @ terms.grad_z_hat
 
 
 def _parameter_gradients(

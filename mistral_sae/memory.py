@@ -62,8 +62,9 @@ def memory_plan(
     encoder = min(chunk, 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
     nominate = 2 * spec.d_model * n_features  # W_enc in bfloat16, in training
     batch = 4 * batch_size * (6 * spec.d_model + 8 * k)  # standardised, centered, error, ...; indices, values, bags
-    # Pre-activations of the dead features, and four times their rows: of both matrices and of both gradients
-    auxk = 4 * min(auxk_features, n_features) * (batch_size + 4 * spec.d_model)
+    # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
+    # (as many as half of them), and four times their rows: of both matrices and of both gradients
+    auxk = 4 * min(auxk_features, n_features) * (4 * batch_size + 4 * spec.d_model)
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, 4 * tokens * spec.vocab_size), 4 * context_length * spec.vocab_size)
     step = encoder + nominate + batch + auxk
     evaluation = forward + logits + encoder

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from mistral_sae import features, lm, sweep
-from mistral_sae.checkpoint import Metadata, load_sae, save_sae
-from mistral_sae.examples import hash_of_sae
+from mistral_sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
 from mistral_sae.files import save_state
 from mistral_sae.lm import STANDIN
 from mistral_sae.sae import SparseAutoencoder
@@ -112,7 +111,7 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
         "on 0.300% of tokens, at most 1.2",
     ):
         assert words in ran.out
-    for name in ("feature 3", "promotes", "suppresses", "no explanation yet"):
+    for name in ("feature 3", "promotes", "suppresses", "no explanation (explain.py writes them)"):
         assert name in ran.out
     assert "clamp: 3 set to 4 times its maximum (4.8)\n" in ran.out
     assert "\x1b" not in ran.out
@@ -219,7 +218,7 @@ def test_a_prompt_of_nothing_is_continued_too(demo):
 def test_words_find_a_feature_by_its_tokens_while_there_are_no_explanations(demo, run_dir):
     ran = demo(FEATURE_INDEX="exception")
     assert ran.code == 0, ran.err
-    assert f"no explanations yet in {run_dir}" in ran.out
+    assert f"no explanations of it in {run_dir}" in ran.out
     (chosen,) = re.findall(r"^  → +(\d+) ", ran.out, re.M)
     assert len(re.findall(r"^  [→ ] +\d+ .*promotes", ran.out, re.M)) > 1
     assert f"feature {chosen} " in ran.out
@@ -268,6 +267,26 @@ def test_without_a_feature_one_with_a_clear_class_of_tokens_is_taken_of_the_expl
     ran = demo(FEATURE_INDEX=None)
     assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
     assert "brackets (offline)" in ran.out
+
+
+@pytest.mark.parametrize(("density", "of"), [(0.5, "features"), (0.003, "features that fire now and then")])
+def test_without_an_explained_feature_that_fires_now_and_then_others_are_taken(demo, run_dir, density, of):
+    explain(run_dir, f7="brackets")
+    densities = torch.full((F,), density)
+    densities[7] = 0.5
+    save_sae(run_dir / "sae", autoencoder(), METADATA, densities, torch.linspace(1, 5, F))
+    ran = demo(FEATURE_INDEX=None)
+    assert ran.code == 0, ran.err
+    assert f"of the {of}, those that promote" in ran.out
+    swept = demo(FEATURE_INDEX=3, SWEEP=1)
+    assert swept.code == 0, swept.err
+    assert ("control: at random" in swept.out) == (density == 0.003)
+
+
+@pytest.mark.parametrize("words", ["True", "None"])
+def test_words_of_python_are_words_too(demo, run_dir, words):
+    explain(run_dir, f7="brackets", f9=f"the word {words}")
+    assert re.findall(r"^  → +(\d+) ", demo(FEATURE_INDEX=f"'{words}'").out, re.M) == ["9"]
 
 
 # ---- the autoencoder and the model ----
@@ -347,7 +366,7 @@ def test_both_kinds_of_model_folder_give_the_same_texts(demo, mistral_folder, hu
         ({"FEATURE_INDEX": -1}, "feature -1"),
         ({"FEATURE_INDEX": "{3: 1, 99: 1}"}, "feature 99"),
         ({"FEATURE_INDEX": "{3: 'x'}"}, "coefficient 'x' of feature 3"),
-        ({"FEATURE_INDEX": "{3: }"}, "expected a dictionary like {12: 2, 40: -1}"),
+        ({"FEATURE_INDEX": "{3: }"}, "expected a number, words or several as {12: 2, 40: -1}"),
         ({"FEATURE_INDEX": "{}"}, "no feature in FEATURE_INDEX"),
         ({"FEATURE_INDEX": "xylophone"}, "no feature for 'xylophone'"),
         ({"METHOD": "clmp"}, "METHOD is 'clmp': expected clamp, add, ablate or raw"),
@@ -356,11 +375,12 @@ def test_both_kinds_of_model_folder_give_the_same_texts(demo, mistral_folder, hu
         ({"COEFFICIENT": "much"}, "COEFFICIENT must be of type float"),
         ({"SWEEP": 1, "METHOD": "ablate"}, "SWEEP is True: expected False with METHOD=ablate"),
         ({"SWEEP": 1, "STEERING_ON": False}, "SWEEP is True: expected False with STEERING_ON=False"),
-        ({"SWEEP": 1, "COEFFICIENT": None}, "SWEEP with COEFFICIENT=None"),
+        ({"SWEEP": 1, "COEFFICIENT": None}, "SWEEP with COEFFICIENT None or 0"),
+        ({"SWEEP": 1, "COEFFICIENT": 0}, "SWEEP with COEFFICIENT None or 0"),
         ({"SWEEP_COEFFICIENTS": "(1, 'a')"}, "SWEEP_COEFFICIENTS is (1, 'a'): expected numbers"),
-        ({"FEATURE_INDEX": "[3, 40]"}, "found FEATURE_INDEX [3, 40]: expected a number, words or several"),
-        ({"FEATURE_INDEX": 4.5}, "found FEATURE_INDEX 4.5"),
-        ({"FEATURE_INDEX": True}, "found FEATURE_INDEX True"),
+        ({"FEATURE_INDEX": "[3, 40]"}, "found FEATURE_INDEX '[3, 40]': expected a number, words or several"),
+        ({"FEATURE_INDEX": 4.5}, "found FEATURE_INDEX '4.5'"),
+        ({"FEATURE_INDEX": "{[1]: 2}"}, "found FEATURE_INDEX '{[1]: 2}'"),
         ({"COEFFICIENTS": 1}, "the closest is COEFFICIENT"),
     ],
 )
@@ -391,7 +411,7 @@ def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run
 def test_the_sweep_has_a_table_for_the_feature_and_for_each_control(demo):
     ran = demo(SWEEP=1)
     assert ran.code == 0, ran.err
-    for title in ("feature 3", "control: random direction", "control: other features"):
+    for title in ("feature 3", "control: random direction", "control: at random, feature"):
         assert re.search(rf"^{title}", ran.out, re.M)
     assert re.findall(r"^→? +(none|0\.5|2|8) ", ran.out, re.M) == ["none", "0.5", "2", "8"] * 3
     divergences = [float(kl) for kl in re.findall(r"^→? +(?:0\.5|2|8) +[\d.]+ +([\d.]+)", ran.out, re.M)]

@@ -581,6 +581,17 @@ def test_a_budget_stops_the_run_cleanly_and_more_goes_on(here, arguments, served
     assert (run_dir / "explanations.jsonl").read_bytes() == (served[0] / "explanations.jsonl").read_bytes()
 
 
+def test_a_budget_takes_nothing_from_what_is_answered_already(here, arguments, served, tmp_path):
+    folder = shutil.copytree(served[0], tmp_path / "run")
+    more = str([0, *CHOSEN, 63])  # the first of them would ask
+    with Server(reply) as server:
+        ran = here(arguments(folder, **openai(server, SELECT=more, MAX_TOKENS=100, CONCURRENCY=1)))
+    assert ran.code == 0, ran.err
+    assert server.log == []
+    statuses = {label.feature: label.status for label in labels_of(folder)}
+    assert statuses == {0: "stopped", 63: "stopped"} | dict.fromkeys(CHOSEN, "ok")
+
+
 # ---- what ends a run ----
 
 
@@ -713,6 +724,9 @@ def test_the_loaded_model_gives_each_feature_a_true_status(here, arguments, tmp_
     journal = tmp_path / "run/completions-mistral.jsonl"
     answered = journal.read_bytes()
     assert answered.count(b"\n") >= 2
+    dry = here(arguments(tmp_path / "run", **changed, DRY_RUN=1))
+    assert re.search(r"2 features need 0 requests, and \d+ that are answered already", dry.out)
+    assert "$" not in dry.out
     labels = labels_of(tmp_path / "run")
     assert [label.feature for label in labels] == [3, 11]
     for label in labels:  # random weights give no JSON, and seldom an end
@@ -761,6 +775,19 @@ def test_a_text_shows_its_tokens_and_the_features_that_fire_on_them(here, argume
     assert data["maxima"]
     after = contents_of(folder)
     assert {name for name in after if after[name] != before.get(name)} == {"text.html"}
+
+
+def test_a_text_is_not_explained_by_what_was_said_of_another_autoencoder(here, arguments, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    told = [label.explanation for label in labels_of(folder)]
+    text = {"TEXT": " ".join(keyword.kwlist * 3), "SELECT": "all"}
+    assert here(arguments(folder, **text)).code == 0
+    shown = json.dumps(page_data(folder / "text.html"))
+    assert any(json.dumps(explanation) in shown for explanation in told)
+    write_sae(folder / "sae", seed=5)
+    assert here(arguments(folder, **text)).code == 0
+    shown = json.dumps(page_data(folder / "text.html"))
+    assert not any(json.dumps(explanation) in shown for explanation in told)
 
 
 def test_damaged_explanations_are_one_line(here, arguments, finished, tmp_path):

@@ -102,6 +102,10 @@ def test_measured_statistics_of_another_model_are_measured_again(lm, loaded, mis
     features.cached_statistics(path, lm, loaded, "text", measure)
     features.cached_statistics(path, other, loaded, "text", measure)
     assert len(calls) == 2
+    fewer = loaded_of(autoencoder())
+    fewer.sae.k = 2
+    features.cached_statistics(path, other, fewer, "text", measure)
+    assert len(calls) == 3
 
 
 def test_other_features_are_as_many_random_ones_that_fire_now_and_then():
@@ -114,6 +118,7 @@ def test_other_features_are_as_many_random_ones_that_fire_now_and_then():
     assert {tuple(features.other_features(statistics, seed, [3, 4])) for seed in range(20)} == {(5, 9), (9, 5)}
     assert features.other_features(statistics, 0, [5]) == [9]
     assert features.other_features(statistics, 0, [5, 9]) == []
+    assert features.other_features(statistics, 0, [3, 4, 5]) == []  # too few
 
 
 # ---- what a feature promotes ----
@@ -240,11 +245,9 @@ def test_no_text_is_read_where_explanations_are_enough(lm, loaded):
     assert [each.feature for each in features.find("exception", lm, loaded, statistics, every, none)] == [5]
 
 
-def test_the_clearest_is_the_moderate_feature_whose_promoted_tokens_stand_out_most(lm, loaded):
-    density = torch.full((F,), 0.001)
-    density[11] = 0.5
-    statistics = Statistics(loaded.maximum, density, None)
-    found = features.clearest(lm, loaded, statistics, [3, 7, 11, 30])
+def test_the_clearest_is_the_feature_whose_promoted_tokens_stand_out_most(lm, loaded):
+    statistics = Statistics(loaded.maximum, torch.full((F,), 0.001), None)
+    found = features.clearest(lm, loaded, statistics, [3, 7, 30])
     assert {each.feature for each in found} == {3, 7, 30}
     maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
     promotion_NV = features.promotion(lm, loaded, maxima, features._text_of(lm))

@@ -75,10 +75,12 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
     assert relative_error(step.b_dec.cpu(), leaves[3].grad) < 1e-5
 
 
-def test_a_matrix_gradient_is_the_same_in_blocks():
+@pytest.mark.parametrize("k_aux", [5, 2])  # the second loss by dense products, and by gathered rows
+def test_a_matrix_gradient_is_the_same_in_blocks(k_aux):
     parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
     z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
-    step = kernels.topk_step(z, *parameters, 3, dead, 5, 1 / 32)
+    step = kernels.topk_step(z, *parameters, 3, dead, k_aux, 1 / 32)
+    assert (step.W_dec.added is None) == (len(dead) > kernels.DENSE_AUXK * k_aux)
     for gradient in (step.W_enc, step.W_dec):
         blocks = [gradient.rows(start, min(start + 7, 100)) for start in range(0, 100, 7)]
         assert torch.equal(torch.cat(blocks), gradient.whole())
@@ -111,3 +113,28 @@ def test_encoding_in_chunks_changes_nothing(monkeypatch):
     monkeypatch.setitem(kernels.CHUNK_BYTES, ("cpu", torch.float32), 4 * 256 * 7)  # seven tokens at a time
     for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16, dead), whole, strict=True):
         torch.testing.assert_close(part, expected)
+
+
+def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
+    parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
+    z, dead = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), torch.arange(3, 99, 4)
+    found = []
+    for ratio in (0, 1000):
+        monkeypatch.setattr(kernels, "DENSE_AUXK", ratio)
+        found.append(kernels.topk_step(z, *parameters, 3, dead, 7, 1 / 32))
+    sparse, dense = found
+    assert sparse.W_enc.added is None is not dense.W_enc.added
+    torch.testing.assert_close(dense.auxk, sparse.auxk)
+    torch.testing.assert_close(dense.b_enc, sparse.b_enc)
+    torch.testing.assert_close(dense.b_dec, sparse.b_dec)
+    for name in ("W_enc", "W_dec"):
+        torch.testing.assert_close(getattr(dense, name).whole(), getattr(sparse, name).whole(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_product_is_in_bfloat16_where_that_is_asked(monkeypatch, bf16):
+    W_enc, b_enc, _, _ = random_parameters(16, 256)
+    dtypes, linear = [], kernels.F.linear
+    monkeypatch.setattr(kernels.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
+    kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, bf16=bf16)
+    assert dtypes == [torch.bfloat16 if bf16 else torch.float32]

@@ -82,6 +82,25 @@ def test_bfloat16_moments_follow_changes_too_small_for_bfloat16():
     assert rounded.float().mean().item() == pytest.approx(x[0].item(), abs=2e-4)
 
 
+def test_a_step_rounds_both_moments_stochastically():
+    """A hundred steps without a gradient leave 0.999^100 of the second moment: each alone is too small for bfloat16."""
+    sae = made(batches()[0])
+    adam = SAEAdam(sae, torch.bfloat16)
+    gradients = gradients_of(sae, batches()[0])
+    nothing = {name: torch.zeros_like(getattr(gradients, name)) for name in ("b_enc", "b_dec")}
+    nothing |= {
+        name: getattr(gradients, name)._replace(weights=torch.zeros_like(getattr(gradients, name).weights))
+        for name in ("W_enc", "W_dec")
+    }
+    for moments in (adam.first, adam.second):
+        for tensor in moments.values():
+            tensor.fill_(1.0)
+    for _ in range(100):
+        adam.step(gradients._replace(**nothing), 0.0, 1.0)
+    assert adam.second["W_enc"].float().mean().item() == pytest.approx(0.999**100, abs=0.01)
+    assert adam.first["W_enc"].float().abs().max() < 1e-3
+
+
 def test_other_moments_are_refused():
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         SAEAdam(SparseAutoencoder(D, F, K), torch.float16)

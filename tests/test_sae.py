@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mistral_sae import trainer as trainer_module
 from mistral_sae.sae import EPSILON, SparseAutoencoder, geometric_median, normalize_rows
 from mistral_sae.trainer import Trainer
 
@@ -175,3 +176,25 @@ def test_a_trainer_continues_bit_for_bit_from_its_state():
         continued.find_dead()
     for name, tensor in through.state().items():
         assert torch.equal(continued.state()[name], tensor), name
+
+
+def test_the_second_loss_looks_at_a_bounded_number_of_dead_features(monkeypatch):
+    seen, topk_step = [], trainer_module.topk_step
+    monkeypatch.setattr(trainer_module, "topk_step", lambda *args: (seen.append(args[6]), topk_step(*args))[1])
+    trainer = Trainer(
+        8, 64, 4, k_aux=8, auxk_coefficient=1 / 32, dead_after_tokens=1, max_gradient_norm=1.0, auxk_features=5
+    )
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    trainer.initialize(x, 0)
+    trainer.since_fired.fill_(100)
+    assert len(trainer.find_dead()) == 64
+    trainer.step(x, 1e-3)
+    assert seen[0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_the_product_is_in_bfloat16_where_that_pays(monkeypatch, pays):
+    monkeypatch.setattr(trainer_module, "bf16_pays", lambda device: pays)
+    options = {"k_aux": 8, "auxk_coefficient": 1 / 32, "dead_after_tokens": 9, "max_gradient_norm": 1.0}
+    assert Trainer(8, 64, 4, **options).bf16 is pays
+    assert Trainer(8, 64, 4, **options, bf16=not pays).bf16 is not pays
