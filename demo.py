@@ -12,7 +12,7 @@ SAE_PATH: str | None = config.SAE_PATH
 # Where the autoencoder belongs, if its folder says something else, as in "blocks.16.hook_resid_post"
 HOOK_NAME: str | None = config.HOOK_NAME
 # A feature's number; words such as "exception", for the feature that matches them best; several features as {number:
-# coefficient}; or None for one that promotes a clear class of tokens, of the explained ones if there are any
+# coefficient}; or None for one that shows in steered text, of the explained ones if there are any
 FEATURE_INDEX: int | str | dict | None = None
 STEERING_ON = True  # False: both columns are the model's own
 
@@ -338,7 +338,7 @@ def choose(subject: Subject, wanted: int | str | dict | None, coefficient: float
     elif type(wanted) is int:
         found = {wanted: coefficient}
     elif wanted is None or isinstance(wanted, str):
-        found = {look_up(subject, wanted) if wanted else clearest(subject): coefficient}
+        found = {look_up(subject, wanted) if wanted else most_visible(subject): coefficient}
     else:
         raise SteeringError(f"found FEATURE_INDEX {wanted!r}: expected a number, words or several as {{12: 2, 40: -1}}")
     if not found:
@@ -360,8 +360,8 @@ def parsed(words: str) -> int | str | dict:
     return words
 
 
-def clearest(subject: Subject) -> int:
-    """The feature with the clearest class of promoted tokens, from a ranked list that is printed."""
+def most_visible(subject: Subject) -> int:
+    """The feature that shows most in steered text, from a ranked list that is printed."""
     moderate = features.moderate(subject.statistics)
     firing = (subject.statistics.maximum_F > 0).nonzero().flatten().tolist()
     kinds = {
@@ -370,10 +370,11 @@ def clearest(subject: Subject) -> int:
         "features": firing,
     }
     kind, among = next(((kind, among) for kind, among in kinds.items() if among), ("", []))
-    found = features.clearest(subject.model, subject.loaded, subject.statistics, among)
-    if not found:
+    if not among:
         raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
-    print(f"of the {kind}, those that promote the clearest classes of tokens")
+    prompt_ids = encode_prompt(subject.model)
+    found = features.most_visible(subject.model, subject.loaded, subject.statistics, among, prompt_ids, TEMPERATURE)
+    print(f"of the {kind}, some that fire most in text steered with them: on so many % of tokens more")
     print_found(found[:LISTED], found[0])
     return found[0].feature
 
@@ -404,11 +405,11 @@ def look_up(subject: Subject, words: str) -> int:
 
 
 def print_found(found: list[features.Found], best: features.Found, explanations: Mapping[int, str] = {}) -> None:
-    """A ranked list: the features, how far they promote what they promote, and what they are."""
+    """A ranked list: the features, by what they are ranked, and what they are."""
     console = Console(highlight=False)
     for each in found:
         what = explanations.get(each.feature) or "promotes " + "  ".join(map(repr, each.promoted))
-        screen.print_line(console, f"  {'→' if each is best else ' '} {each.feature:>6}  {each.promotion:4.1f}", what)
+        screen.print_line(console, f"  {'→' if each is best else ' '} {each.feature:>6}  {each.strength:4.1f}", what)
 
 
 def read_explanations(loaded: LoadedSAE) -> dict[int, features.Explained]:

@@ -9,6 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from mistral_sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.files import SAEError, hash_of, load_state, save_state
 from mistral_sae.lm import LanguageModel
 from mistral_sae.steering import SteeringError, steer
-from mistral_sae.sweep import sample
+from mistral_sae.sweep import is_fluent, measure, pooled, sample
 from mistral_sae.tokenizer import Tokenizer
 
 RARE, COMMON = 1e-4, 1e-2  # shares of tokens between which most features fire
@@ -28,7 +29,8 @@ SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for th
 CLASS = 5  # tokens by which a class of promoted tokens is judged
 AT_ONCE = 64  # features whose promotions are measured in one forward
 SAMPLE = (4, 32)  # rows and positions of the text on which the promotions of candidates are measured
-LOOKED_AT = 192  # features among which the one with the clearest class of promoted tokens is looked for
+LOOKED_AT, TRIED = 192, 32  # features among which one is looked for that shows in text
+TRIAL = (4, 32)  # texts of each, and tokens of a text
 
 
 class Statistics(NamedTuple):
@@ -121,10 +123,7 @@ def promotion(lm: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, fl
     parts = []
     features = list(activations)
     for some in (features[i : i + AT_ONCE] for i in range(0, len(features), AT_ONCE)):
-        alone = torch.full((len(some), len(some)), torch.nan)  # row i of a batch clamps feature i, and no other
-        alone.diagonal().copy_(torch.tensor([activations[feature] for feature in some]))
-        clamps = {feature: column.repeat_interleave(R) for feature, column in zip(some, alone.T, strict=True)}
-        with steer(lm, loaded, clamps):
+        with steer(lm, loaded, _alone({feature: activations[feature] for feature in some}, R)):
             logits_NTV = lm.forward(tokens_RT.repeat(len(some), 1))[:, 1:]
         parts.append(logits_NTV.unflatten(0, (len(some), R)).mean(dim=(1, 2)) - plain_V)
     change_NV = torch.cat(parts)
@@ -233,7 +232,9 @@ class Found(NamedTuple):
 
     feature: int
     match: float  # of its explanation with the words, as `by_explanation` scores it; 0 for one found otherwise
-    promotion: float  # mean of its CLASS highest promotions, of the words' tokens where there are words
+    # Mean of its CLASS highest promotions, of the words' tokens where there are words; of `most_visible` on how many
+    # more in a hundred tokens it fires in steered text than in the model's own
+    strength: float
     promoted: list[str]  # the tokens it promotes most
 
 
@@ -258,13 +259,45 @@ def find(
         candidates += [feature for feature in by_tokens if feature not in matches]
     found = _promoting(lm, loaded, statistics, candidates, ids)
     found = [each._replace(match=matches.get(each.feature, 0.0)) for each in found]
-    return sorted(found, key=lambda each: (-each.match, -each.promotion))
+    return sorted(found, key=lambda each: (-each.match, -each.strength))
 
 
-def clearest(lm: LanguageModel, loaded: LoadedSAE, statistics: Statistics, among: Collection[int]) -> list[Found]:
-    """LOOKED_AT random ones of the features given, first the one that promotes the clearest class of tokens."""
+def most_visible(
+    lm: LanguageModel,
+    loaded: LoadedSAE,
+    statistics: Statistics,
+    among: Collection[int],
+    prompt_ids: Sequence[int],
+    temperature: float,
+) -> list[Found]:
+    """Features that show in text, first the one that fires most in texts that continue a prompt while it is clamped.
+
+    Of LOOKED_AT random ones of the features given, the TRIED with the clearest classes of promoted tokens are tried, at
+    their maxima and in texts of TRIAL's size. Those whose texts are not fluent come last.
+    """
     candidates = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-    return sorted(_promoting(lm, loaded, statistics, candidates, []), key=lambda each: -each.promotion)
+    found = _promoting(lm, loaded, statistics, candidates, [])
+    tried = sorted(found, key=lambda each: -each.strength)[:TRIED]
+    R, T = TRIAL
+    own = sample(lm, prompt_ids, range(R), T, temperature)
+    with steer(lm, loaded, _alone({each.feature: float(statistics.maximum_F[each.feature]) for each in tried}, R)):
+        texts = sample(lm, prompt_ids, [*range(R)] * len(tried), T, temperature)
+    ranked = []
+    for i, each in enumerate(tried):
+        plain, steered = (
+            pooled(measure(lm, loaded, [each.feature], prompt_ids, some, nullcontext()))
+            for some in (own, texts[i * R : (i + 1) * R])
+        )
+        more = 100 * (steered.rate - plain.rate)
+        ranked.append((not is_fluent(steered, plain), -more, each._replace(strength=more)))
+    return [each for *_, each in sorted(ranked)]
+
+
+def _alone(activations: Mapping[int, float], n_rows: int) -> dict[int, Tensor]:
+    """Coefficients by which each feature is clamped in rows of its own, so many, and is as it is in the others'."""
+    alone = torch.full((len(activations), len(activations)), torch.nan)
+    alone.diagonal().copy_(torch.tensor(list(activations.values())))
+    return {f: column.repeat_interleave(n_rows) for f, column in zip(activations, alone.T, strict=True)}
 
 
 def _promoting(

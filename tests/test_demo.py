@@ -257,12 +257,10 @@ def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir):
         assert ("are of another autoencoder: not used" in ran.out) != is_own
 
 
-def test_without_a_feature_one_with_a_clear_class_of_tokens_is_taken_of_the_explained_if_there_are_any(demo, run_dir):
+def test_without_a_feature_one_that_shows_is_taken_of_the_explained_if_there_are_any(demo, run_dir):
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    strengths = [float(found) for found in re.findall(r"^  [→ ] +\d+ +([\d.]+) promotes", ran.out, re.M)]
-    assert len(strengths) == 3
-    assert strengths == sorted(strengths, reverse=True)
+    assert len(re.findall(r"^  [→ ] +\d+ +-?[\d.]+ promotes", ran.out, re.M)) == 3
     explain(run_dir, f7="brackets")
     ran = demo(FEATURE_INDEX=None)
     assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
@@ -277,7 +275,7 @@ def test_without_an_explained_feature_that_fires_now_and_then_others_are_taken(d
     save_sae(run_dir / "sae", autoencoder(), METADATA, densities, torch.linspace(1, 5, F))
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    assert f"of the {of}, those that promote" in ran.out
+    assert f"of the {of}, some that fire most" in ran.out
     swept = demo(FEATURE_INDEX=3, SWEEP=1)
     assert swept.code == 0, swept.err
     assert ("control: at random" in swept.out) == (density == 0.003)

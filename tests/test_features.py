@@ -1,17 +1,20 @@
 """What is known of features, and which of them match words."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from mistral_sae import features
+from mistral_sae import features, sweep
 from mistral_sae.checkpoint import LoadedSAE, Metadata
 from mistral_sae.features import Explained, Statistics
 from mistral_sae.lm import load
 from mistral_sae.sae import SparseAutoencoder
 from mistral_sae.steering import SteeringError, steer
 from tests.test_steering import LAYER, D, F, autoencoder, loaded_of
+
+PROMPT = [1, 50, 60, 70]
 
 
 @pytest.fixture(scope="module")
@@ -200,12 +203,12 @@ def test_of_features_that_match_equally_the_one_that_promotes_the_words_tokens_m
     found = features.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
     found = [each for each in found if each.match]
     assert {each.feature for each in found} == {3, 7, 30, 31, 11}
-    assert [each.promotion for each in found] == sorted((each.promotion for each in found), reverse=True)
+    assert [each.strength for each in found] == sorted((each.strength for each in found), reverse=True)
     ids = features.tokens_like(lm.tokenizer, "exception")
     maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
     promotion_NV = features.promotion(lm, loaded, maxima, features._text_of(lm))
     expected = promotion_NV[:, ids].topk(features.CLASS, dim=1).values.mean(1)
-    assert [each.promotion for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
+    assert [each.strength for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
     both = features.find("exception test", lm, loaded, statistics, explanations, lambda: rows_RT)
     assert both[0].feature == 11
 
@@ -245,15 +248,27 @@ def test_no_text_is_read_where_explanations_are_enough(lm, loaded):
     assert [each.feature for each in features.find("exception", lm, loaded, statistics, every, none)] == [5]
 
 
-def test_the_clearest_is_the_feature_whose_promoted_tokens_stand_out_most(lm, loaded):
-    statistics = Statistics(loaded.maximum, torch.full((F,), 0.001), None)
-    found = features.clearest(lm, loaded, statistics, [3, 7, 30])
-    assert {each.feature for each in found} == {3, 7, 30}
-    maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
-    promotion_NV = features.promotion(lm, loaded, maxima, features._text_of(lm))
-    expected = promotion_NV.topk(features.CLASS, dim=1).values.mean(dim=1)
-    assert [each.promotion for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
-    assert [each.promotion for each in found] == sorted((each.promotion for each in found), reverse=True)
+def test_the_most_visible_feature_is_the_one_that_fires_most_in_text_steered_with_it(lm, loaded, monkeypatch):
+    monkeypatch.setattr(features, "TRIAL", (3, 10))
+    monkeypatch.setattr(features, "TRIED", 3)
+    statistics = Statistics(4 * loaded.maximum, torch.full((F,), 0.001), None)
+    found = features.most_visible(lm, loaded, statistics, [3, 7, 11, 30, 40], PROMPT, 0.7)
+    assert len(found) == 3
+    clear = features._promoting(lm, loaded, statistics, [3, 7, 11, 30, 40], [])
+    clearest = sorted(clear, key=lambda each: -each.strength)[:3]
+    assert {each.feature for each in found} == {each.feature for each in clearest}
+    own = [sweep.sample(lm, PROMPT, [seed], 10, 0.7)[0] for seed in range(3)]
+    ranks = []
+    for each in found:
+        with steer(lm, loaded, {each.feature: float(statistics.maximum_F[each.feature])}):
+            texts = [sweep.sample(lm, PROMPT, [seed], 10, 0.7)[0] for seed in range(3)]
+        plain, steered = (
+            sweep.pooled(sweep.measure(lm, loaded, [each.feature], PROMPT, some, nullcontext()))
+            for some in (own, texts)
+        )
+        assert each.strength == pytest.approx(100 * (steered.rate - plain.rate), abs=1e-4)
+        ranks.append((not sweep.is_fluent(steered, plain), -each.strength))
+    assert ranks == sorted(ranks)
 
 
 def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):
