@@ -374,7 +374,7 @@ def most_visible(subject: Subject) -> int:
         raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
     prompt_ids = encode_prompt(subject.model)
     found = features.most_visible(subject.model, subject.loaded, subject.statistics, among, prompt_ids, TEMPERATURE)
-    print(f"of the {kind}, some that fire most in text steered with them: on so many % of tokens more")
+    print(f"of the {kind}, some that fire most in text steered with them: on so many more of a hundred tokens")
     print_found(found[:LISTED], found[0])
     return found[0].feature
 
