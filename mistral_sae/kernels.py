@@ -15,8 +15,8 @@ from torch import Tensor
 
 GROUP = 16  # features a group in the two-level top-k
 FEWEST_GROUPS = 3  # times k, from which on two levels are faster than one (measured)
-# Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU gathered rows take about as long
-# there (measured); on a GPU they should take longer, going by their traffic
+# Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take about as long
+# there (measured); on a GPU gathered rows should take longer, going by their traffic
 DENSE_AUXK = 4
 # Bytes of pre-activations at a time. On a CPU a product in float32 wants many tokens, one in bfloat16 a result that
 # stays in cache (measured); on a GPU launches should be few
