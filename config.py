@@ -69,7 +69,7 @@ EXPLAIN_TOKENS = 600_000 if ON_STANDIN else 10_000_000  # of the corpus, read on
 EXPLAIN_STRIDE = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
 # To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many. At 7B each one
 # more takes 0.3 GB on the device
-EXAMPLES_PER_INTERVAL = 10 if ON_STANDIN else 3
+EXAMPLES_PER_INTERVAL = 16 if ON_STANDIN else 3
 TOKENS_BEFORE = 48  # of an example, left of the token on which the feature is strongest: what it may react to
 TOKENS_AFTER = 15  # and right of it: what it may foretell
 # A text of your own: RUN_DIR/text.html shows which features fire on it, and nothing else is done

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     settings.begin("explain", config)  # the first line, before the imports below take their seconds
 
 import asyncio
+import gc
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,7 @@ def main() -> None:
     if config.TEXT is not None:
         return show_text(model, loaded, run_dir)
     selected.check(loaded.sae.n_features)  # before the corpus is read
+    gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
     with locked(run_dir) as note:
         if note:
             print(note)

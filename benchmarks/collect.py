@@ -2,10 +2,13 @@
 
     python -m benchmarks.collect
 
-Two parts. In the first, encoded tokens are made up: each has K active features, of densities that fall over three
+Four parts. In the first, encoded tokens are made up: each has K active features, of densities that fall over three
 decades as those of trained autoencoders do, in documents of 500 tokens. Millions of them go through the bookkeeping
-alone; beside its time stands that of the encoder's product for as many tokens. In the second, rows of the standard
-library go through the stand-in and an autoencoder, by stages. `--smoke` is a run of seconds that saves nothing.
+alone; beside its time stands that of the encoder's product for as many tokens. In the second, the bookkeeping of such
+tokens takes turns with the forward pass, language model up to the middle and encoder, of models of random weights: on
+CUDA of Mistral 7B's own size, on a CPU of the smaller one of `steering_speed`. In the third, rows of the standard
+library go through the stand-in and an autoencoder, by stages. The fourth says what Mistral 7B's settings ask of a
+device in memory and operations. `--smoke` is a run of seconds that saves nothing.
 """
 
 import sys
@@ -16,8 +19,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu import DEVICE, MISTRAL_7B, SMOKE_MISTRAL, random_model, wall
 from benchmarks.machine import save
+from benchmarks.steering_speed import EXPANSION, QUARTER, K, random_autoencoder
 from mistral_sae import lm as models
 from mistral_sae import text
 from mistral_sae.collect import Collector, Settings, encode
@@ -27,7 +33,8 @@ THREADS = 2
 T, DOCUMENT, VOCABULARY = 256, 500, 32_768
 FULL = {"F": 32_768, "K": 64, "D": 1024, "rows": 32, "millions": [1, 2, 5, 10], "standin_rows": 1200}
 SMOKE = {"F": 512, "K": 8, "D": 64, "rows": 4, "millions": [0.01, 0.02], "standin_rows": 16}
-AT_7B = {"features": 131_072, "vocabulary": 32_768}
+TURNS = 250 if DEVICE.type == "cuda" else 50  # of the forward pass and the bookkeeping, each a batch of rows
+AT_7B = {"F": 131_072, "K": 128}
 
 
 class MadeUp:
@@ -101,6 +108,42 @@ def encoder(size: dict[str, Any]) -> float:
     return microseconds
 
 
+def beside_the_forward_pass(params: dict[str, Any], rows: int, turns: int) -> dict[str, Any]:
+    """Seconds a batch of the forward pass and of the bookkeeping for it, each waited for: as if nothing overlapped."""
+    layer, F = params["n_layers"] // 2, EXPANSION * params["dim"]
+    lm = random_model(params, layer)
+    sae = random_autoencoder(lm.d_model, layer, lm.device).sae
+    made_up = MadeUp({"F": F, "K": min(K, F), "rows": rows})
+    collector = Collector(F, lm.vocab_size, Settings(), lm.device)
+    times = []
+    with torch.no_grad():
+        for _ in range(turns + 1):
+            batch, *encoded = made_up.batch()
+            tokens = torch.from_numpy(np.stack([row.tokens for row in batch])) % lm.vocab_size
+            encoded = [tensor.to(lm.device) for tensor in encoded]
+            start = wall()
+            encode(sae, lm.residuals(tokens, layer))
+            between = wall()
+            collector.add(batch, *encoded)
+            times.append((between - start, wall() - between))
+    forward, bookkeeping = np.array(times[1:]).T  # the first is a warm-up
+    last = slice(-(-turns // 4) * -1, None)
+    found = {
+        "sizes": {"D": lm.d_model, "layers": layer + 1, "F": F, "K": min(K, F), "tokens a batch": rows * T},
+        "tokens": turns * rows * T,
+        "forward_seconds": float(np.median(forward)),
+        "bookkeeping_seconds_of_the_last_quarter": float(np.median(bookkeeping[last])),
+        "bookkeeping_over_forward": float(bookkeeping.sum() / forward.sum()),
+        "bookkeeping_over_forward_in_the_last_quarter": float(bookkeeping[last].sum() / forward[last].sum()),
+    }
+    print(
+        f"\nbeside the forward pass on {lm.device.type}, D={lm.d_model:,}, {layer + 1} layers, F={F:,}, K={min(K, F)}: "
+        f"the bookkeeping of {found['tokens']:,} tokens adds {found['bookkeeping_over_forward']:.1%}, of the last "
+        f"quarter {found['bookkeeping_over_forward_in_the_last_quarter']:.1%}"
+    )
+    return found
+
+
 def standin(size: dict[str, Any]) -> dict[str, Any]:
     """Microseconds a token of each stage of the real chain on the stand-in, with an autoencoder as it starts out."""
     lm, settings = models.load(None, device="cpu"), Settings()
@@ -135,13 +178,42 @@ def standin(size: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": seconds}
 
 
-def at_7b() -> dict[str, float]:
-    """Gigabytes of the state at 131,072 features, computed on a device without memory."""
-    state = Collector(AT_7B["features"], AT_7B["vocabulary"], Settings(), "meta").bytes()
+class Operations(TorchDispatchMode):
+    """Counts the operations that run inside, views and empty tensors aside: most start one kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not (operation.is_view or "empty" in operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(size: dict[str, Any], batches: int) -> int:
+    """The most operations that the bookkeeping of a batch takes."""
+    made_up, collector, counts = MadeUp(size), Collector(size["F"], VOCABULARY, Settings(), "cpu"), []
+    for _ in range(batches):
+        with Operations() as operations:
+            collector.add(*made_up.batch())
+        counts.append(operations.count)
+    return max(counts)
+
+
+def at_7b() -> dict[str, Any]:
+    """What Mistral 7B's settings ask of a device: memory, computed on one without any, and operations a batch.
+
+    Of these there are as many whatever the sizes, so that they are counted at small ones.
+    """
     settings = Settings()
-    pool = settings.pool_rows * T * 128 * 6
-    print(f"\nat F=131,072: state {state / 1e9:.2f} GB, pool of rows at K=128 {pool / 1e9:.2f} GB")
-    return {"state_gigabytes": state / 1e9, "pool_gigabytes": pool / 1e9}
+    state = Collector(AT_7B["F"], VOCABULARY, settings, "meta").bytes()
+    pool = settings.pool_rows * T * AT_7B["K"] * 6
+    count = operations(SMOKE, batches=12)
+    print(
+        f"\nat F={AT_7B['F']:,}, K={AT_7B['K']}: state {state / 1e9:.2f} GB, pool of rows {pool / 1e9:.2f} GB, "
+        f"{count} operations a batch"
+    )
+    return {"state_gigabytes": state / 1e9, "pool_gigabytes": pool / 1e9, "operations_a_batch": count}
 
 
 def main() -> None:
@@ -150,7 +222,13 @@ def main() -> None:
     if not smoke:  # which may have to share the cores with others
         torch.set_num_threads(THREADS)
     size = SMOKE if smoke else FULL
-    found = {"bookkeeping": bookkeeping(size), "standin": standin(size), "at 131,072 features": at_7b()}
+    params = SMOKE_MISTRAL if smoke else MISTRAL_7B if DEVICE.type == "cuda" else QUARTER
+    found = {
+        "bookkeeping": bookkeeping(size),
+        "beside the forward pass": beside_the_forward_pass(params, size["rows"], 4 if smoke else TURNS),
+        "standin": standin(size),
+        "at 131,072 features": at_7b(),
+    }
     if not smoke:
         save("collect", found)
 

@@ -152,11 +152,10 @@ def predict(rules: Sequence[Rule], places_T: Sequence[Place]) -> list[float]:
     by_target: dict[tuple[str, str], list[Rule]] = {}
     for rule in rules:
         by_target.setdefault(rule.target, []).append(rule)
-    predicted = []
-    for targets, contexts in places_T:
-        holding = (r for target in targets for r in by_target.get(target, ()) if r.context in contexts)
-        predicted.append(max((rule.strength for rule in holding), default=0.0))
-    return predicted
+    return [
+        max([r.strength for target in targets for r in by_target.get(target, ()) if r.context in contexts], default=0.0)
+        for targets, contexts in places_T
+    ]
 
 
 def score_all(found: Mapping[int, Findings], load: Callable[[int], Feature], *, seed: int = 0) -> Iterator[Label]:

@@ -9,6 +9,7 @@ A rule is a target (what the token is) in a context (where it stands), each a pa
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from mistral_sae.records import Example
@@ -17,7 +18,7 @@ ANY = ("any", "")
 EARLY = 8  # positions of a row, its BOS not counted
 QUOTES = "\"'`"
 SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase can be counted
-WORD_END = re.compile(r"\w+$")
+WORD_END = re.compile(r"\w+\Z")
 
 
 class Rule(NamedTuple):
@@ -39,16 +40,16 @@ def places(passage: Example) -> list[Place]:
     """What can be said of each token of a passage. All of it is said of the text up to the token, but for "before"."""
     tokens, found = passage.tokens, []
     line, line_is_whole, quote = "", False, ""  # `quote` is what opened the string, or the comment, that we are in
-    before = " "
+    word, previous = "", " "  # what the text ends with: the word, and the character
     for i, token in enumerate(tokens):
-        is_word = token[:1].isalnum() or token[:1] == "_"
+        continues = bool(word) and (token[:1].isalnum() or token[:1] == "_")
         contexts = [ANY]
         if i > 0:
             contexts.append(("after", core(tokens[i - 1])))
         if i > 1:
             contexts.append(("after", (tokens[i - 2] + tokens[i - 1]).strip(" ")))
-        if is_word and (stem := WORD_END.search(before)):
-            contexts.append(("continuing", stem[0]))
+        if continues:
+            contexts.append(("continuing", word))
         if line_is_whole:
             contexts.append(("line", words[0]) if (words := line.split(None, 1)) else ("starting", ""))
         if quote:
@@ -57,12 +58,14 @@ def places(passage: Example) -> list[Place]:
             contexts.append(("early", ""))
         if i + 1 < len(tokens):
             contexts.append(("before", core(tokens[i + 1])))
-        continues = is_word and (before[-1].isalnum() or before[-1] == "_")
         found.append(
             Place([ANY, ("core", core(token)), ("token", token), ("class", class_of(token, continues))], contexts)
         )
-        quote = _quote_after(token, quote, before[-1])
-        before = (before + token)[-60:]
+        if token:  # some have no text: a character of several tokens is part of the last
+            quote = _quote_after(token, quote, previous)
+            end = WORD_END.search(token)
+            word = "" if end is None else word + token if end.start() == 0 else end[0]
+            previous = token[-1]
         line += token
         if "\n" in token:
             line, line_is_whole = token[token.rindex("\n") + 1 :], True
@@ -74,6 +77,7 @@ def core(token: str) -> str:
     return token.strip(" ") or token
 
 
+@lru_cache(maxsize=2**16)
 def class_of(token: str, continues: bool) -> str:
     """What kind of token it is, in plural; `continues` if it is part of a word that began before it."""
     if not token.strip():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.collect import operations
 from mistral_sae import collect as collecting
 from mistral_sae.collect import FINE_BINS, STRATA, Collector, Settings, collect, encode
 from mistral_sae.examples import LISTS, FeatureRecords, inputs, load_collection, save_collection, token_ids
@@ -635,5 +636,20 @@ def test_the_benchmark_of_collecting_shows_cost_and_memory():
     stages = dict(re.findall(r"^  ([a-z].*?) +([\d.]+) us a token$", printed, re.M))
     assert list(stages)[:4] == ["reading and tokenizing", "language model to layer 2", "encoder", "bookkeeping"]
     assert all(float(value) > 0 for value in stages.values())
-    gigabytes = float(re.search(r"at F=131,072: state ([\d.]+) GB", printed)[1])
-    assert 2 < gigabytes < 4
+    shares = re.search(r"adds ([\d.]+)%, of the last quarter ([\d.]+)%", printed).groups()
+    assert all(float(share) > 0 for share in shares)
+    at_7b = re.search(r"at F=131,072, K=128: state ([\d.]+) GB.+ (\d+) operations a batch", printed)
+    assert 2 < float(at_7b[1]) < 4
+    assert int(at_7b[2]) > 100
+
+
+def test_config_says_what_one_more_example_costs_at_7b():
+    few, more = (Collector(131_072, 32_768, Settings(spread=n), "meta").bytes() for n in (3, 5))
+    assert (more - few) / 2 == pytest.approx(0.3e9, rel=0.2)
+
+
+def test_a_batch_is_as_many_operations_whatever_its_size_and_the_number_of_features():
+    """Each costs a GPU microseconds, however little it does: a loop over features or rows would be felt."""
+    counts = {operations({"F": F, "K": 8, "rows": rows}, batches=8) for F, rows in ((64, 4), (4096, 4), (64, 16))}
+    assert len(counts) == 1
+    assert 100 < counts.pop() < 1000

@@ -52,6 +52,15 @@ def test_contexts_say_where_a_token_stands():
     ]
 
 
+def test_a_word_goes_on_in_the_next_token_but_not_over_a_line_break():
+    tokens = ["Tab", "", "le", "\n", "row", "  ", "x", "_1", "(2", "3"]
+    where = names(patterns.places(passage(tokens)), "continuing")
+    assert where == [[], [], ["Tab"], [], [], [], [], ["x"], [], ["2"]]
+    classes = [dict(place.targets[1:])["class"] for place in patterns.places(passage(tokens))]
+    assert classes[2] == "word parts"
+    assert classes[4] == "words"
+
+
 def test_a_comment_ends_with_its_line_and_a_string_with_its_quote_or_its_line():
     tokens = [
         "#",
