@@ -11,67 +11,67 @@ import os
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); None is the bundled stand-in
 MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
-TARGET_LAYER = 2 if ON_STANDIN else 16  # whose output is read: blocks.{layer}.hook_resid_post; the middle of the model
+TARGET_LAYER: int = 2 if ON_STANDIN else 16  # whose output is read, blocks.{layer}.hook_resid_post: the middle
 DEVICE: str | None = None  # "cpu", "cuda", "cuda:1"; None takes a GPU where there is one
 DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None is bfloat16 on a GPU, else float32
 
 # ---- text ----
 # "stdlib" (Python's standard library), a file or folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt, or a data
 # set on the Hugging Face hub, which is streamed
-DATA_PATH = "stdlib" if ON_STANDIN else "monology/pile-uncopyrighted"
-DATA_SPLIT = "train"  # of a hub data set
-TEXT_FIELD = "text"  # of a JSON line or a parquet column
-CONTEXT_LENGTH = 256  # tokens a row; the stand-in never saw longer ones
+DATA_PATH: str = "stdlib" if ON_STANDIN else "monology/pile-uncopyrighted"
+DATA_SPLIT: str = "train"  # of a hub data set
+TEXT_FIELD: str = "text"  # of a JSON line or a parquet column
+CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones
 # Share of the documents kept for evaluation. The stand-in was trained without the same twentieth
-HELD_OUT_FRACTION = 0.05 if ON_STANDIN else 0.01
-TRAIN_TOKENS = 2_000_000 if ON_STANDIN else 1_000_000_000  # residuals trained on
+HELD_OUT_FRACTION: float = 0.05 if ON_STANDIN else 0.01
+TRAIN_TOKENS: int = 2_000_000 if ON_STANDIN else 1_000_000_000  # residuals trained on
 
 # ---- sparse autoencoder ----
-D_HIDDEN = 8192 if ON_STANDIN else 131_072  # features: 32 times the model's width
-K = 32 if ON_STANDIN else 128  # active features a token
-SEED = 0  # of the initialization and the order of the data
+D_HIDDEN: int = 8192 if ON_STANDIN else 131_072  # features: 32 times the model's width
+K: int = 32 if ON_STANDIN else 128  # active features a token
+SEED: int = 0  # of the initialization and the order of the data
 
 # ---- training ----
-BATCH_SIZE = 1024 if ON_STANDIN else 4096  # residuals a step
+BATCH_SIZE: int = 1024 if ON_STANDIN else 4096  # residuals a step
 # At most; falls with the number of features (Gao et al. 2024, appendix A.3). The stand-in's run is 500 times shorter
-LEARNING_RATE = (1e-3 if ON_STANDIN else 2e-4) / math.sqrt(D_HIDDEN / 2**14)
-WARM_UP_STEPS = 100 if ON_STANDIN else 1000  # linear, from 0
-DECAY_FRACTION = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
-MAX_GRADIENT_NORM = 1.0  # larger gradients are scaled down to it
-AUXK_COEFFICIENT = 1 / 32  # weight of the loss that revives dead features (Gao et al. 2024, appendix A.2)
-K_AUX = 128 if ON_STANDIN else 2048  # dead features a token may use in it: about half the model's width (ibid.)
-AUXK_FEATURES = 8192  # dead features that loss looks at, at most: it needs 80 KB for each at 7B
-DEAD_AFTER_TOKENS = 200_000 if ON_STANDIN else 10_000_000  # without firing (10 million: ibid.)
-MOMENTS_DTYPE = "float32" if ON_STANDIN else "bfloat16"  # of Adam's moments; bfloat16 saves 4.3 GB at 7B
+LEARNING_RATE: float = (1e-3 if ON_STANDIN else 2e-4) / math.sqrt(D_HIDDEN / 2**14)
+WARM_UP_STEPS: int = 100 if ON_STANDIN else 1000  # linear, from 0
+DECAY_FRACTION: float = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
+MAX_GRADIENT_NORM: float = 1.0  # larger gradients are scaled down to it
+AUXK_COEFFICIENT: float = 1 / 32  # weight of the loss that revives dead features (Gao et al. 2024, appendix A.2)
+K_AUX: int = 128 if ON_STANDIN else 2048  # dead features a token may use in it: about half the model's width (ibid.)
+AUXK_FEATURES: int = 8192  # dead features that loss looks at, at most: it needs 80 KB for each at 7B
+DEAD_AFTER_TOKENS: int = 200_000 if ON_STANDIN else 10_000_000  # without firing (10 million: ibid.)
+MOMENTS_DTYPE: str = "float32" if ON_STANDIN else "bfloat16"  # of Adam's moments; bfloat16 saves 4.3 GB at 7B
 
 # ---- memory ----
 # Rows of tokens shuffled together before the model reads them, at 2 KB each: a buffer of residuals is a few documents
-SHUFFLE_ROWS = 8192 if ON_STANDIN else 16_384
-BUFFER_TOKENS = 131_072 if ON_STANDIN else 32_768  # residuals shuffled together; at 7B 8 KB each
-ROWS_PER_FORWARD = 16 if ON_STANDIN else 32  # rows the language model runs at a time
+SHUFFLE_ROWS: int = 8192 if ON_STANDIN else 16_384
+BUFFER_TOKENS: int = 131_072 if ON_STANDIN else 32_768  # residuals shuffled together; at 7B 8 KB each
+ROWS_PER_FORWARD: int = 16 if ON_STANDIN else 32  # rows the language model runs at a time
 
 # ---- evaluation, log and checkpoints ----
-EVALUATION_ROWS = 128 if ON_STANDIN else 256  # held-out rows
-EVALUATION_STRIDE = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
-EVALUATIONS = 4  # times during the run; the last is at its end
-LOG_EVERY = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
-CHECKPOINT_EVERY = 500 if ON_STANDIN else 5000  # steps
-RUN_DIR = "runs/standin" if ON_STANDIN else "runs/mistral-7b"  # where everything is written
-RESUME = True  # continue from RUN_DIR's checkpoint if there is one of the same settings
-DRY_RUN = False  # print the plan and stop
+EVALUATION_ROWS: int = 128 if ON_STANDIN else 256  # held-out rows
+EVALUATION_STRIDE: int = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
+EVALUATIONS: int = 4  # times during the run; the last is at its end
+LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
+CHECKPOINT_EVERY: int = 500 if ON_STANDIN else 5000  # steps
+RUN_DIR: str = "runs/standin" if ON_STANDIN else "runs/mistral-7b"  # where everything is written
+RESUME: bool = True  # continue from RUN_DIR's checkpoint if there is one of the same settings
+DRY_RUN: bool = False  # print the plan and stop
 
 # ---- explain.py: what to look at ----
 SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae
 HOOK_NAME: str | None = None  # where it belongs, if its folder says something else: "blocks.16.hook_resid_post"
 # Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]"
 SELECT: str | int | list = "random 200"
-EXPLAIN_TOKENS = 600_000 if ON_STANDIN else 10_000_000  # of the corpus, read once for examples of all features
-EXPLAIN_STRIDE = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
+EXPLAIN_TOKENS: int = 600_000 if ON_STANDIN else 10_000_000  # of the corpus, read once for examples of all features
+EXPLAIN_STRIDE: int = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
 # To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many. At 7B each one
 # more takes 0.3 GB on the device
-EXAMPLES_PER_INTERVAL = 16 if ON_STANDIN else 3
-TOKENS_BEFORE = 48  # of an example, left of the token on which the feature is strongest: what it may react to
-TOKENS_AFTER = 15  # and right of it: what it may foretell
+EXAMPLES_PER_INTERVAL: int = 16 if ON_STANDIN else 3
+TOKENS_BEFORE: int = 48  # of an example, left of the token on which the feature is strongest: what it may react to
+TOKENS_AFTER: int = 15  # and right of it: what it may foretell
 # A text of your own: RUN_DIR/text.html shows which features fire on it, and nothing else is done
 TEXT: str | None = None
 
@@ -82,12 +82,12 @@ TEXT: str | None = None
 EXPLAINER: str | None = None
 OPENAI_BASE_URL: str | None = os.environ.get("OPENAI_BASE_URL") or None  # None is OpenAI's own
 OPENAI_API_KEY: str | None = os.environ.get("OPENAI_API_KEY") or None
-OPENAI_MODEL = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"  # the server's name for it
-SCORERS = "detection fuzzing"  # any of detection, fuzzing and simulation, which asks once a passage; "" for none
-CONCURRENCY = 32  # requests out at once, at most; fewer while the server is busy
-REQUEST_TIMEOUT = 120.0  # seconds for one attempt
-REQUEST_DEADLINE = 600.0  # seconds for a request with all its attempts
-MAX_FAILED_SHARE = 0.1  # of the features: with more without a label than this the run counts as failed (exit code 1)
+OPENAI_MODEL: str = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"  # the server's name for it
+SCORERS: str = "detection fuzzing"  # any of detection, fuzzing and simulation, which asks once a passage; "" for none
+CONCURRENCY: int = 32  # requests out at once, at most; fewer while the server is busy
+REQUEST_TIMEOUT: float = 120.0  # seconds for one attempt
+REQUEST_DEADLINE: float = 600.0  # seconds for a request with all its attempts
+MAX_FAILED_SHARE: float = 0.1  # of the features: where more have no label the run counts as failed (exit code 1)
 
 # ---- explain.py: what it may cost ----
 # Dollars per million tokens read and written; None: not known, and then there can be no MAX_DOLLARS

@@ -14,29 +14,30 @@ HOOK_NAME: str | None = config.HOOK_NAME
 # A feature's number; words such as "exception", for the feature that matches them best; several features as {number:
 # coefficient}; or None for one that shows in steered text, of the explained ones if there are any
 FEATURE_INDEX: int | str | dict | None = None
-STEERING_ON = True  # False: both columns are the model's own
+STEERING_ON: bool = True  # False: both columns are the model's own
 
 # ---- how ----
-METHOD = "clamp"  # "clamp", "add", "ablate" or "raw"
+METHOD: str = "clamp"  # "clamp", "add", "ablate" or "raw"
 # Its unit depends on the method. clamp: the feature is set to so many times its maximum seen in training; add: so many
 # times the residual's norm at each position is added along the feature's direction; raw: so many times the feature's
 # decoder row is added; ablate sets the feature to 0 whatever it is. Negative ones push away; None is as it is
 COEFFICIENT: float | None = 1.0
-POSITIONS = "all"  # "all": of the prompt (but its first) and of what is generated; "generated": the latter only
-EXACT = False  # encode all features to know when TopK silences the steered one, at the price of its speed
+POSITIONS: str = "all"  # "all": of the prompt (but its first) and of what is generated; "generated": the latter only
+EXACT: bool = False  # encode all features to know when TopK silences the steered one, at the price of its speed
 
 # ---- text ----
-PROMPT = 'def load(path):\n    """' if config.ON_STANDIN else "The thing that I wanted to tell you is that"
-MAX_TOKENS = 64  # generated, at most
-TEMPERATURE = 0.7  # 0 takes the likeliest token
-SEED = 0
+PROMPT: str = 'def load(path):\n    """' if config.ON_STANDIN else "The thing that I wanted to tell you is that"
+MAX_TOKENS: int = 64  # generated, at most
+TEMPERATURE: float = 0.7  # 0 takes the likeliest token
+SEED: int = 0
 
 # ---- other things to do ----
-SWEEP = False  # a table over coefficients
-SWEEP_COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # multiples of COEFFICIENT's unit
-SWEEP_SAMPLES = 8  # texts a coefficient
-CHAT = False  # a conversation, with commands: /help lists them
-CHAT_CONTEXT = config.CONTEXT_LENGTH if config.ON_STANDIN else 8192  # tokens of it that the model is given, at most
+SWEEP: bool = False  # a table over coefficients
+# Multiples of COEFFICIENT's unit
+SWEEP_COEFFICIENTS: tuple | list = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+SWEEP_SAMPLES: int = 8  # texts a coefficient
+CHAT: bool = False  # a conversation, with commands: /help lists them
+CHAT_CONTEXT: int = config.CONTEXT_LENGTH if config.ON_STANDIN else 8192  # tokens of it the model is given, at most
 
 import sys
 
@@ -46,6 +47,7 @@ if __name__ == "__main__":
     settings.begin("demo", config, sys.modules[__name__])  # before the imports below take their seconds
 
 import ast
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -490,15 +492,14 @@ def check_settings() -> None:
     for name, good, expected in [
         ("METHOD", METHOD in steering.METHODS, "clamp, add, ablate or raw"),
         ("POSITIONS", POSITIONS in ("all", "generated"), "all or generated"),
-        ("PROMPT", isinstance(PROMPT, str), "a text"),
-        ("MAX_TOKENS", settings.is_number(MAX_TOKENS, int) and MAX_TOKENS >= 1, "a whole number, at least 1"),
-        ("TEMPERATURE", settings.is_number(TEMPERATURE) and TEMPERATURE >= 0, "0 or more"),
-        ("SEED", settings.is_number(SEED, int) and 0 <= SEED < 2**32, "a whole number from 0 to 2**32 - 1"),
-        ("SWEEP_SAMPLES", settings.is_number(SWEEP_SAMPLES, int) and SWEEP_SAMPLES >= 1, "a whole number, at least 1"),
+        ("MAX_TOKENS", MAX_TOKENS >= 1, "at least 1"),
+        ("TEMPERATURE", 0 <= TEMPERATURE < math.inf, "0 or more"),
+        ("SEED", 0 <= SEED < 2**32, "0 to 2**32 - 1"),
+        ("SWEEP_SAMPLES", SWEEP_SAMPLES >= 1, "at least 1"),
         ("SWEEP_COEFFICIENTS", settings.are_rising(SWEEP_COEFFICIENTS), "numbers above 0, from weak to strong"),
         ("SWEEP", not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength"),
         ("SWEEP", not (SWEEP and not STEERING_ON), "False with STEERING_ON=False"),
-        ("CHAT_CONTEXT", settings.is_number(CHAT_CONTEXT, int) and CHAT_CONTEXT > MAX_TOKENS, "above MAX_TOKENS"),
+        ("CHAT_CONTEXT", CHAT_CONTEXT > MAX_TOKENS, "above MAX_TOKENS"),
     ]:
         if not good:
             raise settings.SettingsError(f"{name} is {globals()[name]!r}: expected {expected}")

@@ -209,7 +209,7 @@ def check_settings(spec: lm.ModelSpec) -> None:
         "LOG_EVERY",
     ]
     for name, good, expected in [
-        *((name, getattr(config, name) >= 1, "at least 1") for name in [*counts, "EVALUATION_STRIDE"]),
+        *((name, getattr(config, name) >= 1, "at least 1") for name in counts),
         ("TARGET_LAYER", 0 <= config.TARGET_LAYER <= last, f"0 to {last}, the layers of {spec.name}"),
         ("CONTEXT_LENGTH", row >= 2, "at least 3, since one residual has no variance"),
         ("BATCH_SIZE", config.BATCH_SIZE >= 2, "at least 2, since one residual has no variance"),

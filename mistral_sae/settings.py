@@ -23,8 +23,8 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
     the order of the file, each given value in its place, so that what is computed from a constant follows it.
 
     Raises:
-        SettingsError: an argument is not `NAME=value`, the name is unknown, the value is not of its type (that of the
-            annotation if the constant has one, else that of its default), or another constant cannot follow it.
+        SettingsError: an argument is not `NAME=value`, the name is unknown, a value, given or in the file, is not of
+            the constant's type (its annotation or else its default's), or another constant cannot follow it.
     """
     values = dict(_split(argument) for argument in arguments)
     known: set[str] = set()
@@ -39,10 +39,15 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
             except (ArithmeticError, ValueError) as error:
                 given = " ".join(argument for argument in arguments if "KEY" not in argument.partition("=")[0])
                 raise SettingsError(f"{names[0]} cannot be computed with {given}: {error}") from None
-            for name in set(names) & set(values):
-                annotated = isinstance(statement, ast.AnnAssign)
-                annotation = eval(ast.unparse(statement.annotation), module.__dict__) if annotated else None
-                setattr(module, name, _typed(name, values[name], getattr(module, name), annotation))
+            annotation = getattr(statement, "annotation", None)
+            for name in names:
+                value = getattr(module, name)
+                if annotation is not None:
+                    kinds = _kinds(eval(ast.unparse(annotation), module.__dict__))
+                    value = _typed(name, value, kinds)  # whoever edits the file may be mistaken, too
+                else:
+                    kinds = (type(value),)
+                setattr(module, name, _given(name, values[name], kinds) if name in values else value)
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.0)
@@ -69,41 +74,51 @@ def _assigned(statement: ast.stmt) -> list[str]:
     return [t.id for t in targets if isinstance(t, ast.Name) and t.id.isupper()]
 
 
-def _typed(name: str, text: str, default: Any, annotation: Any) -> Any:
-    """`text` as a value of the constant's type; a string needs no quotes."""
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """The types that an annotation allows: itself, or the parts of a union."""
+    return (annotation,) if isinstance(annotation, type) else annotation.__args__
+
+
+def _given(name: str, text: str, kinds: tuple[type, ...]) -> Any:
+    """What an argument says, as one of the constant's types; a string needs no quotes."""
+    if text == "" and type(None) in kinds:
+        return None
+    if bool in kinds and text in ("true", "false"):
+        return text == "true"
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
         value = text
-    allowed = annotation if annotation is not None else type(default)
-    kinds = allowed if isinstance(allowed, type) else getattr(allowed, "__args__", None)
-    kinds = (kinds,) if isinstance(kinds, type) else kinds
-    if text == "" and type(None) in kinds:
-        return None
-    if bool in kinds and value in (0, 1, "true", "false"):
-        return value in (1, "true")
-    if type(value) is int and float in kinds and int not in kinds:
-        return float(value)
-    if type(value) is float and int in kinds and float not in kinds and value.is_integer():
-        return int(value)  # 1e6
-    if type(value) in kinds and not (isinstance(value, bool) and bool not in kinds):
+    try:
+        return _typed(name, value, kinds)
+    except SettingsError:
+        if str in kinds:
+            return text
+        raise _of_another_type(name, text, kinds) from None
+
+
+def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    """A value as one of the constant's types: 1 may stand for 1.0 or True, and 1e6 for a million."""
+    if type(value) in kinds:
         return value
-    if str in kinds:
-        return text
-    expected = " or ".join("nothing (None)" if k is type(None) else k.__name__ for k in kinds)
-    raise SettingsError(f"{name} must be of type {expected}, like its default {default!r}: found {text!r}")
+    if bool in kinds and type(value) is int and value in (0, 1):
+        return bool(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if int in kinds and type(value) is float and value.is_integer():
+        return int(value)
+    raise _of_another_type(name, value, kinds)
 
 
-def is_number(value: Any, *kinds: type) -> bool:
-    """Whether a constant is a finite number, of these kinds."""
-    return isinstance(value, kinds or (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _of_another_type(name: str, found: Any, kinds: tuple[type, ...]) -> SettingsError:
+    expected = " or ".join("nothing (None)" if kind is type(None) else kind.__name__ for kind in kinds)
+    return SettingsError(f"{name} must be of type {expected}: found {found!r}")
 
 
-def are_rising(values: Any) -> bool:
-    """Whether a constant is a tuple or list of numbers above 0, from small to large."""
-    if not isinstance(values, tuple | list) or not values or not all(map(is_number, values)):
-        return False
-    return list(values) == sorted(values) and values[0] > 0
+def are_rising(values: tuple | list) -> bool:
+    """Whether a constant is numbers above 0, from small to large."""
+    numbers = bool(values) and all(type(value) in (int, float) and 0 < value < math.inf for value in values)
+    return numbers and list(values) == sorted(values)
 
 
 def begin(script: str, *modules: ModuleType) -> None:

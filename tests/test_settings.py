@@ -10,7 +10,7 @@ import pytest
 
 import config
 from mistral_sae import settings
-from mistral_sae.settings import SettingsError, are_rising, is_number, override
+from mistral_sae.settings import SettingsError, are_rising, override
 
 ROOT = Path(__file__).parent.parent
 CONSTANTS = """
@@ -115,6 +115,55 @@ def test_a_value_of_another_type_is_named_with_the_type_expected(constants, name
     message = error_of(constants, f"{name}={text}")
     assert message.startswith(f"{name} must be of type {type_name}")
     assert repr(text) in message
+
+
+def edited(tmp_path, line):
+    """A module as it is after its file was edited."""
+    path = tmp_path / "edited.py"
+    path.write_text(line + "\n")
+    spec = importlib.util.spec_from_file_location("edited", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("TOKENS: int = 1e6", 1_000_000),
+        ("TOKENS: float = 2", 2.0),
+        ("TOKENS: bool = 1", True),
+        ("TOKENS: int | None = None", None),
+        ("TOKENS: int | str = 'all'", "all"),
+    ],
+)
+def test_a_value_in_the_file_has_the_type_of_its_annotation(tmp_path, line, value):
+    module = edited(tmp_path, line)
+    override([], module)
+    assert module.TOKENS == value
+    assert type(module.TOKENS) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("TOKENS: int = '8'", "int: found '8'"),
+        ("TOKENS: int = 0.5", "int: found 0.5"),
+        ("TOKENS: int = True", "int: found True"),
+        ("TOKENS: str = 8", "str: found 8"),
+        ("TOKENS: float | None = 'cheap'", "float or nothing (None): found 'cheap'"),
+        ("TOKENS: bool = 2", "bool: found 2"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_as_one_in_an_argument_is(tmp_path, line, expected):
+    assert error_of(edited(tmp_path, line)) == f"TOKENS must be of type {expected}"
+
+
+def test_all_that_users_edit_is_annotated(defaults):
+    for path in ("config.py", "demo.py"):
+        head = (ROOT / path).read_text().split("\nimport sys\n")[0]
+        bare = {line.split(" = ")[0] for line in head.splitlines() if " = " in line and line.split(" = ")[0].isupper()}
+        assert bare <= {"ON_STANDIN"}
 
 
 def test_constants_computed_from_a_given_one_follow_it(constants):
@@ -268,7 +317,7 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["K=abc"], "K must be of type int, like its default 32: found 'abc'"),
+        (["K=abc"], "K must be of type int: found 'abc'"),
         (["D_HIDEN=64"], "there is no constant D_HIDEN: the closest is D_HIDDEN"),
         (["D_HIDDEN=0"], "LEARNING_RATE cannot be computed with D_HIDDEN=0"),
         (["K"], "expected NAME=value"),
@@ -289,16 +338,9 @@ def test_ctrl_c_during_the_imports_is_one_line_and_no_traceback(tmp_path):
     assert (ran.returncode, ran.stderr) == (1, "error: stopped\n")
 
 
-@pytest.mark.parametrize("value", [True, None, "1", float("nan"), float("inf"), [1]])
-def test_what_is_no_number_is_none(value):
-    assert not is_number(value)
-    assert not are_rising((0.5, value))
-
-
-def test_numbers_have_kinds_and_lists_of_them_rise():
-    assert is_number(1)
-    assert is_number(0.5)
-    assert is_number(1, int)
-    assert not is_number(1.0, int)
+@pytest.mark.parametrize("value", [True, None, "1", float("nan"), float("inf"), [1], 0.5, 0, -1])
+def test_coefficients_are_numbers_that_rise(value):
     assert are_rising((0.5, 1, 2.0))
-    assert not any(map(are_rising, [(), 3, (2, 1), (0, 1), (-1, 1)]))
+    assert are_rising([1])
+    assert not are_rising((0.5, 1, value))
+    assert not are_rising(())
