@@ -58,7 +58,7 @@ LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of de
 CHECKPOINT_EVERY: int = 500 if ON_STANDIN else 5000  # steps
 RUN_DIR: str = "runs/standin" if ON_STANDIN else "runs/mistral-7b"  # where everything is written
 RESUME: bool = True  # continue from RUN_DIR's checkpoint if there is one of the same settings
-DRY_RUN: bool = False  # print the plan and stop
+DRY_RUN: bool = os.environ.get("DRY_RUN", "0") not in ("0", "", "false", "False")  # print the plan and stop
 
 # ---- explain.py: what to look at ----
 SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae
@@ -83,7 +83,8 @@ EXPLAINER: str | None = None
 OPENAI_BASE_URL: str | None = os.environ.get("OPENAI_BASE_URL") or None  # None is OpenAI's own
 OPENAI_API_KEY: str | None = os.environ.get("OPENAI_API_KEY") or None
 OPENAI_MODEL: str = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"  # the server's name for it
-SCORERS: str = "detection fuzzing"  # any of detection, fuzzing and simulation, which asks once a passage; "" for none
+# Any of detection, fuzzing and simulation, which asks once a passage; "" for none. Offline has its own
+SCORERS: str = "detection fuzzing"
 CONCURRENCY: int = 32  # requests out at once, at most; fewer while the server is busy
 REQUEST_TIMEOUT: float = 120.0  # seconds for one attempt
 REQUEST_DEADLINE: float = 600.0  # seconds for a request with all its attempts

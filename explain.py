@@ -2,8 +2,7 @@
 
 A corpus gives the examples that activate each feature, an explainer says in words what they have in common, a scorer
 how well the words tell where the feature fires on other documents. It all ends in RUN_DIR/explanations.jsonl and
-RUN_DIR/report.html. The constants are in config.py. Nothing that was paid for is asked again when a run that was
-stopped is started anew.
+RUN_DIR/report.html. The constants are in config.py. No reply that a run has received is asked for again by the next.
 """
 
 import config
@@ -19,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +61,18 @@ def main() -> None:
     with locked(run_dir) as note:
         if note:
             print(note)
-        collection = collect_examples(model, loaded, run_dir)
+        collection, is_new = collect_examples(model, loaded, run_dir)
         chosen = selected.choose(collection.firings, config.SEED)
-        records = examples.FeatureRecords(collection, chosen, model, loaded.sae)
-        labels = label(records, model, run_dir)
+        labels = label(examples.FeatureRecords(collection, chosen, model, loaded.sae), model, run_dir)
         if config.DRY_RUN:
             return
-        write_text(run_dir / "explanations.jsonl", "".join(labelling.to_json(each) + "\n" for each in labels.values()))
+        path = run_dir / "explanations.jsonl"
+        every = beside_earlier(labels, path, is_new)
+        write_text(path, "".join(labelling.to_json(each) + "\n" for each in every.values()))
         run = about_run(loaded, model, text.check(config.DATA_PATH), collection.tokens, collection.firings)
-        report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), labels)
-    print_results(labels, run_dir)
+        records = examples.FeatureRecords(collection, list(every), model, loaded.sae)
+        report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), every)
+    print_results(labels, len(every), run_dir)
 
 
 # ---- settings ----
@@ -125,15 +126,15 @@ def scorers() -> list[str]:
 # ---- examples ----
 
 
-def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> Collection:
-    """The examples of all features: those of RUN_DIR if they are of the same making, else from the corpus."""
+def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> tuple[Collection, bool]:
+    """The examples of all features, those of RUN_DIR if they are of the same making, and whether they are new."""
     print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
     layer, per_row, n_rows, wanted = loaded.metadata.residual_layer, config.CONTEXT_LENGTH - 1, rows_wanted(), windows()
     path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
     collection, why = examples.load_collection(path, made_from)
     if collection is not None:
         print(f"examples  {path}, from {collection.tokens:,} tokens")
-        return collection
+        return collection, False
     if why:
         print(why)
     print(f"looking for examples of all features in {n_rows * per_row:,} tokens")
@@ -157,7 +158,7 @@ def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) 
     if skipped.count:
         print(skipped.summary())
     examples.save_collection(path, collection, made_from)
-    return collection
+    return collection, True
 
 
 def rows_wanted() -> int:
@@ -252,18 +253,23 @@ def estimate(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir:
         else:
             dry = DryRun(prompts.dry_reply, LocalCompleter(model, journal).key, FREE, journal)
         asyncio.run(ask(records, dry, who))
+        spent = (0.0, 0) if journal is None else (journal.dollars, journal.tokens)
     use = dry.usage
+    is_too_much = bool(who == "openai" and use.done) and (
+        spent[0] + use.dollars > (config.MAX_DOLLARS or math.inf)
+        or spent[1] + use.prompt_tokens + use.completion_tokens > (config.MAX_TOKENS or math.inf)
+    )
     known = f", and {use.known:,} that are answered already" if use.known else ""
-    dollars = cost(use.dollars, f", at most ${dry.most_dollars:,.2f},") if who == "openai" else ""
+    dollars = cost(use.dollars, f", without retries at most ${dry.most_dollars:,.2f},") if who == "openai" else ""
     return (
         f"{len(records):,} features need {use.done:,} requests{known}, about {use.prompt_tokens:,} tokens to read and "
-        f"{use.completion_tokens:,} to write{dollars}"
+        f"{use.completion_tokens:,} to write{dollars}" + ("; the budget ends before that" if is_too_much else "")
     )
 
 
 def known_in(journal: Journal) -> str:
-    """How much of what was asked before need not be asked again."""
-    return f", {len(journal):,} requests are answered already" if len(journal) else ""
+    """How many replies earlier runs left, those of other models and features among them."""
+    return f", {len(journal):,} replies are in {journal.path}" if len(journal) else ""
 
 
 async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[int, Label]:
@@ -307,7 +313,13 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
             advance(progress, completer)
     with bar(len(records), "scoring") as progress:
         async for each in labelling.score_all(
-            explanations, load, completer, explainer=name_of(who), methods=scorers(), seed=config.SEED
+            explanations,
+            load,
+            completer,
+            explainer=name_of(who),
+            methods=scorers(),
+            seed=config.SEED,
+            in_flight=config.CONCURRENCY,
         ):
             labels[each.feature] = each
             advance(progress, completer)
@@ -372,7 +384,7 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
     ]
     path = run_dir / "explanations.jsonl"
     labels = labels_in(path) if examples.are_of(run_dir / "examples.safetensors", sae) else {}
-    collection, _ = examples.load_collection(run_dir / "examples.safetensors", made_of(model, loaded))
+    collection, why = examples.load_collection(run_dir / "examples.safetensors", made_of(model, loaded))
     fired = sorted({feature for token in tokens for feature, _ in token.features})
     records = [] if collection is None else examples.FeatureRecords(collection, fired, model, sae)
     page = run_dir / "text.html"
@@ -380,6 +392,28 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
     print(
         f"page      {page}: {len(ids):,} tokens" + ("" if labels else "; run explain.py without TEXT for explanations")
     )
+    if why:
+        print(f"without passages: {why.split(':')[0]}")
+
+
+def beside_earlier(labels: dict[int, Label], path: Path, is_new: bool) -> dict[int, Label]:
+    """This run's labels and those that earlier ones left, by feature; one that is "ok" stays where this run got none.
+
+    Labels of other examples, and the file as it was where another explainer's are replaced, are set aside.
+    """
+    try:
+        earlier = labels_in(path)
+    except settings.SettingsError:
+        earlier, is_new = {}, True
+    answered = {feature for feature, each in labels.items() if each.status not in labelling.UNANSWERED}
+    ok = {feature: each for feature, each in earlier.items() if each.status == "ok"}
+    others = [feature for feature in answered & ok.keys() if ok[feature].explainer != labels[feature].explainer]
+    if path.exists() and (is_new or others):
+        aside = next(p for i in count(1) if not (p := path.with_name(f"{path.stem}-{i}{path.suffix}")).exists())
+        path.rename(aside)
+        print(f"the explanations of earlier runs are in {aside}")
+    stay = {feature: each for feature, each in ok.items() if feature not in answered}
+    return labels if is_new else dict(sorted((earlier | labels | stay).items()))
 
 
 def labels_in(path: Path) -> dict[int, Label]:
@@ -388,13 +422,14 @@ def labels_in(path: Path) -> dict[int, Label]:
     try:
         return {each.feature: each for each in map(labelling.from_json, lines)}
     except ValueError as error:
-        raise settings.SettingsError(f"{path}: {error}; remove the file and run explain.py without TEXT") from None
+        raise settings.SettingsError(f"{path}: {error}; run explain.py without TEXT to write it anew") from None
 
 
-def print_results(labels: dict[int, Label], run_dir: Path) -> None:
+def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> None:
     """How many features have a label, how good the labels are, and where they are; Failed if too few have one."""
     statuses = Counter(each.status for each in labels.values())
-    print(f"\nlabels    {run_dir / 'explanations.jsonl'}")
+    beside = f", beside {n_labels - len(labels):,} of earlier runs" if n_labels > len(labels) else ""
+    print(f"\nlabels    {run_dir / 'explanations.jsonl'}{beside}")
     print(f"report    {run_dir / 'report.html'}")
     unscored = sum(any(not score.answered for score in label.scores.values()) for label in labels.values())
     print(
@@ -406,6 +441,7 @@ def print_results(labels: dict[int, Label], run_dir: Path) -> None:
         print(
             f"  {summary.method:10} {figure(summary.value)}   another feature's explanation "
             f"{figure(summary.other_feature)}, its top token {figure(summary.top_token)}"
+            + (f" (over {summary.features:,} features)" if summary.features < statuses["ok"] else "")
         )
     failed = [label for label in labels.values() if labelling.has_failed(label)]
     if len(failed) > config.MAX_FAILED_SHARE * len(labels):

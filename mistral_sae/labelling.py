@@ -16,9 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, NamedTuple, TypeVar
 
 from mistral_sae import answers, prompts, scoring
-from mistral_sae.records import Completer, Feature, Judgement, Label, Request, Score
+from mistral_sae.records import Completer, Feature, Judgement, Label, Request, Score, without_examples
 
 METHODS = ("detection", "fuzzing", "simulation")
+BASELINES = {"other_feature": "another feature's explanation", "top_token": "the top token"}
+UNANSWERED = ("stopped", "failed")  # statuses of what the next run asks anew
 BATCH = 8  # passages to judge in one request
 IN_FLIGHT = 64  # features at work at a time: each is in memory then, and has one request or some tens of them waiting
 TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
@@ -52,7 +54,8 @@ async def explain(feature: Feature, completer: Completer) -> Explanation:
     are then those of what is left.
     """
     if not feature.top:
-        return Explanation(feature.feature, "dead", reason="it never fired on the corpus")
+        status, reason = without_examples(feature)
+        return Explanation(feature.feature, status, reason=reason)
     n_top, n_spread = min(TOP, len(feature.top)), min(SPREAD, len(feature.spread))
     while True:
         request = prompts.explain_request(feature, n_top, n_spread)
@@ -80,7 +83,7 @@ async def score(
     """The label of a feature: its explanation's scores beside those of `other` and of the token it is strongest on.
 
     An explanation of another status than "ok" is not scored. What was asked in vain is counted in the scores, and the
-    label's reason names the statuses.
+    label's reason names the statuses, those of the baselines' requests too.
     """
     if explanation.status != "ok":
         return _without_explanation(explanation, explainer)
@@ -98,10 +101,10 @@ async def score(
         values = {name: found[method, text].score.value for name, text in texts.items() if text and name != "own"}
         scores[method] = own.score._replace(**values)
         judgements += own.judgements
-        total = sum(count for _, count in own.score.requests)
-        reasons += [
-            f"{method}: {count} of {total} requests {status}" for status, count in own.score.requests if status != "ok"
-        ]
+        for name, text in texts.items():
+            requests = found[method, text].score.requests if text else ()
+            total, of = sum(count for _, count in requests), "" if name == "own" else f" of {BASELINES[name]}"
+            reasons += [f"{method}{of}: {count} of {total} requests {each}" for each, count in requests if each != "ok"]
     return Label(feature.feature, explanation.text, explainer, "ok", scores, tuple(judgements), "; ".join(reasons))
 
 
@@ -149,10 +152,10 @@ def _without_explanation(explanation: Explanation, explainer: str) -> Label:
 def has_failed(label: Label) -> bool:
     """Whether a label lacks its explanation, or all answers to one of its scorers, for other reasons than a budget's.
 
-    A feature that is dead or has no pattern, as the explainer says, lacks nothing.
+    A feature without passages to be explained from, or without a pattern, as the explainer says, lacks nothing.
     """
     if label.status != "ok":
-        return label.status not in (prompts.NO_PATTERN, "dead", "stopped")
+        return label.status not in (prompts.NO_PATTERN, "dead", "rare", "stopped")
     in_vain = (score.requests for score in label.scores.values() if not score.answered)
     return any(status != "stopped" for requests in in_vain for status, _ in requests)
 
@@ -235,25 +238,22 @@ async def _judge(
 
 
 async def _ask(completer: Completer, request: Request, read: Callable[[str], Any]) -> Answer:
-    """What `read` finds in the reply, or in that to one repair request."""
-    completion = await completer.complete(request)
-    if completion.status != "ok":
-        return Answer(completion.status, reason=_line(completion.text))
-    try:
-        return Answer("ok", read(completion.text))
-    except answers.Unreadable as error:
-        problem = error
-    completion = await completer.complete(prompts.repair_request(request, completion.text, str(problem)))
-    if completion.status == "ok":
+    """What `read` finds in the reply, or in that to one repair request; the status of whichever has none."""
+    completion, problems = await completer.complete(request), []
+    while completion.status == "ok":
         try:
             return Answer("ok", read(completion.text))
         except answers.Unreadable as error:
-            problem = (
-                error if isinstance(error, answers.TooLong) or not isinstance(problem, answers.TooLong) else problem
-            )
-    if isinstance(problem, answers.TooLong):
-        return Answer("ok", answers.cut(problem.explanation), f"cut to {prompts.MAX_WORDS} words: {problem}")
-    return Answer("unparsed", reason=f"{problem}, in two attempts")
+            problems.append(error)
+        if len(problems) == 2:
+            break
+        completion = await completer.complete(prompts.repair_request(request, completion.text, str(problems[0])))
+    for problem in reversed(problems):
+        if isinstance(problem, answers.TooLong):
+            return Answer("ok", answers.cut(problem.explanation), f"cut to {prompts.MAX_WORDS} words: {problem}")
+    if completion.status != "ok":
+        return Answer(completion.status, reason=_line(completion.text))
+    return Answer("unparsed", reason=f"{problems[-1]}, in two attempts")
 
 
 def _by_status(found: Iterable[Answer]) -> tuple[tuple[str, int], ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from mistral_sae import patterns, scoring
 from mistral_sae.patterns import ANY, Place, Rule, core, places
 from mistral_sae.prompts import MAX_WORDS, NO_PATTERN, visible
-from mistral_sae.records import Example, Feature, Judgement, Label
+from mistral_sae.records import Example, Feature, Judgement, Label, without_examples
 
 EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
@@ -31,7 +31,7 @@ Pair = tuple[tuple[str, str], tuple[str, str]]  # a target and a context
 class Findings(NamedTuple):
     """What was found of a feature."""
 
-    status: str  # "ok", "no pattern" or "dead", as in Label
+    status: str  # "ok", "no pattern", "dead" or "rare", as in Label
     phrase: str  # at most MAX_WORDS words; "" unless the status is "ok"
     rules: tuple[Rule, ...]  # what the phrase says
 
@@ -69,7 +69,7 @@ def find(feature: Feature) -> Findings:
     """
     passages = [visible(passage) for passage in (*feature.top, *feature.spread)]
     if not passages:
-        return Findings("dead", "", ())
+        return Findings(without_examples(feature)[0], "", ())
     candidates = tabulate(passages, feature)
     rules = _choose(candidates)
     if candidates.share(rules) < LEAST_SHARE:
@@ -172,8 +172,9 @@ def label(feature: Feature, found: Findings, other: Findings | None, *, seed: in
     there are was settled on the explaining examples.
     """
     if found.status != "ok":
-        reasons = {"dead": "it never fired on the corpus", NO_PATTERN: "no rule accounts for enough of its passages"}
-        return Label(feature.feature, "", EXPLAINER, found.status, {}, (), reasons[found.status])
+        is_seen = found.status == NO_PATTERN
+        reason = "no rule accounts for enough of its passages" if is_seen else without_examples(feature)[1]
+        return Label(feature.feature, "", EXPLAINER, found.status, {}, (), reason)
     questions = scoring.detection_questions(feature, seed)
     places_of = [places(question.passage) for question in questions]
 

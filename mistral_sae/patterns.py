@@ -19,6 +19,7 @@ EARLY = 8  # positions of a row, its BOS not counted
 QUOTES = "\"'`"
 SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase can be counted
 WORD_END = re.compile(r"\w+\Z")
+MAY_OPEN = re.compile(r"(?<!\w)(?:[bfru]|[bf]r|r[bf])?\Z", re.IGNORECASE)  # what stands before a string's first quote
 
 
 class Rule(NamedTuple):
@@ -40,7 +41,7 @@ def places(passage: Example) -> list[Place]:
     """What can be said of each token of a passage. All of it is said of the text up to the token, but for "before"."""
     tokens, found = passage.tokens, []
     line, line_is_whole, quote = "", False, ""  # `quote` is what opened the string, or the comment, that we are in
-    word, previous = "", " "  # what the text ends with: the word, and the character
+    word = ""  # that the text ends with
     for i, token in enumerate(tokens):
         continues = bool(word) and (token[:1].isalnum() or token[:1] == "_")
         contexts = [ANY]
@@ -62,10 +63,9 @@ def places(passage: Example) -> list[Place]:
             Place([ANY, ("core", core(token)), ("token", token), ("class", class_of(token, continues))], contexts)
         )
         if token:  # some have no text: a character of several tokens is part of the last
-            quote = _quote_after(token, quote, previous)
+            quote = _quote_after(token, quote, line)
             end = WORD_END.search(token)
             word = "" if end is None else word + token if end.start() == 0 else end[0]
-            previous = token[-1]
         line += token
         if "\n" in token:
             line, line_is_whole = token[token.rindex("\n") + 1 :], True
@@ -132,12 +132,12 @@ def _where(kind: str, values: list[str]) -> str:
     }[kind]
 
 
-def _quote_after(token: str, quote: str, previous: str) -> str:
+def _quote_after(token: str, quote: str, line: str) -> str:
     """What string or comment the text is in after a token, going by the line alone, as most languages would."""
-    for character in token:
-        if character == "\n" or (quote in QUOTES and character == quote and previous != "\\"):
+    for i, character in enumerate(token):
+        before = line + token[:i]
+        if character == "\n" or (quote in QUOTES and character == quote and before[-1:] != "\\"):
             quote = ""
-        elif not quote and (character == "#" or (character in QUOTES and not previous.isalnum())):
+        elif not quote and (character == "#" or (character in QUOTES and MAY_OPEN.search(before))):
             quote = character
-        previous = character
     return quote

@@ -47,6 +47,13 @@ class Feature(NamedTuple):
     hard: tuple[Example, ...]  # likewise, but with a token it fires on elsewhere, or with one of its nearest firing
 
 
+def without_examples(feature: Feature) -> tuple[str, str]:
+    """The status of a feature that has no passage to be explained from, and the reason."""
+    if feature.maximum == 0:
+        return "dead", "it never fired on the corpus"
+    return "rare", "it fired in no document but those that explanations are scored on"
+
+
 class Judgement(NamedTuple):
     """What a scorer said of one passage of a feature."""
 
@@ -78,7 +85,7 @@ class Label(NamedTuple):
     feature: int
     explanation: str  # at most 20 words; "" unless the status is "ok"
     explainer: str  # "offline", "mistral" or the name of the model that was asked
-    status: str  # "ok", "no pattern", "unparsed", "dead" (nothing to explain), or a Completion's
+    status: str  # "ok", "no pattern", "unparsed", "dead" or "rare" (nothing to explain it from), or a Completion's
     scores: dict[str, Score]  # by method: "detection", "fuzzing", "simulation"
     judgements: tuple[Judgement, ...]
     reason: str = ""  # one line: why the status is not "ok", or what went wrong although it is

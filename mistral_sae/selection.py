@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,7 +16,7 @@ class Selection(NamedTuple):
     words: str
     how: str  # "all", "random", "densest" or "listed"
     count: int = 0  # of "random" and "densest"
-    listed: tuple[int, ...] = ()  # ascending
+    listed: Sequence[int] = ()  # ascending
 
     def check(self, n_features: int) -> None:
         """Raise SettingsError where features are listed that the autoencoder does not have."""
@@ -41,15 +42,13 @@ def parse(words: str) -> Selection:
     text = words.strip().lower()
     if text == "all":
         return Selection(words, "all")
-    if match := re.fullmatch(r"(random|densest)\s+(\d+)", text):
+    if (match := re.fullmatch(r"(random|densest)\s+(\d+)", text)) and int(match[2]):
         return Selection(words, match[1], int(match[2]))
-    listed: set[int] = set()
-    if match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", text):
-        listed = set(range(int(match[1]), int(match[2]) + 1))
-    elif re.fullmatch(r"[\[(]?\s*\d+(\s*,\s*\d+)*\s*,?\s*[\])]?", text):
-        listed = {int(number) for number in re.findall(r"\d+", text)}
-    if not listed:
-        raise SettingsError(
-            f"SELECT is {words!r}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
-        )
-    return Selection(words, "listed", 0, tuple(sorted(listed)))
+    if (match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", text)) and int(match[1]) <= int(match[2]):
+        return Selection(words, "listed", 0, range(int(match[1]), int(match[2]) + 1))
+    numbers = r"\d+(\s*,\s*\d+)*\s*,?"
+    if re.fullmatch(rf"{numbers}|\[\s*{numbers}\s*\]|\(\s*{numbers}\s*\)", text):
+        return Selection(words, "listed", 0, sorted({int(number) for number in re.findall(r"\d+", text)}))
+    raise SettingsError(
+        f"SELECT is {words!r}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
+    )

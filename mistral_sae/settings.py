@@ -4,6 +4,7 @@ import ast
 import difflib
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType, TracebackType
@@ -24,7 +25,8 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
 
     Raises:
         SettingsError: an argument is not `NAME=value`, the name is unknown, a value, given or in the file, is not of
-            the constant's type (its annotation or else its default's), or another constant cannot follow it.
+            the constant's type (its annotation or else its default's), another constant cannot follow it, or the
+            environment has a constant that is not read from there.
     """
     values = dict(_split(argument) for argument in arguments)
     known: set[str] = set()
@@ -39,15 +41,8 @@ def override(arguments: list[str], *modules: ModuleType) -> None:
             except (ArithmeticError, ValueError) as error:
                 given = " ".join(argument for argument in arguments if "KEY" not in argument.partition("=")[0])
                 raise SettingsError(f"{names[0]} cannot be computed with {given}: {error}") from None
-            annotation = getattr(statement, "annotation", None)
             for name in names:
-                value = getattr(module, name)
-                if annotation is not None:
-                    kinds = _kinds(eval(ast.unparse(annotation), module.__dict__))
-                    value = _typed(name, value, kinds)  # whoever edits the file may be mistaken, too
-                else:
-                    kinds = (type(value),)
-                setattr(module, name, _given(name, values[name], kinds) if name in values else value)
+                setattr(module, name, _value(name, values.get(name), statement, module))
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.0)
@@ -74,15 +69,31 @@ def _assigned(statement: ast.stmt) -> list[str]:
     return [t.id for t in targets if isinstance(t, ast.Name) and t.id.isupper()]
 
 
-def _kinds(annotation: Any) -> tuple[type, ...]:
-    """The types that an annotation allows: itself, or the parts of a union."""
-    return (annotation,) if isinstance(annotation, type) else annotation.__args__
+def _value(name: str, argument: str | None, statement: ast.stmt, module: ModuleType) -> Any:
+    """The constant that a statement has just set, or what the argument for it says, as one of its types."""
+    annotation, value = getattr(statement, "annotation", None), getattr(module, name)
+    kinds: tuple[type, ...] = (type(value),)
+    if annotation is not None:
+        allowed = eval(ast.unparse(annotation), module.__dict__)
+        kinds = (allowed,) if isinstance(allowed, type) else allowed.__args__
+        value = _typed(name, value, kinds)  # whoever edits the file may be mistaken, too
+    in_environment = f"os.environ.get('{name}'" in ast.unparse(statement)  # its default is there
+    if argument is not None:
+        return _given(name, argument, kinds, empty_is_none=in_environment)
+    if name in os.environ and not in_environment:  # a budget that is not kept costs money
+        raise SettingsError(
+            f"found {name} in the environment, where it is not looked for: "
+            f"give it after the script's name, {name}=..., or unset it"
+        )
+    return value
 
 
-def _given(name: str, text: str, kinds: tuple[type, ...]) -> Any:
+def _given(name: str, text: str, kinds: tuple[type, ...], *, empty_is_none: bool) -> Any:
     """What an argument says, as one of the constant's types; a string needs no quotes."""
     if text == "" and type(None) in kinds:
-        return None
+        if empty_is_none:
+            return None
+        raise SettingsError(f"{name} is empty: give it a value, or {name}=None")  # as after a misspelt shell variable
     if bool in kinds and text in ("true", "false"):
         return text == "true"
     try:

@@ -323,7 +323,9 @@ def firings_of(run_dir):
     return load_file(run_dir / "examples.safetensors")["firings"]
 
 
-@pytest.mark.parametrize("select", ["some", "random", "64", "[3, 64]", "60-64", "9-4", "[3, x]", "-1"])
+@pytest.mark.parametrize(
+    "select", ["some", "random", "random 0", "64", "[3, 64]", "[3, 4", "0-4000000000", "9-4", "[3, x]", "-1"]
+)
 def test_a_bad_select_is_refused_in_one_line_and_nothing_is_lost(here, arguments, finished, tmp_path, select):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     before = contents_of(folder)
@@ -381,7 +383,8 @@ def test_a_second_run_asks_the_server_nothing(here, arguments, served, tmp_path)
         ran = here(arguments(folder, **openai(server)))
     assert ran.code == 0, ran.err
     assert server.log == []
-    assert f"{asked} requests are answered already" in ran.out
+    assert f"{asked} replies are in {folder / 'completions.jsonl'}" in ran.out
+    assert f"0 requests, 0 retries, {asked} answered from the journal" in ran.out
     assert f"0 requests, 0 retries, {asked} answered from the journal" in ran.out
     assert (folder / "explanations.jsonl").read_bytes() == (run_dir / "explanations.jsonl").read_bytes()
 
@@ -501,7 +504,7 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nothing(here, arguments, se
     assert ran.code == 0, ran.err
     assert server.log == []
     found = re.search(
-        r"6 features need (\S+) requests, about (\S+) tokens to read and (\S+) to write: \$(\S+), at most \$\S+, "
+        r"6 features need (\S+) requests, about (\S+) tokens to read and (\S+) to write: \$(\S+), without retries at most \$\S+, "
         r"at \$0\.15 and \$0\.6 a million; none was sent",
         ran.out,
     )
@@ -520,9 +523,20 @@ def test_a_dry_run_knows_what_is_answered_already(here, arguments, served, tmp_p
         ran = here(arguments(folder, **openai(server, DRY_RUN=1)))
         more = here(arguments(folder, **openai(server, DRY_RUN=1, SELECT=str([*CHOSEN, 5]))))
     assert f"6 features need 0 requests, and {served[2]} that are answered already" in ran.out
-    assert "$0.00, at most $0.00" in ran.out
+    assert "$0.00, without retries at most $0.00" in ran.out
     assert re.search(r"7 features need [1-9]\d* requests, and [1-9]\d* that are answered already", more.out)
     assert server.log == []
+
+
+@pytest.mark.parametrize("limit", [{"MAX_DOLLARS": 0.0011}, {"MAX_TOKENS": 4000}])
+def test_a_dry_run_says_when_the_budget_does_not_suffice(here, arguments, served, run_dir, limit):
+    with Server(reply) as server:
+        ran = here(arguments(run_dir, **openai(server, DRY_RUN=1, **limit)))
+        enough = here(arguments(run_dir, **openai(server, DRY_RUN=1, MAX_DOLLARS=5, MAX_TOKENS=10**7)))
+        known = here(arguments(served[0], **openai(server, DRY_RUN=1, **limit)))  # all spent, and nothing to ask
+    assert "; the budget ends before that; none was sent" in ran.out
+    assert "the budget ends" not in enough.out
+    assert "the budget ends" not in known.out
 
 
 def test_without_prices_no_dollars_are_named_and_none_can_be_bounded(here, arguments, run_dir):
@@ -590,6 +604,47 @@ def test_a_budget_takes_nothing_from_what_is_answered_already(here, arguments, s
     assert server.log == []
     statuses = {label.feature: label.status for label in labels_of(folder)}
     assert statuses == {0: "stopped", 63: "stopped"} | dict.fromkeys(CHOSEN, "ok")
+
+
+def test_a_run_that_gets_nothing_leaves_the_labels_of_earlier_ones(here, arguments, served, tmp_path):
+    folder = shutil.copytree(served[0], tmp_path / "run")
+    before = (folder / "explanations.jsonl").read_bytes()
+    with Server(reply) as server:
+        ran = here(arguments(folder, **openai(server, OPENAI_MODEL="another", MAX_TOKENS=100)))
+    assert (ran.code, server.log) == (0, [])
+    assert f"{len(CHOSEN)} features: {len(CHOSEN)} stopped" in ran.out
+    assert (folder / "explanations.jsonl").read_bytes() == before
+    assert "0 of them explained" not in (folder / "report.html").read_text()
+
+
+def test_features_explained_later_stand_beside_those_of_earlier_runs(here, arguments, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = {label.feature: label for label in labels_of(folder)}
+    ran = here(arguments(folder, SELECT="3-5"))
+    assert ran.code == 0, ran.err
+    after = {label.feature: label for label in labels_of(folder)}
+    assert list(after) == sorted({*CHOSEN, 3, 4, 5})
+    assert {f: after[f] for f in CHOSEN if f != 3} == {f: before[f] for f in CHOSEN if f != 3}
+    assert f"labels    {folder / 'explanations.jsonl'}, beside 5 of earlier runs\n" in ran.out
+    assert "\n3 features: 3 ok\n" in ran.out
+    assert not (folder / "explanations-1.jsonl").exists()
+
+
+@pytest.mark.parametrize("changed", [{"EXPLAIN_TOKENS": 2500}, {"damaged": True}, {}])
+def test_labels_of_other_examples_or_of_another_explainer_are_set_aside(here, arguments, served, tmp_path, changed):
+    folder = shutil.copytree(served[0], tmp_path / "run", ignore=shutil.ignore_patterns("explanations-1.jsonl"))
+    if changed.pop("damaged", False):
+        (folder / "explanations.jsonl").write_text('{"feature": 3, "expl')
+    before = (folder / "explanations.jsonl").read_bytes()
+    for number in (1, 2):
+        ran = here(arguments(folder, SELECT="3", **changed))
+        assert ran.code == 0, ran.err
+        assert (folder / "explanations-1.jsonl").read_bytes() == before
+        assert ("explanations-1.jsonl" in ran.out) == (number == 1)
+    assert not (folder / "explanations-2.jsonl").exists()
+    labels = {label.feature: label.explainer for label in labels_of(folder)}
+    kept = {} if changed or not before.endswith(b"\n") else dict.fromkeys(CHOSEN, "test-model")
+    assert labels == kept | {3: "offline"}
 
 
 # ---- what ends a run ----
@@ -794,6 +849,14 @@ def test_damaged_explanations_are_one_line(here, arguments, finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     (folder / "explanations.jsonl").write_text('{"a": 1}\n')
     assert_refused(here(arguments(folder, TEXT="def f(x):")), "explanations.jsonl: found '{\"a\": 1}'")
+
+
+def test_a_text_is_shown_without_passages_where_the_examples_are_damaged(here, arguments, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "examples.safetensors").write_bytes(b"damaged")
+    ran = here(arguments(folder, TEXT="the value"))
+    assert ran.code == 0, ran.err
+    assert "without passages: " in ran.out
 
 
 def test_a_text_without_explanations_says_how_to_get_them(here, arguments, tmp_path):

@@ -230,9 +230,16 @@ def test_what_cannot_be_read_twice_is_unparsed(features):
     assert len(fake.requests) == 2
 
 
-def test_a_repair_that_fails_leaves_the_first_reply_unparsed(features):
-    fake = Fake(lambda request: Completion("failed", "down") if is_repair(request) else "?")
-    assert explained(fake, features[0]).status == "unparsed"
+@pytest.mark.parametrize("status", ["refused", "filtered", "truncated", "failed", "stopped"])
+def test_a_repair_without_a_reply_is_its_status(features, status):
+    fake = Fake(lambda request: Completion(status, "down") if is_repair(request) else "?")
+    assert explained(fake, features[0])[1:] == (status, "", "down")
+
+
+def test_a_repair_that_is_too_long_is_asked_for_with_fewer_examples(features):
+    fake = Fake(lambda request: Completion("overflow", "too long") if is_repair(request) else "?")
+    assert explained(fake, features[0]).status == "overflow"
+    assert len(fake.requests[2].messages[1]["content"]) < len(fake.requests[0].messages[1]["content"])
 
 
 def test_an_explanation_that_stays_too_long_is_cut_and_says_so(features):
@@ -257,7 +264,11 @@ def test_no_pattern_is_a_status_and_is_not_scored(features):
 def test_a_dead_feature_is_asked_nothing_about(features):
     fake = Fake(perfect)
     dead = features[0]._replace(maximum=0.0, top=(), spread=(), held_out=())
-    assert run_all(fake, {0: dead})[0].status == "dead"
+    rare = features[1]._replace(top=(), spread=())
+    assert {label.feature: label.status for label in run_all(fake, {0: dead, 1: rare}).values()} == {
+        0: "dead",
+        1: "rare",
+    }
     assert not fake.requests
 
 
@@ -329,6 +340,17 @@ def test_requests_for_scores_that_fail_are_counted_apart_and_named(features):
     assert label.scores["detection"].unanswered == 40
     assert re.search(r"detection: \d of 5 requests refused", label.reason)
     assert label.scores["fuzzing"].value == 1.0
+
+
+def test_requests_for_a_baseline_that_fail_are_named_too(features):
+    def answer(request):
+        is_own = request.schema["title"] == "explanation" or explained_token(request) == " self"
+        return perfect(request) if is_own else Completion("failed", "down")
+
+    label = run_all(Fake(answer), features, methods=["detection"])[0]
+    score = label.scores["detection"]
+    assert (score.value, score.other_feature, score.unanswered) == (1.0, None, 0)
+    assert label.reason == "detection of another feature's explanation: 5 of 5 requests failed"
 
 
 def test_a_simulation_that_lost_count_is_asked_for_again_and_then_counted_apart(features):
@@ -498,6 +520,7 @@ def test_the_passages_shown_are_as_many_as_a_prompt_is_made_for():
         ("unparsed", {}, True),
         ("stopped", {}, False),
         ("dead", {}, False),
+        ("rare", {}, False),
         (prompts.NO_PATTERN, {}, False),
     ],
 )

@@ -87,6 +87,16 @@ def test_a_comment_ends_with_its_line_and_a_string_with_its_quote_or_its_line():
     assert where == ["", *["comments"] * 4, "", *["strings"] * 5, "", "", "", "", "", "strings", "strings", ""]
 
 
+@pytest.mark.parametrize("prefix", ["f", "r", "b", "rb", "F", "Rb"])
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_string_may_have_a_prefix_and_an_apostrophe_is_none(prefix, quote):
+    tokens = ["x", " =", f" {prefix}{quote}", "a", quote, " +", " b", " don't", " c"]
+    where = names(patterns.places(passage(tokens)), "in")
+    assert where == [[]] * 3 + [["strings"]] * 2 + [[]] * 4
+    apart = [" =", f" {prefix}", f"{quote}a", quote, "b", f"x{prefix}", f"{quote}c"]
+    assert names(patterns.places(passage(apart)), "in") == [[]] * 3 + [["strings"]] + [[]] * 3
+
+
 @pytest.mark.parametrize(
     ("token", "continues", "expected"),
     [
@@ -163,6 +173,13 @@ def test_a_dead_feature_is_dead():
     feature = make_feature(0, on(" self"))._replace(top=(), spread=(), held_out=(), maximum=0.0)
     label = offline.label(feature, offline.find(feature), None)
     assert (label.status, label.explainer, label.scores) == ("dead", "offline", {})
+
+
+def test_a_feature_that_fires_only_where_explanations_are_scored_is_rare_and_not_dead():
+    feature = make_feature(0, on(" self"))._replace(top=(), spread=())
+    label = offline.label(feature, offline.find(feature), None)
+    assert (label.status, label.scores) == ("rare", {})
+    assert "never" not in label.reason
 
 
 def test_a_phrase_has_at_most_twenty_words_however_much_there_is_to_say():

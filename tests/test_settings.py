@@ -80,7 +80,6 @@ def error_of(constants, *arguments):
         ("FOLDER", "mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-v0.3"),
         ("FOLDER", "~/models/7b", "~/models/7b"),
         ("FOLDER", "None", None),
-        ("FOLDER", "", None),
         ("COUNT", "None", None),
         ("COUNT", "4", 4),
         ("EITHER", "2", 2),
@@ -164,6 +163,28 @@ def test_all_that_users_edit_is_annotated(defaults):
         head = (ROOT / path).read_text().split("\nimport sys\n")[0]
         bare = {line.split(" = ")[0] for line in head.splitlines() if " = " in line and line.split(" = ")[0].isupper()}
         assert bare <= {"ON_STANDIN"}
+
+
+@pytest.mark.parametrize("name", ["FOLDER", "COUNT"])
+def test_an_empty_value_is_not_taken_for_none(constants, name):
+    assert error_of(constants, f"{name}=") == f"{name} is empty: give it a value, or {name}=None"
+
+
+def test_a_constant_in_the_environment_is_an_error_unless_it_is_read_from_there(constants, defaults, monkeypatch):
+    monkeypatch.setenv("WIDTH", "9")
+    message = "found WIDTH in the environment, where it is not looked for: give it after the script's name, WIDTH=..."
+    assert error_of(constants).startswith(message)
+    override(["WIDTH=3"], constants)
+    assert constants.WIDTH == 3
+    monkeypatch.setenv("DRY_RUN", "1")
+    override([], config)
+    assert config.DRY_RUN is True
+    override(["DRY_RUN=0"], config)
+    assert config.DRY_RUN is False
+    monkeypatch.setenv("MAX_TOKENS", "1000")
+    with pytest.raises(SettingsError, match="found MAX_TOKENS in the environment"):
+        override([], config)
+    monkeypatch.delenv("MAX_TOKENS")
 
 
 def test_constants_computed_from_a_given_one_follow_it(constants):

@@ -152,6 +152,7 @@ const STATUS = {
   "no pattern": "The explainer saw no pattern in its passages.",
   unparsed: "The explainer's answer could not be read.",
   dead: "It never fired on this corpus, so there is nothing to explain.",
+  rare: "It fired too seldom: there is no passage to explain it from.",
 };
 
 function heading(record, i) {
