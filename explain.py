@@ -82,6 +82,7 @@ def check_settings() -> None:
     """Raise SettingsError for constants that no run can use, before anything is loaded."""
     for name, good, expected in [
         ("EXPLAINER", explainer() in ("openai", "mistral", "offline"), "openai, mistral or offline"),
+        ("EXPLAINER", not (explainer() == "mistral" and config.ON_STANDIN), "another, as the stand-in cannot explain"),
         ("SCORERS", set(scorers()) <= set(labelling.METHODS), f"any of {', '.join(labelling.METHODS)}"),
         ("EXPLAIN_TOKENS", config.EXPLAIN_TOKENS >= config.CONTEXT_LENGTH, "at least one row, CONTEXT_LENGTH"),
         ("CONTEXT_LENGTH", config.CONTEXT_LENGTH >= 3, "at least 3"),

@@ -504,8 +504,8 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nothing(here, arguments, se
     assert ran.code == 0, ran.err
     assert server.log == []
     found = re.search(
-        r"6 features need (\S+) requests, about (\S+) tokens to read and (\S+) to write: \$(\S+), without retries at most \$\S+, "
-        r"at \$0\.15 and \$0\.6 a million; none was sent",
+        r"6 features need (\S+) requests, about (\S+) tokens to read and (\S+) to write: "
+        r"\$(\S+), without retries at most \$\S+, at \$0\.15 and \$0\.6 a million; none was sent",
         ran.out,
     )
     requests, prompt, completion = (int(found[i].replace(",", "")) for i in (1, 2, 3))
@@ -750,6 +750,11 @@ def test_an_autoencoder_of_another_model_is_refused_in_one_line(here, arguments,
     ("changed", "said"),
     [
         ({"EXPLAINER": "claude"}, "EXPLAINER is 'claude': expected openai, mistral or offline"),
+        (
+            {"EXPLAINER": "mistral", "MISTRAL_MODEL_PATH": ""},
+            "EXPLAINER is 'mistral': expected another, as the stand-in",
+        ),
+        ({"TEXT": ""}, "TEXT is empty"),
         ({"SCORERS": "detection guessing"}, "SCORERS is 'detection guessing': expected any of detection"),
         ({"EXPLAIN_TOKENS": 31}, "EXPLAIN_TOKENS is 31"),
         ({"CONCURRENCY": 0}, "CONCURRENCY is 0"),
