@@ -81,7 +81,9 @@ class Client:
         max_tokens: likewise, prompts and replies.
         concurrency: attempts out at once, at most.
         timeout: seconds an attempt may take, however slowly it trickles in.
-        deadline: seconds a request may take from its first attempt, with all waiting in between.
+        deadline: seconds a request may take from its first attempt, with all waiting in between. They begin anew
+            with every answer to another request while the server turns this one away as busy, so that it fails where
+            the server answers nobody for so long, and not where there is much to do.
         attempts: how often a request is tried that fails for other reasons than a server which is busy or away.
         backoff: seconds before the first retry, about; doubles each time.
         longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled.
@@ -126,6 +128,8 @@ class Client:
         self._reached = False  # whether the server ever answered
         self._ended = ""  # why the run is over
         self._scopes: set[anyio.CancelScope] = set()  # of the requests that are being asked
+        self._turned_away: set[anyio.CancelScope] = set()  # of those whose last attempt found the server busy
+        self._away_until = 0.0  # when a server that wants more patience than there is may be asked again
         self._asking: dict[str, asyncio.Future[Completion | None]] = {}
         for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # the last four before and since openai 3
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -220,6 +224,7 @@ class Client:
                     return await self._attempts(request, scope, tally)
             finally:
                 self._scopes.remove(scope)
+                self._turned_away.discard(scope)
         if self._ended:
             raise ClientError(self._ended)
         return "failed", self._late(tally)
@@ -230,6 +235,8 @@ class Client:
         since, faults, waits = None, 0, 0
         while True:
             async with self._limit.slot(since):
+                if (wait := self._away_until - anyio.current_time()) > self._deadline:
+                    return "failed", self._impatient(wait, tally)
                 if since is None:
                     since = anyio.current_time()
                     scope.deadline = since + self._deadline
@@ -239,6 +246,8 @@ class Client:
                 reply = await self._attempt(body, request, room, tally)
             tally.problem = reply.text
             self._reached |= reply.kind != "no server"
+            turned_away = reply.kind == "busy" and reply.spent is not None  # else it may have been at work on it
+            (self._turned_away.add if turned_away else self._turned_away.discard)(scope)
 
             if reply.kind in ("ok", "refused", "filtered"):
                 return reply.kind, reply.text
@@ -265,10 +274,10 @@ class Client:
             if reply.wait is not None:
                 # No sooner than it says, and not all at the same moment
                 wait = max(reply.wait, self._backoff) + self._backoff * random.random()
-            if anyio.current_time() + wait > scope.deadline:
-                asked = f"the server asks for {reply.wait:g} s of patience, and there is " if reply.wait else ""
-                return "failed", asked + self._late(tally)
-            await anyio.sleep(wait)
+            if reply.wait and anyio.current_time() + wait > scope.deadline:
+                return "failed", self._impatient(reply.wait, tally)
+            if not turned_away or reply.wait is None:  # else the limit holds it
+                await anyio.sleep(wait)
 
     async def _attempt(self, body: dict[str, Any], request: Request, room: int, tally: "_Tally") -> Reply:
         """Send a request once, within the budget and the timeout."""
@@ -287,9 +296,20 @@ class Client:
             tally.spent = Tokens(tally.spent.prompt + spent.prompt, tally.spent.completion + spent.completion)
         if reply.kind == "busy":
             self._limit.overwhelmed(began)
+            if reply.wait is not None:
+                self._hold(reply.wait)
         elif reply.kind in ("ok", "refused", "filtered", "truncated"):
             self._limit.succeeded()
+            for scope in self._turned_away:
+                scope.deadline = anyio.current_time() + self._deadline
         return reply
+
+    def _hold(self, seconds: float) -> None:
+        """Send nothing for as long as the server asks; what waits fails at once where that is beyond the deadline."""
+        if seconds > self._deadline:
+            self._away_until = max(self._away_until, anyio.current_time() + seconds)
+        else:
+            self._limit.pause(max(seconds, self._backoff), self._backoff)
 
     async def _send(self, body: dict[str, Any]) -> Reply:
         try:
@@ -308,6 +328,9 @@ class Client:
             for scope in self._scopes:
                 scope.cancel()
         raise ClientError(self._ended)
+
+    def _impatient(self, wait: float, tally: "_Tally") -> str:
+        return f"the server asks for {round(wait, 1):g} s of patience, and there is {self._late(tally)}"
 
     def _late(self, tally: "_Tally") -> str:
         return f"no answer within {self._deadline:g} s; the last attempt: {tally.problem or 'none was finished'}"

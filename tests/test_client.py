@@ -147,6 +147,49 @@ def test_a_wait_beyond_the_deadline_fails_at_once(journal):
     assert time.monotonic() - start < 10
 
 
+def test_nobody_asks_a_server_to_learn_again_that_it_wants_more_patience_than_there_is(journal):
+    with Server(reply, lambda asked: Raw(429, {}, {"Retry-After": "3600"})) as server:
+        start = time.monotonic()
+        completions, _ = ask(server, journal, *map(str, range(100)))
+    assert {completion.status for completion in completions} == {"failed"}
+    assert all("asks for 3600 s of patience" in completion.text for completion in completions)
+    assert len(server.log) <= FIRST_LIMIT
+    assert time.monotonic() - start < 10
+
+
+def test_a_server_that_names_a_wait_is_sent_nothing_until_then_and_not_all_at_once_after_it(journal):
+    def fault(asked):
+        return Raw(429, {}, {"Retry-After": "1"}) if len(server.log) < FIRST_LIMIT else None
+
+    with Server(reply, fault) as server:
+        completions, client = ask(server, journal, *map(str, range(300)), backoff=0.3)
+    assert {completion.status for completion in completions} == {"ok"}
+    assert client.usage.retries == FIRST_LIMIT
+    first, *rest = (served.time for served in server.log[FIRST_LIMIT - 1 :])
+    assert rest[0] - first > 0.9
+    assert rest[3] - rest[0] > 0.02
+    turned_away = {served.content for served in server.log[:FIRST_LIMIT]}
+    assert turned_away <= {served.content for served in server.log[FIRST_LIMIT : 3 * FIRST_LIMIT]}  # they go first
+
+
+@pytest.mark.parametrize("header", [{"Retry-After": "0.25"}, {}])
+def test_no_deadline_runs_out_while_a_busy_server_answers_others(journal, header):
+    """20 answers each quarter of a second are 2.5 s of work, and no request may take more than one."""
+    answered = Counter()
+
+    def fault(asked):
+        window = int(time.monotonic() / 0.25)
+        answered[window] += 1
+        return Raw(429, {}, header) if answered[window] > 20 else None
+
+    with Server(reply, fault) as server:
+        start = time.monotonic()
+        completions, client = ask(server, journal, *map(str, range(200)), deadline=1.0, backoff=0.05)
+    assert Counter(completion.status for completion in completions) == {"ok": 200}
+    assert 2.0 < time.monotonic() - start < 15
+    assert not header or client.usage.retries < 200
+
+
 # ---- statuses ----
 
 
