@@ -43,8 +43,10 @@ FATAL = {
     "address": "found no chat completions for model {model!r} under {address} ({words}), expected an OpenAI-compatible "
     "server: check the base URL, which mostly ends in /v1, and the model's name",
     "quota": "the account at {address} has no quota left ({words}), expected some: add credit and start again to go on",
+    "region": "the server at {address} serves nobody from where this runs ({words}), expected one that does: set another",
     "no server": "found no server at {address} ({words}), expected one: start it, or correct the base URL",
 }
+REFUSING = frozenset({"key", "no key", "quota", "region"})  # of FATAL, what every attempt that is out meets as well
 
 
 class ClientError(RuntimeError):
@@ -126,6 +128,8 @@ class Client:
         self._most_faults, self._backoff, self._longest_reply = attempts, backoff, longest_reply
         self._done = self._known = self._retries = 0
         self._reached = False  # whether the server ever answered
+        self._served = False  # whether that was ever a completion
+        self._refused = False  # whether what is out when the run is ended costs nothing
         self._ended = ""  # why the run is over
         self._scopes: set[anyio.CancelScope] = set()  # of the requests that are being asked
         self._turned_away: set[anyio.CancelScope] = set()  # of those whose last attempt found the server busy
@@ -195,8 +199,7 @@ class Client:
         try:
             status, text = await self._within_deadline(request, tally)
         except BaseException:  # the run is stopped; what this request has cost counts even so
-            never_there = self._ended and not self._reached
-            if any(tally.spent) and not never_there:
+            if any(tally.spent):
                 with contextlib.suppress(JournalError):
                     self._write(key, Completion("failed", "the run was stopped", *tally.spent))
             raise
@@ -291,6 +294,9 @@ class Client:
                 reply = await self._send(body)
             if reply.spent is not None:
                 spent = reply.spent
+        except asyncio.CancelledError:
+            spent = Tokens() if self._refused else most
+            raise
         finally:
             self._budget.settle(most, spent)
             tally.spent = Tokens(tally.spent.prompt + spent.prompt, tally.spent.completion + spent.completion)
@@ -299,6 +305,7 @@ class Client:
             if reply.wait is not None:
                 self._hold(reply.wait)
         elif reply.kind in ("ok", "refused", "filtered", "truncated"):
+            self._served = True
             self._limit.succeeded()
             for scope in self._turned_away:
                 scope.deadline = anyio.current_time() + self._deadline
@@ -325,6 +332,7 @@ class Client:
             words = _one_line(self._scrubbed(words))
             template = FATAL.get(kind, "{words}")
             self._ended = template.format(address=self.address, model=self.model, words=words)
+            self._refused = kind in REFUSING or (kind in FATAL and not self._served)
             for scope in self._scopes:
                 scope.cancel()
         raise ClientError(self._ended)

@@ -326,6 +326,35 @@ def test_what_no_request_can_survive_ends_the_run_at_once(journal, fault, words)
     assert len(server.log) <= FIRST_LIMIT
 
 
+@pytest.mark.parametrize("fault", FATAL)
+def test_what_a_server_refuses_costs_nothing_however_often_it_is_tried(journal, fault):
+    numbers = list(map(str, range(50)))
+    with Server(reply, lambda asked: fault if asked.content == "0" else "hang") as server:
+        for _ in range(4):
+            results, client = ask(server, journal, *numbers)
+            assert {type(result) for result in results} == {ClientError}
+            assert client.usage[3:6] == (0, 0, 0.0)
+    assert len(server.log) > 4  # others were out
+    assert journal.tokens == 0
+    with Server(reply) as server:
+        results, _ = ask(server, journal, *numbers, max_tokens=10_000)
+    assert {result.status for result in results} == {"ok"}
+
+
+@pytest.mark.parametrize(("fault", "cost"), [("404", 100), ("401", 0), ("quota", 0)])
+def test_what_a_server_that_has_answered_may_have_served_counts_unless_it_refuses_everybody(journal, fault, cost):
+    async def main():
+        async with Client(journal, MODEL, server.url, KEY, **QUICK) as client:
+            await client.complete(request("answered"))
+            hanging = asyncio.create_task(client.complete(request("hang")))
+            await asyncio.sleep(0.2)
+            await asyncio.gather(client.complete(request(fault)), hanging, return_exceptions=True)
+
+    with Server(reply, lambda asked: None if asked.content == "answered" else asked.content) as server:
+        asyncio.run(main())
+    assert [line["completion_tokens"] for line in lines(journal)[1:]] == [cost] * bool(cost)
+
+
 def test_the_first_error_names_what_is_wrong(journal):
     with Server(reply, key=KEY, model=MODEL) as server:
         ((completion,), _), ((model,), _) = ask(server, journal, "x"), ask(server, journal, "x", model="gpt-99")
