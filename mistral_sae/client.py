@@ -43,7 +43,7 @@ FATAL = {
     "address": "found no chat completions for model {model!r} under {address} ({words}), expected an OpenAI-compatible "
     "server: check the base URL, which mostly ends in /v1, and the model's name",
     "quota": "the account at {address} has no quota left ({words}), expected some: add credit and start again to go on",
-    "region": "the server at {address} serves nobody from where this runs ({words}), expected one that does: set another",
+    "region": "the server at {address} serves nobody from here ({words}), expected one that does: set its base URL",
     "no server": "found no server at {address} ({words}), expected one: start it, or correct the base URL",
 }
 REFUSING = frozenset({"key", "no key", "quota", "region"})  # of FATAL, what every attempt that is out meets as well
@@ -88,7 +88,8 @@ class Client:
             the server answers nobody for so long, and not where there is much to do.
         attempts: how often a request is tried that fails for other reasons than a server which is busy or away.
         backoff: seconds before the first retry, about; doubles each time.
-        longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled.
+        longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled. Later requests whose schemas
+            have the same title start with what that one needed.
 
     Attributes:
         address: of the server as it may be shown, without user, password and query.
@@ -133,6 +134,7 @@ class Client:
         self._ended = ""  # why the run is over
         self._scopes: set[anyio.CancelScope] = set()  # of the requests that are being asked
         self._turned_away: set[anyio.CancelScope] = set()  # of those whose last attempt found the server busy
+        self._rooms: dict[str, int] = {}  # what truncated replies needed, by the title of the request's schema
         self._away_until = 0.0  # when a server that wants more patience than there is may be asked again
         self._asking: dict[str, asyncio.Future[Completion | None]] = {}
         for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # the last four before and since openai 3
@@ -234,6 +236,7 @@ class Client:
 
     async def _attempts(self, request: Request, scope: anyio.CancelScope, tally: "_Tally") -> tuple[str, str]:
         """Try until there is a status, within `scope`, whose deadline is set when the first attempt goes out."""
+        kind = (request.schema or {}).get("title")
         room, cut_off = request.max_tokens, None
         since, faults, waits = None, 0, 0
         while True:
@@ -243,6 +246,7 @@ class Client:
                 if since is None:
                     since = anyio.current_time()
                     scope.deadline = since + self._deadline
+                    room = max(room, self._rooms.get(kind, 0))
                 else:
                     self._retries += 1
                 body = self._dialect.body(request, room)
@@ -253,18 +257,23 @@ class Client:
             (self._turned_away.add if turned_away else self._turned_away.discard)(scope)
 
             if reply.kind in ("ok", "refused", "filtered"):
+                if kind is not None and cut_off is not None:
+                    self._rooms[kind] = max(room, self._rooms.get(kind, 0))
                 return reply.kind, reply.text
             if reply.kind == "truncated":
                 cut_off = reply.text or "the reply was cut off before it began"
                 if room >= self._longest_reply:
                     return "truncated", cut_off
-                room = min(2 * room, self._longest_reply)
+                room = min(max(2 * room, self._rooms.get(kind, 0)), self._longest_reply)
                 continue
             if reply.kind in ("rejected", "doubtful") and self._dialect.adapt(body, reply.text):
                 continue
             if reply.kind in ("overflow", "rejected", "failed"):
                 if cut_off is not None:  # the smaller room had been accepted
                     return "truncated", cut_off
+                if room > request.max_tokens:  # what another needed may be too much for this one
+                    room = request.max_tokens
+                    continue
                 return ("overflow" if reply.kind == "overflow" else "failed"), reply.text
 
             waits += 1

@@ -232,10 +232,68 @@ def test_a_reply_that_stays_truncated_says_so(journal, larger, rooms):
     assert journal.get(lines(journal)[0]["key"]) == completion
 
 
+def test_requests_of_a_kind_begin_with_the_room_that_one_of_them_needed(journal):
+    async def main():
+        async with Client(journal, MODEL, server.url, KEY, **QUICK) as client:
+            return [await client.complete(each) for each in made]
+
+    def fault(asked):
+        if asked.content == "small":
+            return "overflow" if asked.body["max_tokens"] > 100 else None
+        return "truncated" if asked.body["max_tokens"] < 400 else None
+
+    kinds = {"x": "a", "y": "a", "large": "a", "small": "a", "other": "b"}
+    made = [request(c, SCHEMA | {"title": kind}, 500 if c == "large" else 100) for c, kind in kinds.items()]
+    with Server(reply, fault) as server:
+        completions = asyncio.run(main())
+        again, client = ask(server, journal, *made)
+    rooms = {content: [s.body["max_tokens"] for s in server.log if s.content == content] for content in kinds}
+    assert rooms == {
+        "x": [100, 200, 400],
+        "y": [400],
+        "large": [500],
+        "small": [400, 100],  # which the room of others is too large for
+        "other": [100, 200, 400],
+    }
+    assert {completion.status for completion in completions} == {"ok"}
+    assert again == completions
+    assert client.usage.known == 5  # the journal knows them by what they asked for
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [('{"a": [1, 2]}' + " \n" * 40, "ok"), ('{"a": [1, 2', "truncated"), ("12", "truncated")]
+)
+def test_a_reply_cut_off_in_the_white_space_after_its_json_is_whole(journal, text, status):
+    body = {"choices": [{"message": {"content": text}, "finish_reason": "length"}]}
+    with Server(reply, lambda asked: Raw(200, body)) as server:
+        (completion,), _ = ask(server, journal, "x", longest_reply=100)
+    assert completion[:2] == (status, text)
+
+
+def test_a_reply_that_was_cut_off_before_its_first_character_gets_more_room(journal):
+    words = (
+        "Could not finish the message because max_tokens or model output limit was reached. Please try again with "
+        "higher max_tokens."
+    )
+
+    def fault(asked):
+        return Raw(400, {"error": {"message": words}}) if asked.body["max_tokens"] < 400 else None
+
+    with Server(reply, fault) as server:
+        (completion,), client = ask(server, journal, "x")
+        (cut,), _ = ask(server, journal, "y", longest_reply=200)
+    assert completion[:2] == ("ok", "about x")
+    assert [served.body["max_tokens"] for served in server.log] == [100, 200, 400, 100, 200]
+    assert completion.completion_tokens == 100 + 200 + 1  # what was cut off may have been charged for
+    assert cut[:2] == ("truncated", "the reply was cut off before it began")
+    assert client.notes == []
+
+
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
         # OpenAI
+        (400, {"error": {"message": "Input tokens exceed the configured limit of 272000 tokens."}}, "overflow"),
         (400, {"error": {"message": CONTEXT, "code": "context_length_exceeded"}}, "overflow"),
         (429, {"error": {"message": "Request too large for gpt-4o on tokens per min (TPM)"}}, "overflow"),
         (400, {"error": {"message": "Invalid prompt", "code": "content_policy_violation"}}, "filtered"),
@@ -246,6 +304,11 @@ def test_a_reply_that_stays_truncated_says_so(journal, larger, rooms):
         # vLLM, old and new
         (400, {"object": "error", "message": CONTEXT, "type": "BadRequestError", "code": 400}, "overflow"),
         (400, {"error": {"message": "The decoder prompt is longer than the maximum model length of 16"}}, "overflow"),
+        (400, {"error": {"message": "Prompt length (9000) exceeds max_model_len (8192)"}}, "overflow"),
+        # xAI
+        (400, {"error": "This model's maximum prompt length is 131072 but the request contains 140000"}, "overflow"),
+        # Bedrock
+        (400, {"message": "Input is too long for requested model."}, "overflow"),
         # llama.cpp
         (400, {"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error"}}, "overflow"),
         # Ollama
@@ -308,6 +371,18 @@ def test_other_requests_go_on_beside_one_that_fails(journal):
         ("quota", "has no quota left (HTTP 429"),
         (Raw(400, {"error": {"message": "API key not valid. Pass a valid one."}}), "refused the key (HTTP 400"),
         (Raw(402, {"error": "Payment required"}), "has no quota left (HTTP 402"),
+        (
+            Raw(400, {"error": {"message": "Your credit balance is too low to access the API"}}),
+            "has no quota left (HTTP 400",
+        ),
+        (
+            Raw(400, {"error": {"message": "Limit", "code": "billing_hard_limit_reached"}}),
+            "has no quota left (HTTP 400",
+        ),
+        (
+            Raw(403, {"error": {"message": "Country, region, or territory not supported"}}),
+            "serves nobody from here (HTTP 403: Country, region, or territory not supported)",
+        ),
         (Raw(400, {"message": "Invalid model: test-model"}), "has no model 'test-model'"),
         (Raw(405, "Method Not Allowed"), "no chat completions for model 'test-model'"),
     ],
