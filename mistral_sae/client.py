@@ -33,6 +33,7 @@ CONNECT_SECONDS = 10.0
 FIRST_CONNECTIONS = 3  # attempts to reach a server that has not answered yet
 LONGEST_BACKOFF = 60  # times the first one
 REASON_LENGTH = 300  # characters of a server's words that are kept
+LONG_PROMPT = 1000  # tokens from which an estimate is good enough to tell that a server read less than half of them
 
 
 FATAL = {
@@ -129,6 +130,7 @@ class Client:
         self._most_faults, self._backoff, self._longest_reply = attempts, backoff, longest_reply
         self._done = self._known = self._retries = 0
         self._reached = False  # whether the server ever answered
+        self._cuts_prompts = False
         self._served = False  # whether that was ever a completion
         self._refused = False  # whether what is out when the run is ended costs nothing
         self._ended = ""  # why the run is over
@@ -162,7 +164,10 @@ class Client:
 
     @property
     def notes(self) -> list[str]:
-        """What the server does not take, and what it is asked for in its place: a line each, as it is found out."""
+        """What the server does not take, and what it is asked for in its place, and whether it cuts prompts short.
+
+        A line each, as it is found out.
+        """
         return self._dialect.notes
 
     async def complete(self, request: Request) -> Completion:
@@ -315,10 +320,20 @@ class Client:
                 self._hold(reply.wait)
         elif reply.kind in ("ok", "refused", "filtered", "truncated"):
             self._served = True
+            self._compare(estimate_tokens(request.messages), spent.prompt)
             self._limit.succeeded()
             for scope in self._turned_away:
                 scope.deadline = anyio.current_time() + self._deadline
         return reply
+
+    def _compare(self, estimate: int, read: int) -> None:
+        """Note once where a server left out most of a prompt, which Ollama does without a word."""
+        if not self._cuts_prompts and estimate > LONG_PROMPT and 0 < read < estimate / 2:
+            self._cuts_prompts = True
+            self.notes.append(
+                f"the server read only {read:,} of about {round(estimate, -2):,} tokens of a prompt: raise its context "
+                "length (Ollama: OLLAMA_CONTEXT_LENGTH)"
+            )
 
     def _hold(self, seconds: float) -> None:
         """Send nothing for as long as the server asks; what waits fails at once where that is beyond the deadline."""

@@ -528,6 +528,21 @@ def test_the_best_format_that_a_server_takes_is_found_once(journal, rejects, kin
     assert len(formats) <= 20 + 4 * (len(kinds) - 1)  # those that were out together when it was found out
 
 
+@pytest.mark.parametrize(
+    ("length", "counted", "n_notes"),
+    [(14_000, 1900, 1), (14_000, 2100, 0), (14_000, 0, 0), (14_000, None, 0), (3000, 100, 0)],
+)
+def test_a_server_that_leaves_out_most_of_a_prompt_is_said_once(journal, length, counted, n_notes):
+    body = {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": counted}}
+    with Server(reply, lambda asked: Raw(200, body)) as server:
+        _, client = ask(server, journal, "x" * length, "y" * length)
+    note = (
+        "the server read only 1,900 of about 4,000 tokens of a prompt: raise its context length (Ollama: "
+        "OLLAMA_CONTEXT_LENGTH)"
+    )
+    assert client.notes == [note] * n_notes
+
+
 def test_the_schema_is_sent_as_servers_expect_it(journal):
     with Server(reply) as server:
         ask(server, journal, "x")
