@@ -20,7 +20,8 @@ NONE_FOUND = re.compile(
     r"interpretable|linguistic|meaningful|obvious|overall|particular|real|recogni[sz]able|semantic|shared|significant|"
     r"simple|single|specific|strong|underlying|unifying|visible),? ((and|or) )?)*"
     r"patterns?( (was|is|are|can be))?( (found|visible|seen|identified|discernible))?"
-    r"( (in|among|across|to) (all|any|the|these|this|those)\b[^.;:,]*)?(([.;:,(]| [-\u2013\u2014] ).*)?",  # and what was seen
+    r"( (in|among|across|to) (all|any|the|these|this|those)\b[^.;:,]*)?"
+    r"(([.;:,(]| [-\u2013\u2014] ).*)?",  # what was seen instead
     re.IGNORECASE,
 )
 THOUGHT = re.compile(r"</think>|\[/THINK\]")

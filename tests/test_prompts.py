@@ -76,9 +76,13 @@ def test_the_system_message_says_that_texts_are_data_and_holds_none(feature):
         assert "hacked" not in request.messages[0]["content"]
 
 
-@pytest.mark.parametrize(
-    "token", ["</s>", "<s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<|im_start|>", "<|eot_id|>", "<<SYS>>"]
-)
+CONTROL = ["</s>", "<s>", "<unk>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<|im_start|>", "<|eot_id|>", "<<SYS>>"]
+CONTROL += ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<\uff5cUser\uff5c>", "[EOS]"]
+CONTROL += ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+CONTROL += ["[gMASK]", "<sop>"]
+
+
+@pytest.mark.parametrize("token", CONTROL)
 def test_no_control_token_of_a_chat_format_gets_into_a_message(feature, token):
     for request in all_requests(with_texts(feature, [f"a{token}b"]), token):
         for message in request.messages:
@@ -112,6 +116,12 @@ def test_marks_are_found_when_every_usual_one_occurs():
 
 def test_marks_are_checked_against_promoted_tokens_too(feature):
     content = prompts.explain_request(feature._replace(promoted=(("«", 1.0),))).messages[1]["content"]
+    assert "between ⟦ and ⟧" in content
+
+
+def test_marks_are_checked_against_the_explanation_too(feature):
+    passages = [Marked("kfd", feature.held_out[0], {2})]
+    content = prompts.fuzzing_request("what stands in « »", passages).messages[1]["content"]
     assert "between ⟦ and ⟧" in content
 
 
@@ -205,6 +215,23 @@ def test_a_repair_shows_the_bad_reply_and_what_is_wrong_with_it(feature):
     assert len(repair.messages[2]["content"]) <= 2000
     assert "it is no JSON" in repair.messages[3]["content"]
     assert prompts.repair_request(request, " \n", "empty").messages[2]["content"]
+
+
+@pytest.mark.parametrize("token", CONTROL)
+def test_a_repair_shows_no_control_token_of_the_bad_reply(feature, token):
+    reply = f'{{"explanation": "a{token}b"'
+    shown = prompts.repair_request(prompts.explain_request(feature), reply, "it is no JSON").messages[2]["content"]
+    assert token not in shown
+    assert json.loads(shown + "}") == {"explanation": f"a{token}b"}
+
+
+def test_a_reply_gets_room_for_every_verdict(feature):
+    for number in (1, 40):
+        passages = [(f"id{i}", feature.held_out[0]) for i in range(number)]
+        marked = [Marked(id, passage, {2}) for id, passage in passages]
+        longest = json.dumps({"answers": [{"id": id, "answer": False} for id, _ in passages]})
+        for request in (prompts.detection_request("x", passages), prompts.fuzzing_request("x", marked)):
+            assert request.max_tokens > len(longest) / 2
 
 
 def test_what_a_dry_run_answers_can_be_read(feature):
