@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import math
 import random
 from collections.abc import AsyncIterator
 from typing import NamedTuple
@@ -153,10 +154,10 @@ class Budget:
         wanted = [most, *self._reserved]
         dollars, tokens = self._dollars_before + self.dollars, self._tokens_before + sum(self.spent)
         if self._max_dollars is not None and dollars + sum(map(self.prices.dollars, wanted)) > self._max_dollars:
-            earlier = f" (${self._dollars_before:,.4f} of them before this run)" if self._dollars_before else ""
+            earlier = f" ({_shown(self._dollars_before)} of them before this run)" if self._dollars_before else ""
             return (
-                f"the budget of ${self._max_dollars:,.2f} is reached: ${dollars:,.4f} spent{earlier}, and the next "
-                f"request may cost ${self.prices.dollars(most):,.4f}: raise MAX_DOLLARS to go on"
+                f"the budget of {_shown(self._max_dollars, 2)} is reached: {_shown(dollars)} spent{earlier}, and the "
+                f"next request may cost {_shown(self.prices.dollars(most))}: raise MAX_DOLLARS to go on"
             )
         if self._max_tokens is not None and tokens + sum(map(sum, wanted)) > self._max_tokens:
             earlier = f" ({self._tokens_before:,} of them before this run)" if self._tokens_before else ""
@@ -165,3 +166,8 @@ class Budget:
                 f"request may use {sum(most):,}: raise MAX_TOKENS to go on"
             )
         return ""
+
+
+def _shown(dollars: float, places: int = 4) -> str:
+    """An amount with at least so many decimal places, and at least two significant digits."""
+    return f"${dollars:,.{max(places, 1 - math.floor(math.log10(dollars))) if dollars > 0 else places}f}"

@@ -1,6 +1,7 @@
 """The client against a local server that does to it what servers do."""
 
 import asyncio
+import itertools
 import json
 import logging
 import math
@@ -101,6 +102,37 @@ def test_a_server_that_stays_busy_is_asked_until_the_deadline(journal, fault):
     assert completion.text.startswith("no answer within 1 s; the last attempt: ")
     assert len(server.log) >= 3
     assert client.usage.concurrency == 1
+
+
+def pauses(journal, fault, *contents, **settings):
+    """Seconds between the attempts of each request."""
+    with Server(reply, fault) as server:
+        ask(server, journal, *contents, **settings)
+    times = [[served.time for served in server.log if served.content == content] for content in contents]
+    return [[after - before for before, after in itertools.pairwise(each)] for each in times]
+
+
+def test_every_retry_waits_about_twice_as_long_as_the_one_before(journal):
+    (waited,) = pauses(journal, first(*["500"] * 5), "x", backoff=0.05)
+    for number, seconds in enumerate(waited):
+        assert 0.5 * 0.05 * 2**number < seconds < 0.05 * 2**number + 0.3
+    assert waited[4] > 3 * waited[0]
+
+
+@pytest.mark.parametrize(("fault", "least"), [("500", 0.2), (Raw(500, {}, {"Retry-After": "0.1"}), 0.4)])
+def test_requests_that_fail_together_are_not_retried_together(journal, fault, least):
+    waited = [seconds for (seconds,) in pauses(journal, first(fault), *map(str, range(FIRST_LIMIT)), backoff=0.4)]
+    assert max(waited) - min(waited) > 0.03
+    assert min(waited) > least
+
+
+def test_only_answers_raise_the_number_of_attempts_that_may_be_out(journal):
+    with Server(reply, lambda asked: "500") as server:
+        _, client = ask(server, journal, *map(str, range(20)), attempts=2)
+        assert client.usage.concurrency == FIRST_LIMIT
+    with Server(reply) as server:
+        _, client = ask(server, journal, *map(str, range(20)))
+        assert client.usage.concurrency == FIRST_LIMIT + 20
 
 
 def test_the_deadline_also_ends_an_attempt_that_is_out(journal):
@@ -801,6 +833,16 @@ def test_dollars_are_counted_and_bounded(journal):
         assert results[1].status == "stopped"
         assert "before this run" in results[1].text
         assert server.log == []
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"), [(0.0001, "$0.00010"), (0.00000123, "$0.0000012"), (0.5, "$0.50"), (1234.5, "$1,234.50")]
+)
+def test_a_budget_that_is_reached_is_shown_with_digits_that_say_something(bound, shown):
+    with pytest.raises(BudgetReached) as reached:
+        asyncio.run(Budget(Prices(1.0, 1.0), bound, None, bound).reserve(Tokens(1, 0)))
+    assert f"the budget of {shown} is reached" in str(reached.value)
+    assert "cost $0.0000010:" in str(reached.value)
 
 
 def test_lost_replies_count_with_the_most_they_can_have_cost(journal):
