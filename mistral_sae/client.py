@@ -258,8 +258,9 @@ class Client:
                 reply = await self._attempt(body, request, room, tally)
             tally.problem = reply.text
             self._reached |= reply.kind != "no server"
-            turned_away = reply.kind == "busy" and reply.spent is not None  # else it may have been at work on it
-            (self._turned_away.add if turned_away else self._turned_away.discard)(scope)
+            self._turned_away.discard(scope)
+            if reply.kind == "busy" and reply.spent is not None:  # else it may have been at work on it
+                self._turned_away.add(scope)
 
             if reply.kind in ("ok", "refused", "filtered"):
                 if kind is not None and cut_off is not None:
@@ -293,7 +294,7 @@ class Client:
                 wait = max(reply.wait, self._backoff) + self._backoff * random.random()
             if reply.wait and anyio.current_time() + wait > scope.deadline:
                 return "failed", self._impatient(reply.wait, tally)
-            if not turned_away or reply.wait is None:  # else the limit holds it
+            if reply.kind != "busy" or reply.wait is None:  # else the limit holds it
                 await anyio.sleep(wait)
 
     async def _attempt(self, body: dict[str, Any], request: Request, room: int, tally: "_Tally") -> Reply:
