@@ -1,7 +1,8 @@
 """What a language model answered: replies to the requests of `prompts` -> values. Pure: no torch, no network.
 
-Taken are the JSON that was asked for, JSON inside other text or code fences, and plain text of the same form. The last
-of several JSON values counts, since models think first, and quote what they were shown while they do.
+Taken are the JSON that was asked for, JSON inside other text or code fences, and plain text of the same form. What
+stands before the last </think> is left out, and the last of several JSON values counts, since models think first, and
+quote what they were shown while they do.
 """
 
 import json
@@ -14,8 +15,16 @@ from mistral_sae.prompts import LEVELS, MAX_WORDS, NO_PATTERN
 LONGEST_LINE = 600  # characters of an explanation; what is longer is an essay
 
 NONE_FOUND = re.compile(
-    r"(there (is|was|seems to be) )?no (\w+ )?pattern( (was|is|can be))?( (found|visible|seen|identified))?", re.I
+    r"none|n/?a|(there (is|are|was|seems to be|appears to be) )?no "
+    r"((apparent|clear|coherent|common|consistent|detectable|discernible|distinct|evident|general|identifiable|"
+    r"interpretable|linguistic|meaningful|obvious|overall|particular|real|recogni[sz]able|semantic|shared|significant|"
+    r"simple|single|specific|strong|underlying|unifying|visible),? ((and|or) )?)*"
+    r"patterns?( (was|is|are|can be))?( (found|visible|seen|identified|discernible))?"
+    r"( (in|among|across|to) (all|any|the|these|this|those)\b[^.;:,]*)?"
+    r"(([.;:,(]| [-\u2013\u2014] ).*)?",  # what was seen instead
+    re.IGNORECASE,
 )
+THOUGHT = re.compile(r"</think>|\[/THINK\]")
 PLAIN_EXPLANATION = re.compile(r"^[^\w{\n]*_*explanation[\W_]*?:[*_\s]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 PLAIN_VERDICT = re.compile(r"^\W*(\w+)\W+(true|false|yes|no)\b\W*$", re.IGNORECASE | re.MULTILINE)
 OPENING = re.compile(r"[{\[]")
@@ -40,16 +49,16 @@ def read_explanation(reply: str) -> str:
 
     Raises Unreadable if there is none, and TooLong with what it found.
     """
-    found = [
-        value["explanation"] for value in _json_values(reply) if isinstance(value, dict) and "explanation" in value
-    ]
+    reply = _said(reply)
+    values = [each for value in _json_values(reply) for each in (value if isinstance(value, list) else [value])]
+    found = [value["explanation"] for value in values if isinstance(value, dict) and "explanation" in value]
     found = [text for text in found if isinstance(text, str)] or PLAIN_EXPLANATION.findall(reply)
     if not found:
         raise Unreadable('it has no JSON object with the keys "pattern" and "explanation"')
     text = _unquoted(" ".join(found[-1].split()))
     if not re.search(r"\w", text):
         raise Unreadable("the explanation is empty")
-    if NONE_FOUND.fullmatch(text.rstrip(". ")) or text.lower().startswith(NO_PATTERN + ":"):
+    if NONE_FOUND.fullmatch(text.rstrip(". ")):
         return NO_PATTERN
     if len(text) > LONGEST_LINE:
         text = text[:LONGEST_LINE].rsplit(" ", 1)[0]
@@ -74,15 +83,10 @@ def read_verdicts(reply: str, ids: Collection[str]) -> dict[str, bool]:
     Ids that were not asked for are passed over, and an id with two different verdicts has none. Raises Unreadable
     if the reply answers for no id.
     """
-    pairs = next((found for value in _json_values(reply)[::-1] if (found := _pairs(value))), None)
-    if pairs is None:
-        pairs = PLAIN_VERDICT.findall(reply)
-    verdicts: dict[str, set[bool]] = {}
-    for id, value in pairs:
-        verdict = value if isinstance(value, bool) else WORDS.get(str(value).strip().lower())
-        if str(id).strip().lower() in ids and verdict is not None:
-            verdicts.setdefault(str(id).strip().lower(), set()).add(verdict)
-    if not verdicts:
+    reply = _said(reply)
+    answers = [*map(_pairs, _json_values(reply)[::-1]), PLAIN_VERDICT.findall(reply)]
+    verdicts = next((found for pairs in answers if (found := _verdicts(pairs, ids))), None)
+    if verdicts is None:
         raise Unreadable("it answers for none of the ids")
     return {id: found.pop() for id, found in verdicts.items() if len(found) == 1}
 
@@ -93,7 +97,9 @@ def read_activations(reply: str, n_tokens: int) -> list[int]:
     Raises Unreadable if it is no list of positions and activations, or if one of these is out of its range: a reply
     that lost count says nothing.
     """
-    entries = next((found for value in _json_values(reply)[::-1] if (found := _entries(value)) is not None), None)
+    entries = next(
+        (found for value in _json_values(_said(reply))[::-1] if (found := _entries(value)) is not None), None
+    )
     if entries is None:
         raise Unreadable('it has no JSON object with the key "active"')
     activations: dict[int, int] = {}
@@ -125,6 +131,16 @@ def _pairs(value: Any) -> list[tuple[Any, Any]]:
     ]
 
 
+def _verdicts(pairs: list[tuple[Any, Any]], ids: Collection[str]) -> dict[str, set[bool]]:
+    """Those of the pairs that answer for one of the ids: all that they say of it."""
+    verdicts: dict[str, set[bool]] = {}
+    for id, value in pairs:
+        verdict = value if isinstance(value, bool) else WORDS.get(str(value).strip().lower())
+        if str(id).strip().lower() in ids and verdict is not None:
+            verdicts.setdefault(str(id).strip().lower(), set()).add(verdict)
+    return verdicts
+
+
 def _entries(value: Any) -> list[Any] | None:
     """The entries of a simulation: the form that was asked for, or the list alone."""
     if isinstance(value, dict):
@@ -148,14 +164,26 @@ def _unquoted(text: str) -> str:
     return text
 
 
+def _said(reply: str) -> str:
+    """A reply without the thoughts before it: what follows the last </think> that is not inside a JSON value."""
+    values = _decoded(reply)
+    ends = [end for end in THOUGHT.finditer(reply) if not any(start < end.start() < stop for _, start, stop in values)]
+    return reply[ends[-1].end() :] if ends else reply
+
+
 def _json_values(text: str) -> list[Any]:
     """The outermost JSON objects and lists in a text, in their order."""
+    return [value for value, _, _ in _decoded(text)]
+
+
+def _decoded(text: str) -> list[tuple[Any, int, int]]:
+    """The outermost JSON objects and lists in a text, each with its first place and the one after its last."""
     decoder = json.JSONDecoder(object_pairs_hook=_agreed, strict=False)  # models break lines within strings
     values, place = [], 0
     while opening := OPENING.search(text, place):
         try:
             value, place = decoder.raw_decode(text, opening.start())
-            values.append(value)
+            values.append((value, opening.start(), place))
         except ValueError:
             place = opening.end()
         except RecursionError:  # thousands of brackets: nothing that was asked for

@@ -33,6 +33,7 @@ CONNECT_SECONDS = 10.0
 FIRST_CONNECTIONS = 3  # attempts to reach a server that has not answered yet
 LONGEST_BACKOFF = 60  # times the first one
 REASON_LENGTH = 300  # characters of a server's words that are kept
+LONG_PROMPT = 1000  # tokens from which an estimate is good enough to tell that a server read less than half of them
 
 
 FATAL = {
@@ -43,8 +44,10 @@ FATAL = {
     "address": "found no chat completions for model {model!r} under {address} ({words}), expected an OpenAI-compatible "
     "server: check the base URL, which mostly ends in /v1, and the model's name",
     "quota": "the account at {address} has no quota left ({words}), expected some: add credit and start again to go on",
+    "region": "the server at {address} serves nobody from here ({words}), expected one that does: set its base URL",
     "no server": "found no server at {address} ({words}), expected one: start it, or correct the base URL",
 }
+REFUSING = frozenset({"key", "no key", "quota", "region"})  # of FATAL, what every attempt that is out meets as well
 
 
 class ClientError(RuntimeError):
@@ -81,10 +84,13 @@ class Client:
         max_tokens: likewise, prompts and replies.
         concurrency: attempts out at once, at most.
         timeout: seconds an attempt may take, however slowly it trickles in.
-        deadline: seconds a request may take from its first attempt, with all waiting in between.
+        deadline: seconds a request may take from its first attempt, with all waiting in between. They begin anew
+            with every answer to another request while the server turns this one away as busy, so that it fails where
+            the server answers nobody for so long, and not where there is much to do.
         attempts: how often a request is tried that fails for other reasons than a server which is busy or away.
         backoff: seconds before the first retry, about; doubles each time.
-        longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled.
+        longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled. Later requests whose schemas
+            have the same title start with what that one needed.
 
     Attributes:
         address: of the server as it may be shown, without user, password and query.
@@ -124,8 +130,14 @@ class Client:
         self._most_faults, self._backoff, self._longest_reply = attempts, backoff, longest_reply
         self._done = self._known = self._retries = 0
         self._reached = False  # whether the server ever answered
+        self._cuts_prompts = False
+        self._served = False  # whether that was ever a completion
+        self._refused = False  # whether what is out when the run is ended costs nothing
         self._ended = ""  # why the run is over
         self._scopes: set[anyio.CancelScope] = set()  # of the requests that are being asked
+        self._turned_away: set[anyio.CancelScope] = set()  # of those whose last attempt found the server busy
+        self._rooms: dict[str, int] = {}  # what truncated replies needed, by the title of the request's schema
+        self._away_until = 0.0  # when a server that wants more patience than there is may be asked again
         self._asking: dict[str, asyncio.Future[Completion | None]] = {}
         for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # the last four before and since openai 3
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -152,7 +164,10 @@ class Client:
 
     @property
     def notes(self) -> list[str]:
-        """What the server does not take, and what it is asked for in its place: a line each, as it is found out."""
+        """What the server does not take, and what it is asked for in its place, and whether it cuts prompts short.
+
+        A line each, as it is found out.
+        """
         return self._dialect.notes
 
     async def complete(self, request: Request) -> Completion:
@@ -191,8 +206,7 @@ class Client:
         try:
             status, text = await self._within_deadline(request, tally)
         except BaseException:  # the run is stopped; what this request has cost counts even so
-            never_there = self._ended and not self._reached
-            if any(tally.spent) and not never_there:
+            if any(tally.spent):
                 with contextlib.suppress(JournalError):
                     self._write(key, Completion("failed", "the run was stopped", *tally.spent))
             raise
@@ -220,39 +234,52 @@ class Client:
                     return await self._attempts(request, scope, tally)
             finally:
                 self._scopes.remove(scope)
+                self._turned_away.discard(scope)
         if self._ended:
             raise ClientError(self._ended)
         return "failed", self._late(tally)
 
     async def _attempts(self, request: Request, scope: anyio.CancelScope, tally: "_Tally") -> tuple[str, str]:
         """Try until there is a status, within `scope`, whose deadline is set when the first attempt goes out."""
+        kind = (request.schema or {}).get("title")
         room, cut_off = request.max_tokens, None
         since, faults, waits = None, 0, 0
         while True:
             async with self._limit.slot(since):
+                if (wait := self._away_until - anyio.current_time()) > self._deadline:
+                    return "failed", self._impatient(wait, tally)
                 if since is None:
                     since = anyio.current_time()
                     scope.deadline = since + self._deadline
+                    room = max(room, self._rooms.get(kind, 0))
                 else:
                     self._retries += 1
                 body = self._dialect.body(request, room)
                 reply = await self._attempt(body, request, room, tally)
             tally.problem = reply.text
             self._reached |= reply.kind != "no server"
+            self._turned_away.discard(scope)
+            if reply.kind == "busy" and reply.spent is not None:  # else it may have been at work on it
+                self._turned_away.add(scope)
 
             if reply.kind in ("ok", "refused", "filtered"):
+                if kind is not None and cut_off is not None:
+                    self._rooms[kind] = max(room, self._rooms.get(kind, 0))
                 return reply.kind, reply.text
             if reply.kind == "truncated":
                 cut_off = reply.text or "the reply was cut off before it began"
                 if room >= self._longest_reply:
                     return "truncated", cut_off
-                room = min(2 * room, self._longest_reply)
+                room = min(max(2 * room, self._rooms.get(kind, 0)), self._longest_reply)
                 continue
             if reply.kind in ("rejected", "doubtful") and self._dialect.adapt(body, reply.text):
                 continue
             if reply.kind in ("overflow", "rejected", "failed"):
                 if cut_off is not None:  # the smaller room had been accepted
                     return "truncated", cut_off
+                if room > request.max_tokens:  # what another needed may be too much for this one
+                    room = request.max_tokens
+                    continue
                 return ("overflow" if reply.kind == "overflow" else "failed"), reply.text
 
             waits += 1
@@ -265,10 +292,10 @@ class Client:
             if reply.wait is not None:
                 # No sooner than it says, and not all at the same moment
                 wait = max(reply.wait, self._backoff) + self._backoff * random.random()
-            if anyio.current_time() + wait > scope.deadline:
-                asked = f"the server asks for {reply.wait:g} s of patience, and there is " if reply.wait else ""
-                return "failed", asked + self._late(tally)
-            await anyio.sleep(wait)
+            if reply.wait and anyio.current_time() + wait > scope.deadline:
+                return "failed", self._impatient(reply.wait, tally)
+            if reply.kind != "busy" or reply.wait is None:  # else the limit holds it
+                await anyio.sleep(wait)
 
     async def _attempt(self, body: dict[str, Any], request: Request, room: int, tally: "_Tally") -> Reply:
         """Send a request once, within the budget and the timeout."""
@@ -282,14 +309,39 @@ class Client:
                 reply = await self._send(body)
             if reply.spent is not None:
                 spent = reply.spent
+        except asyncio.CancelledError:
+            spent = Tokens() if self._refused else most
+            raise
         finally:
             self._budget.settle(most, spent)
             tally.spent = Tokens(tally.spent.prompt + spent.prompt, tally.spent.completion + spent.completion)
         if reply.kind == "busy":
             self._limit.overwhelmed(began)
+            if reply.wait is not None:
+                self._hold(reply.wait)
         elif reply.kind in ("ok", "refused", "filtered", "truncated"):
+            self._served = True
+            self._compare(estimate_tokens(request.messages), spent.prompt)
             self._limit.succeeded()
+            for scope in self._turned_away:
+                scope.deadline = anyio.current_time() + self._deadline
         return reply
+
+    def _compare(self, estimate: int, read: int) -> None:
+        """Note once where a server left out most of a prompt, which Ollama does without a word."""
+        if not self._cuts_prompts and estimate > LONG_PROMPT and 0 < read < estimate / 2:
+            self._cuts_prompts = True
+            self.notes.append(
+                f"the server read only {read:,} of about {round(estimate, -2):,} tokens of a prompt: raise its context "
+                "length (Ollama: OLLAMA_CONTEXT_LENGTH)"
+            )
+
+    def _hold(self, seconds: float) -> None:
+        """Send nothing for as long as the server asks; what waits fails at once where that is beyond the deadline."""
+        if seconds > self._deadline:
+            self._away_until = max(self._away_until, anyio.current_time() + seconds)
+        else:
+            self._limit.pause(max(seconds, self._backoff), self._backoff)
 
     async def _send(self, body: dict[str, Any]) -> Reply:
         try:
@@ -305,9 +357,13 @@ class Client:
             words = _one_line(self._scrubbed(words))
             template = FATAL.get(kind, "{words}")
             self._ended = template.format(address=self.address, model=self.model, words=words)
+            self._refused = kind in REFUSING or (kind in FATAL and not self._served)
             for scope in self._scopes:
                 scope.cancel()
         raise ClientError(self._ended)
+
+    def _impatient(self, wait: float, tally: "_Tally") -> str:
+        return f"the server asks for {round(wait, 1):g} s of patience, and there is {self._late(tally)}"
 
     def _late(self, tally: "_Tally") -> str:
         return f"no answer within {self._deadline:g} s; the last attempt: {tally.problem or 'none was finished'}"

@@ -72,6 +72,7 @@ class Journal:
     Attributes:
         tokens: prompt and completion tokens of all lines, those of failed requests too.
         dollars: what they cost.
+        unpriced: those of `tokens` whose lines cost 0 dollars, for want of prices when they were written.
         repaired: bytes of a torn last line that opening removed.
 
     Raises:
@@ -80,7 +81,7 @@ class Journal:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.tokens, self.dollars, self.repaired = 0, 0.0, 0
+        self.tokens, self.dollars, self.unpriced, self.repaired = 0, 0.0, 0, 0
         self._places: dict[str, int] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
@@ -152,7 +153,9 @@ class Journal:
     def _take(self, line: "_Line", place: int) -> None:
         if line.completion.status in FINAL:
             self._places.setdefault(line.key, place)
-        self.tokens += line.completion.prompt_tokens + line.completion.completion_tokens
+        tokens = line.completion.prompt_tokens + line.completion.completion_tokens
+        self.tokens += tokens
+        self.unpriced += 0 if line.dollars else tokens
         self.dollars += line.dollars
 
     def _read(self) -> int:

@@ -24,11 +24,12 @@ SHOWN_REPLY = 2000  # characters of a bad reply that are shown again
 MARKS = ("«»", "⟦⟧", "【】", "⟪⟫", "❰❱", "〘〙", "⦃⦄", "◁▷")
 
 # What chat formats take for their own tokens when a server tokenizes a prompt: Mistral's, Llama's, ChatML's, Gemma's,
-# DeepSeek's
+# DeepSeek's, Qwen's, GLM's
 CONTROL = re.compile(
-    r"</?s>|<(?:unk|pad|bos|eos)>|<\|[^|<>]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|<(?:start|end)_of_turn>|<</?SYS>>|\[/?(?:"
+    r"</?(?:s|think|tool_call|tool_response)>|<(?:unk|pad|bos|eos|sop|(?:start|end)_of_(?:turn|image))>|<</?SYS>>|"
+    r"<\|[^|<>]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|\[/?(?:"
     r"INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|MODEL_SETTINGS|IMG|IMG_BREAK|IMG_END|PREFIX|"
-    r"MIDDLE|SUFFIX|THINK|AUDIO|BEGIN_AUDIO|ARGS|CALL_ID)\]"
+    r"MIDDLE|SUFFIX|THINK|AUDIO|BEGIN_AUDIO|ARGS|CALL_ID|gMASK|EOS)\]"
 )
 
 DATA = (
@@ -170,7 +171,7 @@ def repair_request(request: Request, reply: str, problem: str) -> Request:
     """The same request with its bad reply, and what was wrong with it."""
     messages = [
         *request.messages,
-        {"role": "assistant", "content": reply.strip()[:SHOWN_REPLY] or "(nothing)"},
+        {"role": "assistant", "content": _defused(reply.strip())[:SHOWN_REPLY] or "(nothing)"},
         {
             "role": "user",
             "content": f"This cannot be used: {problem}. Reply again, with the JSON object that was asked for and "
@@ -259,6 +260,11 @@ def evenly(items: Sequence, count: int) -> list:
 
 def _escaped(text: str) -> str:
     text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False)[1:-1])
+    return _defused(text)
+
+
+def _defused(text: str) -> str:
+    """A text with the first character of each control token as JSON's escape."""
     return CONTROL.sub(lambda match: f"\\u{ord(match[0][0]):04x}{match[0][1:]}", text)
 
 

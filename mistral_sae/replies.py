@@ -1,6 +1,7 @@
 """What a server's answer to a chat completion means. OpenAI-compatible servers agree on success, less so on errors."""
 
 import email.utils
+import json
 import math
 import re
 import time
@@ -16,15 +17,20 @@ CHARACTERS_PER_TOKEN = 3.5  # English and code; other scripts have fewer
 OVERFLOW = re.compile(
     r"context[ _-]?(length|size|window)|exceed_context|maximum model length|input length exceeds|prompt is too long"
     r"|prompt contains .* too large|request too large|must have less than \d+ tokens|max_new_tokens. must be <="
-    r"|input token count .* exceeds",
+    r"|input token(s| count) (.* )?exceed|input is too long|maximum prompt length|max_model_len",
     re.IGNORECASE,
 )
+CUT_OFF = re.compile(r"could not finish the message because max_tokens", re.IGNORECASE)
 FILTERED = re.compile(
     r"content[ _-]?(filter|policy|management policy)|ResponsibleAIPolicy|moderation|flagged|data_inspection",
     re.IGNORECASE,
 )
 BAD_KEY = re.compile(r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key", re.IGNORECASE)
-NO_QUOTA = re.compile(r"insufficient[ _-](quota|balance|funds|credits)|billing_(hard_limit|not_active)", re.IGNORECASE)
+NO_QUOTA = re.compile(
+    r"insufficient[ _-](quota|balance|funds|credits)|billing_(hard_limit|not_active)|credit balance is too low",
+    re.IGNORECASE,
+)
+REGION = re.compile(r"(country|region|territory|user location).{0,40}not supported|unsupported_country", re.IGNORECASE)
 FORMAT = re.compile(r"response.?format|json.?(schema|object|mode)|structured.output|guided|grammar", re.IGNORECASE)
 # Of chat templates, which mostly say it in the words of the model's makers
 SYSTEM_ROLE = re.compile(
@@ -49,7 +55,7 @@ class Reply(NamedTuple):
     # A request's status, if nothing is left to try: "ok", "refused", "filtered", "overflow", "failed". Else
     # "truncated" (try with more room), "rejected" (a parameter may be at fault), "doubtful" (it may, else "fault"),
     # "busy" (later, and less of it), "fault" (again), "no server" (again, but not for long if there never was one);
-    # or what ends the run: "key", "model", "address", "quota"
+    # or what ends the run: "key", "model", "address", "quota", "region"
     kind: str
     text: str  # the reply, or the reason in the server's words
     spent: Tokens | None = Tokens()  # None where the server may have charged for a reply that was lost
@@ -85,7 +91,7 @@ def read_response(response: object, messages: list[dict[str, str]]) -> Reply:
         return Reply("refused", refusal or text, spent)
     if finish == "error":
         return Reply("fault", "a reply that broke off with an error", spent)
-    if finish in ("length", "model_length"):
+    if finish in ("length", "model_length") and not _is_json(text):  # else only white space is missing
         return Reply("truncated", text, spent)
     if not text.strip():
         return Reply("fault", "an empty reply", spent)
@@ -111,12 +117,16 @@ def read_error(error: Exception) -> Reply:
 def _read_status(status: int, words: str, wait: float | None) -> Reply:
     # What comes with a 401 may show a part of the key
     text = f"HTTP {status}: {words}" if words and status != 401 else f"HTTP {status}"
+    if status == 400 and CUT_OFF.search(words):
+        return Reply("truncated", "", None)
     if status == 413 or (status in (400, 422, 429, 500) and OVERFLOW.search(words)):
         kind = "overflow"
     elif status in (400, 403, 422, 451) and FILTERED.search(words):
         kind = "filtered"
-    elif status == 402 or (status in (403, 429) and NO_QUOTA.search(words)):
+    elif status == 402 or (status in (400, 403, 429) and NO_QUOTA.search(words)):
         kind = "quota"
+    elif status in (400, 403) and REGION.search(words):
+        kind = "region"
     elif status in (401, 403) or (status == 400 and BAD_KEY.search(words)):
         kind = "key"
     elif status in (429, 503, 504, 529):
@@ -169,6 +179,14 @@ def _text(content: object) -> str | None:
         texts = [part.get("text") for part in content if part.get("type") == "text"]
         return "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return None
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a whole JSON object or list."""
+    try:
+        return isinstance(json.loads(text, strict=False), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _spent(usage: object, messages: list[dict[str, str]], text: str) -> Tokens:

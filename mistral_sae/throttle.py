@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import math
+import random
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ class Limit:
     """How many attempts may be out at once: found by trying, as TCP finds the speed of a line (Jacobson 1988).
 
     Each success raises `value` by one until the server is overwhelmed for the first time; from then on by one a
-    round. Being overwhelmed halves it, once for all the attempts that were out together.
+    round. Being overwhelmed halves it, once for all the attempts that were out together. A pause holds all of them.
     """
 
     def __init__(self, most: int):
@@ -47,6 +49,8 @@ class Limit:
         self.value = float(min(FIRST_LIMIT, most))
         self._out = 0
         self._halved: float | None = None
+        self._opens = self._eased = self._gap = 0.0  # on the event loop's clock; seconds between starts until `_eased`
+        self._timer: asyncio.TimerHandle | None = None
         self._waiting: list[tuple[float, int, asyncio.Future]] = []
         self._order = itertools.count()
 
@@ -75,12 +79,27 @@ class Limit:
             self.value = max(1.0, self.value / 2)
             self._halved = asyncio.get_running_loop().time()
 
+    def pause(self, seconds: float, spread: float) -> None:
+        """Let nobody in for `seconds`, and the first ones then not at the same moment but over about `spread` more."""
+        opens = asyncio.get_running_loop().time() + seconds
+        if opens > self._opens:
+            self._gap = spread / self.value
+            self._opens, self._eased = opens + self._gap * random.random(), opens + spread
+
     def _admit(self) -> None:
+        loop = asyncio.get_running_loop()
         while self._waiting and self._out < int(self.value):
+            if (now := loop.time()) < self._opens:
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = loop.call_at(self._opens, self._admit)
+                return
             place = heapq.heappop(self._waiting)[-1]
             if not place.done():  # cancelled while it waited
                 self._out += 1
                 place.set_result(None)
+                if now < self._eased:
+                    self._opens = now + self._gap * random.uniform(0.0, 2.0)
 
 
 class Budget:
@@ -135,10 +154,10 @@ class Budget:
         wanted = [most, *self._reserved]
         dollars, tokens = self._dollars_before + self.dollars, self._tokens_before + sum(self.spent)
         if self._max_dollars is not None and dollars + sum(map(self.prices.dollars, wanted)) > self._max_dollars:
-            earlier = f" (${self._dollars_before:,.4f} of them before this run)" if self._dollars_before else ""
+            earlier = f" ({_shown(self._dollars_before)} of them before this run)" if self._dollars_before else ""
             return (
-                f"the budget of ${self._max_dollars:,.2f} is reached: ${dollars:,.4f} spent{earlier}, and the next "
-                f"request may cost ${self.prices.dollars(most):,.4f}: raise MAX_DOLLARS to go on"
+                f"the budget of {_shown(self._max_dollars, 2)} is reached: {_shown(dollars)} spent{earlier}, and the "
+                f"next request may cost {_shown(self.prices.dollars(most))}: raise MAX_DOLLARS to go on"
             )
         if self._max_tokens is not None and tokens + sum(map(sum, wanted)) > self._max_tokens:
             earlier = f" ({self._tokens_before:,} of them before this run)" if self._tokens_before else ""
@@ -147,3 +166,8 @@ class Budget:
                 f"request may use {sum(most):,}: raise MAX_TOKENS to go on"
             )
         return ""
+
+
+def _shown(dollars: float, places: int = 4) -> str:
+    """An amount with at least so many decimal places, and at least two significant digits."""
+    return f"${dollars:,.{max(places, 1 - math.floor(math.log10(dollars))) if dollars > 0 else places}f}"

@@ -1,6 +1,7 @@
 """The client against a local server that does to it what servers do."""
 
 import asyncio
+import itertools
 import json
 import logging
 import math
@@ -103,6 +104,37 @@ def test_a_server_that_stays_busy_is_asked_until_the_deadline(journal, fault):
     assert client.usage.concurrency == 1
 
 
+def pauses(journal, fault, *contents, **settings):
+    """Seconds between the attempts of each request."""
+    with Server(reply, fault) as server:
+        ask(server, journal, *contents, **settings)
+    times = [[served.time for served in server.log if served.content == content] for content in contents]
+    return [[after - before for before, after in itertools.pairwise(each)] for each in times]
+
+
+def test_every_retry_waits_about_twice_as_long_as_the_one_before(journal):
+    (waited,) = pauses(journal, first(*["500"] * 5), "x", backoff=0.05)
+    for number, seconds in enumerate(waited):
+        assert 0.5 * 0.05 * 2**number < seconds < 0.05 * 2**number + 0.3
+    assert waited[4] > 3 * waited[0]
+
+
+@pytest.mark.parametrize(("fault", "least"), [("500", 0.2), (Raw(500, {}, {"Retry-After": "0.1"}), 0.4)])
+def test_requests_that_fail_together_are_not_retried_together(journal, fault, least):
+    waited = [seconds for (seconds,) in pauses(journal, first(fault), *map(str, range(FIRST_LIMIT)), backoff=0.4)]
+    assert max(waited) - min(waited) > 0.03
+    assert min(waited) > least
+
+
+def test_only_answers_raise_the_number_of_attempts_that_may_be_out(journal):
+    with Server(reply, lambda asked: "500") as server:
+        _, client = ask(server, journal, *map(str, range(20)), attempts=2)
+        assert client.usage.concurrency == FIRST_LIMIT
+    with Server(reply) as server:
+        _, client = ask(server, journal, *map(str, range(20)))
+        assert client.usage.concurrency == FIRST_LIMIT + 20
+
+
 def test_the_deadline_also_ends_an_attempt_that_is_out(journal):
     with Server(reply, lambda asked: "hang") as server:
         start = time.monotonic()
@@ -147,6 +179,49 @@ def test_a_wait_beyond_the_deadline_fails_at_once(journal):
     assert time.monotonic() - start < 10
 
 
+def test_nobody_asks_a_server_to_learn_again_that_it_wants_more_patience_than_there_is(journal):
+    with Server(reply, lambda asked: Raw(429, {}, {"Retry-After": "3600"})) as server:
+        start = time.monotonic()
+        completions, _ = ask(server, journal, *map(str, range(100)))
+    assert {completion.status for completion in completions} == {"failed"}
+    assert all("asks for 3600 s of patience" in completion.text for completion in completions)
+    assert len(server.log) <= FIRST_LIMIT
+    assert time.monotonic() - start < 10
+
+
+def test_a_server_that_names_a_wait_is_sent_nothing_until_then_and_not_all_at_once_after_it(journal):
+    def fault(asked):
+        return Raw(429, {}, {"Retry-After": "1"}) if len(server.log) < FIRST_LIMIT else None
+
+    with Server(reply, fault) as server:
+        completions, client = ask(server, journal, *map(str, range(300)), backoff=0.3)
+    assert {completion.status for completion in completions} == {"ok"}
+    assert client.usage.retries == FIRST_LIMIT
+    first, *rest = (served.time for served in server.log[FIRST_LIMIT - 1 :])
+    assert rest[0] - first > 0.9
+    assert rest[3] - rest[0] > 0.02
+    turned_away = {served.content for served in server.log[:FIRST_LIMIT]}
+    assert turned_away <= {served.content for served in server.log[FIRST_LIMIT : 3 * FIRST_LIMIT]}  # they go first
+
+
+@pytest.mark.parametrize("header", [{"Retry-After": "0.25"}, {}])
+def test_no_deadline_runs_out_while_a_busy_server_answers_others(journal, header):
+    """20 answers each quarter of a second are 2.5 s of work, and no request may take more than one."""
+    answered = Counter()
+
+    def fault(asked):
+        window = int(time.monotonic() / 0.25)
+        answered[window] += 1
+        return Raw(429, {}, header) if answered[window] > 20 else None
+
+    with Server(reply, fault) as server:
+        start = time.monotonic()
+        completions, client = ask(server, journal, *map(str, range(200)), deadline=1.0, backoff=0.05)
+    assert Counter(completion.status for completion in completions) == {"ok": 200}
+    assert 2.0 < time.monotonic() - start < 15
+    assert not header or client.usage.retries < 200
+
+
 # ---- statuses ----
 
 
@@ -189,10 +264,68 @@ def test_a_reply_that_stays_truncated_says_so(journal, larger, rooms):
     assert journal.get(lines(journal)[0]["key"]) == completion
 
 
+def test_requests_of_a_kind_begin_with_the_room_that_one_of_them_needed(journal):
+    async def main():
+        async with Client(journal, MODEL, server.url, KEY, **QUICK) as client:
+            return [await client.complete(each) for each in made]
+
+    def fault(asked):
+        if asked.content == "small":
+            return "overflow" if asked.body["max_tokens"] > 100 else None
+        return "truncated" if asked.body["max_tokens"] < 400 else None
+
+    kinds = {"x": "a", "y": "a", "large": "a", "small": "a", "other": "b"}
+    made = [request(c, SCHEMA | {"title": kind}, 500 if c == "large" else 100) for c, kind in kinds.items()]
+    with Server(reply, fault) as server:
+        completions = asyncio.run(main())
+        again, client = ask(server, journal, *made)
+    rooms = {content: [s.body["max_tokens"] for s in server.log if s.content == content] for content in kinds}
+    assert rooms == {
+        "x": [100, 200, 400],
+        "y": [400],
+        "large": [500],
+        "small": [400, 100],  # which the room of others is too large for
+        "other": [100, 200, 400],
+    }
+    assert {completion.status for completion in completions} == {"ok"}
+    assert again == completions
+    assert client.usage.known == 5  # the journal knows them by what they asked for
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [('{"a": [1, 2]}' + " \n" * 40, "ok"), ('{"a": [1, 2', "truncated"), ("12", "truncated")]
+)
+def test_a_reply_cut_off_in_the_white_space_after_its_json_is_whole(journal, text, status):
+    body = {"choices": [{"message": {"content": text}, "finish_reason": "length"}]}
+    with Server(reply, lambda asked: Raw(200, body)) as server:
+        (completion,), _ = ask(server, journal, "x", longest_reply=100)
+    assert completion[:2] == (status, text)
+
+
+def test_a_reply_that_was_cut_off_before_its_first_character_gets_more_room(journal):
+    words = (
+        "Could not finish the message because max_tokens or model output limit was reached. Please try again with "
+        "higher max_tokens."
+    )
+
+    def fault(asked):
+        return Raw(400, {"error": {"message": words}}) if asked.body["max_tokens"] < 400 else None
+
+    with Server(reply, fault) as server:
+        (completion,), client = ask(server, journal, "x")
+        (cut,), _ = ask(server, journal, "y", longest_reply=200)
+    assert completion[:2] == ("ok", "about x")
+    assert [served.body["max_tokens"] for served in server.log] == [100, 200, 400, 100, 200]
+    assert completion.completion_tokens == 100 + 200 + 1  # what was cut off may have been charged for
+    assert cut[:2] == ("truncated", "the reply was cut off before it began")
+    assert client.notes == []
+
+
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
         # OpenAI
+        (400, {"error": {"message": "Input tokens exceed the configured limit of 272000 tokens."}}, "overflow"),
         (400, {"error": {"message": CONTEXT, "code": "context_length_exceeded"}}, "overflow"),
         (429, {"error": {"message": "Request too large for gpt-4o on tokens per min (TPM)"}}, "overflow"),
         (400, {"error": {"message": "Invalid prompt", "code": "content_policy_violation"}}, "filtered"),
@@ -203,6 +336,11 @@ def test_a_reply_that_stays_truncated_says_so(journal, larger, rooms):
         # vLLM, old and new
         (400, {"object": "error", "message": CONTEXT, "type": "BadRequestError", "code": 400}, "overflow"),
         (400, {"error": {"message": "The decoder prompt is longer than the maximum model length of 16"}}, "overflow"),
+        (400, {"error": {"message": "Prompt length (9000) exceeds max_model_len (8192)"}}, "overflow"),
+        # xAI
+        (400, {"error": "This model's maximum prompt length is 131072 but the request contains 140000"}, "overflow"),
+        # Bedrock
+        (400, {"message": "Input is too long for requested model."}, "overflow"),
         # llama.cpp
         (400, {"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error"}}, "overflow"),
         # Ollama
@@ -265,6 +403,18 @@ def test_other_requests_go_on_beside_one_that_fails(journal):
         ("quota", "has no quota left (HTTP 429"),
         (Raw(400, {"error": {"message": "API key not valid. Pass a valid one."}}), "refused the key (HTTP 400"),
         (Raw(402, {"error": "Payment required"}), "has no quota left (HTTP 402"),
+        (
+            Raw(400, {"error": {"message": "Your credit balance is too low to access the API"}}),
+            "has no quota left (HTTP 400",
+        ),
+        (
+            Raw(400, {"error": {"message": "Limit", "code": "billing_hard_limit_reached"}}),
+            "has no quota left (HTTP 400",
+        ),
+        (
+            Raw(403, {"error": {"message": "Country, region, or territory not supported"}}),
+            "serves nobody from here (HTTP 403: Country, region, or territory not supported)",
+        ),
         (Raw(400, {"message": "Invalid model: test-model"}), "has no model 'test-model'"),
         (Raw(405, "Method Not Allowed"), "no chat completions for model 'test-model'"),
     ],
@@ -281,6 +431,35 @@ def test_what_no_request_can_survive_ends_the_run_at_once(journal, fault, words)
     assert "\n" not in str(results[0])
     assert server.outcomes("0") == ["raw" if isinstance(fault, Raw) else fault]
     assert len(server.log) <= FIRST_LIMIT
+
+
+@pytest.mark.parametrize("fault", FATAL)
+def test_what_a_server_refuses_costs_nothing_however_often_it_is_tried(journal, fault):
+    numbers = list(map(str, range(50)))
+    with Server(reply, lambda asked: fault if asked.content == "0" else "hang") as server:
+        for _ in range(4):
+            results, client = ask(server, journal, *numbers)
+            assert {type(result) for result in results} == {ClientError}
+            assert client.usage[3:6] == (0, 0, 0.0)
+    assert len(server.log) > 4  # others were out
+    assert journal.tokens == 0
+    with Server(reply) as server:
+        results, _ = ask(server, journal, *numbers, max_tokens=10_000)
+    assert {result.status for result in results} == {"ok"}
+
+
+@pytest.mark.parametrize(("fault", "cost"), [("404", 100), ("401", 0), ("quota", 0)])
+def test_what_a_server_that_has_answered_may_have_served_counts_unless_it_refuses_everybody(journal, fault, cost):
+    async def main():
+        async with Client(journal, MODEL, server.url, KEY, **QUICK) as client:
+            await client.complete(request("answered"))
+            hanging = asyncio.create_task(client.complete(request("hang")))
+            await asyncio.sleep(0.2)
+            await asyncio.gather(client.complete(request(fault)), hanging, return_exceptions=True)
+
+    with Server(reply, lambda asked: None if asked.content == "answered" else asked.content) as server:
+        asyncio.run(main())
+    assert [line["completion_tokens"] for line in lines(journal)[1:]] == [cost] * bool(cost)
 
 
 def test_the_first_error_names_what_is_wrong(journal):
@@ -379,6 +558,21 @@ def test_the_best_format_that_a_server_takes_is_found_once(journal, rejects, kin
     formats = [served.body.get("response_format", {}).get("type") for served in server.log]
     assert formats.count(kinds[-1]) == 20
     assert len(formats) <= 20 + 4 * (len(kinds) - 1)  # those that were out together when it was found out
+
+
+@pytest.mark.parametrize(
+    ("length", "counted", "n_notes"),
+    [(14_000, 1900, 1), (14_000, 2100, 0), (14_000, 0, 0), (14_000, None, 0), (3000, 100, 0)],
+)
+def test_a_server_that_leaves_out_most_of_a_prompt_is_said_once(journal, length, counted, n_notes):
+    body = {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": counted}}
+    with Server(reply, lambda asked: Raw(200, body)) as server:
+        _, client = ask(server, journal, "x" * length, "y" * length)
+    note = (
+        "the server read only 1,900 of about 4,000 tokens of a prompt: raise its context length (Ollama: "
+        "OLLAMA_CONTEXT_LENGTH)"
+    )
+    assert client.notes == [note] * n_notes
 
 
 def test_the_schema_is_sent_as_servers_expect_it(journal):
@@ -639,6 +833,16 @@ def test_dollars_are_counted_and_bounded(journal):
         assert results[1].status == "stopped"
         assert "before this run" in results[1].text
         assert server.log == []
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"), [(0.0001, "$0.00010"), (0.00000123, "$0.0000012"), (0.5, "$0.50"), (1234.5, "$1,234.50")]
+)
+def test_a_budget_that_is_reached_is_shown_with_digits_that_say_something(bound, shown):
+    with pytest.raises(BudgetReached) as reached:
+        asyncio.run(Budget(Prices(1.0, 1.0), bound, None, bound).reserve(Tokens(1, 0)))
+    assert f"the budget of {shown} is reached" in str(reached.value)
+    assert "cost $0.0000010:" in str(reached.value)
 
 
 def test_lost_replies_count_with_the_most_they_can_have_cost(journal):

@@ -74,6 +74,30 @@ def test_every_final_status_is_kept_and_a_failure_is_only_paid_for(path):
         assert journal.get("failed").text == "at last"
 
 
+def test_tokens_that_had_no_price_are_counted_apart(path):
+    fill(path)
+    with Journal(path) as journal:
+        assert journal.unpriced == 0
+        journal.append("d", Completion("ok", "", 20, 2))
+        journal.append("e", Completion("failed", "", 5, 0))
+        journal.append("f", Completion("ok", "", 1, 1), dollars=1e-9)
+        assert (journal.unpriced, journal.tokens) == (27, 35 + 29)
+    with Journal(path) as journal:
+        assert journal.unpriced == 27
+
+
+def test_lines_are_synced_to_the_disk_every_so_often_and_at_the_end(path, monkeypatch):
+    synced, now = [], 0.0
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(now))
+    monkeypatch.setattr("mistral_sae.journal.time.monotonic", lambda: now)
+    with Journal(path) as journal:
+        for number in range(40):
+            now = 0.1 * number
+            journal.append(str(number), Completion("ok", ""))
+        assert synced == pytest.approx([1.1, 2.2, 3.3], abs=0.11)
+    assert len(synced) == 4
+
+
 def test_a_last_line_torn_at_any_byte_is_repaired_and_nothing_else_is_lost(path):
     fill(path)
     whole = path.read_bytes()
@@ -165,6 +189,14 @@ def test_a_journal_that_somebody_else_writes_to_is_an_error(path):
     fill(path)
     with Journal(path) as journal:
         path.write_bytes(b"\n" + path.read_bytes())
+        with pytest.raises(JournalError, match="changed under this run"):
+            journal.get("b")
+
+
+def test_a_line_that_somebody_else_replaced_is_not_taken_for_the_one_that_was_there(path):
+    fill(path)
+    with Journal(path) as journal:
+        path.write_bytes(path.read_bytes().replace(b'"key": "b"', b'"key": "x"'))
         with pytest.raises(JournalError, match="changed under this run"):
             journal.get("b")
 

@@ -76,9 +76,13 @@ def test_the_system_message_says_that_texts_are_data_and_holds_none(feature):
         assert "hacked" not in request.messages[0]["content"]
 
 
-@pytest.mark.parametrize(
-    "token", ["</s>", "<s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<|im_start|>", "<|eot_id|>", "<<SYS>>"]
-)
+CONTROL = ["</s>", "<s>", "<unk>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<|im_start|>", "<|eot_id|>", "<<SYS>>"]
+CONTROL += ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<\uff5cUser\uff5c>", "[EOS]"]
+CONTROL += ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+CONTROL += ["[gMASK]", "<sop>"]
+
+
+@pytest.mark.parametrize("token", CONTROL)
 def test_no_control_token_of_a_chat_format_gets_into_a_message(feature, token):
     for request in all_requests(with_texts(feature, [f"a{token}b"]), token):
         for message in request.messages:
@@ -112,6 +116,12 @@ def test_marks_are_found_when_every_usual_one_occurs():
 
 def test_marks_are_checked_against_promoted_tokens_too(feature):
     content = prompts.explain_request(feature._replace(promoted=(("«", 1.0),))).messages[1]["content"]
+    assert "between ⟦ and ⟧" in content
+
+
+def test_marks_are_checked_against_the_explanation_too(feature):
+    passages = [Marked("kfd", feature.held_out[0], {2})]
+    content = prompts.fuzzing_request("what stands in « »", passages).messages[1]["content"]
     assert "between ⟦ and ⟧" in content
 
 
@@ -207,6 +217,23 @@ def test_a_repair_shows_the_bad_reply_and_what_is_wrong_with_it(feature):
     assert prompts.repair_request(request, " \n", "empty").messages[2]["content"]
 
 
+@pytest.mark.parametrize("token", CONTROL)
+def test_a_repair_shows_no_control_token_of_the_bad_reply(feature, token):
+    reply = f'{{"explanation": "a{token}b"'
+    shown = prompts.repair_request(prompts.explain_request(feature), reply, "it is no JSON").messages[2]["content"]
+    assert token not in shown
+    assert json.loads(shown + "}") == {"explanation": f"a{token}b"}
+
+
+def test_a_reply_gets_room_for_every_verdict(feature):
+    for number in (1, 40):
+        passages = [(f"id{i}", feature.held_out[0]) for i in range(number)]
+        marked = [Marked(id, passage, {2}) for id, passage in passages]
+        longest = json.dumps({"answers": [{"id": id, "answer": False} for id, _ in passages]})
+        for request in (prompts.detection_request("x", passages), prompts.fuzzing_request("x", marked)):
+            assert request.max_tokens > len(longest) / 2
+
+
 def test_what_a_dry_run_answers_can_be_read(feature):
     explain, detect, fuzz, simulate = all_requests(feature, "x")
     assert len(answers.read_explanation(prompts.dry_reply(explain)).split()) == 20
@@ -237,6 +264,10 @@ def test_explaining_and_scoring_need_neither_torch_nor_a_network_library():
         '{"pattern": "p"\n"explanation": "the token self",',
         '{"pattern": "a\nb", "explanation": " the  token\\nself "}',
         "<think>{x} [1] is it?</think>\n{'a'} explanation\nEXPLANATION: the token self",
+        '[{"pattern": "p", "explanation": "the token self"}]',
+        '{"explanation": "a first thought"}</think>Explanation: the token self',
+        "Explanation: a thought\n</think>\n</think>\n**Explanation**: the token self",
+        '[THINK]{"explanation": "a thought"}[/THINK]Explanation: the token self',
     ],
 )
 def test_an_explanation_is_read_from_json_json_in_text_and_plain_text(reply):
@@ -257,6 +288,7 @@ def test_an_explanation_is_read_from_json_json_in_text_and_plain_text(reply):
         '{"explanation": "a", "explanation": "b"}',
         "[" * 100_000,
         '{"explanation": "the tok',
+        '<think>{"explanation": "a thought"}</think>',
     ],
 )
 def test_what_holds_no_explanation_is_unreadable(reply):
@@ -265,15 +297,42 @@ def test_what_holds_no_explanation_is_unreadable(reply):
 
 
 @pytest.mark.parametrize(
-    "text", ["no pattern", "No pattern.", "No clear pattern", "There is no pattern", '"no pattern found"']
+    "text",
+    [
+        "no pattern",
+        "No pattern.",
+        "No clear pattern",
+        "There is no pattern",
+        '"no pattern found"',
+        "None",
+        "N/A",
+        "no clear consistent pattern",
+        "No clear, consistent or obvious pattern was identified.",
+        "no pattern; it fires on many tokens",
+        "no pattern: all kinds of words",
+        "No pattern - many different tokens",
+        "There is no discernible pattern in these tokens",
+    ],
 )
 def test_no_pattern_is_an_answer(text):
     assert answers.read_explanation(json.dumps({"pattern": "", "explanation": text})) == "no pattern"
 
 
-def test_an_explanation_about_patterns_is_not_taken_for_none():
-    reply = '{"explanation": "no pattern matching, only literal strings"}'
-    assert answers.read_explanation(reply) == "no pattern matching, only literal strings"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no pattern matching, only literal strings",
+        'the token "no"',
+        "no after a colon",
+        "no before the word pattern",
+        "no dress pattern",
+        "None, null and nil values",
+        "there is no",
+        'the token "</think>"',
+    ],
+)
+def test_an_explanation_about_patterns_or_nothing_is_not_taken_for_none(text):
+    assert answers.read_explanation(json.dumps({"pattern": "", "explanation": text})) == text
 
 
 def test_an_explanation_of_more_than_twenty_words_is_too_long_and_can_be_cut():
@@ -304,6 +363,12 @@ IDS = ["kfd", "mnb", "xyz"]
         ('{"kfd": true, "kfd": false, "mnb": true}', {"mnb": True}),
         ('{"answers": [{"id": "kfd", "answer": "maybe"}, {"id": "mnb", "answer": true}]}', {"mnb": True}),
         ('see [1] {"answers": {"kfd": false}} [2]', {"kfd": False}),
+        ('{"answers": [{"id": "kfd", "answer": true}]}\n{"note": "done"}', {"kfd": True}),
+        ('{"kfd": true}\n{"other": true, "new": false}', {"kfd": True}),
+        ('{"note": "done"}\nkfd: yes', {"kfd": True}),
+        ("<think>kfd: yes\nmnb: no\n</think>\nkfd: no\nxyz: yes", {"kfd": False, "xyz": True}),
+        ("kfd: yes\nkfd: no\nxyz: yes", {"xyz": True}),
+        ('<think>{"kfd": true}</think>\nkfd: no', {"kfd": False}),
     ],
 )
 def test_verdicts_are_taken_by_id_and_what_is_doubtful_is_no_answer(reply, expected):
@@ -323,6 +388,7 @@ def test_activations_that_are_left_out_are_zero():
     assert answers.read_activations(reply, 4) == [10, 0, 7, 0]
     assert answers.read_activations('{"active": []}', 2) == [0, 0]
     assert answers.read_activations('[{"position": 1, "activation": 1}]', 2) == [0, 1]
+    assert answers.read_activations('{"active": []}</think>{"active": [{"position": 1, "activation": 1}]}', 2) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +402,7 @@ def test_activations_that_are_left_out_are_zero():
         '{"active": [{"position": 1, "activation": true}]}',
         '{"active": [{"position": 1, "activation": 1}, {"position": 1, "activation": 2}]}',
         '{"active": [3]}',
+        '{"active": []}</think>all of them',
     ],
 )
 def test_a_simulation_that_lost_count_is_unreadable(reply):
