@@ -289,6 +289,8 @@ async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[in
             deadline=config.REQUEST_DEADLINE,
         )
         print(f"explainer {name_of('openai')} at {client.address}{known_in(journal)}")
+        if config.MAX_DOLLARS is not None and journal.unpriced:
+            print(f"MAX_DOLLARS leaves out {journal.unpriced:,} tokens of earlier runs, whose prices were not known")
         async with client:
             labels = await ask(records, client, "openai")
         if client.stopped:

@@ -647,6 +647,17 @@ def test_labels_of_other_examples_or_of_another_explainer_are_set_aside(here, ar
     assert labels == kept | {3: "offline"}
 
 
+def test_tokens_that_had_no_price_are_named_beside_a_bound_in_dollars(here, arguments, run_dir):
+    unknown = {"PROMPT_DOLLARS": None, "COMPLETION_DOLLARS": None, "SELECT": "3"}
+    with Server(reply) as server:
+        assert here(arguments(run_dir, **openai(server, **unknown))).code == 0
+        tokens = sum(record["prompt_tokens"] + record["completion_tokens"] for record in journal_of(run_dir))
+        ran = here(arguments(run_dir, **openai(server, SELECT="3", MAX_DOLLARS=1)))
+        unbounded = here(arguments(run_dir, **openai(server, SELECT="3")))
+    assert f"MAX_DOLLARS leaves out {tokens:,} tokens of earlier runs" in ran.out
+    assert "leaves out" not in unbounded.out
+
+
 # ---- what ends a run ----
 
 
