@@ -139,6 +139,7 @@ class FeatureRecords:
         nearest, promoted, suppressed = self._of_weights(feature)
         lists = {name: self._examples(getattr(collection, name), feature) for name in LISTS}
         peaks = [id for name in LISTS for id in self._peaks(getattr(collection, name), feature)]
+        hard = pool.hard(feature, peaks, [other for other, _ in nearest], NEGATIVES)
         return Feature(
             feature=feature,
             density=int(collection.firings[feature]) / max(1, collection.tokens),
@@ -149,8 +150,8 @@ class FeatureRecords:
             nearest=nearest,
             coactive=tuple(pool.coactive(feature, NEIGHBORS)),
             **lists,
-            random=self._silent(pool.random(feature, NEGATIVES)),
-            hard=self._silent(pool.hard(feature, peaks, [other for other, _ in nearest], NEGATIVES)),
+            random=self._silent(pool.random(feature, NEGATIVES, without=hard)),
+            hard=self._silent(hard),
         )
 
     def _examples(self, windows: Windows, feature: int) -> tuple[Example, ...]:
@@ -185,7 +186,7 @@ class FeatureRecords:
                 self._texts.of(pool.tokens[row, start:stop].tolist()),
                 (0.0,) * (stop - start),
             )
-            for row, start, stop in spans
+            for row, start, stop, _ in spans
         )
 
     def _of_weights(self, feature: int) -> tuple:

@@ -363,11 +363,11 @@ def pooled(collection, feature):
 
 def check_silent(collection, feature, spans):
     values, documents = pooled(collection, feature), collection.pool.documents
-    for row, start, stop in spans:
-        assert start > 0
+    for row, start, stop, anchor in spans:
+        assert 0 < start <= anchor < stop
         assert not values[row, start:stop].any()
         assert len(documents[row, start:stop].unique()) == 1
-    found = [int(documents[row, start]) for row, start, _ in spans]
+    found = [int(documents[row, start]) for row, start, _, _ in spans]
     assert len(set(found)) == len(found)
     assert min(found, default=0) >= 0
 
@@ -407,6 +407,20 @@ def test_random_passages_are_found_if_there_are_any(collection, index):
     assert len(index.random(0, 100)) == len(silent)
 
 
+def test_random_passages_leave_out_the_documents_of_others(collection, index):
+    documents = collection.pool.documents
+    for feature in range(3, F):
+        hard = index.hard(feature, [ord("e"), ord("t")], [1, 2], 10)
+        free = index.random(feature, 10)
+        apart = index.random(feature, 10, without=hard)
+        taken = {int(documents[span.row, span.anchor]) for span in hard}
+        check_silent(collection, feature, apart)
+        assert not taken & {int(documents[span.row, span.anchor]) for span in apart}
+        kept = [span for span in free if int(documents[span.row, span.anchor]) not in taken]
+        assert kept == apart[: len(kept)]
+        assert len(kept) < len(free)
+
+
 def test_half_of_the_hard_passages_have_a_token_to_mistake_and_half_a_near_feature(collection, index):
     tokens = collection.pool.tokens
     mistaken, near = [ord("e"), ord("t"), ord("t")], [3, 4]
@@ -414,9 +428,9 @@ def test_half_of_the_hard_passages_have_a_token_to_mistake_and_half_a_near_featu
         spans = index.hard(feature, mistaken, near, 6)
         assert len(spans) == 6
         check_silent(collection, feature, spans)
-        assert all(np.isin(tokens[row, start:stop], mistaken).any() for row, start, stop in spans[:3])
+        assert all(tokens[row, anchor] in mistaken for row, _, _, anchor in spans[:3])
         fires = sum(pooled(collection, other) for other in near)
-        assert all(fires[row, start:stop].any() for row, start, stop in spans[3:])
+        assert all(fires[row, anchor] for row, _, _, anchor in spans[3:])
         assert spans == index.hard(feature, mistaken, near, 6)
         assert len(index.hard(feature, [], near, 4)) == len(index.hard(feature, mistaken, [], 4)) == 4
         assert index.hard(feature, [], [], 4) == []
@@ -518,6 +532,8 @@ def test_records_hold_passages_of_the_text_and_what_the_weights_say(parts, of_mo
         assert all(example.strength > 0 for example in examples)
         assert record.random
         assert not any(example.strength for example in (*record.random, *record.hard))
+        documents = [example.document for example in (*record.random, *record.hard)]
+        assert len(set(documents)) == len(documents)
         explaining = {example.document for example in (*record.top, *record.spread)}
         assert not explaining & {e.document for e in (*record.held_out, *record.random, *record.hard)}
 
