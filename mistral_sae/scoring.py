@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mistral_sae.prompts import evenly, visible
+from mistral_sae.prompts import visible
 from mistral_sae.records import INTERVALS, Example, Feature, Judgement, Score
 
 RESAMPLES = 1000  # of the bootstrap
@@ -53,7 +53,7 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
     questions = [
         Question(kind, index, kind == "held_out", visible(getattr(feature, kind)[index]))
         for kind, n in chosen.items()
-        for index in evenly(range(len(getattr(feature, kind))), n)
+        for index in _of_each_part(range(len(getattr(feature, kind))), n)
     ]
     _generator(feature, seed, "detection").shuffle(questions)
     return questions
@@ -91,8 +91,8 @@ def simulation_passages(
     """Passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
     silent = min(silent, len(feature.random) + len(feature.hard))
     hard = min(len(feature.hard), max(silent // 2, silent - len(feature.random)))
-    chosen = [*evenly(feature.held_out, active), *evenly(feature.random, silent - hard), *evenly(feature.hard, hard)]
-    return [visible(passage) for passage in chosen]
+    parts = (feature.held_out, active), (feature.random, silent - hard), (feature.hard, hard)
+    return [visible(passage) for passages, count in parts for passage in _of_each_part(passages, count)]
 
 
 def opaque_ids(feature: Feature, seed: int, method: str, count: int) -> list[str]:
@@ -208,6 +208,13 @@ def correlation_interval(simulated: Sequence[Simulated], seed: int) -> tuple[flo
 
 def _generator(feature: Feature, seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed} {feature.feature} {purpose}")
+
+
+def _of_each_part(items: Sequence[Item], count: int) -> list[Item]:
+    """The middle items of `count` equal parts, or all if there are fewer: of a sorted list, neither end is certain."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def _moved(active: frozenset[int], n_tokens: int, generator: random.Random) -> frozenset[int] | None:

@@ -127,6 +127,23 @@ def test_simulation_asks_for_all_intervals_and_both_kinds_of_negatives(feature):
     assert sum(p in feature.hard for p in passages[4:]) == 2
 
 
+def test_a_simulation_asks_neither_for_the_strongest_nor_for_the_weakest_of_all(feature):
+    passages = scoring.simulation_passages(feature)
+    assert passages[:4] == [feature.held_out[i] for i in (2, 7, 12, 17)]
+    assert scoring.simulation_passages(feature._replace(held_out=feature.held_out[:3]))[:3] == [*feature.held_out[:3]]
+
+
+@pytest.mark.parametrize(
+    ("n_random", "n_hard", "expected"),
+    [(10, 1, (3, 1)), (1, 10, (1, 3)), (0, 10, (0, 4)), (10, 0, (4, 0)), (1, 2, (1, 2))],
+)
+def test_a_simulation_takes_more_of_one_kind_of_negatives_where_the_other_is_short(feature, n_random, n_hard, expected):
+    few = feature._replace(random=feature.random[:n_random], hard=feature.hard[:n_hard])
+    silent = scoring.simulation_passages(few)[4:]
+    assert len(set(silent)) == len(silent)
+    assert (sum(p in few.random for p in silent), sum(p in few.hard for p in silent)) == expected
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 10])
 def test_every_explained_feature_has_another_one_for_a_baseline(n):
     features = [7 * i for i in range(n)]
