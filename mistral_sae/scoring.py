@@ -137,15 +137,14 @@ def strongest_token(feature: Feature) -> str:
 
 
 def others(explained: Iterable[int]) -> dict[int, int | None]:
-    """For each explained feature another one, whose explanation is its baseline: half the list of them away.
+    """For each explained feature another one, whose explanation is its baseline: the next in a fixed random order.
 
-    None if it is the only one.
+    So one that is added changes the baseline of one other. None if it is the only one.
     """
-    features = sorted(explained)
-    half = len(features) // 2
+    features = sorted(explained, key=lambda feature: random.Random(feature).random())
     return {
         feature: other if other != feature else None
-        for feature, other in zip(features, features[half:] + features[:half], strict=True)
+        for feature, other in zip(features, features[1:] + features[:1], strict=True)
     }
 
 

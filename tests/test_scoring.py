@@ -156,6 +156,19 @@ def test_every_explained_feature_has_another_one_for_a_baseline(n):
         assert list(others.values()) == [None] * n
 
 
+def test_one_explained_feature_more_changes_the_baselines_of_hardly_any():
+    few = scoring.others(range(0, 200, 2))
+    for added in (1, 57, 199, 10_000):
+        more = scoring.others([*range(0, 200, 2), added])
+        assert sum(more[feature] != other for feature, other in few.items()) == 1
+
+
+def test_a_baseline_is_of_any_other_feature_near_or_far():
+    distances = np.array([abs(other - feature) for feature, other in scoring.others(range(1000)).items()])
+    assert distances.mean() == pytest.approx(1000 / 3, rel=0.1)  # as of two places drawn evenly
+    assert np.bincount(distances).max() < 10
+
+
 def test_the_token_a_feature_is_strongest_on_is_the_peak_of_its_first_passage(feature):
     assert scoring.strongest_token(feature) == " self"
 
