@@ -1,7 +1,7 @@
 """How well an explanation, or a predictor, foretells a feature: what is asked, and what the answers are worth.
 
-Everything random here is drawn from a seed and the feature's index, so that a run that starts again draws the same. All
-passages are of documents that the explanation was not made from.
+What is asked is drawn at random from a seed and the feature's index, and resamples from the seed alone, so that a run
+that starts again draws the same. All passages are of documents that the explanation was not made from.
 
 Shapes: P passages, S resamples.
 """
@@ -198,11 +198,16 @@ def correlation(simulated: Sequence[Simulated]) -> tuple[float | None, float | N
 
 
 def correlation_interval(simulated: Sequence[Simulated], seed: int) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of Pearson's r, by resampling passages; None where that is None."""
+    """The 95 % bootstrap interval of Pearson's r; None where that is None.
+
+    Resampled are passages, and those in which the feature fires apart from the others.
+    """
     if correlation(simulated)[0] is None:
         return None
-    moments_P6 = np.stack([_moments(each) for each in simulated])
-    return _interval(_r_and_r2(_resampled(moments_P6, np.random.default_rng(seed)))[0])
+    groups = ([_moments(each) for each in simulated if any(each.true) == fires] for fires in (True, False))
+    generator = np.random.default_rng(seed)
+    sums_S6 = sum(_resampled(np.stack(group), generator) for group in groups if group)
+    return _interval(_r_and_r2(sums_S6)[0])
 
 
 def _generator(feature: Feature, seed: int, purpose: str) -> random.Random:

@@ -212,6 +212,13 @@ def test_both_judgements_of_a_passage_are_resampled_together():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 40), rel=0.15)
 
 
+def test_passages_that_activate_the_feature_are_resampled_apart_from_the_others():
+    """As many of each are asked, by design: with all true items right and half of the false, only the latter vary."""
+    low, high = scoring.accuracy_interval(judgements(6, 0, 3, 3), seed=0)
+    draws = np.random.default_rng(0).binomial(6, 0.5, size=10_000) / 6
+    assert (low, high) == pytest.approx(tuple(0.5 + np.percentile(draws, [2.5, 97.5]) / 2))
+
+
 def test_recall_is_by_the_interval_of_the_passage(feature):
     found = [
         Judgement("detection", "held_out", i, True, passage.interval(feature.maximum) >= 2)
@@ -248,3 +255,36 @@ def test_a_simulation_score_counts_the_passages_it_did_not_get():
     assert score.low <= score.value <= score.high
     assert score.low < score.high
     assert scoring.simulation_score([], 3, seed=0)[:3] == (None, None, None)
+
+
+def test_the_interval_of_a_correlation_is_that_of_fisher_for_many_independent_passages():
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=400)
+    simulated = [
+        Simulated([x], [y]) for x, y in zip(truth, 0.6 * truth + 0.8 * generator.normal(size=400), strict=True)
+    ]
+    r, _ = scoring.correlation(simulated)
+    low, high = scoring.correlation_interval(simulated, seed=0)
+    expected = np.tanh(np.arctanh(r) + np.array([-1, 1]) * 1.96 / np.sqrt(400 - 3))
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.02)
+    assert scoring.correlation_interval(simulated, seed=0) == (low, high)
+    assert scoring.correlation_interval(simulated, seed=1) != (low, high)
+
+
+def test_passages_are_resampled_whole():
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=100)
+    few = [Simulated([x], [y]) for x, y in zip(truth, truth + generator.normal(size=100), strict=True)]
+    repeated = [Simulated(each.true * 50, each.predicted * 50) for each in few]
+    assert scoring.correlation_interval(repeated, 0) == pytest.approx(scoring.correlation_interval(few, 0))
+
+
+def test_simulated_passages_that_are_active_are_resampled_apart_from_the_silent():
+    """Every resample holds as many of each: where all of a kind are alike, the interval has no width."""
+    active, silent = Simulated([0.0, 0.0, 4.0], [0.0, 1.0, 2.0]), Simulated([0.0, 0.0, 0.0], [0.0, 2.0, 1.0])
+    both = [active] * 4 + [silent] * 4
+    r, _ = scoring.correlation(both)
+    assert 0 < r < 1
+    assert scoring.correlation_interval(both, seed=0) == pytest.approx((r, r))
+    assert scoring.correlation_interval(both[:4], seed=0) == pytest.approx((scoring.correlation(both[:4])[0],) * 2)
+    assert scoring.correlation_interval(both[4:], seed=0) is None
