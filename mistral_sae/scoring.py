@@ -62,17 +62,20 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
 def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
     """Two rounds over the passages in which the feature fires, marked rightly in one and wrongly in the other.
 
-    Wrong marks are on as many tokens, in runs of the same lengths where there is room, all of them silent. Which round
-    has the right marks of a passage is drawn, and no request should mix rounds: marks of one passage side by side would
-    give each other away. Passages without enough silent tokens are left out.
+    Wrong marks are the right ones moved as a whole, to silent tokens, as near as can be to where the peak of another of
+    the passages is, so that their places tell nothing. Which round has the right marks of a passage is drawn, and no
+    request should mix rounds: marks of one passage side by side would give each other away. A passage in which the
+    marks fit nowhere else is left out.
     """
     generator = _generator(feature, seed, "fuzzing")
     rounds: list[list[Question]] = [[], []]
-    for index, passage in enumerate(map(visible, feature.held_out)):
+    passages = [visible(passage) for passage in feature.held_out]
+    for index, passage in enumerate(passages):
         active = frozenset(i for i, activation in enumerate(passage.activations) if activation > 0)
-        moved = _moved(active, len(passage.tokens), generator)
-        if moved is None:
+        shift = _shift(passage, active, passages[:index] + passages[index + 1 :], generator)
+        if shift is None:
             continue
+        moved = frozenset(i + shift for i in active)
         questions = [
             Question("held_out", index, True, passage, active),
             Question("held_out", index, False, passage, moved),
@@ -221,25 +224,22 @@ def _of_each_part(items: Sequence[Item], count: int) -> list[Item]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def _moved(active: frozenset[int], n_tokens: int, generator: random.Random) -> frozenset[int] | None:
-    """As many silent tokens, in runs as long as the active ones where they fit; None if there are too few."""
-    free = set(range(n_tokens)) - active
-    if len(free) < len(active):
-        return None
-    moved: set[int] = set()
-    for length in sorted(_run_lengths(active), reverse=True):
-        apart = free - moved - {i + step for i in moved for step in (-1, 1)}  # runs that touch would be one
-        starts = [i for i in sorted(apart) if all(i + step in apart for step in range(length))]
-        if not starts:
-            return frozenset(generator.sample(sorted(free), len(active)))
-        start = generator.choice(starts)
-        moved.update(range(start, start + length))
-    return frozenset(moved)
+def _shift(passage: Example, active: frozenset[int], others: Sequence[Example], generator: random.Random) -> int | None:
+    """By how much to move the marks of a passage so that they are on silent tokens; None if they fit nowhere else.
 
-
-def _run_lengths(indices: frozenset[int]) -> list[int]:
-    starts = sorted(i for i in indices if i - 1 not in indices)
-    return [next(n for n in itertools.count(1) if start + n not in indices) for start in starts]
+    The peak comes as near as can be to the place that another's peak has, counted from both ends together: so it is
+    the peak of a passage of about the same length, and no place is likelier for right marks than for wrong ones.
+    """
+    n_tokens = len(passage.tokens)
+    shifts = [s for s in range(-min(active), n_tokens - max(active)) if all(i + s not in active for i in active)]
+    places = [(other.peak, len(other.tokens) - 1 - other.peak) for other in others]
+    distances = [
+        min((abs(at - before) + abs(n_tokens - 1 - at - after) for before, after in places), default=0)
+        for at in (passage.peak + s for s in shifts)
+    ]
+    least = min(distances, default=None)
+    nearest = [s for s, distance in zip(shifts, distances, strict=True) if distance == least]
+    return generator.choice(nearest) if nearest else None
 
 
 def _moments(each: Simulated) -> np.ndarray:

@@ -82,34 +82,66 @@ def test_ids_differ_and_tell_nothing(feature):
     assert scoring.opaque_ids(feature, 0, "fuzzing", 3) != ids[:3]
 
 
-def test_wrong_marks_are_on_as_many_tokens_all_of_them_silent(feature):
-    first, second = scoring.fuzzing_questions(feature, 0)
-    by_index = {q.index: q for q in second}
-    assert sorted(by_index) == sorted(q.index for q in first) == list(range(20))
-    assert 0 < sum(q.truth for q in first) < 20
-    for question in first:
-        other = by_index[question.index]
-        right, wrong = (question, other) if question.truth else (other, question)
-        assert right.truth != wrong.truth
+def rights_and_wrongs(feature, seed=0):
+    """The questions of each passage of which marks are asked, the right one first."""
+    rounds = scoring.fuzzing_questions(feature, seed)
+    pairs = zip(*(sorted(questions, key=lambda q: q.index) for questions in rounds), strict=True)
+    return [sorted(pair, key=lambda q: not q.truth) for pair in pairs]
+
+
+def test_wrong_marks_are_the_right_ones_moved_as_a_whole_to_silent_tokens(feature):
+    pairs = rights_and_wrongs(feature)
+    assert len(pairs) > 12
+    for right, wrong in pairs:
+        assert (right.truth, wrong.truth) == (True, False)
+        assert right.passage == wrong.passage == feature.held_out[right.index]
         active = {i for i, activation in enumerate(right.passage.activations) if activation > 0}
         assert right.marked == active
-        assert len(wrong.marked) == len(active)
+        shift = min(wrong.marked) - min(active)
+        assert wrong.marked == {i + shift for i in active}
         assert not wrong.marked & active
         assert wrong.marked <= set(range(len(wrong.passage.tokens)))
+    for index in set(range(20)) - {right.index for right, _ in pairs}:
+        values = feature.held_out[index].activations
+        active, silent = ({i for i, value in enumerate(values) if (value > 0) == fires} for fires in (True, False))
+        assert not any({i + shift for i in active} <= silent for shift in range(-len(values), len(values)))
 
 
-def test_wrong_marks_keep_the_lengths_of_the_runs_where_there_is_room(feature):
-    passage = Example("d", 1, tuple("abcdefghijklmnop"), (1.0,) * 3 + (0.0,) * 4 + (1.0,) + (0.0,) * 8)
-    for seed in range(20):
-        (question,), (other,) = scoring.fuzzing_questions(feature._replace(held_out=(passage,)), seed)
-        wrong = other if question.truth else question
-        assert sorted(scoring._run_lengths(wrong.marked)) == [1, 3]
+def test_both_marks_of_a_passage_are_asked_in_different_rounds_each_in_an_order_of_its_own(feature):
+    rounds = scoring.fuzzing_questions(feature, 0)
+    orders = [[q.index for q in questions] for questions in rounds]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(set(orders[0]))
+    assert orders[0] != orders[1]
+    assert all(order != sorted(order) for order in orders)
+    assert all(0 < sum(q.truth for q in questions) < len(questions) for questions in rounds)
+    assert rounds == scoring.fuzzing_questions(feature, 0) != scoring.fuzzing_questions(feature, 1)
 
 
-def test_a_passage_without_room_for_wrong_marks_is_left_out(feature):
+def at(peaks, length):
+    """A passage that is active on some of its tokens, most on the first of them."""
+    activations = {peak: 2.0 if peak == min(peaks) else 1.0 for peak in peaks}
+    return Example("d", 1, tuple("x" * length), tuple(activations.get(i, 0.0) for i in range(length)))
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([at({3}, 20)], {3, 4, 6}),
+        ([at({11}, 20)], {14, 15, 17}),  # as near as can be: from 7 to 13 one would be on an active token
+        ([at({12}, 40), at({2}, 20)], {2, 3, 5}),  # of the passage that is about as long
+    ],
+)
+def test_wrong_marks_have_their_peak_where_another_passage_has_it(feature, others, expected):
+    passage = at({10, 11, 13}, 20)
+    ((_, wrong), *_) = rights_and_wrongs(feature._replace(held_out=(passage, *others)))
+    assert wrong.marked == expected
+
+
+def test_a_passage_in_which_its_marks_fit_nowhere_else_is_left_out(feature):
     dense = Example("d", 1, ("a", "b", "c"), (1.0, 1.0, 0.0))
     tight = Example("d", 1, ("a", "b", "c", "d"), (1.0, 0.0, 1.0, 0.0))
-    rounds = scoring.fuzzing_questions(feature._replace(held_out=(dense, tight)), 0)
+    wide = Example("d", 1, ("a", "b", "c", "d"), (1.0, 0.0, 0.0, 1.0))
+    rounds = scoring.fuzzing_questions(feature._replace(held_out=(dense, tight, wide)), 0)
     assert [[q.index for q in questions] for questions in rounds] == [[1], [1]]
     wrong = next(q for questions in rounds for q in questions if not q.truth)
     assert wrong.marked == {1, 3}
