@@ -107,6 +107,7 @@ def load_collection(path: Path, made_from: dict[str, Any]) -> tuple[Collection |
 class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
+    Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
     Iterating over many is a millisecond each, and holding all of them is 100 KB each. Raises ValueError for a feature
     that the autoencoder does not have, and ModelError unless the whole model is loaded: it says which tokens a feature
     promotes.
@@ -180,9 +181,9 @@ class FeatureRecords:
         return tuple(examples)
 
     def _shortened(self, anchor: int, n: int, generator: np.random.Generator) -> tuple[int, int]:
-        """First and last + 1 of those of a passage's n tokens that are left if each end loses a random number.
+        """Which of a passage's n tokens are left, first and last + 1, after each end has lost a random number.
 
-        At most `right` tokens, and never the anchor, which the passage is cut around: it would be known by its place.
+        Evenly from 0 to `right` or to what stands on that side of the anchor, around which the passage was cut.
         """
         most = self._collection.settings.right
         first, last = generator.integers([min(anchor, most), min(n - 1 - anchor, most)], endpoint=True).tolist()
@@ -198,10 +199,10 @@ class FeatureRecords:
         """Passages of the pool in which the feature does not fire, shortened, as examples."""
         pool, names = self._collection.pool, self._collection.names
         examples = []
-        for row, start, stop, anchor in spans:
-            first, n = self._shortened(anchor - start, stop - start, generator)
-            texts = self._texts.of(pool.tokens[row, start + first : start + n].tolist())
-            examples.append(Example(names[pool.documents[row, start]], start + first, texts, (0.0,) * len(texts)))
+        for row, start, end, anchor in spans:
+            first, stop = self._shortened(anchor - start, end - start, generator)
+            texts = self._texts.of(pool.tokens[row, start + first : start + stop].tolist())
+            examples.append(Example(names[pool.documents[row, start]], start + first, texts, (0.0,) * (stop - first)))
         return tuple(examples)
 
     def _of_weights(self, feature: int) -> tuple:

@@ -92,7 +92,6 @@ def simulation_passages(
     feature: Feature, active: int = ACTIVE_SIMULATED, silent: int = SILENT_SIMULATED
 ) -> list[Example]:
     """Passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
-    silent = min(silent, len(feature.random) + len(feature.hard))
     hard = min(len(feature.hard), max(silent // 2, silent - len(feature.random)))
     parts = (feature.held_out, active), (feature.random, silent - hard), (feature.hard, hard)
     return [visible(passage) for passages, count in parts for passage in _of_each_part(passages, count)]
