@@ -107,6 +107,7 @@ def load_collection(path: Path, made_from: dict[str, Any]) -> tuple[Collection |
 class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
+    Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
     Iterating over many is a millisecond each, and holding all of them is 100 KB each. Raises ValueError for a feature
     that the autoencoder does not have, and ModelError unless the whole model is loaded: it says which tokens a feature
     promotes.
@@ -137,8 +138,9 @@ class FeatureRecords:
         """The record of one of the features."""
         collection, pool = self._collection, self._pool
         nearest, promoted, suppressed = self._of_weights(feature)
-        lists = {name: self._examples(getattr(collection, name), feature) for name in LISTS}
+        generator = np.random.default_rng([collection.settings.seed, feature, 2])  # 0 and 1 are the pool's
         peaks = [id for name in LISTS for id in self._peaks(getattr(collection, name), feature)]
+        hard = pool.hard(feature, peaks, [other for other, _ in nearest], NEGATIVES)
         return Feature(
             feature=feature,
             density=int(collection.firings[feature]) / max(1, collection.tokens),
@@ -148,12 +150,17 @@ class FeatureRecords:
             suppressed=suppressed,
             nearest=nearest,
             coactive=tuple(pool.coactive(feature, NEIGHBORS)),
-            **lists,
-            random=self._silent(pool.random(feature, NEGATIVES)),
-            hard=self._silent(pool.hard(feature, peaks, [other for other, _ in nearest], NEGATIVES)),
+            top=self._examples(collection.top, feature),
+            spread=self._examples(collection.spread, feature),
+            held_out=self._examples(collection.held_out, feature, generator),
+            random=self._silent(pool.random(feature, NEGATIVES, without=hard), generator),
+            hard=self._silent(hard, generator),
         )
 
-    def _examples(self, windows: Windows, feature: int) -> tuple[Example, ...]:
+    def _examples(
+        self, windows: Windows, feature: int, generator: np.random.Generator | None = None
+    ) -> tuple[Example, ...]:
+        """The passages of a list; shortened if there is a generator."""
         lengths = windows.lengths[feature].tolist()
         rows = zip(
             lengths,
@@ -163,11 +170,24 @@ class FeatureRecords:
             windows.activations[feature].tolist(),
             strict=True,
         )
-        return tuple(
-            Example(self._collection.names[document], start, self._texts.of(ids[:n]), tuple(activations[:n]))
-            for n, document, start, ids, activations in rows
-            if n
-        )
+        examples = []
+        for n, document, start, ids, activations in rows:
+            if n:
+                first, stop = 0, n
+                if generator is not None:
+                    first, stop = self._shortened(activations.index(max(activations[:n])), n, generator)
+                texts, values = self._texts.of(ids[first:stop]), tuple(activations[first:stop])
+                examples.append(Example(self._collection.names[document], start + first, texts, values))
+        return tuple(examples)
+
+    def _shortened(self, anchor: int, n: int, generator: np.random.Generator) -> tuple[int, int]:
+        """Which of a passage's n tokens are left, first and last + 1, after each end has lost a random number.
+
+        Evenly from 0 to `right` or to what stands on that side of the anchor, around which the passage was cut.
+        """
+        most = self._collection.settings.right
+        first, last = generator.integers([min(anchor, most), min(n - 1 - anchor, most)], endpoint=True).tolist()
+        return first, n - last
 
     def _peaks(self, windows: Windows, feature: int) -> list[int]:
         """The tokens on which the examples of a list are strongest."""
@@ -175,18 +195,15 @@ class FeatureRecords:
         peaks = windows.activations[feature].float().argmax(dim=1, keepdim=True)
         return token_ids(windows.tokens[feature]).gather(1, peaks).squeeze(1)[there].tolist()
 
-    def _silent(self, spans: list[Span]) -> tuple[Example, ...]:
-        """Passages of the pool in which the feature does not fire, as examples."""
+    def _silent(self, spans: list[Span], generator: np.random.Generator) -> tuple[Example, ...]:
+        """Passages of the pool in which the feature does not fire, shortened, as examples."""
         pool, names = self._collection.pool, self._collection.names
-        return tuple(
-            Example(
-                names[pool.documents[row, start]],
-                start,
-                self._texts.of(pool.tokens[row, start:stop].tolist()),
-                (0.0,) * (stop - start),
-            )
-            for row, start, stop in spans
-        )
+        examples = []
+        for row, start, end, anchor in spans:
+            first, stop = self._shortened(anchor - start, end - start, generator)
+            texts = self._texts.of(pool.tokens[row, start + first : start + stop].tolist())
+            examples.append(Example(names[pool.documents[row, start]], start + first, texts, (0.0,) * (stop - first)))
+        return tuple(examples)
 
     def _of_weights(self, feature: int) -> tuple:
         """Nearest features, promoted and suppressed tokens; computed for as many features at once as have room."""

@@ -6,6 +6,7 @@ Shapes: R rows, T positions, K active features a token, N tokens (R * T), W toke
 """
 
 import heapq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,7 @@ class Span(NamedTuple):
     row: int
     start: int  # position of its first token
     stop: int  # and after its last
+    anchor: int  # of the token that it was drawn around
 
 
 class PoolIndex:
@@ -134,14 +136,16 @@ class PoolIndex:
         most = most[np.lexsort((most, -counts[most]))]
         return [(int(other), float(counts[other] / len(tokens))) for other in most if counts[other]]
 
-    def random(self, feature: int, count: int) -> list[Span]:
-        """Up to `count` passages in which a feature does not fire."""
+    def random(self, feature: int, count: int, without: Sequence[Span] = ()) -> list[Span]:
+        """Up to `count` passages in which a feature does not fire, none of a document of the passages `without`."""
+        taken = self._documents[[span.row * self._length + span.anchor for span in without]]
         n_anchors = len(self._anchors)
         first = self._generator(feature, 0).integers(max(1, n_anchors))  # of the shuffled anchors
         found, seen, step = self._anchors[:0], 0, 8 * count
         while len(found) < count and seen < n_anchors:
             some = self._anchors[(first + np.arange(seen, min(seen + step, n_anchors))) % n_anchors]
-            found = self._one_a_document(found, self._silent(feature, some))
+            silent = self._silent(feature, some)
+            found = self._one_a_document(found, silent[~np.isin(self._documents[silent], taken)])
             seen, step = seen + step, 2 * step
         return [self._span(anchor) for anchor in found[:count]]
 
@@ -180,8 +184,9 @@ class PoolIndex:
         return every[np.sort(firsts)]
 
     def _span(self, anchor: int) -> Span:
-        row, start = divmod(int(self._low[anchor]), self._length)
-        return Span(row, start, start + int(self._high[anchor] - self._low[anchor]) + 1)
+        row, position = divmod(int(anchor), self._length)
+        first = row * self._length
+        return Span(row, int(self._low[anchor]) - first, int(self._high[anchor]) - first + 1, position)
 
 
 def _interleaved(choices: list[tuple[np.ndarray, int]], most: int, generator: np.random.Generator) -> np.ndarray:

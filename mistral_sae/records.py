@@ -43,8 +43,8 @@ class Feature(NamedTuple):
     top: tuple[Example, ...]  # the strongest passages, strongest first; at most one a document, as below
     spread: tuple[Example, ...]  # a random choice from each interval of its range; with `top`, what to explain it from
     held_out: tuple[Example, ...]  # from each interval, of other documents than `top` and `spread`: what to score it on
-    random: tuple[Example, ...]  # passages of those other documents on which it does not fire
-    hard: tuple[Example, ...]  # likewise, but with a token it fires on elsewhere, or with one of its nearest firing
+    random: tuple[Example, ...]  # passages of those other documents on which it does not fire; at most one a document
+    hard: tuple[Example, ...]  # likewise, of yet others, but with a token it fires on elsewhere or a near one firing
 
 
 def without_examples(feature: Feature) -> tuple[str, str]:

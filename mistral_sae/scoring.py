@@ -1,7 +1,7 @@
 """How well an explanation, or a predictor, foretells a feature: what is asked, and what the answers are worth.
 
-Everything random here is drawn from a seed and the feature's index, so that a run that starts again draws the same. All
-passages are of documents that the explanation was not made from.
+What is asked is drawn at random from a seed and the feature's index, and resamples from the seed alone, so that a run
+that starts again draws the same. All passages are of documents that the explanation was not made from.
 
 Shapes: P passages, S resamples.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mistral_sae.prompts import evenly, visible
+from mistral_sae.prompts import visible
 from mistral_sae.records import INTERVALS, Example, Feature, Judgement, Score
 
 RESAMPLES = 1000  # of the bootstrap
@@ -53,7 +53,7 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
     questions = [
         Question(kind, index, kind == "held_out", visible(getattr(feature, kind)[index]))
         for kind, n in chosen.items()
-        for index in evenly(range(len(getattr(feature, kind))), n)
+        for index in _of_each_part(range(len(getattr(feature, kind))), n)
     ]
     _generator(feature, seed, "detection").shuffle(questions)
     return questions
@@ -62,17 +62,20 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
 def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
     """Two rounds over the passages in which the feature fires, marked rightly in one and wrongly in the other.
 
-    Wrong marks are on as many tokens, in runs of the same lengths where there is room, all of them silent. Which round
-    has the right marks of a passage is drawn, and no request should mix rounds: marks of one passage side by side would
-    give each other away. Passages without enough silent tokens are left out.
+    Wrong marks are the right ones moved as a whole, to silent tokens, as near as can be to where the peak of another of
+    the passages is, so that their places tell nothing. Which round has the right marks of a passage is drawn, and no
+    request should mix rounds: marks of one passage side by side would give each other away. A passage in which the
+    marks fit nowhere else is left out.
     """
     generator = _generator(feature, seed, "fuzzing")
     rounds: list[list[Question]] = [[], []]
-    for index, passage in enumerate(map(visible, feature.held_out)):
+    passages = [visible(passage) for passage in feature.held_out]
+    for index, passage in enumerate(passages):
         active = frozenset(i for i, activation in enumerate(passage.activations) if activation > 0)
-        moved = _moved(active, len(passage.tokens), generator)
-        if moved is None:
+        shift = _shift(passage, active, passages[:index] + passages[index + 1 :], generator)
+        if shift is None:
             continue
+        moved = frozenset(i + shift for i in active)
         questions = [
             Question("held_out", index, True, passage, active),
             Question("held_out", index, False, passage, moved),
@@ -89,10 +92,9 @@ def simulation_passages(
     feature: Feature, active: int = ACTIVE_SIMULATED, silent: int = SILENT_SIMULATED
 ) -> list[Example]:
     """Passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
-    silent = min(silent, len(feature.random) + len(feature.hard))
     hard = min(len(feature.hard), max(silent // 2, silent - len(feature.random)))
-    chosen = [*evenly(feature.held_out, active), *evenly(feature.random, silent - hard), *evenly(feature.hard, hard)]
-    return [visible(passage) for passage in chosen]
+    parts = (feature.held_out, active), (feature.random, silent - hard), (feature.hard, hard)
+    return [visible(passage) for passages, count in parts for passage in _of_each_part(passages, count)]
 
 
 def opaque_ids(feature: Feature, seed: int, method: str, count: int) -> list[str]:
@@ -137,15 +139,14 @@ def strongest_token(feature: Feature) -> str:
 
 
 def others(explained: Iterable[int]) -> dict[int, int | None]:
-    """For each explained feature another one, whose explanation is its baseline: half the list of them away.
+    """For each explained feature another one, whose explanation is its baseline: the next in a fixed random order.
 
-    None if it is the only one.
+    So one that is added changes the baseline of one other. None if it is the only one.
     """
-    features = sorted(explained)
-    half = len(features) // 2
+    features = sorted(explained, key=lambda feature: random.Random(feature).random())
     return {
         feature: other if other != feature else None
-        for feature, other in zip(features, features[half:] + features[:half], strict=True)
+        for feature, other in zip(features, features[1:] + features[:1], strict=True)
     }
 
 
@@ -199,36 +200,45 @@ def correlation(simulated: Sequence[Simulated]) -> tuple[float | None, float | N
 
 
 def correlation_interval(simulated: Sequence[Simulated], seed: int) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of Pearson's r, by resampling passages; None where that is None."""
+    """The 95 % bootstrap interval of Pearson's r; None where that is None.
+
+    Resampled are passages, and those in which the feature fires apart from the others.
+    """
     if correlation(simulated)[0] is None:
         return None
-    moments_P6 = np.stack([_moments(each) for each in simulated])
-    return _interval(_r_and_r2(_resampled(moments_P6, np.random.default_rng(seed)))[0])
+    groups = ([_moments(each) for each in simulated if any(each.true) == fires] for fires in (True, False))
+    generator = np.random.default_rng(seed)
+    sums_S6 = sum(_resampled(np.stack(group), generator) for group in groups if group)
+    return _interval(_r_and_r2(sums_S6)[0])
 
 
 def _generator(feature: Feature, seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed} {feature.feature} {purpose}")
 
 
-def _moved(active: frozenset[int], n_tokens: int, generator: random.Random) -> frozenset[int] | None:
-    """As many silent tokens, in runs as long as the active ones where they fit; None if there are too few."""
-    free = set(range(n_tokens)) - active
-    if len(free) < len(active):
-        return None
-    moved: set[int] = set()
-    for length in sorted(_run_lengths(active), reverse=True):
-        apart = free - moved - {i + step for i in moved for step in (-1, 1)}  # runs that touch would be one
-        starts = [i for i in sorted(apart) if all(i + step in apart for step in range(length))]
-        if not starts:
-            return frozenset(generator.sample(sorted(free), len(active)))
-        start = generator.choice(starts)
-        moved.update(range(start, start + length))
-    return frozenset(moved)
+def _of_each_part(items: Sequence[Item], count: int) -> list[Item]:
+    """The middle items of `count` equal parts, or all if there are fewer: of a sorted list, neither end is certain."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def _run_lengths(indices: frozenset[int]) -> list[int]:
-    starts = sorted(i for i in indices if i - 1 not in indices)
-    return [next(n for n in itertools.count(1) if start + n not in indices) for start in starts]
+def _shift(passage: Example, active: frozenset[int], others: Sequence[Example], generator: random.Random) -> int | None:
+    """By how much to move the marks of a passage so that they are on silent tokens; None if they fit nowhere else.
+
+    The peak comes as near as can be to the place that another's peak has, counted from both ends together: so it is
+    the peak of a passage of about the same length, and no place is likelier for right marks than for wrong ones.
+    """
+    n_tokens = len(passage.tokens)
+    shifts = [s for s in range(-min(active), n_tokens - max(active)) if all(i + s not in active for i in active)]
+    places = [(other.peak, len(other.tokens) - 1 - other.peak) for other in others]
+    distances = [
+        min((abs(at - before) + abs(n_tokens - 1 - at - after) for before, after in places), default=0)
+        for at in (passage.peak + s for s in shifts)
+    ]
+    least = min(distances, default=None)
+    nearest = [s for s, distance in zip(shifts, distances, strict=True) if distance == least]
+    return generator.choice(nearest) if nearest else None
 
 
 def _moments(each: Simulated) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.collect import operations
 from mistral_sae import collect as collecting
+from mistral_sae import scoring
 from mistral_sae.collect import FINE_BINS, STRATA, Collector, Settings, collect, encode
 from mistral_sae.examples import LISTS, FeatureRecords, inputs, load_collection, save_collection, token_ids
 from mistral_sae.firings import document_key, is_for_scoring
@@ -363,11 +364,11 @@ def pooled(collection, feature):
 
 def check_silent(collection, feature, spans):
     values, documents = pooled(collection, feature), collection.pool.documents
-    for row, start, stop in spans:
-        assert start > 0
+    for row, start, stop, anchor in spans:
+        assert 0 < start <= anchor < stop
         assert not values[row, start:stop].any()
         assert len(documents[row, start:stop].unique()) == 1
-    found = [int(documents[row, start]) for row, start, _ in spans]
+    found = [int(documents[row, start]) for row, start, _, _ in spans]
     assert len(set(found)) == len(found)
     assert min(found, default=0) >= 0
 
@@ -407,6 +408,20 @@ def test_random_passages_are_found_if_there_are_any(collection, index):
     assert len(index.random(0, 100)) == len(silent)
 
 
+def test_random_passages_leave_out_the_documents_of_others(collection, index):
+    documents = collection.pool.documents
+    for feature in range(3, F):
+        hard = index.hard(feature, [ord("e"), ord("t")], [1, 2], 10)
+        free = index.random(feature, 10)
+        apart = index.random(feature, 10, without=hard)
+        taken = {int(documents[span.row, span.anchor]) for span in hard}
+        check_silent(collection, feature, apart)
+        assert not taken & {int(documents[span.row, span.anchor]) for span in apart}
+        kept = [span for span in free if int(documents[span.row, span.anchor]) not in taken]
+        assert kept == apart[: len(kept)]
+        assert len(kept) < len(free)
+
+
 def test_half_of_the_hard_passages_have_a_token_to_mistake_and_half_a_near_feature(collection, index):
     tokens = collection.pool.tokens
     mistaken, near = [ord("e"), ord("t"), ord("t")], [3, 4]
@@ -414,9 +429,9 @@ def test_half_of_the_hard_passages_have_a_token_to_mistake_and_half_a_near_featu
         spans = index.hard(feature, mistaken, near, 6)
         assert len(spans) == 6
         check_silent(collection, feature, spans)
-        assert all(np.isin(tokens[row, start:stop], mistaken).any() for row, start, stop in spans[:3])
+        assert all(tokens[row, anchor] in mistaken for row, _, _, anchor in spans[:3])
         fires = sum(pooled(collection, other) for other in near)
-        assert all(fires[row, start:stop].any() for row, start, stop in spans[3:])
+        assert all(fires[row, anchor] for row, _, _, anchor in spans[3:])
         assert spans == index.hard(feature, mistaken, near, 6)
         assert len(index.hard(feature, [], near, 4)) == len(index.hard(feature, mistaken, [], 4)) == 4
         assert index.hard(feature, [], [], 4) == []
@@ -518,8 +533,109 @@ def test_records_hold_passages_of_the_text_and_what_the_weights_say(parts, of_mo
         assert all(example.strength > 0 for example in examples)
         assert record.random
         assert not any(example.strength for example in (*record.random, *record.hard))
+        documents = [example.document for example in (*record.random, *record.hard)]
+        assert len(set(documents)) == len(documents)
         explaining = {example.document for example in (*record.top, *record.spread)}
         assert not explaining & {e.document for e in (*record.held_out, *record.random, *record.hard)}
+
+
+@pytest.fixture(scope="module")
+def sparse(parts):
+    """What was collected from long documents, at random places, by 64 features, and the records."""
+    lm, sae, _ = parts
+    random = np.random.default_rng(0)
+    texts = ("".join(chr(97 + i) for i in random.integers(0, 26, n)) for n in random.integers(50, 700, 300))
+    documents = [Document(f"text {i}", text) for i, text in enumerate(texts)]
+    rows = list(pack_with_documents(documents, lm.tokenizer, 256))
+    values = random.exponential(size=(len(rows), 256, 2)) * (random.random((len(rows), 256, 2)) < 0.15)
+    indices = random.integers(0, 32, values.shape) + np.array([0, 32])
+    collector = Collector(64, lm.vocab_size, Settings(spread=5, pool_rows=100), "cpu")
+    collector.add(rows, torch.from_numpy(values).float(), torch.from_numpy(indices))
+    collection = collector.finish()
+    return collection, list(FeatureRecords(collection, range(64), lm, sae))
+
+
+def test_passages_to_score_on_are_a_part_of_what_was_collected_with_its_peak(parts, sparse):
+    lm, sae, _ = parts
+    collection, records = sparse
+    assert records == list(FeatureRecords(collection, range(64), lm, sae))
+    for record in records:
+        for name in LISTS:
+            found = list(passages(getattr(collection, name), collection.names, record.feature))
+            examples = getattr(record, name)
+            assert [example.document for example in examples] == [document for document, *_ in found]
+            for example, (_, start, tokens, values) in zip(examples, found, strict=True):
+                part = slice(example.start - start, example.start - start + len(example.tokens))
+                assert example.tokens == tuple(lm.tokenizer.strings(tokens[part]))
+                assert list(example.activations) == values[part]
+                assert example.strength == max(values)
+                assert part.start <= 15
+                assert len(values) - part.stop <= 15
+                assert name == "held_out" or len(example.tokens) == len(tokens)
+
+
+def test_where_the_peak_of_a_passage_to_score_on_stands_tells_nothing(sparse):
+    """Windows end 15 tokens after their peak; what is left of them does as often as it ends 0 to 14 after it."""
+    collection, records = sparse
+    examples = [
+        (example, len(values))
+        for record in records
+        for example, (*_, values) in zip(
+            record.held_out, passages(collection.held_out, collection.names, record.feature), strict=True
+        )
+    ]
+    peaks = [(example.peak, len(example.tokens) - 1 - example.peak) for example, n in examples if n == 64]
+    assert len(peaks) > 500
+    for distances, places in zip(zip(*peaks, strict=True), (range(33, 49), range(16)), strict=True):
+        counts = Counter(distances)
+        assert set(counts) == set(places)
+        even = len(peaks) / 16
+        assert sum((count - even) ** 2 / even for count in counts.values()) < 45  # chi-squared of 15 degrees
+    assert abs(np.corrcoef(np.array(peaks).T)[0, 1]) < 0.1
+    lengths = [
+        np.mean([len(example.tokens) for record in records for example in getattr(record, kind)])
+        for kind in ("held_out", "random", "hard")
+    ]
+    assert max(lengths) - min(lengths) < 1.5
+
+
+def places_of(passage):
+    """What a judge who sees no text can go by: each token's place from the start and from the end."""
+    n = len(passage.tokens)
+    return [(i, i - n) for i in range(n)]
+
+
+def test_marks_cannot_be_judged_by_their_places(sparse):
+    _, records = sparse
+    questions = [q for record in records for each in scoring.fuzzing_questions(record, 0) for q in each]
+    assert len(questions) > 2000
+    truths = np.array([q.truth for q in questions])
+
+    def accuracy(verdicts):
+        """Balanced, of a judge or of one who says the contrary."""
+        verdicts = np.array(verdicts)
+        return 0.5 + abs(verdicts[truths].mean() - verdicts[~truths].mean()) / 2
+
+    marked = [[places_of(q.passage)[i] for i in sorted(q.marked)] for q in questions]
+    for side in (0, 1):
+        for place in range(64) if side == 0 else range(-64, 0):
+            assert accuracy([place in (each[side] for each in marks) for marks in marked]) < 0.55
+            assert accuracy([marks[0][side] < place for marks in marked]) < 0.55
+            assert accuracy([marks[-1][side] < place for marks in marked]) < 0.55
+
+
+def test_activations_cannot_be_foretold_by_their_places(sparse):
+    _, records = sparse
+    simulated = [p for record in records for p in scoring.simulation_passages(record)]
+    for side in (0, 1):
+        sums, counts = Counter(), Counter()
+        for passage in simulated:
+            for places, activation in zip(places_of(passage), passage.activations, strict=True):
+                sums[places[side]] += activation
+                counts[places[side]] += 1
+        blind = [[sums[places[side]] / counts[places[side]] for places in places_of(passage)] for passage in simulated]
+        pairs = zip((passage.activations for passage in simulated), blind, strict=True)
+        assert scoring.correlation([scoring.Simulated(*pair) for pair in pairs])[0] < 0.2
 
 
 def test_hard_passages_of_a_record_hold_a_peak_token_or_a_near_feature(parts, of_model):

@@ -82,34 +82,69 @@ def test_ids_differ_and_tell_nothing(feature):
     assert scoring.opaque_ids(feature, 0, "fuzzing", 3) != ids[:3]
 
 
-def test_wrong_marks_are_on_as_many_tokens_all_of_them_silent(feature):
-    first, second = scoring.fuzzing_questions(feature, 0)
-    by_index = {q.index: q for q in second}
-    assert sorted(by_index) == sorted(q.index for q in first) == list(range(20))
-    assert 0 < sum(q.truth for q in first) < 20
-    for question in first:
-        other = by_index[question.index]
-        right, wrong = (question, other) if question.truth else (other, question)
-        assert right.truth != wrong.truth
+def rights_and_wrongs(feature, seed=0):
+    """The questions of each passage of which marks are asked, the right one first."""
+    rounds = scoring.fuzzing_questions(feature, seed)
+    pairs = zip(*(sorted(questions, key=lambda q: q.index) for questions in rounds), strict=True)
+    return [sorted(pair, key=lambda q: not q.truth) for pair in pairs]
+
+
+def test_wrong_marks_are_the_right_ones_moved_as_a_whole_to_silent_tokens(feature):
+    pairs = rights_and_wrongs(feature)
+    assert len(pairs) > 12
+    for right, wrong in pairs:
+        assert (right.truth, wrong.truth) == (True, False)
+        assert right.passage == wrong.passage == feature.held_out[right.index]
         active = {i for i, activation in enumerate(right.passage.activations) if activation > 0}
         assert right.marked == active
-        assert len(wrong.marked) == len(active)
+        shift = min(wrong.marked) - min(active)
+        assert wrong.marked == {i + shift for i in active}
         assert not wrong.marked & active
         assert wrong.marked <= set(range(len(wrong.passage.tokens)))
+    for index in set(range(20)) - {right.index for right, _ in pairs}:
+        values = feature.held_out[index].activations
+        active, silent = ({i for i, value in enumerate(values) if (value > 0) == fires} for fires in (True, False))
+        assert not any({i + shift for i in active} <= silent for shift in range(-len(values), len(values)))
 
 
-def test_wrong_marks_keep_the_lengths_of_the_runs_where_there_is_room(feature):
-    passage = Example("d", 1, tuple("abcdefghijklmnop"), (1.0,) * 3 + (0.0,) * 4 + (1.0,) + (0.0,) * 8)
-    for seed in range(20):
-        (question,), (other,) = scoring.fuzzing_questions(feature._replace(held_out=(passage,)), seed)
-        wrong = other if question.truth else question
-        assert sorted(scoring._run_lengths(wrong.marked)) == [1, 3]
+def test_both_marks_of_a_passage_are_asked_in_different_rounds_each_in_an_order_of_its_own(feature):
+    rounds = scoring.fuzzing_questions(feature, 0)
+    orders = [[q.index for q in questions] for questions in rounds]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(set(orders[0]))
+    assert orders[0] != orders[1]
+    assert all(order != sorted(order) for order in orders)
+    assert all(0 < sum(q.truth for q in questions) < len(questions) for questions in rounds)
+    assert rounds == scoring.fuzzing_questions(feature, 0) != scoring.fuzzing_questions(feature, 1)
 
 
-def test_a_passage_without_room_for_wrong_marks_is_left_out(feature):
+def at(peaks, length):
+    """A passage that is active on some of its tokens, most on the first of them."""
+    activations = {peak: 2.0 if peak == min(peaks) else 1.0 for peak in peaks}
+    return Example("d", 1, tuple("x" * length), tuple(activations.get(i, 0.0) for i in range(length)))
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([at({3}, 20)], {3, 4, 6}),
+        ([at({11}, 20)], {14, 15, 17}),  # as near as can be: from 7 to 13 one would be on an active token
+        ([at({12}, 40), at({2}, 20)], {2, 3, 5}),  # of the passage that is about as long
+        ([at({35}, 40), at({2}, 20)], {2, 3, 5}),
+        ([at({0}, 40)], {0, 1, 3}),  # not the place that is nearest to its own
+    ],
+)
+def test_wrong_marks_have_their_peak_where_another_passage_has_it(feature, others, expected):
+    passage = at({10, 11, 13}, 20)
+    for seed in range(5):
+        (_, wrong), *_ = rights_and_wrongs(feature._replace(held_out=(passage, *others)), seed)
+        assert wrong.marked == expected
+
+
+def test_a_passage_in_which_its_marks_fit_nowhere_else_is_left_out(feature):
     dense = Example("d", 1, ("a", "b", "c"), (1.0, 1.0, 0.0))
     tight = Example("d", 1, ("a", "b", "c", "d"), (1.0, 0.0, 1.0, 0.0))
-    rounds = scoring.fuzzing_questions(feature._replace(held_out=(dense, tight)), 0)
+    wide = Example("d", 1, ("a", "b", "c", "d"), (1.0, 0.0, 0.0, 1.0))
+    rounds = scoring.fuzzing_questions(feature._replace(held_out=(dense, tight, wide)), 0)
     assert [[q.index for q in questions] for questions in rounds] == [[1], [1]]
     wrong = next(q for questions in rounds for q in questions if not q.truth)
     assert wrong.marked == {1, 3}
@@ -127,6 +162,23 @@ def test_simulation_asks_for_all_intervals_and_both_kinds_of_negatives(feature):
     assert sum(p in feature.hard for p in passages[4:]) == 2
 
 
+def test_a_simulation_asks_neither_for_the_strongest_nor_for_the_weakest_of_all(feature):
+    passages = scoring.simulation_passages(feature)
+    assert passages[:4] == [feature.held_out[i] for i in (2, 7, 12, 17)]
+    assert scoring.simulation_passages(feature._replace(held_out=feature.held_out[:3]))[:3] == [*feature.held_out[:3]]
+
+
+@pytest.mark.parametrize(
+    ("n_random", "n_hard", "expected"),
+    [(10, 1, (3, 1)), (1, 10, (1, 3)), (0, 10, (0, 4)), (10, 0, (4, 0)), (1, 2, (1, 2))],
+)
+def test_a_simulation_takes_more_of_one_kind_of_negatives_where_the_other_is_short(feature, n_random, n_hard, expected):
+    few = feature._replace(random=feature.random[:n_random], hard=feature.hard[:n_hard])
+    silent = scoring.simulation_passages(few)[4:]
+    assert len(set(silent)) == len(silent)
+    assert (sum(p in few.random for p in silent), sum(p in few.hard for p in silent)) == expected
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 10])
 def test_every_explained_feature_has_another_one_for_a_baseline(n):
     features = [7 * i for i in range(n)]
@@ -137,6 +189,19 @@ def test_every_explained_feature_has_another_one_for_a_baseline(n):
         assert sorted(others.values()) == features
     else:
         assert list(others.values()) == [None] * n
+
+
+def test_one_explained_feature_more_changes_the_baselines_of_hardly_any():
+    few = scoring.others(range(0, 200, 2))
+    for added in (1, 57, 199, 10_000):
+        more = scoring.others([*range(0, 200, 2), added])
+        assert sum(more[feature] != other for feature, other in few.items()) == 1
+
+
+def test_a_baseline_is_of_any_other_feature_near_or_far():
+    distances = np.array([abs(other - feature) for feature, other in scoring.others(range(1000)).items()])
+    assert distances.mean() == pytest.approx(1000 / 3, rel=0.1)  # as of two places drawn evenly
+    assert np.bincount(distances).max() < 10
 
 
 def test_the_token_a_feature_is_strongest_on_is_the_peak_of_its_first_passage(feature):
@@ -182,6 +247,13 @@ def test_both_judgements_of_a_passage_are_resampled_together():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 40), rel=0.15)
 
 
+def test_passages_that_activate_the_feature_are_resampled_apart_from_the_others():
+    """As many of each are asked, by design: with all true items right and half of the false, only the latter vary."""
+    low, high = scoring.accuracy_interval(judgements(6, 0, 3, 3), seed=0)
+    draws = np.random.default_rng(0).binomial(6, 0.5, size=10_000) / 6
+    assert (low, high) == pytest.approx(tuple(0.5 + np.percentile(draws, [2.5, 97.5]) / 2))
+
+
 def test_recall_is_by_the_interval_of_the_passage(feature):
     found = [
         Judgement("detection", "held_out", i, True, passage.interval(feature.maximum) >= 2)
@@ -218,3 +290,36 @@ def test_a_simulation_score_counts_the_passages_it_did_not_get():
     assert score.low <= score.value <= score.high
     assert score.low < score.high
     assert scoring.simulation_score([], 3, seed=0)[:3] == (None, None, None)
+
+
+def test_the_interval_of_a_correlation_is_that_of_fisher_for_many_independent_passages():
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=400)
+    simulated = [
+        Simulated([x], [y]) for x, y in zip(truth, 0.6 * truth + 0.8 * generator.normal(size=400), strict=True)
+    ]
+    r, _ = scoring.correlation(simulated)
+    low, high = scoring.correlation_interval(simulated, seed=0)
+    expected = np.tanh(np.arctanh(r) + np.array([-1, 1]) * 1.96 / np.sqrt(400 - 3))
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.02)
+    assert scoring.correlation_interval(simulated, seed=0) == (low, high)
+    assert scoring.correlation_interval(simulated, seed=1) != (low, high)
+
+
+def test_passages_are_resampled_whole():
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=100)
+    few = [Simulated([x], [y]) for x, y in zip(truth, truth + generator.normal(size=100), strict=True)]
+    repeated = [Simulated(each.true * 50, each.predicted * 50) for each in few]
+    assert scoring.correlation_interval(repeated, 0) == pytest.approx(scoring.correlation_interval(few, 0))
+
+
+def test_simulated_passages_that_are_active_are_resampled_apart_from_the_silent():
+    """Every resample holds as many of each: where all of a kind are alike, the interval has no width."""
+    active, silent = Simulated([0.0, 0.0, 4.0], [0.0, 1.0, 2.0]), Simulated([0.0, 0.0, 0.0], [0.0, 2.0, 1.0])
+    both = [active] * 4 + [silent] * 4
+    r, _ = scoring.correlation(both)
+    assert 0 < r < 1
+    assert scoring.correlation_interval(both, seed=0) == pytest.approx((r, r))
+    assert scoring.correlation_interval(both[:4], seed=0) == pytest.approx((scoring.correlation(both[:4])[0],) * 2)
+    assert scoring.correlation_interval(both[4:], seed=0) is None
