@@ -34,6 +34,12 @@ LISTS = ("top", "spread", "held_out")
 NEGATIVES = 10  # random passages of a feature, and hard ones
 NEIGHBORS = 10  # nearest and coactive features
 TOKENS = 10  # promoted and suppressed
+OTHER = {
+    "autoencoder": "another autoencoder",
+    "model": "another model",
+    "corpus": "another corpus, or another part of it",
+    "settings": "other settings",
+}
 CHUNK_BYTES = 2**28  # of cosines or logits at a time
 
 
@@ -83,12 +89,12 @@ def load_collection(path: Path, made_from: dict[str, Any]) -> tuple[Collection |
         return None, ""
     try:
         tensors, metadata = load_state(path, "cpu")
-    except SAEError as error:
-        return None, f"{error}; collecting anew"
+    except SAEError:
+        return None, f"the examples in {path} are damaged: collecting anew"
     there = metadata.get("made_from", {})
-    other = [name for name in made_from if there.get(name) != made_from[name]]
+    other = [OTHER[name] for name in made_from if there.get(name) != made_from[name]]
     if other:
-        return None, f"the examples in {path} are of another {' and another '.join(other)}: collecting anew"
+        return None, f"the examples in {path} are of {' and '.join(other)}: collecting anew"
     settings = {name: value for name, value in there["settings"].items() if name != "format"}
     collection = Collection(
         Settings(**settings),

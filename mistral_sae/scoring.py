@@ -202,7 +202,8 @@ def correlation(simulated: Sequence[Simulated]) -> tuple[float | None, float | N
 def correlation_interval(simulated: Sequence[Simulated], seed: int) -> tuple[float, float] | None:
     """The 95 % bootstrap interval of Pearson's r; None where that is None.
 
-    Resampled are passages, and those in which the feature fires apart from the others.
+    Resampled are passages, and those in which the feature fires apart from the others. Of few passages the bootstrap
+    makes too little: with 8 of them the interval covers the truth in 80 to 85 % of cases.
     """
     if correlation(simulated)[0] is None:
         return None

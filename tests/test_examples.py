@@ -714,9 +714,9 @@ def test_what_was_collected_from_anything_else_is_not_used(parts, of_model, tmp_
     wider.load_state_dict(sae.state_dict())
     assert "another autoencoder:" in refused(sae=wider)
     assert "another model:" in refused(layer=0)
-    assert "another corpus:" in refused(corpus=corpus | {"rows": 11})
-    assert "another settings:" in refused(settings=SETTINGS._replace(left=7))
-    assert "another corpus and another settings:" in refused(corpus={}, settings=SETTINGS._replace(seed=1))
+    assert "another corpus, or another part of it:" in refused(corpus=corpus | {"rows": 11})
+    assert "other settings:" in refused(settings=SETTINGS._replace(left=7))
+    assert "part of it and other settings:" in refused(corpus={}, settings=SETTINGS._replace(seed=1))
     weight = next(iter(lm.block(1).parameters()))
     before = weight.data.flatten()[-1].clone()
     weight.data.view(-1)[-1] += 1
@@ -725,7 +725,7 @@ def test_what_was_collected_from_anything_else_is_not_used(parts, of_model, tmp_
     finally:
         weight.data.view(-1)[-1] = before
     path.write_bytes(path.read_bytes()[:-100])
-    assert "found a damaged" in refused()
+    assert "are damaged:" in refused()
 
 
 def test_an_interrupted_pass_leaves_the_model_as_it_was(parts, of_model):

@@ -149,9 +149,8 @@ def test_one_who_guesses_scores_a_half_and_no_correlation():
     for method, expected in (("detection", 0.5), ("fuzzing", 0.5), ("simulation", 0.0)):
         mean = sum(label.scores[method].value for label in labels) / len(labels)
         assert mean == pytest.approx(expected, abs=0.07)
-        assert (
-            sum(label.scores[method].low <= expected <= label.scores[method].high for label in labels) >= 17
-        )  # few passages
+        # With 8 passages the intervals of simulation cover 80 %
+        assert sum(label.scores[method].low <= expected <= label.scores[method].high for label in labels) >= 14
 
 
 def test_one_who_always_says_yes_scores_a_half(features):
