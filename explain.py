@@ -459,7 +459,7 @@ def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> Non
 
 def figure(value: float | None) -> str:
     """A mean score, if there is one: a feature that is explained alone has no other to be compared with."""
-    return "none" if value is None else f"{value:.2f}"
+    return "none" if value is None else f"{round(value, 2) + 0.0:.2f}"  # not -0.00
 
 
 if __name__ == "__main__":

@@ -167,6 +167,12 @@ def test_a_token_is_searched_for_as_it_is_spelt(browser, report):
     matches(browser, f"0 of {N} ")
 
 
+def test_a_score_that_rounds_to_zero_has_no_sign(browser, report):
+    visit(browser, report)
+    shown = browser.execute_script("return [-0.001, -0.006, 0, -1, null].map(two)")
+    assert shown == ["0.00", "\u22120.01", "0.00", "\u22121.00", "\u2013"]
+
+
 def test_a_feature_is_found_by_its_number(browser, report):
     visit(browser, report)
     find(browser, "#search").send_keys("#77")

@@ -33,7 +33,7 @@ function figure(x) {
   return sign + (size < 0.001 ? size.toExponential(1) : size.toPrecision(3));
 }
 
-const two = (x) => (x == null ? "–" : x.toFixed(2).replace("-", "−"));
+const two = (x) => (x == null ? "–" : x.toFixed(2).replace(/^-(?=0\.00$)/, "").replace("-", "−"));
 
 /** To two significant digits below 10 %, to one decimal above: 0.012%, 98.2%. */
 function percent(share) {
