@@ -9,6 +9,7 @@ Shapes: B rows, T positions, D model width.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -131,10 +132,14 @@ class Transformers:
         self.blocks = list(self._body.layers)
         self.norm: nn.Module | None = None if last_layer is not None else self._body.norm
         self.head: nn.Module | None = None if last_layer is not None else model.lm_head
+        # transformers 5.24 renamed it, and warns of the old name
+        renamed = "cache" in inspect.signature(self._body.forward).parameters
+        self._cache = "cache" if renamed else "past_key_values"
 
     def run(self, tokens_BT: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
         """Hidden states (B, T, D); the cache knows where the rows begin."""
-        return self._body(input_ids=tokens_BT, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        given = {self._cache: cache, "use_cache": cache is not None}
+        return self._body(input_ids=tokens_BT, **given).last_hidden_state
 
     def new_cache(self, rows: int, length: int) -> Any:
         """A KV cache, which grows as it is used."""

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mistral_sae import kernels
 from mistral_sae.firings import Firings, document_key, layout_of
@@ -86,14 +87,29 @@ def collect(
     rows = iter(rows)
     while batch := list(islice(rows, rows_per_forward)):
         x_BTD = lm.residuals(torch.from_numpy(np.stack([row.tokens for row in batch])), layer)
-        collector.add(batch, *encode(sae, x_BTD))
+        collector.add(batch, *encode(sae, without_sinks(batch, x_BTD)))
     return collector.finish()
+
+
+def without_sinks(rows: list[Row], x_BTD: Tensor) -> Tensor:
+    """Residuals with another token's at the positions of which nothing is kept.
+
+    There a feature's activation says nothing, and an autoencoder without a fixed K may have thousands of them.
+    """
+    counts_BT = np.stack([row.places for row in rows]) >= 0
+    counts_BT[:, 0] = False
+    first = int(counts_BT.argmax())
+    counts = torch.from_numpy(counts_BT).to(x_BTD.device).unsqueeze(2)
+    return torch.where(counts, x_BTD, x_BTD.flatten(0, 1)[first])
 
 
 def encode(sae: SparseAutoencoder, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Values and indices (B, T, K) as `sae.encode` gives them; bfloat16 nominates the features where that pays."""
-    if sae.activation != "topk":
-        return sae.encode(x_BTD)[:2]
+    if sae.activation != "topk":  # all F pre-activations exist, those of a row at a time
+        encoded = [sae.encode(x_TD) for x_TD in x_BTD]
+        most = max(each.values.shape[1] for each in encoded)
+        padded = ([pad(x, (0, most - x.shape[1])) for x in (each.values, each.indices)] for each in encoded)
+        return tuple(map(torch.stack, zip(*padded, strict=True)))
     z, _, _ = sae.standardize(x_BTD.flatten(0, 1))
     centered = z - sae.b_dec if sae.center else z
     bf16 = kernels.bf16_pays(z.device)
@@ -106,8 +122,9 @@ class Collector:
 
     def __init__(self, n_features: int, vocab_size: int, settings: Settings, device: torch.device | str):
         for name, value in settings._asdict().items():
-            if value < (0 if name in ("left", "right", "seed") else 1):
-                raise ValueError(f"found {name}={value} in the settings of the examples: expected 1 or more")
+            least = 0 if name in ("left", "right", "seed") else 1
+            if value < least:
+                raise ValueError(f"found {name}={value} in the settings of the examples: expected {least} or more")
         self.settings, self.device = settings, torch.device(device)
         self.n_rows = self.n_tokens = 0
         self.firings = torch.zeros(n_features, dtype=torch.int64, device=device)
@@ -137,8 +154,9 @@ class Collector:
     def add(self, rows: list[Row], values_BTK: Tensor, indices_BTK: Tensor) -> None:
         """Take in rows (B) and their active features, values above 0 being firings.
 
-        All of it runs on the device, in the same number of operations whatever the number of features. The host waits
-        wherever a size depends on the data, a dozen times a batch: first for the model, then some microseconds each.
+        All of it runs on the device. The number of operations depends on nothing but how many windows are cut out, for
+        each MOST_WINDOWS of which there are some more. The host waits wherever a size depends on the data, 14 to 20
+        times a batch: first for the model, then some microseconds each.
         """
         layout = layout_of(rows)
         values_BTK = values_BTK.clamp(0, LARGEST).half()
@@ -163,7 +181,7 @@ class Collector:
         self.maximum.scatter_reduce_(0, feature, firings.value, "amax")
         mantissa, exponent = torch.frexp(self.maximum)
         grown = (fired_before & (exponent > self.exponent)).nonzero().squeeze(1)
-        octaves = (exponent - self.exponent)[grown].clamp(max=FINE_BINS.bit_length())
+        octaves = (exponent - self.exponent)[grown]
         self.exponent, self.scale = exponent, mantissa / self.maximum
 
         column = torch.arange(FINE_BINS, device=self.device) >> octaves.unsqueeze(1)

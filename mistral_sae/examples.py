@@ -11,7 +11,7 @@ Shapes: F features, D model width, V vocabulary, n examples of a list, C feature
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ LISTS = ("top", "spread", "held_out")
 NEGATIVES = 10  # random passages of a feature, and hard ones
 NEIGHBORS = 10  # nearest and coactive features
 TOKENS = 10  # promoted and suppressed
+AROUND = 7  # tokens on either side of the peak by which two passages are the same
 OTHER = {
     "autoencoder": "another autoencoder",
     "model": "another model",
@@ -114,6 +115,7 @@ class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
     Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
+    Those that repeat a passage to explain from are left out: documents share licences, boilerplate, quotations.
     Iterating over many is a millisecond each, and holding all of them is 100 KB each. Raises ValueError for a feature
     that the autoencoder does not have, and ModelError unless the whole model is loaded: it says which tokens a feature
     promotes.
@@ -132,7 +134,8 @@ class FeatureRecords:
         self._texts = _Texts(lm.tokenizer)
         self._norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1).clamp_min(1e-12)
         self._step = max(1, CHUNK_BYTES // (4 * max(sae.n_features, lm.vocab_size)))
-        self._weights: dict[int, tuple] = {}
+        self._weights: list[tuple] = []  # of one chunk of the features
+        self._weights_begin = -1  # its first one's place
 
     def __len__(self) -> int:
         return len(self.features)
@@ -146,6 +149,7 @@ class FeatureRecords:
         nearest, promoted, suppressed = self._of_weights(feature)
         generator = np.random.default_rng([collection.settings.seed, feature, 2])  # 0 and 1 are the pool's
         peaks = [id for name in LISTS for id in self._peaks(getattr(collection, name), feature)]
+        seen = {around for name in ("top", "spread") for around in self._arounds(getattr(collection, name), feature)}
         hard = pool.hard(feature, peaks, [other for other, _ in nearest], NEGATIVES)
         return Feature(
             feature=feature,
@@ -158,15 +162,19 @@ class FeatureRecords:
             coactive=tuple(pool.coactive(feature, NEIGHBORS)),
             top=self._examples(collection.top, feature),
             spread=self._examples(collection.spread, feature),
-            held_out=self._examples(collection.held_out, feature, generator),
+            held_out=self._examples(collection.held_out, feature, generator, without=seen),
             random=self._silent(pool.random(feature, NEGATIVES, without=hard), generator),
             hard=self._silent(hard, generator),
         )
 
     def _examples(
-        self, windows: Windows, feature: int, generator: np.random.Generator | None = None
+        self,
+        windows: Windows,
+        feature: int,
+        generator: np.random.Generator | None = None,
+        without: Set[tuple[int, ...] | None] = frozenset(),
     ) -> tuple[Example, ...]:
-        """The passages of a list; shortened if there is a generator."""
+        """The passages of a list but those of certain `_arounds`; shortened if there is a generator."""
         lengths = windows.lengths[feature].tolist()
         rows = zip(
             lengths,
@@ -177,8 +185,8 @@ class FeatureRecords:
             strict=True,
         )
         examples = []
-        for n, document, start, ids, activations in rows:
-            if n:
+        for around, (n, document, start, ids, activations) in zip(self._arounds(windows, feature), rows, strict=True):
+            if n and around not in without:
                 first, stop = 0, n
                 if generator is not None:
                     first, stop = self._shortened(activations.index(max(activations[:n])), n, generator)
@@ -201,6 +209,15 @@ class FeatureRecords:
         peaks = windows.activations[feature].float().argmax(dim=1, keepdim=True)
         return token_ids(windows.tokens[feature]).gather(1, peaks).squeeze(1)[there].tolist()
 
+    def _arounds(self, windows: Windows, feature: int) -> list[tuple[int, ...] | None]:
+        """The tokens at and around the peak of each place of a list, by which passages are the same; None for none."""
+        lengths, peaks = windows.lengths[feature].tolist(), windows.activations[feature].float().argmax(dim=1).tolist()
+        tokens = windows.tokens[feature].tolist()
+        return [
+            tuple(ids[max(0, peak - AROUND) : min(n, peak + AROUND + 1)]) if n else None
+            for n, peak, ids in zip(lengths, peaks, tokens, strict=True)
+        ]
+
     def _silent(self, spans: list[Span], generator: np.random.Generator) -> tuple[Example, ...]:
         """Passages of the pool in which the feature does not fire, shortened, as examples."""
         pool, names = self._collection.pool, self._collection.names
@@ -213,15 +230,17 @@ class FeatureRecords:
 
     def _of_weights(self, feature: int) -> tuple:
         """Nearest features, promoted and suppressed tokens; computed for as many features at once as have room."""
-        if feature not in self._weights:
-            begin = self._place[feature] // self._step * self._step
+        begin = self._place[feature] // self._step * self._step
+        if begin != self._weights_begin:
             chunk = self.features[begin : begin + self._step]
             nearest = _nearest(self._sae, self._norms, chunk)
-            promoted, suppressed = _promoted(self._lm, self._sae, chunk)
-            for place, each in enumerate(chunk):
-                texts = (tuple((self._texts.one(id), logit) for id, logit in x[place]) for x in (promoted, suppressed))
-                self._weights[each] = (tuple(nearest[place]), *texts)
-        return self._weights[feature]
+            promoted, suppressed = (
+                [tuple((self._texts.one(id), logit) for id, logit in tokens) for tokens in each]
+                for each in _promoted(self._lm, self._sae, chunk)
+            )
+            self._weights = list(zip(map(tuple, nearest), promoted, suppressed, strict=True))
+            self._weights_begin = begin
+        return self._weights[self._place[feature] - begin]
 
 
 @torch.no_grad()

@@ -110,10 +110,10 @@ class Firings:
 
         # The feature's firings within the window follow one another
         feature = self.feature[places_M] << self._shift
-        firing = torch.searchsorted(self._key, feature | low).unsqueeze(1) + offsets
-        firing.clamp_(max=max(0, len(self._key) - 1))
-        column = self._key[firing] - (feature | low).unsqueeze(1)
-        column = torch.where(self._key[firing] <= (feature | high).unsqueeze(1), column, self.width)
+        begin, end = feature | low, feature | high
+        firing = torch.searchsorted(self._key, begin).unsqueeze(1) + offsets
+        key = self._key[firing.clamp_(max=max(0, len(self._key) - 1))]
+        column = torch.where(key <= end.unsqueeze(1), key - begin.unsqueeze(1), self.width)
         activations = self.value.new_zeros(len(token), self.width + 1).scatter_(1, column, self.value[firing])
         return Windows(
             self.layout.documents[token],

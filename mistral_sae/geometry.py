@@ -43,23 +43,23 @@ def decoder_geometry(W_dec_FD: Tensor, fired_F: Tensor | None = None, rows: int 
     neighbours are looked for from SAMPLE features at most, among all; a nearest random direction is the median of the
     largest of F cosines, each normal with variance 1/D.
     """
-    W = W_dec_FD.detach().float()
-    if fired_F is not None:
-        W = W[fired_F.to(W.device)]
-    W = W[W.abs().amax(dim=1) > 0] if len(W) else W
-    n_features, d_model = W.shape
+    W, d_model = W_dec_FD.detach().float(), W_dec_FD.shape[1]  # at 7B two gigabytes: there is no second one of it
+    norm_F = torch.linalg.vector_norm(W, dim=1)
+    counts_F = norm_F > 0 if fired_F is None else (norm_F > 0) & fired_F.to(W.device)
+    features = counts_F.nonzero().squeeze(1)
+    n_features = len(features)
     if n_features < 2:
         return None
-    W = W / torch.linalg.vector_norm(W, dim=1, keepdim=True)
 
-    sample_N = torch.arange(min(SAMPLE, n_features), device=W.device) * n_features // min(SAMPLE, n_features)
+    sample_N = features[torch.arange(min(SAMPLE, n_features), device=W.device) * n_features // min(SAMPLE, n_features)]
     nearest = []
     for part in sample_N.split(rows):
-        cosine = W[part] @ W.T
+        cosine = ((W[part] / norm_F[part].unsqueeze(1)) @ W.T / norm_F).where(counts_F, -1.0)
         cosine[torch.arange(len(part), device=W.device), part] = -1.0
         nearest.append(cosine.amax(dim=1))
     gram, participation, writers_D = W.new_zeros(d_model, d_model), [], W.new_zeros(d_model)
-    for part in W.split(rows):
+    for some in features.split(rows):
+        part = W[some] / norm_F[some].unsqueeze(1)
         gram += part.T @ part
         participation.append(1 / part.pow(4).sum(dim=1))
         writers_D += (part.abs() > d_model**-0.5).sum(dim=0)

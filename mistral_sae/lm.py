@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "inspect", "load"]
 
 STANDIN = Path(__file__).parent / "standin"  # the bundled model
+UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
 
 
 @dataclass
@@ -98,13 +99,16 @@ class LanguageModel:
 
         Through the final norm and the output matrix, so the vectors' lengths play no part. With rows of a decoder it
         says which tokens a feature promotes and suppresses, as far as it acts on the output directly (nostalgebraist
-        2020, "interpreting GPT: the logit lens"). Raises ModelError unless the whole model is loaded.
+        2020, "interpreting GPT: the logit lens"). Computed in float32 whatever the model's dtype: bfloat16 has ties
+        among the strongest ten. Raises ModelError unless the whole model is loaded.
         """
         import torch
 
         self._check_whole()
         with torch.no_grad():
-            return self._backend.head(self._backend.norm(x_ND.to(self.device, self.dtype))).float()
+            x_ND = self._backend.norm(x_ND.to(self.device, torch.float32))
+            parts = self._backend.head.weight.split(UNEMBEDDED)
+            return torch.cat([x_ND @ part_VD.float().T for part_VD in parts], dim=1)
 
     def _check_whole(self) -> None:
         if self._backend.head is None:

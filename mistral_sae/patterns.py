@@ -17,6 +17,7 @@ from mistral_sae.records import Example
 ANY = ("any", "")
 EARLY = 8  # positions of a row, its BOS not counted
 QUOTES = "\"'`"
+OPENS_OR_CLOSES = re.compile(rf"[{QUOTES}#\n]")  # a string or a comment
 SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase can be counted
 WORD_END = re.compile(r"\w+\Z")
 MAY_OPEN = re.compile(r"(?<!\w)(?:[bfru]|[bf]r|r[bf])?\Z", re.IGNORECASE)  # what stands before a string's first quote
@@ -40,13 +41,14 @@ class Place(NamedTuple):
 def places(passage: Example) -> list[Place]:
     """What can be said of each token of a passage. All of it is said of the text up to the token, but for "before"."""
     tokens, found = passage.tokens, []
+    cores = [core(token) for token in tokens]
     line, line_is_whole, quote = "", False, ""  # `quote` is what opened the string, or the comment, that we are in
     word = ""  # that the text ends with
     for i, token in enumerate(tokens):
         continues = bool(word) and (token[:1].isalnum() or token[:1] == "_")
         contexts = [ANY]
         if i > 0:
-            contexts.append(("after", core(tokens[i - 1])))
+            contexts.append(("after", cores[i - 1]))
         if i > 1:
             contexts.append(("after", (tokens[i - 2] + tokens[i - 1]).strip(" ")))
         if continues:
@@ -58,12 +60,13 @@ def places(passage: Example) -> list[Place]:
         if passage.start + i <= EARLY:
             contexts.append(("early", ""))
         if i + 1 < len(tokens):
-            contexts.append(("before", core(tokens[i + 1])))
+            contexts.append(("before", cores[i + 1]))
         found.append(
-            Place([ANY, ("core", core(token)), ("token", token), ("class", class_of(token, continues))], contexts)
+            Place([ANY, ("core", cores[i]), ("token", token), ("class", class_of(token, continues))], contexts)
         )
         if token:  # some have no text: a character of several tokens is part of the last
-            quote = _quote_after(token, quote, line)
+            if OPENS_OR_CLOSES.search(token):
+                quote = _quote_after(token, quote, line)
             end = WORD_END.search(token)
             word = "" if end is None else word + token if end.start() == 0 else end[0]
         line += token

@@ -35,7 +35,7 @@ class PoolRows:
         self._pool: Pool | None = None
 
     def add(self, layout: Layout, values_BTK: Tensor, indices_BTK: Tensor, first_row: int) -> None:
-        """Take in rows, of which the first is number `first_row`. Nothing here waits for the device."""
+        """Take in rows, of which the first is number `first_row`."""
         documents_BT = torch.where(layout.scoring, layout.documents, -1).view(values_BTK.shape[:2])
         ranks = drawn(torch.arange(first_row, first_row + len(values_BTK)), self.seed).tolist()
         incoming: dict[int, int] = {}  # place -> row of this batch
@@ -52,14 +52,15 @@ class PoolRows:
         if not incoming:
             return
         self._make_room(values_BTK)
-        chosen, places = (torch.tensor(list(x)) for x in (incoming.values(), incoming))
+        on_host = torch.tensor([[*incoming.values()], [*incoming]])
+        on_device = on_host.to(values_BTK.device)
         new = Pool(layout.tokens.view_as(documents_BT).int(), documents_BT, values_BTK, indices_BTK.int())
         for mine, theirs in zip(self._pool, new, strict=True):
             # A SAE without a fixed K has as many columns as a batch needs
-            at = (places.to(mine.device), *(slice(0, n) for n in theirs.shape[1:]))
+            rows, places = on_device if mine.ndim == 3 else on_host
             if mine.ndim == 3:
-                mine[places.to(mine.device)] = 0
-            mine[at] = theirs[chosen.to(theirs.device)]
+                mine[places] = 0
+            mine[(places, *(slice(0, n) for n in theirs.shape[1:]))] = theirs[rows]
 
     def _make_room(self, values_BTK: Tensor) -> None:
         """Tensors for all rows, as wide as this batch needs them."""

@@ -48,8 +48,7 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
     of each in a batch is left to chance, so that it tells nothing.
     """
     count = min(len(feature.held_out), len(feature.random) + len(feature.hard))
-    hard = min(len(feature.hard), max(count // 2, count - len(feature.random)))
-    chosen = {"held_out": count, "random": count - hard, "hard": hard}
+    chosen = {"held_out": count} | _silent(feature, count)
     questions = [
         Question(kind, index, kind == "held_out", visible(getattr(feature, kind)[index]))
         for kind, n in chosen.items()
@@ -92,9 +91,10 @@ def simulation_passages(
     feature: Feature, active: int = ACTIVE_SIMULATED, silent: int = SILENT_SIMULATED
 ) -> list[Example]:
     """Passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
-    hard = min(len(feature.hard), max(silent // 2, silent - len(feature.random)))
-    parts = (feature.held_out, active), (feature.random, silent - hard), (feature.hard, hard)
-    return [visible(passage) for passages, count in parts for passage in _of_each_part(passages, count)]
+    chosen = {"held_out": active} | _silent(feature, silent)
+    return [
+        visible(passage) for kind, count in chosen.items() for passage in _of_each_part(getattr(feature, kind), count)
+    ]
 
 
 def opaque_ids(feature: Feature, seed: int, method: str, count: int) -> list[str]:
@@ -211,6 +211,12 @@ def correlation_interval(simulated: Sequence[Simulated], seed: int) -> tuple[flo
     generator = np.random.default_rng(seed)
     sums_S6 = sum(_resampled(np.stack(group), generator) for group in groups if group)
     return _interval(_r_and_r2(sums_S6)[0])
+
+
+def _silent(feature: Feature, count: int) -> dict[str, int]:
+    """How many of `count` passages in which a feature does not fire are of each kind: half, or what there is."""
+    hard = min(len(feature.hard), max(count // 2, count - len(feature.random)))
+    return {"random": count - hard, "hard": hard}
 
 
 def _generator(feature: Feature, seed: int, purpose: str) -> random.Random:
