@@ -19,6 +19,7 @@ from mistral_sae.records import INTERVALS, Example, Feature, Judgement, Score
 
 RESAMPLES = 1000  # of the bootstrap
 LETTERS = "bcdfghjkmnpqrstvwxz"  # of ids: three of them make no word
+SLACK = 2  # tokens, counted from both ends together, by which wrong marks may miss the place they are to have
 ACTIVE_SIMULATED, SILENT_SIMULATED = 4, 4  # passages a simulation asks for
 
 Item = TypeVar("Item")
@@ -61,8 +62,8 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
 def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
     """Two rounds over the passages in which the feature fires, marked rightly in one and wrongly in the other.
 
-    Wrong marks are the right ones moved as a whole, to silent tokens, as near as can be to where the peak of another of
-    the passages is, so that their places tell nothing. Which round has the right marks of a passage is drawn, and no
+    Wrong marks are the right ones moved as a whole, to silent tokens, near to where the peak of another of the passages
+    is, so that their places tell nothing. Which round has the right marks of a passage is drawn, and no
     request should mix rounds: marks of one passage side by side would give each other away. A passage in which the
     marks fit nowhere else is left out.
     """
@@ -233,8 +234,10 @@ def _of_each_part(items: Sequence[Item], count: int) -> list[Item]:
 def _shift(passage: Example, active: frozenset[int], others: Sequence[Example], generator: random.Random) -> int | None:
     """By how much to move the marks of a passage so that they are on silent tokens; None if they fit nowhere else.
 
-    The peak comes as near as can be to the place that another's peak has, counted from both ends together: so it is
-    the peak of a passage of about the same length, and no place is likelier for right marks than for wrong ones.
+    The peak comes near to the place that another's peak has, counted from both ends together: so it is the peak of a
+    passage of about the same length, and no place is likelier for right marks than for wrong ones. Of the nearest
+    places, up to SLACK beyond the best, it is one where as many of the marked tokens stand in the passage
+    without a mark, too, as of the right ones: a judge without an explanation could count those.
     """
     n_tokens = len(passage.tokens)
     shifts = [s for s in range(-min(active), n_tokens - max(active)) if all(i + s not in active for i in active)]
@@ -243,9 +246,18 @@ def _shift(passage: Example, active: frozenset[int], others: Sequence[Example], 
         min((abs(at - before) + abs(n_tokens - 1 - at - after) for before, after in places), default=0)
         for at in (passage.peak + s for s in shifts)
     ]
-    least = min(distances, default=None)
-    nearest = [s for s, distance in zip(shifts, distances, strict=True) if distance == least]
-    return generator.choice(nearest) if nearest else None
+    if not shifts:
+        return None
+    near = [s for s, distance in zip(shifts, distances, strict=True) if distance <= min(distances) + SLACK]
+    own = unmarked_twins(passage, active)
+    gaps = [abs(unmarked_twins(passage, frozenset(i + s for i in active)) - own) for s in near]
+    return generator.choice([s for s, gap in zip(near, gaps, strict=True) if gap == min(gaps)])
+
+
+def unmarked_twins(passage: Example, marked: frozenset[int]) -> int:
+    """How many of the marked tokens stand in the passage without a mark, too, whatever spaces are around them."""
+    unmarked = {token.strip() for i, token in enumerate(passage.tokens) if i not in marked}
+    return sum(passage.tokens[i].strip() in unmarked for i in marked)
 
 
 def _moments(each: Simulated) -> np.ndarray:
