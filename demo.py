@@ -60,10 +60,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mistral_sae import chat, examples, features, lm, screen, steering, sweep, text
-from mistral_sae.checkpoint import LoadedSAE
+from mistral_sae import chat, examples, features, label_file, lm, screen, steering, sweep, text
+from mistral_sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.evaluate import reconstruction
 from mistral_sae.files import SAEError
+from mistral_sae.label_file import Explained
 from mistral_sae.opening import open_both
 from mistral_sae.steering import SteeringError
 
@@ -80,7 +81,7 @@ class Subject(NamedTuple):
     model: lm.LanguageModel
     loaded: LoadedSAE
     statistics: features.Statistics
-    explanations: dict[int, features.Explained]
+    explanations: dict[int, Explained]
 
 
 Coefficients = dict[int, float | None]  # by feature, in METHOD's unit
@@ -414,11 +415,11 @@ def print_found(found: list[features.Found], best: features.Found, explanations:
         screen.print_line(console, f"  {'→' if each is best else ' '} {each.feature:>6}  {each.strength:4.1f}", what)
 
 
-def read_explanations(loaded: LoadedSAE) -> dict[int, features.Explained]:
+def read_explanations(loaded: LoadedSAE) -> dict[int, Explained]:
     """Those of RUN_DIR, unless the examples that they were made from say that they are of another autoencoder."""
     run_dir = Path(config.RUN_DIR)
-    explanations = features.read_explanations(run_dir / "explanations.jsonl")
-    if explanations and not examples.are_of(run_dir / "examples.safetensors", loaded.sae):
+    explanations = label_file.read_explanations(run_dir / "explanations.jsonl")
+    if explanations and not examples.are_of(run_dir / "examples.safetensors", hash_of_sae(loaded.sae)):
         print(f"the explanations in {run_dir} are of another autoencoder: not used")
         return {}
     return explanations
@@ -506,4 +507,8 @@ def check_settings() -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, bad_input=(settings.SettingsError, SteeringError, lm.ModelError, text.TextError, SAEError))
+    settings.run(
+        main,
+        bad_input=(settings.SettingsError, SteeringError, lm.ModelError, text.TextError, SAEError),
+        out_of_memory="MAX_TOKENS, SWEEP_SAMPLES or CHAT_CONTEXT",
+    )

@@ -3,7 +3,6 @@
 Shapes: R rows, T positions, N features that are looked at, F features, V vocabulary.
 """
 
-import json
 import math
 import random
 import re
@@ -20,7 +19,7 @@ from mistral_sae.activations import residuals_of
 from mistral_sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.files import SAEError, hash_of, load_state, save_state
 from mistral_sae.lm import LanguageModel
-from mistral_sae.steering import SteeringError, steer
+from mistral_sae.steering import steer
 from mistral_sae.sweep import is_fluent, measure, pooled, sample
 from mistral_sae.tokenizer import Tokenizer
 
@@ -136,37 +135,6 @@ def clearness(promotion_NV: Tensor) -> Tensor:
 
 
 # ---- features by words ----
-
-
-class Explained(NamedTuple):
-    """What explain.py found of a feature."""
-
-    text: str
-    explainer: str
-    detection: float | None  # balanced accuracy with which the explanation tells where the feature fires
-
-
-def read_explanations(path: Path) -> dict[int, Explained]:
-    """The explanations in explanations.jsonl by feature; none where there is no such file.
-
-    Of a feature with several lines the last counts. Raises SteeringError for a line that is none, unless it is the
-    last: that may be in the writing.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    explanations = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if record["status"] == "ok":
-                detection = record["scores"].get("detection") or {}
-                explained = Explained(record["explanation"], record["explainer"], detection.get("value"))
-                explanations[record["feature"]] = explained
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number < len(lines):
-                raise SteeringError(
-                    f"found no label in line {number} of {path}, expected what explain.py writes: remove the line"
-                ) from None
-    return explanations
 
 
 def words_of(text: str) -> list[str]:

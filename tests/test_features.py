@@ -1,6 +1,5 @@
 """What is known of features, and which of them match words."""
 
-import json
 from contextlib import nullcontext
 
 import pytest
@@ -8,10 +7,10 @@ import torch
 
 from mistral_sae import features, sweep
 from mistral_sae.checkpoint import LoadedSAE, Metadata
-from mistral_sae.features import Explained, Statistics
+from mistral_sae.features import Statistics
 from mistral_sae.lm import load
 from mistral_sae.sae import SparseAutoencoder
-from mistral_sae.steering import SteeringError, steer
+from mistral_sae.steering import steer
 from tests.test_steering import LAYER, D, F, autoencoder, loaded_of
 
 PROMPT = [1, 50, 60, 70]
@@ -274,24 +273,3 @@ def test_the_most_visible_feature_is_the_one_that_fires_most_in_text_steered_wit
 def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):
     statistics = Statistics(torch.zeros(F), torch.zeros(F), None)
     assert features.find("exception", lm, loaded, statistics, {3: "an exception"}, lambda: rows_RT) == []
-
-
-def label(feature, explanation, status="ok", scores=None):
-    record = {"feature": feature, "explanation": explanation, "explainer": "offline", "status": status}
-    return json.dumps(record | {"scores": scores or {}})
-
-
-def test_explanations_are_read_the_last_of_a_feature_counts_and_failures_do_not(tmp_path):
-    path = tmp_path / "explanations.jsonl"
-    assert features.read_explanations(path) == {}
-    lines = [label(3, "old"), label(4, "", "no pattern"), label(3, "new", scores={"detection": {"value": 0.8}})]
-    path.write_text("\n".join(lines) + '\n{"feature": 5, "expl')  # in the writing
-    assert features.read_explanations(path) == {3: Explained("new", "offline", 0.8)}
-
-
-def test_a_damaged_line_of_explanations_is_named(tmp_path):
-    path = tmp_path / "explanations.jsonl"
-    path.write_text("\n".join([label(3, "one"), "{nonsense", label(4, "two")]))
-    with pytest.raises(SteeringError, match="line 2") as error:
-        features.read_explanations(path)
-    assert "\n" not in str(error.value)
