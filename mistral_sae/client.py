@@ -5,14 +5,15 @@
             completion = await client.complete(Request(messages, schema, max_tokens=200))
 
 What happens to one request is a status of its completion; "stopped" is that of all for which the budget has nothing
-left. What would happen to all of them otherwise (a wrong key, an unknown model, no quota, no server) is a ClientError.
+left. What would happen to all of them otherwise (a wrong key, an unknown model, no quota, no server) is a ClientError
+before the first completion; after it, what was answered is worth keeping, and the rest is "stopped".
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from mistral_sae.dialect import Dialect
 from mistral_sae.journal import Journal, JournalError, request_key
 from mistral_sae.records import Completion, Request
 from mistral_sae.replies import Reply, estimate_tokens, most_tokens, read_error, read_response
-from mistral_sae.throttle import FREE, Budget, BudgetReached, Limit, Prices, Tokens
+from mistral_sae.throttle import FIRST_LIMIT, FREE, Budget, BudgetReached, Limit, Prices, Tokens
 
 __all__ = ["Client", "ClientError", "DryRun", "Prices", "Usage"]
 
@@ -31,21 +32,29 @@ OPENAI = "https://api.openai.com/v1"
 SAMPLING = {"temperature": 0.0}  # unless a client is told otherwise
 CONNECT_SECONDS = 10.0
 FIRST_CONNECTIONS = 3  # attempts to reach a server that has not answered yet
+FIRST_AT_OWN = 2  # attempts out at once at first at a server that is not OpenAI's: many answer one after the other
+LATE_IN_A_ROW = 5  # requests past their deadlines, with no completion between, after which nobody is there
+# Keys for servers that want none; anything else of six characters and more is a secret
+PLACEHOLDERS = frozenset(
+    {"ollama", "lm-studio", "no-key", "no-key-required", "sk-no-key-required", "not-needed", "placeholder", "unused"}
+)
 LONGEST_BACKOFF = 60  # times the first one
 REASON_LENGTH = 300  # characters of a server's words that are kept
-LONG_PROMPT = 1000  # tokens from which an estimate is good enough to tell that a server read less than half of them
-
+LONG_PROMPT = 1000  # tokens from which an estimate is good enough to tell that a prompt was cut short
+CUT_PROMPT = 0.75  # of the estimate: who reads less has cut it
 
 FATAL = {
     "key": "the server at {address} refused the key ({words}), expected one that it accepts: check OPENAI_API_KEY",
     "no key": "the server at {address} wants a key ({words}), found none: set OPENAI_API_KEY",
     "model": "the server at {address} has no model {model!r} ({words}), expected one that it serves: "
-    "correct the model's name, or load it there",
+    "correct OPENAI_MODEL, or load the model there",
     "address": "found no chat completions for model {model!r} under {address} ({words}), expected an OpenAI-compatible "
-    "server: check the base URL, which mostly ends in /v1, and the model's name",
+    "server: check OPENAI_BASE_URL, which mostly ends in /v1, and OPENAI_MODEL",
     "quota": "the account at {address} has no quota left ({words}), expected some: add credit and start again to go on",
-    "region": "the server at {address} serves nobody from here ({words}), expected one that does: set its base URL",
-    "no server": "found no server at {address} ({words}), expected one: start it, or correct the base URL",
+    "region": "the server at {address} serves nobody from here ({words}), expected one that does: set OPENAI_BASE_URL",
+    "no server": "found no server at {address} ({words}), expected one: start it, or correct OPENAI_BASE_URL",
+    "late": "the server at {address} has stopped answering ({words}), expected a completion of one of them: look "
+    "whether it still runs, and start again to go on",
 }
 REFUSING = frozenset({"key", "no key", "quota", "region"})  # of FATAL, what every attempt that is out meets as well
 
@@ -85,16 +94,18 @@ class Client:
         concurrency: attempts out at once, at most.
         timeout: seconds an attempt may take, however slowly it trickles in.
         deadline: seconds a request may take from its first attempt, with all waiting in between. They begin anew
-            with every answer to another request while the server turns this one away as busy, so that it fails where
-            the server answers nobody for so long, and not where there is much to do.
-        attempts: how often a request is tried that fails for other reasons than a server which is busy or away.
+            with every answer to another request while the server is too busy for this one, so that it fails where the
+            server answers nobody for so long, and not where there is much to do.
+        attempts: how often a request is tried that fails for other reasons than a server which turns it away as busy or
+            is not there.
         backoff: seconds before the first retry, about; doubles each time.
         longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled. Later requests whose schemas
-            have the same title start with what that one needed.
+            have the same title start with what that one needed. With a larger one, what stayed truncated is asked anew.
 
     Attributes:
         address: of the server as it may be shown, without user, password and query.
-        stopped: why the budget ended the run, in one line; "" while it has not.
+        stopped: why the budget or the server ended the run, in one line; "" while neither has.
+        is_broken: whether it was the server.
 
     Raises:
         ClientError: the base URL or the key cannot be one.
@@ -118,19 +129,21 @@ class Client:
         backoff: float = 0.5,
         longest_reply: int = 4096,
     ):
-        self.model, self.stopped = model, ""
+        self.model, self.stopped, self.is_broken = model, "", False
         self.address = _address(base_url or OPENAI)
         self._has_key, self._secret = bool(key), _checked_key(key or "")
         self._journal = journal
         self._asked = SAMPLING if sampling is None else dict(sampling)  # what completions are known by
         self._dialect = Dialect(model, self._asked)
-        self._limit = Limit(concurrency)
+        self._limit = Limit(concurrency, FIRST_LIMIT if base_url is None else FIRST_AT_OWN)
+        self._most_late = min(LATE_IN_A_ROW, max(2, concurrency))
         self._budget = Budget(prices, max_dollars, max_tokens, journal.dollars, journal.tokens)
         self._timeout, self._deadline = timeout, deadline
         self._most_faults, self._backoff, self._longest_reply = attempts, backoff, longest_reply
         self._done = self._known = self._retries = 0
         self._reached = False  # whether the server ever answered
-        self._cuts_prompts = False
+        self._notes: dict[str, str] = {}  # besides the dialect's, by what they are about
+        self._timeouts = self._late_in_a_row = 0
         self._served = False  # whether that was ever a completion
         self._refused = False  # whether what is out when the run is ended costs nothing
         self._ended = ""  # why the run is over
@@ -164,25 +177,30 @@ class Client:
 
     @property
     def notes(self) -> list[str]:
-        """What the server does not take, and what it is asked for in its place, and whether it cuts prompts short.
+        """What the server does not take, and what it is asked for in its place; and which constants would help, if any.
 
         A line each, as it is found out.
         """
-        return self._dialect.notes
+        slow = (
+            f"{self._timeouts:,} attempts had no reply within {self._timeout:g} s: raise REQUEST_TIMEOUT, or lower "
+            "CONCURRENCY for a server that answers one after the other"
+        )
+        return [*self._dialect.notes, *self._notes.values(), *([slow] if self._timeouts else [])]
 
     async def complete(self, request: Request) -> Completion:
         """The completion of a request: from the journal, else from the server and then in the journal.
 
         The same request asked twice at once goes out once. A completion's tokens are those of all its attempts. Where
         the next attempt might cost more than is left it is "stopped", which the journal does not keep, and so are all
-        that are not out yet.
+        that are not out yet; and all, if a server that has completed one before refuses everything or is gone.
 
         Raises:
-            ClientError: no request can succeed; every other that is being asked ends with it, too.
+            ClientError: no request can succeed, and none has; every other that is being asked ends with it, too.
         """
-        key = request_key(request, self.model, self._asked)
+        keys = keys_of(request, self.model, self._asked, self._longest_reply)
+        key = keys[0]
         while True:
-            if known := self._journal.get(key):
+            if known := self._journal.get(*keys):
                 self._known += 1
                 return known
             if key not in self._asking:
@@ -194,8 +212,8 @@ class Client:
         try:
             completion = await self._ask(key, request)
             return completion
-        except BudgetReached as reached:
-            self.stopped = str(reached)
+        except (BudgetReached, _Stopped) as reason:
+            self.stopped = self.stopped or str(reason)
             return Completion("stopped", self.stopped)
         finally:
             self._asking.pop(key).set_result(completion)
@@ -222,6 +240,8 @@ class Client:
         return completion
 
     def _write(self, key: str, completion: Completion) -> None:
+        if completion.status == "truncated":
+            key = _cut_at(key, self._longest_reply)
         spent = Tokens(completion.prompt_tokens, completion.completion_tokens)
         self._journal.append(key, completion, self._budget.prices.dollars(spent))
 
@@ -236,7 +256,10 @@ class Client:
                 self._scopes.remove(scope)
                 self._turned_away.discard(scope)
         if self._ended:
-            raise ClientError(self._ended)
+            raise self._ending()
+        self._late_in_a_row += 1
+        if self._late_in_a_row >= self._most_late:
+            self._end("late", f"{self._late_in_a_row} requests in a row had {self._late(tally)}")
         return "failed", self._late(tally)
 
     async def _attempts(self, request: Request, scope: anyio.CancelScope, tally: "_Tally") -> tuple[str, str]:
@@ -255,12 +278,15 @@ class Client:
                 else:
                     self._retries += 1
                 body = self._dialect.body(request, room)
-                reply = await self._attempt(body, request, room, tally)
+                reply = self._once_served(await self._attempt(body, request, room, tally))
             tally.problem = reply.text
             self._reached |= reply.kind != "no server"
-            self._turned_away.discard(scope)
-            if reply.kind == "busy" and reply.spent is not None:  # else it may have been at work on it
+            is_late = reply.kind == "busy" and reply.spent is None
+            self._timeouts += is_late
+            if reply.kind == "busy":
                 self._turned_away.add(scope)
+            else:
+                self._turned_away.discard(scope)
 
             if reply.kind in ("ok", "refused", "filtered"):
                 if kind is not None and cut_off is not None:
@@ -269,6 +295,11 @@ class Client:
             if reply.kind == "truncated":
                 cut_off = reply.text or "the reply was cut off before it began"
                 if room >= self._longest_reply:
+                    self._notes.setdefault(
+                        "room",
+                        f"replies did not fit into {self._longest_reply:,} tokens: raise MAX_REPLY_TOKENS, or have a "
+                        "model that thinks do less of it (SAMPLING)",
+                    )
                     return "truncated", cut_off
                 room = min(max(2 * room, self._rooms.get(kind, 0)), self._longest_reply)
                 continue
@@ -283,7 +314,7 @@ class Client:
                 return ("overflow" if reply.kind == "overflow" else "failed"), reply.text
 
             waits += 1
-            faults += reply.kind in ("fault", "doubtful")
+            faults += is_late or reply.kind in ("fault", "doubtful")
             if reply.kind in FATAL and not (reply.kind == "no server" and (self._reached or waits < FIRST_CONNECTIONS)):
                 self._end(reply.kind, reply.text)
             if faults == self._most_faults:
@@ -320,20 +351,32 @@ class Client:
             if reply.wait is not None:
                 self._hold(reply.wait)
         elif reply.kind in ("ok", "refused", "filtered", "truncated"):
-            self._served = True
+            self._served, self._late_in_a_row = True, 0
+            self._dialect.accepted(body)
             self._compare(estimate_tokens(request.messages), spent.prompt)
             self._limit.succeeded()
             for scope in self._turned_away:
                 scope.deadline = anyio.current_time() + self._deadline
         return reply
 
+    def _once_served(self, reply: Reply) -> Reply:
+        """What a reply means of a server that takes the key and knows the model, as a completion has shown.
+
+        Then a 403 is a filter's before it, which does not like this request, and a 404 a balancer's, which passes.
+        """
+        if self._served and reply.kind == "forbidden":
+            return reply._replace(kind="filtered")
+        if self._served and reply.kind in ("model", "address"):
+            return reply._replace(kind="fault")
+        return reply._replace(kind="key") if reply.kind == "forbidden" else reply
+
     def _compare(self, estimate: int, read: int) -> None:
-        """Note once where a server left out most of a prompt, which Ollama does without a word."""
-        if not self._cuts_prompts and estimate > LONG_PROMPT and 0 < read < estimate / 2:
-            self._cuts_prompts = True
-            self.notes.append(
+        """Note once where a server left out a part of a prompt, which Ollama does without a word."""
+        if estimate > LONG_PROMPT and 0 < read < CUT_PROMPT * estimate:
+            self._notes.setdefault(
+                "prompts",
                 f"the server read only {read:,} of about {round(estimate, -2):,} tokens of a prompt: raise its context "
-                "length (Ollama: OLLAMA_CONTEXT_LENGTH)"
+                "length (Ollama: OLLAMA_CONTEXT_LENGTH)",
             )
 
     def _hold(self, seconds: float) -> None:
@@ -351,16 +394,21 @@ class Client:
         return read_response(response, body["messages"])
 
     def _end(self, kind: str, words: str) -> NoReturn:
-        """End the run: every request that is being asked ends with this error."""
+        """End the run: every request that is being asked ends with this error, or as stopped if some were answered."""
         if not self._ended:
             kind = "no key" if kind == "key" and not self._has_key else kind
             words = _one_line(self._scrubbed(words))
             template = FATAL.get(kind, "{words}")
             self._ended = template.format(address=self.address, model=self.model, words=words)
             self._refused = kind in REFUSING or (kind in FATAL and not self._served)
+            if self._served and kind in FATAL:
+                self.stopped, self.is_broken = self._ended, True
             for scope in self._scopes:
                 scope.cancel()
-        raise ClientError(self._ended)
+        raise self._ending()
+
+    def _ending(self) -> "ClientError | _Stopped":
+        return _Stopped(self._ended) if self.is_broken else ClientError(self._ended)
 
     def _impatient(self, wait: float, tally: "_Tally") -> str:
         return f"the server asks for {round(wait, 1):g} s of patience, and there is {self._late(tally)}"
@@ -378,7 +426,7 @@ class DryRun:
 
     Args:
         reply: what to answer a request with, of typical length and, where the next request depends on it, form.
-        key: what the completer that it stands for knows a request's completion by.
+        keys: what the completer that it stands for may know a request's completion by.
         prices: dollars per million tokens.
         journal: where completions of earlier runs are looked up, which need not be asked again.
     """
@@ -386,11 +434,11 @@ class DryRun:
     def __init__(
         self,
         reply: Callable[[Request], str],
-        key: Callable[[Request], str],
+        keys: Callable[[Request], Sequence[str]],
         prices: Prices = FREE,
         journal: Journal | None = None,
     ):
-        self._reply, self._key, self._prices, self._journal = reply, key, prices, journal
+        self._reply, self._keys, self._prices, self._journal = reply, keys, prices, journal
         self._known, self._seen = set[str](), set[str]()
         self._typical = self._most = Tokens()
 
@@ -408,8 +456,9 @@ class DryRun:
 
     async def complete(self, request: Request) -> Completion:
         """Count a request, unless it was counted before: a run would not ask it again."""
-        key = self._key(request)
-        if self._journal is not None and (known := self._journal.get(key)):
+        keys = self._keys(request)
+        key = keys[0]
+        if self._journal is not None and (known := self._journal.get(*keys)):
             self._known.add(key)
             return known
         text = self._reply(request)
@@ -420,6 +469,20 @@ class DryRun:
             self._typical = Tokens(self._typical.prompt + prompt, self._typical.completion + completion)
             self._most = Tokens(self._most.prompt + prompt, self._most.completion + request.max_tokens)
         return Completion("ok", text, prompt, completion)
+
+
+def keys_of(request: Request, model: str, sampling: dict[str, Any], longest_reply: int) -> tuple[str, str]:
+    """What a completion is known by in the journal, and what it is known by if it is a reply that was cut off."""
+    key = request_key(request, model, sampling)
+    return key, _cut_at(key, longest_reply)
+
+
+def _cut_at(key: str, longest_reply: int) -> str:
+    return f"{key} cut off at {longest_reply}"
+
+
+class _Stopped(RuntimeError):
+    """Why a server that has completed requests will complete no more: one line."""
 
 
 class _Tally:
@@ -433,6 +496,12 @@ class _Tally:
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + "..."
+
+
+def check_address(base_url: str | None, key: str | None) -> None:
+    """Raise ClientError for a base URL or a key that cannot be one."""
+    _address(base_url or OPENAI)
+    _checked_key(key or "")
 
 
 def _address(base_url: str) -> str:
@@ -449,7 +518,7 @@ def _address(base_url: str) -> str:
 
 
 def _checked_key(key: str) -> str:
-    """The key if it is a secret, "" if it is a placeholder such as EMPTY or ollama."""
+    """The key if it is a secret, "" if it is one of the PLACEHOLDERS or shorter than a secret can be."""
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ClientError("found a key with a space, a line break or a foreign letter in it: check OPENAI_API_KEY")
-    return "" if len(key) < 6 or key.isalpha() else key
+    return "" if len(key) < 6 or key.lower() in PLACEHOLDERS else key

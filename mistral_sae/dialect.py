@@ -5,7 +5,7 @@ from typing import Any
 
 from mistral_sae.prompts import fold_system
 from mistral_sae.records import Request
-from mistral_sae.replies import FORMAT, SYSTEM_ROLE, UNKNOWN_FIELD
+from mistral_sae.replies import FORMAT, SYSTEM_ROLE
 
 FORMATS = ("json_schema", "json_object", "text")  # each is tried once the server has rejected the one before
 
@@ -25,6 +25,7 @@ class Dialect:
         self._format = 0  # into FORMATS
         self._length = "max_tokens"
         self._has_system_role = True
+        self._proven: set[str] = set()  # formats that were part of a completed request
 
     def body(self, request: Request, max_tokens: int) -> dict[str, Any]:
         """The arguments of `chat.completions.create`."""
@@ -41,6 +42,11 @@ class Dialect:
         elif request.schema is not None and FORMATS[self._format] == "json_object":
             body["response_format"] = {"type": "json_object"}
         return body
+
+    def accepted(self, sent: dict[str, Any]) -> None:
+        """Note that a body was answered: where another in its format is rejected, the format is not the reason."""
+        if "response_format" in sent:
+            self._proven.add(sent["response_format"]["type"])
 
     def adapt(self, sent: dict[str, Any], words: str) -> bool:
         """Whether a body that was rejected with these words is worth sending anew, as `body` makes it from now on.
@@ -62,8 +68,10 @@ class Dialect:
                 self._has_system_role = False
                 self.notes.append("the server takes no system message: its text begins the first of the user's")
             return True
-        if "response_format" in sent and (FORMAT.search(words) or UNKNOWN_FIELD.search(words)):
+        if "response_format" in sent:
             rejected = FORMATS.index(sent["response_format"]["type"])
+            if FORMATS[rejected] in self._proven and not FORMAT.search(words):
+                return False
             if self._format == rejected:
                 self._format += 1
                 self.notes.append(f"the server does not take {FORMATS[rejected]}: asking for {FORMATS[rejected + 1]}")

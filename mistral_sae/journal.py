@@ -102,11 +102,12 @@ class Journal:
         """Requests that need not be asked again."""
         return len(self._places)
 
-    def get(self, key: str) -> Completion | None:
-        """The final completion of a request; None if there is none, or it failed."""
-        place = self._places.get(key)
-        if place is None:
+    def get(self, *keys: str) -> Completion | None:
+        """The final completion of the first of these keys that has one; None if there is none, or it failed."""
+        key = next((key for key in keys if key in self._places), None)
+        if key is None:
             return None
+        place = self._places[key]
         with open(self.path, "rb") as file:
             file.seek(place)
             line = _parsed(file.readline())

@@ -10,7 +10,6 @@ goes wrong with one feature is a status; an exception of the completer's ends th
 
 import asyncio
 import itertools
-import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -150,14 +149,14 @@ def _without_explanation(explanation: Explanation, explainer: str) -> Label:
 
 
 def has_failed(label: Label) -> bool:
-    """Whether a label lacks its explanation, or all answers to one of its scorers, for other reasons than a budget's.
+    """Whether a label lacks its explanation, or most answers to one of its scorers, for other reasons than a budget's.
 
     A feature without passages to be explained from, or without a pattern, as the explainer says, lacks nothing.
     """
     if label.status != "ok":
         return label.status not in (prompts.NO_PATTERN, "dead", "rare", "stopped")
-    in_vain = (score.requests for score in label.scores.values() if not score.answered)
-    return any(status != "stopped" for requests in in_vain for status, _ in requests)
+    in_vain = (score.requests for score in label.scores.values() if score.answered < score.unanswered)
+    return any(status not in ("ok", "stopped") for requests in in_vain for status, _ in requests)
 
 
 class _Outcome(NamedTuple):
@@ -251,6 +250,8 @@ async def _ask(completer: Completer, request: Request, read: Callable[[str], Any
     for problem in reversed(problems):
         if isinstance(problem, answers.TooLong):
             return Answer("ok", answers.cut(problem.explanation), f"cut to {prompts.MAX_WORDS} words: {problem}")
+    if completion.status == "truncated":
+        return Answer("truncated", reason=_line(f"the reply does not end: {completion.text}"))
     if completion.status != "ok":
         return Answer(completion.status, reason=_line(completion.text))
     return Answer("unparsed", reason=f"{problems[-1]}, in two attempts")
@@ -295,32 +296,3 @@ async def _as_they_come(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, *done, return_exceptions=True)  # or asyncio complains of what nobody looked at
-
-
-def to_json(label: Label) -> str:
-    """A line of explanations.jsonl, without the line break."""
-    record = label._asdict() | {
-        "scores": {method: score._asdict() for method, score in label.scores.items()},
-        "judgements": [list(judgement) for judgement in label.judgements],
-    }
-    return json.dumps(record, allow_nan=False)
-
-
-def from_json(line: str) -> Label:
-    """The label in a line of explanations.jsonl. Raises ValueError if it is none."""
-    try:
-        record = json.loads(line)
-        scores = {
-            method: Score(
-                **{
-                    **fields,
-                    "recall": tuple(fields["recall"]),
-                    "requests": tuple((status, count) for status, count in fields["requests"]),
-                }
-            )
-            for method, fields in record["scores"].items()
-        }
-        judgements = tuple(Judgement(*fields) for fields in record["judgements"])
-        return Label(**{**record, "scores": scores, "judgements": judgements})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"found {line[:60]!r} ({error}), expected a label as explain.py writes them") from None

@@ -38,13 +38,13 @@ class LocalCompleter:
         self._turn = asyncio.Lock()
         self._has_system_role = True
 
-    def key(self, request: Request) -> str:
+    def keys(self, request: Request) -> tuple[str]:
         """What the journal knows a request's completion by."""
-        return request_key(request, self._model, {"context_length": self._context_length})
+        return (request_key(request, self._model, {"context_length": self._context_length}),)
 
     async def complete(self, request: Request) -> Completion:
         """The completion of a request, after those that were asked for before it."""
-        key = self.key(request)
+        (key,) = self.keys(request)
         async with self._turn:
             if known := self._journal.get(key):
                 return known

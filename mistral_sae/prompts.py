@@ -171,7 +171,7 @@ def repair_request(request: Request, reply: str, problem: str) -> Request:
     """The same request with its bad reply, and what was wrong with it."""
     messages = [
         *request.messages,
-        {"role": "assistant", "content": _defused(reply.strip())[:SHOWN_REPLY] or "(nothing)"},
+        {"role": "assistant", "content": _defused(_encodable(reply.strip()))[:SHOWN_REPLY] or "(nothing)"},
         {
             "role": "user",
             "content": f"This cannot be used: {problem}. Reply again, with the JSON object that was asked for and "
@@ -266,6 +266,11 @@ def _escaped(text: str) -> str:
 def _defused(text: str) -> str:
     """A text with the first character of each control token as JSON's escape."""
     return CONTROL.sub(lambda match: f"\\u{ord(match[0][0]):04x}{match[0][1:]}", text)
+
+
+def _encodable(text: str) -> str:
+    """A text with half characters, which JSON can hold and no request can, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _text(passage: Example) -> str:

@@ -38,10 +38,6 @@ SYSTEM_ROLE = re.compile(
     r"|only user and assistant",
     re.IGNORECASE,
 )
-UNKNOWN_FIELD = re.compile(
-    r"(unknown|unsupported|unrecognized|unexpected|extra|additional) (\w+ )?(parameter|argument|field|input|key|prop)",
-    re.IGNORECASE,
-)
 UNKNOWN_MODEL = re.compile(
     r"model_not_found|invalid[ _]model|\bmodel .{0,120}(not found|not exist|unknown|not available)|pinned to",
     re.IGNORECASE | re.DOTALL,
@@ -55,7 +51,8 @@ class Reply(NamedTuple):
     # A request's status, if nothing is left to try: "ok", "refused", "filtered", "overflow", "failed". Else
     # "truncated" (try with more room), "rejected" (a parameter may be at fault), "doubtful" (it may, else "fault"),
     # "busy" (later, and less of it), "fault" (again), "no server" (again, but not for long if there never was one);
-    # or what ends the run: "key", "model", "address", "quota", "region"
+    # or what ends the run: "key", "model", "address", "quota", "region", "forbidden" (a key's fault, unless others are
+    # answered)
     kind: str
     text: str  # the reply, or the reason in the server's words
     spent: Tokens | None = Tokens()  # None where the server may have charged for a reply that was lost
@@ -127,8 +124,10 @@ def _read_status(status: int, words: str, wait: float | None) -> Reply:
         kind = "quota"
     elif status in (400, 403) and REGION.search(words):
         kind = "region"
-    elif status in (401, 403) or (status == 400 and BAD_KEY.search(words)):
+    elif status == 401 or (status in (400, 403) and BAD_KEY.search(words)):
         kind = "key"
+    elif status == 403:
+        kind = "forbidden"
     elif status in (429, 503, 504, 529):
         kind = "busy"
     elif status in (400, 404, 422, 500, 501) and (FORMAT.search(words) or SYSTEM_ROLE.search(words)):

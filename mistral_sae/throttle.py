@@ -44,9 +44,9 @@ class Limit:
     round. Being overwhelmed halves it, once for all the attempts that were out together. A pause holds all of them.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, first: int = FIRST_LIMIT):
         self.most = most
-        self.value = float(min(FIRST_LIMIT, most))
+        self.value = float(min(first, most))
         self._out = 0
         self._halved: float | None = None
         self._opens = self._eased = self._gap = 0.0  # on the event loop's clock; seconds between starts until `_eased`

@@ -88,6 +88,7 @@ class Server:
         model: the one that is served; None serves all.
         rejects: fields of the body that get HTTP 400; also "json_schema" and "json_object", which are formats.
         delay: seconds before a reply.
+        serial: work on one reply at a time, in the order of arrival, and to its end even if the client has left.
         usage: whether replies count their tokens.
         retry_after: seconds in the header of "429-after" and, as milliseconds, of "429-ms".
         port: 0 takes a free one.
@@ -102,6 +103,7 @@ class Server:
         model: str | None = None,
         rejects: Iterable[str] = (),
         delay: float = 0.0,
+        serial: bool = False,
         usage: bool = True,
         retry_after: float = 0.05,
         port: int = 0,
@@ -109,6 +111,7 @@ class Server:
         self.log: list[Served] = []
         self._reply, self._fault = reply, fault or (lambda asked: None)
         self._key, self._model, self._rejects, self._delay = key, model, frozenset(rejects), delay
+        self._turn = asyncio.Lock() if serial else None
         self._usage, self._retry_after, self.port = usage, retry_after, port
         self._seen: Counter[str] = Counter()
         self.at_once = self.most_at_once = 0  # requests being answered
@@ -164,7 +167,8 @@ class Server:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             fault, raw = self._decide(line.split()[1], headers.get("authorization", ""), content)
-            await asyncio.sleep(self._delay)
+            async with self._turn or contextlib.nullcontext():
+                await asyncio.sleep(self._delay)
             return await self._send(reader, writer, fault, raw)
         finally:
             self.at_once -= 1

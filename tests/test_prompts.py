@@ -428,3 +428,23 @@ def test_no_reply_makes_a_parser_fail_otherwise_than_by_saying_so():
             except answers.Unreadable:
                 unreadable += 1
     assert 0 < unreadable < 3 * 3000  # and nothing else was raised
+
+
+def test_a_judge_learns_no_number_of_right_passages_and_an_explainer_may_find_no_pattern(
+    feature,
+):
+    passage = feature.top[0]
+    for request in (
+        prompts.detection_request("x", [("bcd", passage), ("fgh", passage)]),
+        prompts.fuzzing_request("x", [prompts.Marked("bcd", passage, {0}), prompts.Marked("fgh", passage, {1})]),
+    ):
+        text = request.messages[1]["content"]
+        assert "any number of them, none and all included" in " ".join(text.split())
+        assert not re.search(r"\b(half|two|equal|as many)\b|\b\d+ of\b", text.lower())
+    asked = prompts.explain_request(feature).messages[1]["content"]
+    assert f'If there is no pattern, the explanation is "{prompts.NO_PATTERN}"' in asked
+
+
+def test_half_characters_in_a_bad_reply_can_be_sent_again():
+    request = prompts.repair_request(prompts.Request([], None, 5), "no json \ud83d", "it is none")
+    assert request.messages[0]["content"].encode() == b"no json \\ud83d"
