@@ -122,20 +122,27 @@ def beside_the_forward_pass(params: dict[str, Any], rows: int, turns: int) -> di
             tokens = torch.from_numpy(np.stack([row.tokens for row in batch])) % lm.vocab_size
             encoded = [tensor.to(lm.device) for tensor in encoded]
             start = wall()
-            encode(sae, lm.residuals(tokens, layer))
-            between = wall()
+            x = lm.residuals(tokens, layer)
+            after_model = wall()
+            encode(sae, x)
+            after_encoder = wall()
             collector.add(batch, *encoded)
-            times.append((between - start, wall() - between))
-    forward, bookkeeping = np.array(times[1:]).T  # the first is a warm-up
+            times.append((after_model - start, after_encoder - after_model, wall() - after_encoder))
+    collector.finish()
+    model, encoder, bookkeeping = np.array(times[1:]).T  # the first is a warm-up
+    forward = model + encoder
     last = slice(-(-turns // 4) * -1, None)
     found = {
         "sizes": {"D": lm.d_model, "layers": layer + 1, "F": F, "K": min(K, F), "tokens a batch": rows * T},
         "tokens": turns * rows * T,
         "forward_seconds": float(np.median(forward)),
+        "of which the encoder": float(np.median(encoder)),
         "bookkeeping_seconds_of_the_last_quarter": float(np.median(bookkeeping[last])),
         "bookkeeping_over_forward": float(bookkeeping.sum() / forward.sum()),
         "bookkeeping_over_forward_in_the_last_quarter": float(bookkeeping[last].sum() / forward[last].sum()),
     }
+    if lm.device.type == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
     print(
         f"\nbeside the forward pass on {lm.device.type}, D={lm.d_model:,}, {layer + 1} layers, F={F:,}, K={min(K, F)}: "
         f"the bookkeeping of {found['tokens']:,} tokens adds {found['bookkeeping_over_forward']:.1%}, of the last "

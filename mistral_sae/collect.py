@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mistral_sae import kernels
-from mistral_sae.firings import Firings, document_key, layout_of
+from mistral_sae.firings import Firings, document_key, is_for_scoring, layout_of
 from mistral_sae.lm import LanguageModel
 from mistral_sae.pool import Pool, PoolRows
 from mistral_sae.records import BINS, INTERVALS
@@ -66,6 +66,11 @@ class Collection(NamedTuple):
     held_out: Windows  # likewise
     pool: Pool
     names: list[str]
+
+    def documents(self) -> tuple[int, int]:
+        """How many documents examples to explain from are of, and how many those to score on."""
+        scoring = sum(map(is_for_scoring, self.names))
+        return len(self.names) - scoring, scoring
 
 
 @torch.no_grad()

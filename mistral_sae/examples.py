@@ -64,13 +64,16 @@ def inputs(
     return json.loads(json.dumps(found))  # as it will be read
 
 
-def are_of(path: Path, sae: SparseAutoencoder) -> bool:
-    """Whether a file of examples, and so the explanations beside it, are of this autoencoder; true if there is none."""
+def are_of(path: Path, autoencoder: str) -> bool:
+    """Whether a file of examples, and so the explanations beside it, are of the autoencoder of this `hash_of_sae`.
+
+    True where there is no such file.
+    """
     try:
         made_from = load_metadata(path).get("made_from", {}).get("autoencoder")
     except SAEError:
         return True
-    return made_from == hash_of_sae(sae)
+    return made_from == autoencoder
 
 
 def save_collection(path: Path, collection: Collection, made_from: dict[str, Any]) -> None:

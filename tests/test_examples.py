@@ -58,14 +58,14 @@ class Corpus:
         values[values == 0] = -1.0  # as an encoder without relu may give
         self.values = torch.from_numpy(values).float()
 
-    def collector(self, settings=SETTINGS, cuts=(5,)):
+    def collector(self, settings=SETTINGS, cuts=(5,), device="cpu"):
         """What has taken in all rows, in batches of these sizes by turns."""
-        collector, start = Collector(F, 1000, settings, "cpu"), 0
+        collector, start = Collector(F, 1000, settings, device), 0
         for size in itertools.cycle(cuts):
             if start >= len(self.rows):
                 return collector
             part = slice(start, start + size)
-            collector.add(self.rows[part], self.values[part], self.indices[part])
+            collector.add(self.rows[part], self.values[part].to(device), self.indices[part].to(device))
             start += size
 
     def activations(self, feature):
@@ -111,6 +111,17 @@ def collector(corpus):
 @pytest.fixture(scope="module")
 def collection(collector):
     return collector.finish()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_gpu_collects_exactly_what_a_cpu_does(corpus, collection):
+    found = corpus.collector(device="cuda").finish()
+    assert (found.tokens, found.names) == (collection.tokens, collection.names)
+    for name in ("firings", "maximum", "histogram"):
+        assert torch.equal(getattr(found, name), getattr(collection, name))
+    for name in (*LISTS, "pool"):
+        for mine, theirs in zip(getattr(found, name), getattr(collection, name), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def passages(windows, names, feature):
@@ -501,6 +512,81 @@ def test_what_others_trained_is_encoded_as_it_encodes(parts, kind):
         values, indices = encode(sae, x)
         dense = torch.zeros(1, 32, 64).scatter_(-1, indices, values.relu())
         torch.testing.assert_close(dense, sae.encode(x).dense(64), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_bos_activates_does_not_widen_what_is_kept_of_all_tokens(parts):
+    """An autoencoder without a K may have all its features active on a first position."""
+    lm, _, rows = parts
+    x = lm.residuals(torch.from_numpy(np.stack([row.tokens for row in rows[:4]])), 1)
+    counts = torch.from_numpy(np.stack([row.places for row in rows[:4]]) >= 0)
+    counts[:, 0] = False
+    clean = collecting.without_sinks(rows[:4], x)
+    assert torch.equal(clean[counts], x[counts])
+    assert (clean[~counts] == x[counts][0]).all()
+    assert not torch.equal(clean[:, 0], x[:, 0])
+
+    class Sinks:
+        """Its residual at each first position is one that activates every feature."""
+
+        def residuals(self, tokens, layer):
+            x = lm.residuals(tokens, layer)
+            x[:, 0] = 1000 * sae.W_enc.sum(dim=1)
+            return x
+
+        vocab_size, device = lm.vocab_size, lm.device
+
+    sae = SparseAutoencoder(lm.d_model, 64, 4, activation="relu", normalize="none")
+    sae.initialize(torch.zeros(1, lm.d_model), seed=0)
+    sae.b_enc.data.fill_(-1.0)
+    plain, widest = (collect(rows[:8], each, sae, 1, SETTINGS).pool.values for each in (lm, Sinks()))
+    assert widest.shape == plain.shape
+
+
+def test_records_of_many_features_are_those_of_each(parts, of_model, monkeypatch):
+    """What the weights say is computed for some features at a time, in whatever order they are asked for."""
+    lm, sae, _ = parts
+    whole = {record.feature: record for record in FeatureRecords(of_model, range(64), lm, sae)}
+    monkeypatch.setattr("mistral_sae.examples.CHUNK_BYTES", 4 * lm.vocab_size * 3)
+    few = FeatureRecords(of_model, [40, 3, 9, 11, 60, 2, 63], lm, sae)
+    for feature in (63, 3, 40, 60, 9):
+        mine, its = few[feature], whole[feature]
+        assert (mine.top, mine.held_out, mine.random, mine.hard) == (its.top, its.held_out, its.random, its.hard)
+        assert [text for text, _ in mine.promoted] == [text for text, _ in its.promoted]
+        assert [other for other, _ in mine.nearest] == [other for other, _ in its.nearest]
+
+
+def test_held_out_passages_that_repeat_an_explaining_one_are_left_out(parts, of_model):
+    lm, sae, _ = parts
+    record = FeatureRecords(of_model, [5], lm, sae)[5]
+    assert len(record.held_out) > 3
+    windows, repeated = of_model.held_out, of_model.top
+    changed = windows._replace(
+        **{name: getattr(windows, name).clone() for name in ("lengths", "tokens", "activations")}
+    )
+    for name in (
+        "lengths",
+        "tokens",
+        "activations",
+    ):  # the first one becomes a passage that explains, of another document
+        getattr(changed, name)[5, 0] = getattr(repeated, name)[5, 0]
+    found = FeatureRecords(of_model._replace(held_out=changed), [5], lm, sae)[5]
+    assert len(found.held_out) == len(record.held_out) - 1
+    assert {passage.document for passage in found.held_out} < {passage.document for passage in record.held_out}
+    assert (found.top, found.spread) == (record.top, record.spread)
+
+
+def test_activations_beyond_float16_are_taken_for_its_largest(corpus):
+    collector = Collector(F, 1000, SETTINGS, "cpu")
+    collector.add(corpus.rows[:5], 1e6 * corpus.values[:5], corpus.indices[:5])
+    collection = collector.finish()
+    assert collection.maximum.max() == torch.finfo(torch.float16).max
+    assert torch.equal(collection.histogram.sum(dim=1), collection.firings)
+
+
+def test_a_collection_counts_the_documents_of_either_kind(collection):
+    explaining, scoring = collection.documents()
+    assert explaining + scoring == len(collection.names)
+    assert scoring == sum(is_for_scoring(name) for name in collection.names) > 0
 
 
 def test_records_hold_passages_of_the_text_and_what_the_weights_say(parts, of_model):

@@ -11,6 +11,7 @@ from conftest import PARAMS, WINDOW, params_of, random_weights, write_mistral_fo
 from safetensors.torch import load_file, save_file
 
 from mistral_sae import backends
+from mistral_sae import lm as model_loading
 from mistral_sae.lm import STANDIN, ModelError, device_and_dtype, inspect, load
 from tools.weights import from_hf, to_hf
 
@@ -79,6 +80,18 @@ def test_unembedding_the_last_residual_gives_the_logits(lm, tokens_BT):
     unembedded = lm.unembed(lm.residuals(tokens_BT, lm.n_layers - 1).flatten(0, 1))
     assert relative_error(unembedded, logits.flatten(0, 1)) < 1e-5
     assert torch.allclose(lm.unembed(torch.eye(lm.d_model)), lm.unembed(3 * torch.eye(lm.d_model)), atol=1e-3)
+
+
+def test_unembedding_is_in_float32_whatever_the_model_is_in(mistral_folder, monkeypatch):
+    """bfloat16 has ties among the strongest tokens, and it is what a model is in on a GPU."""
+    monkeypatch.setattr(model_loading, "UNEMBEDDED", 7)  # rows at a time
+    half, rows = load(mistral_folder, device="cpu", dtype="bfloat16"), torch.eye(32)
+    whole = load(mistral_folder, device="cpu", dtype="float32")
+    parts = [(model._backend.norm, model._backend.head) for model in (half, whole)]
+    for mine, theirs in zip(*parts, strict=True):
+        theirs.load_state_dict({name: tensor.float() for name, tensor in mine.state_dict().items()})
+    assert half.unembed(rows).dtype == torch.float32
+    torch.testing.assert_close(half.unembed(rows), whole.unembed(rows), rtol=1e-5, atol=1e-5)
 
 
 def test_the_window_of_the_sliding_window_model_matters(tmp_path, tokens_BT):
@@ -201,9 +214,15 @@ def test_no_path_is_the_bundled_model():
 
 
 @pytest.mark.parametrize("layout", ["mistral_folder", "hugging_face_folder"])
-def test_loading_prints_nothing(request, layout):
+def test_loading_and_running_print_nothing(request, layout):
     path = request.getfixturevalue(layout)
-    code = f"from mistral_sae.lm import load; lm = load({str(path)!r}, last_layer=1); load({str(path)!r})"
+    code = f"""
+import torch
+from mistral_sae.lm import load
+
+load({str(path)!r}, last_layer=1).residuals(torch.tensor([[1, 2, 3]]), 1)
+list(load({str(path)!r}).generate([1, 2, 3], 4))
+"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("", "")
 

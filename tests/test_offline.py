@@ -283,3 +283,13 @@ def test_finding_takes_milliseconds():
     start = time.process_time()
     offline.find(feature)
     assert time.process_time() - start < 0.5
+
+
+def test_rules_come_from_passages_of_the_whole_range_and_not_the_strongest_alone():
+    weak = on(" name")
+    feature = make_feature(4, lambda tokens, i: 8.0 if tokens[i] == " self" else 0.25 * weak(tokens, i))
+    assert all(passage.tokens[passage.peak] == " self" for passage in feature.top)
+    targets = {rule.target[1] for rule in offline.find(feature).rules}
+    assert {"self", "name"} <= {target.strip() for target in targets}
+    alone = {rule.target[1] for rule in offline.find(feature._replace(spread=())).rules}
+    assert "name" not in {target.strip() for target in alone}
