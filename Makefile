@@ -3,10 +3,10 @@ BIN = .venv/bin
 
 .PHONY: quickstart test bench clean
 
-quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, five minutes on two cores
+quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, minutes on two cores
 	$(BIN)/python train.py
 	@echo
-	$(BIN)/python explain.py
+	$(BIN)/python explain.py EXPLAINER=offline
 	@echo
 	$(BIN)/python demo.py
 	@echo

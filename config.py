@@ -69,7 +69,7 @@ EXPLAIN_TOKENS: int = 600_000 if ON_STANDIN else 10_000_000  # of the corpus, re
 EXPLAIN_STRIDE: int = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
 # To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many. At 7B each one
 # more takes 0.3 GB on the device
-EXAMPLES_PER_INTERVAL: int = 16 if ON_STANDIN else 3
+EXAMPLES_PER_INTERVAL: int = 32 if ON_STANDIN else 3
 TOKENS_BEFORE: int = 48  # of an example, left of the token on which the feature is strongest: what it may react to
 TOKENS_AFTER: int = 15  # and right of it: what it may foretell
 # A text of your own: RUN_DIR/text.html shows which features fire on it, and nothing else is done
@@ -82,10 +82,13 @@ TEXT: str | None = None
 EXPLAINER: str | None = None
 OPENAI_BASE_URL: str | None = os.environ.get("OPENAI_BASE_URL") or None  # None is OpenAI's own
 OPENAI_API_KEY: str | None = os.environ.get("OPENAI_API_KEY") or None
-OPENAI_MODEL: str = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"  # the server's name for it
+# The server's name for it
+OPENAI_MODEL: str | None = os.environ.get("OPENAI_MODEL") or (None if OPENAI_BASE_URL else "gpt-4o-mini")
 # Any of detection, fuzzing and simulation, which asks once a passage; "" for none. Offline has its own
 SCORERS: str = "detection fuzzing"
 CONCURRENCY: int = 32  # requests out at once, at most; fewer while the server is busy
+SAMPLING: dict = {"temperature": 0.0}  # more fields of a request: {"reasoning_effort": "low"}, say, or top_p
+MAX_REPLY_TOKENS: int = 4096  # of a reply, thoughts included; where fewer do not suffice, twice as many, up to these
 REQUEST_TIMEOUT: float = 120.0  # seconds for one attempt
 REQUEST_DEADLINE: float = 600.0  # seconds for a request with all its attempts
 MAX_FAILED_SHARE: float = 0.1  # of the features: where more have no label the run counts as failed (exit code 1)

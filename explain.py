@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_sae import examples, labelling, lm, offline, prompts, report, selection, text
+from mistral_sae import examples, label_file, labelling, lm, offline, prompts, report, selection, text
 from mistral_sae.checkpoint import LoadedSAE
-from mistral_sae.client import SAMPLING, Client, ClientError, DryRun
+from mistral_sae.client import Client, ClientError, DryRun, check_address, keys_of
 from mistral_sae.collect import Collection, Settings, collect, encode
-from mistral_sae.files import SAEError, write_text
+from mistral_sae.files import SAEError
 from mistral_sae.geometry import decoder_geometry
-from mistral_sae.journal import Journal, JournalError, locked, request_key
+from mistral_sae.journal import Journal, JournalError, locked
 from mistral_sae.local_completer import LocalCompleter
-from mistral_sae.opening import open_both
+from mistral_sae.opening import open_both, where_it_is
 from mistral_sae.records import Completer, Label
 from mistral_sae.throttle import FREE, Prices
 
 SHOWN_FEATURES = 10  # of a token of TEXT
+FEW_DOCUMENTS = 30  # below which a feature has hardly ten examples to explain it from
 
 
 def main() -> None:
@@ -46,33 +47,39 @@ def main() -> None:
     run_dir = Path(config.RUN_DIR)
     check_settings()
     selected = selection.parse(config.SELECT)
-    loaded, model = open_both(
-        sae_path=config.SAE_PATH,
-        run_dir=config.RUN_DIR,
-        hook_name=config.HOOK_NAME,
-        model_path=config.MISTRAL_MODEL_PATH,
-        device=config.DEVICE,
-        dtype=config.DTYPE,
-    )
-    if config.TEXT is not None:
-        return show_text(model, loaded, run_dir)
-    selected.check(loaded.sae.n_features)  # before the corpus is read
-    gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
-    with locked(run_dir) as note:
+    where_it_is(config.SAE_PATH, config.RUN_DIR)  # or a mistaken RUN_DIR would be made
+    with nullcontext() if config.TEXT is not None else locked(run_dir) as note:  # before a second run loads its model
         if note:
             print(note)
+        loaded, model = open_both(
+            sae_path=config.SAE_PATH,
+            run_dir=config.RUN_DIR,
+            hook_name=config.HOOK_NAME,
+            model_path=config.MISTRAL_MODEL_PATH,
+            device=config.DEVICE,
+            dtype=config.DTYPE,
+        )
+        if config.TEXT is not None:
+            return show_text(model, loaded, run_dir)
+        selected.check(loaded.sae.n_features)  # before the corpus is read
+        gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         collection, is_new = collect_examples(model, loaded, run_dir)
         chosen = selected.choose(collection.firings, config.SEED)
-        labels = label(examples.FeatureRecords(collection, chosen, model, loaded.sae), model, run_dir)
+        labels, broken = label(examples.FeatureRecords(collection, chosen, model, loaded.sae), model, run_dir)
         if config.DRY_RUN:
             return
         path = run_dir / "explanations.jsonl"
-        every = beside_earlier(labels, path, is_new)
-        write_text(path, "".join(labelling.to_json(each) + "\n" for each in every.values()))
+        answered = [feature for feature, each in labels.items() if each.status not in labelling.UNANSWERED]
+        every, aside = label_file.beside_earlier(path, labels, answered, of_other_examples=is_new)
+        if aside:
+            print(f"the explanations of earlier runs are in {aside}")
+        label_file.write(path, every.values())
         run = about_run(loaded, model, text.check(config.DATA_PATH), collection.tokens, collection.firings)
         records = examples.FeatureRecords(collection, list(every), model, loaded.sae)
         report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), every)
     print_results(labels, len(every), run_dir)
+    if broken:
+        raise settings.Failed(f"the run was not finished: {broken}")
 
 
 # ---- settings ----
@@ -83,12 +90,13 @@ def check_settings() -> None:
     for name, good, expected in [
         ("EXPLAINER", explainer() in ("openai", "mistral", "offline"), "openai, mistral or offline"),
         ("EXPLAINER", not (explainer() == "mistral" and config.ON_STANDIN), "another, as the stand-in cannot explain"),
+        ("OPENAI_MODEL", explainer() != "openai" or config.OPENAI_MODEL, "the server's name for its model"),
         ("SCORERS", set(scorers()) <= set(labelling.METHODS), f"any of {', '.join(labelling.METHODS)}"),
         ("EXPLAIN_TOKENS", config.EXPLAIN_TOKENS >= config.CONTEXT_LENGTH, "at least one row, CONTEXT_LENGTH"),
         ("CONTEXT_LENGTH", config.CONTEXT_LENGTH >= 3, "at least 3"),
         *(
             (name, getattr(config, name) >= 1, "at least 1")
-            for name in ("EXPLAIN_STRIDE", "EXAMPLES_PER_INTERVAL", "CONCURRENCY")
+            for name in ("EXPLAIN_STRIDE", "EXAMPLES_PER_INTERVAL", "CONCURRENCY", "MAX_REPLY_TOKENS")
         ),
         *((name, getattr(config, name) >= 0, "0 or more") for name in ("TOKENS_BEFORE", "TOKENS_AFTER", "SEED")),
         *((name, getattr(config, name) > 0, "above 0") for name in ("REQUEST_TIMEOUT", "REQUEST_DEADLINE")),
@@ -110,6 +118,8 @@ def check_settings() -> None:
     ]:
         if not good:
             raise settings.SettingsError(f"{name} is {getattr(config, name)!r}: expected {expected}")
+    if explainer() == "openai":
+        check_address(config.OPENAI_BASE_URL, config.OPENAI_API_KEY)
 
 
 def explainer() -> str:
@@ -158,6 +168,12 @@ def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) 
         )
     if skipped.count:
         print(skipped.summary())
+    explaining, scoring = collection.documents()
+    if min(explaining, scoring) < FEW_DOCUMENTS:
+        print(
+            f"warning: found {explaining:,} documents to explain from and {scoring:,} to score on, and each gives a "
+            "feature one example: use text of more files, or a .jsonl with a document a line"
+        )
     examples.save_collection(path, collection, made_from)
     return collection, True
 
@@ -192,27 +208,27 @@ def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any
 # ---- explanations and scores ----
 
 
-def label(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Path) -> dict[int, Label]:
-    """A label for each of the features; none with DRY_RUN, which only says what they would cost."""
+def label(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Path) -> tuple[dict[int, Label], str]:
+    """A label for each of the features, none with DRY_RUN; and why the server answers no more, if that is so."""
     who, n = explainer(), len(records)
     if who == "offline":
         why = "" if config.EXPLAINER else ", since neither OPENAI_API_KEY nor OPENAI_BASE_URL is set"
         print(f"explainer offline: counting, without a model{why}")
         if config.DRY_RUN:
             print(f"{n:,} features would be explained without a request")
-            return {}
+            return {}, ""
         with bar(n, "explaining") as progress:
             found = {each.feature: offline.find(each) for each in counted(records, progress)}
         with bar(n, "scoring") as progress:
             scored = counted(offline.score_all(found, records.__getitem__, seed=config.SEED), progress)
-            return {each.feature: each for each in scored}
+            return {each.feature: each for each in scored}, ""
     if config.DRY_RUN:
         print(f"explainer {name_of(who)}: {estimate(records, model, run_dir)}; none was sent")
-        return {}
+        return {}, ""
     if who == "mistral":
         with Journal(journal_of(who, run_dir)) as journal:
             print(f"explainer {name_of(who)}: the loaded model itself{known_in(journal)}")
-            return asyncio.run(ask(records, LocalCompleter(model, journal), who))
+            return asyncio.run(ask(records, LocalCompleter(model, journal), who)), ""
     return asyncio.run(ask_server(records, run_dir))
 
 
@@ -249,10 +265,10 @@ def estimate(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir:
     path = journal_of(who, run_dir)
     with Journal(path) if path.exists() else nullcontext() as journal:
         if who == "openai":
-            key = partial(request_key, model=config.OPENAI_MODEL, sampling=SAMPLING)
-            dry = DryRun(prompts.dry_reply, key, prices(), journal)
+            how = {"model": config.OPENAI_MODEL, "sampling": config.SAMPLING, "longest_reply": config.MAX_REPLY_TOKENS}
+            dry = DryRun(prompts.dry_reply, partial(keys_of, **how), prices(), journal)
         else:
-            dry = DryRun(prompts.dry_reply, LocalCompleter(model, journal).key, FREE, journal)
+            dry = DryRun(prompts.dry_reply, LocalCompleter(model, journal).keys, FREE, journal)
         asyncio.run(ask(records, dry, who))
         spent = (0.0, 0) if journal is None else (journal.dollars, journal.tokens)
     use = dry.usage
@@ -273,36 +289,46 @@ def known_in(journal: Journal) -> str:
     return f", {len(journal):,} replies are in {journal.path}" if len(journal) else ""
 
 
-async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> dict[int, Label]:
-    """Labels by a server, each of whose completions is in the journal before it is used."""
+async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> tuple[dict[int, Label], str]:
+    """Labels by a server, each of whose completions is in the journal before it is used; and as `label`."""
     with Journal(journal_of("openai", run_dir)) as journal:
         client = Client(
             journal,
             config.OPENAI_MODEL,
             config.OPENAI_BASE_URL,
             config.OPENAI_API_KEY,
+            sampling=config.SAMPLING,
             prices=prices(),
             max_dollars=config.MAX_DOLLARS,
             max_tokens=config.MAX_TOKENS,
             concurrency=config.CONCURRENCY,
             timeout=config.REQUEST_TIMEOUT,
             deadline=config.REQUEST_DEADLINE,
+            longest_reply=config.MAX_REPLY_TOKENS,
         )
-        print(f"explainer {name_of('openai')} at {client.address}{known_in(journal)}")
+        why = "" if config.EXPLAINER else "; since a key or a base URL is set (EXPLAINER=offline asks nobody)"
+        print(f"explainer {name_of('openai')} at {client.address}{known_in(journal)}{why}")
         if config.MAX_DOLLARS is not None and journal.unpriced:
             print(f"MAX_DOLLARS leaves out {journal.unpriced:,} tokens of earlier runs, whose prices were not known")
-        async with client:
-            labels = await ask(records, client, "openai")
-        if client.stopped:
-            print(f"stopped: {client.stopped}")
-        for note in client.notes:
-            print(note)
-        use = client.usage
-        print(
-            f"{use.done:,} requests, {use.retries:,} retries, {use.known:,} answered from the journal; "
-            f"{use.prompt_tokens:,} tokens read, {use.completion_tokens:,} written{cost(use.dollars)}"
-        )
-        return labels
+        try:
+            async with client:
+                labels = await ask(records, client, "openai")
+        finally:
+            print_usage(client)
+        return labels, client.stopped if client.is_broken else ""
+
+
+def print_usage(client: Client) -> None:
+    """What asking has come to, and what there is to say of the server."""
+    if client.stopped:
+        print(f"stopped: {client.stopped}")
+    for note in client.notes:
+        print(note)
+    use = client.usage
+    print(
+        f"{use.done:,} requests, {use.retries:,} retries, {use.known:,} answered from the journal; "
+        f"{use.prompt_tokens:,} tokens read, {use.completion_tokens:,} written{cost(use.dollars)}"
+    )
 
 
 async def ask(records: examples.FeatureRecords, completer: Completer, who: str) -> dict[int, Label]:
@@ -342,7 +368,7 @@ def advance(progress: tqdm, completer: Completer) -> None:
         dollars = f"${use.dollars:.3f}, " if prices_are_known() else ""
         progress.set_postfix_str(
             f"{dollars}{use.done} requests, {use.retries} retries, {use.concurrency} at once"
-            + (", the budget is reached" if completer.stopped else "")
+            + (", stopping" if completer.stopped else "")
         )
 
 
@@ -385,9 +411,10 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
             model.tokenizer.strings(ids), features.tolist(), strongest.values.tolist(), strict=True
         )
     ]
-    path = run_dir / "explanations.jsonl"
-    labels = labels_in(path) if examples.are_of(run_dir / "examples.safetensors", sae) else {}
-    collection, why = examples.load_collection(run_dir / "examples.safetensors", made_of(model, loaded))
+    path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
+    are_ours = examples.are_of(path, made_from["autoencoder"])
+    labels = label_file.read(run_dir / "explanations.jsonl") if are_ours else {}
+    collection, why = examples.load_collection(path, made_from)
     fired = sorted({feature for token in tokens for feature, _ in token.features})
     records = [] if collection is None else examples.FeatureRecords(collection, fired, model, sae)
     page = run_dir / "text.html"
@@ -397,35 +424,6 @@ def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None
     )
     if why:
         print(f"without passages: {why.split(':')[0]}")
-
-
-def beside_earlier(labels: dict[int, Label], path: Path, is_new: bool) -> dict[int, Label]:
-    """This run's labels and those that earlier ones left, by feature; one that is "ok" stays where this run got none.
-
-    Labels of other examples, and the file as it was where another explainer's are replaced, are set aside.
-    """
-    try:
-        earlier = labels_in(path)
-    except settings.SettingsError:
-        earlier, is_new = {}, True
-    answered = {feature for feature, each in labels.items() if each.status not in labelling.UNANSWERED}
-    ok = {feature: each for feature, each in earlier.items() if each.status == "ok"}
-    others = [feature for feature in answered & ok.keys() if ok[feature].explainer != labels[feature].explainer]
-    if path.exists() and (is_new or others):
-        aside = next(p for i in count(1) if not (p := path.with_name(f"{path.stem}-{i}{path.suffix}")).exists())
-        path.rename(aside)
-        print(f"the explanations of earlier runs are in {aside}")
-    stay = {feature: each for feature, each in ok.items() if feature not in answered}
-    return labels if is_new else dict(sorted((earlier | labels | stay).items()))
-
-
-def labels_in(path: Path) -> dict[int, Label]:
-    """The labels that an earlier run left, by feature; none where there is no such file. Raises SettingsError."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    try:
-        return {each.feature: each for each in map(labelling.from_json, lines)}
-    except ValueError as error:
-        raise settings.SettingsError(f"{path}: {error}; run explain.py without TEXT to write it anew") from None
 
 
 def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> None:
@@ -440,6 +438,12 @@ def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> Non
         + ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
         + (f"; {unscored:,} of the ok ones lack a score" if unscored else "")
     )
+    asked = Counter()
+    for score in (score for label in labels.values() for score in label.scores.values()):
+        asked.update(dict(score.requests))
+    if vain := {status: count for status, count in asked.most_common() if status != "ok"}:
+        counts = ", ".join(f"{count:,} {status}" for status, count in vain.items())
+        print(f"of {asked.total():,} requests for the scores {counts}: what these asked for counts neither way")
     for summary in report.summarize_scores(labels.values()):
         print(
             f"  {summary.method:10} {figure(summary.value)}   another feature's explanation "
@@ -465,12 +469,6 @@ def figure(value: float | None) -> str:
 if __name__ == "__main__":
     settings.run(
         main,
-        bad_input=(
-            settings.SettingsError,
-            lm.ModelError,
-            text.TextError,
-            SAEError,
-            ClientError,
-            JournalError,
-        ),
+        bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError, ClientError, JournalError),
+        out_of_memory="ROWS_PER_FORWARD, EXAMPLES_PER_INTERVAL or TOKENS_BEFORE",
     )

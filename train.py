@@ -389,9 +389,8 @@ def shaping_settings() -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        settings.run(main, bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError))
-    except torch.OutOfMemoryError:
-        settings.fail(
-            "the device is out of memory: lower BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN", code=1
-        )
+    settings.run(
+        main,
+        bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError),
+        out_of_memory="BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",
+    )

@@ -26,9 +26,7 @@ def open_both(
 
     Raises SAEError and ModelError.
     """
-    source: str | Path = sae_path or Path(run_dir) / "sae"
-    if sae_path is None and not Path(source, "cfg.json").is_file():
-        raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH or RUN_DIR")
+    source = where_it_is(sae_path, run_dir)
     spec = lm.inspect(model_path or lm.STANDIN)
     loaded = load_sae(source, hook_name=hook_name, device=lm.device_and_dtype(device, dtype)[0])
     check_model(loaded, spec)
@@ -40,6 +38,14 @@ def open_both(
             f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
         )
     return loaded, lm.load(model_path, device=device, dtype=dtype)
+
+
+def where_it_is(sae_path: str | None, run_dir: str) -> str | Path:
+    """Folder or hub name of the autoencoder. Raises SAEError if it is to be in `run_dir` and is not."""
+    source = sae_path or Path(run_dir) / "sae"
+    if sae_path is None and not Path(source, "cfg.json").is_file():
+        raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH or RUN_DIR")
+    return source
 
 
 def _last_part(name: str) -> str:

@@ -138,6 +138,9 @@ def begin(script: str, *modules: ModuleType) -> None:
     Called before torch is imported, so that a script answers at once. A bad setting or model folder ends it here. From
     here on lines appear as they are printed, in a pipe too, and Ctrl-C ends the script with one line.
     """
+    # Threads that wait for others spin for some 0.1 ms, not for 10: beside another process they would take its time
+    # from each other, and a step would take many times as long
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     sys.stdout.reconfigure(line_buffering=True)
     sys.excepthook = _report
     try:
@@ -156,10 +159,17 @@ def begin(script: str, *modules: ModuleType) -> None:
     )
 
 
-def run(main: Callable[[], None], bad_input: tuple[type[Exception], ...]) -> None:
-    """Run a script's `main`, then exit: 0 done, 1 failed, 2 bad configuration. Mistakes of the user's get one line."""
+def run(main: Callable[[], None], bad_input: tuple[type[Exception], ...], out_of_memory: str) -> None:
+    """Run a script's `main`, then exit: 0 done, 1 failed, 2 bad configuration. Mistakes of the user's get one line.
+
+    `out_of_memory` says which constants to lower where the device's memory does not suffice.
+    """
+    import torch  # as main's modules have
+
     try:
         main()
+    except torch.OutOfMemoryError:
+        fail(f"the device is out of memory: lower {out_of_memory}", code=1)
     except bad_input as error:
         fail(error, code=2)
     except Failed as error:

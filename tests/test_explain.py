@@ -7,6 +7,7 @@ spares it the imports. The server's replies are functions of the messages, so th
 import base64
 import gc
 import gzip
+import itertools
 import json
 import keyword
 import os
@@ -28,7 +29,7 @@ from conftest import PARAMS, random_weights, write_hugging_face_folder
 from openai_server import LASTING, TRANSIENT, TRUNCATED, Raw, Server, random_faults
 
 import config
-from mistral_sae import labelling, lm
+from mistral_sae import label_file, lm
 from mistral_sae.checkpoint import Metadata, save_sae
 from mistral_sae.client import Client
 from mistral_sae.journal import locked
@@ -142,11 +143,12 @@ def run_dir(finished, tmp_path):
 
 
 def labels_of(run_dir):
-    return [labelling.from_json(line) for line in (run_dir / "explanations.jsonl").read_text().splitlines()]
+    return [label_file.from_json(line) for line in (run_dir / "explanations.jsonl").read_text().splitlines()]
 
 
 def contents_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def assert_refused(ran, said, code=2):
@@ -221,7 +223,7 @@ def test_an_offline_run_writes_a_label_of_each_selected_feature_and_the_report(f
     assert all({"value", "low", "high", "other_feature", "top_token"} <= set(score) for score in scored)
     assert any(score["value"] is not None for score in scored)
     assert "feature" in (run_dir / "report.html").read_text()
-    names = {"explanations.jsonl", "report.html", "examples.safetensors", ".lock"}
+    names = {"explanations.jsonl", "report.html", "examples.safetensors"}
     assert {name for name in contents_of(run_dir) if not name.startswith("sae/")} == names
 
 
@@ -238,6 +240,14 @@ def test_the_output_says_what_runs_and_where_the_results_are(finished, mistral_f
     ):
         assert line in lines
     assert any(line.startswith("6 features: ") for line in lines)
+
+
+def test_text_of_few_documents_is_said_to_give_few_examples(here, arguments, run_dir, tmp_path):
+    (tmp_path / "one.txt").write_text("def area(self):\n    return self.width * self.height\n" * 300)
+    ran = here(arguments(run_dir, DATA_PATH=tmp_path / "one.txt", HELD_OUT_FRACTION=0.0001))
+    assert "warning: found 1 documents to explain from and 0 to score on" in ran.out or (
+        "warning: found 0 documents to explain from and 1 to score on" in ran.out
+    )
 
 
 def test_nothing_but_progress_bars_goes_to_the_error_stream(finished):
@@ -388,11 +398,10 @@ def test_a_second_run_asks_the_server_nothing(here, arguments, served, tmp_path)
     assert server.log == []
     assert f"{asked} replies are in {folder / 'completions.jsonl'}" in ran.out
     assert f"0 requests, 0 retries, {asked} answered from the journal" in ran.out
-    assert f"0 requests, 0 retries, {asked} answered from the journal" in ran.out
     assert (folder / "explanations.jsonl").read_bytes() == (run_dir / "explanations.jsonl").read_bytes()
 
 
-def test_faults_leave_exactly_one_true_record_of_each_feature(here, arguments, served, run_dir):
+def test_faults_and_a_kill_leave_exactly_one_true_record_of_each_feature(here, arguments, served, run_dir):
     by_chance = random_faults(0.2, TRANSIENT + TRUNCATED + LASTING, seed=0)
 
     def faults(asked):  # a quarter of the explanations is refused, so that there are some
@@ -405,6 +414,10 @@ def test_faults_leave_exactly_one_true_record_of_each_feature(here, arguments, s
     assert whole.code == 0, whole.err
     truth = {label.feature: label for label in labels_of(run_dir)}
     with Server(reply, faults) as server:
+        first = process(arguments(run_dir, **openai(server, **changed)))
+        until(lambda: len(server.log) > 60, first)
+        os.kill(first.pid, signal.SIGKILL)
+        assert ended(first).code == -signal.SIGKILL
         ran = here(arguments(run_dir, **openai(server, **changed)))
     assert ran.code == 0, ran.err
     assert ran.problems == []
@@ -462,6 +475,89 @@ def test_a_run_that_was_killed_goes_on_and_asks_nothing_twice(here, arguments, s
     assert len(server.log) == served[2] - answered
     assert len({record["key"] for record in journal_of(run_dir)}) == len(journal_of(run_dir)) == served[2]
     assert (run_dir / "explanations.jsonl").read_bytes() == (served[0] / "explanations.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("fault", "words"), [("quota", "has no quota left"), ("401", "wants a key")])
+def test_a_server_that_refuses_everything_in_the_middle_leaves_labels_of_what_it_answered(
+    here, arguments, served, run_dir, fault, words
+):
+    answered = itertools.count()
+
+    def only_the_first(asked):
+        return fault if next(answered) > served[2] // 2 else None
+
+    with Server(reply, only_the_first) as server:
+        ran = here(arguments(run_dir, **openai(server)))
+    assert ran.code == 1
+    assert len(ran.problems) == 1
+    assert words in ran.problems[0]
+    assert "answered from the journal; " in ran.out  # what it has come to
+    labels = labels_of(run_dir)
+    assert [label.feature for label in labels] == CHOSEN
+    assert {label.status for label in labels} <= {"ok", "stopped"}
+    assert (run_dir / "report.html").exists()
+    with Server(reply) as server:
+        again = here(arguments(run_dir, **openai(server)))
+    assert again.code == 0, again.err
+    assert labels_of(run_dir) == labels_of(served[0])
+
+
+def test_scorers_that_are_asked_later_add_their_scores(here, arguments, served, tmp_path):
+    folder = shutil.copytree(served[0], tmp_path / "run")
+    before = labels_of(folder)
+    with Server(reply) as server:
+        ran = here(arguments(folder, **openai(server, SCORERS="simulation")))
+    assert ran.code == 0, ran.err
+    for old, new in zip(before, labels_of(folder), strict=True):
+        assert new.scores.keys() == {*old.scores, "simulation"}
+        assert old.scores.items() <= new.scores.items()
+
+
+def test_all_constants_of_asking_reach_the_client(here, arguments, served, run_dir, monkeypatch):
+    made = {}
+    monkeypatch.setattr(Client, "__init__", lambda self, *positional, **named: made.update(named) or 1 / 0)
+    constants = {"SAMPLING": {"seed": 4}, "MAX_REPLY_TOKENS": 777, "REQUEST_TIMEOUT": 3.5, "REQUEST_DEADLINE": 41.5}
+    constants |= {
+        "CONCURRENCY": 3,
+        "MAX_TOKENS": 10_000,
+        "MAX_DOLLARS": 2.5,
+        "PROMPT_DOLLARS": 1,
+        "COMPLETION_DOLLARS": 2,
+    }
+    with Server(reply) as server, pytest.raises(ZeroDivisionError):
+        here(arguments(run_dir, **openai(server, **constants)))
+    prices = made.pop("prices")
+    assert (prices.prompt, prices.completion) == (1.0, 2.0)
+    assert made == {
+        "sampling": {"seed": 4},
+        "longest_reply": 777,
+        "timeout": 3.5,
+        "deadline": 41.5,
+        "concurrency": 3,
+        "max_tokens": 10_000,
+        "max_dollars": 2.5,
+    }
+
+
+def test_what_a_server_does_not_take_is_said(here, arguments, served, run_dir):
+    with Server(reply, rejects=["json_schema"]) as server:
+        ran = here(arguments(run_dir, **openai(server)))
+    assert ran.code == 0, ran.err
+    assert "the server does not take json_schema: asking for json_object\n" in ran.out
+
+
+def test_a_second_run_is_refused_before_it_loads_its_model(here, arguments, run_dir, monkeypatch):
+    monkeypatch.setattr(lm, "load", None)
+    with locked(run_dir):
+        assert_refused(here(arguments(run_dir)), "found another run at work")
+
+
+def test_a_server_of_ones_own_wants_its_model_named(here, arguments, run_dir, monkeypatch):
+    monkeypatch.setattr(lm, "load", None)
+    ran = here(arguments(run_dir, OPENAI_BASE_URL="http://127.0.0.1:9/v1"))
+    assert_refused(ran, "OPENAI_MODEL is None: expected the server's name for its model")
+    ran = here(arguments(run_dir, OPENAI_BASE_URL="127.0.0.1:9/v1", OPENAI_MODEL="x"))
+    assert_refused(ran, "expected one like http://localhost:8000/v1")
 
 
 INTERRUPTED = """

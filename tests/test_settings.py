@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 from mistral_sae import settings
@@ -286,9 +287,19 @@ def test_a_known_error_ends_a_script_with_its_code_and_one_line(capsys, error, c
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        settings.run(main, bad_input=(SettingsError,))
+        settings.run(main, bad_input=(SettingsError,), out_of_memory="K or BATCH_SIZE")
     assert ended.value.code == code
     assert capsys.readouterr() == ("", line)
+
+
+def test_too_little_memory_is_said_with_what_helps(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with pytest.raises(SystemExit) as stopped:
+        settings.run(main, bad_input=(SettingsError,), out_of_memory="K or BATCH_SIZE")
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: the device is out of memory: lower K or BATCH_SIZE\n"
 
 
 def test_an_error_of_the_programs_own_keeps_its_traceback():
@@ -296,7 +307,7 @@ def test_an_error_of_the_programs_own_keeps_its_traceback():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        settings.run(main, bad_input=(SettingsError,))
+        settings.run(main, bad_input=(SettingsError,), out_of_memory="K or BATCH_SIZE")
 
 
 # ---- train.py before torch is there ----
