@@ -99,8 +99,9 @@ class Client:
         attempts: how often a request is tried that fails for other reasons than a server which turns it away as busy or
             is not there.
         backoff: seconds before the first retry, about; doubles each time.
-        longest_reply: tokens up to which `max_tokens` of a truncated reply is doubled. Later requests whose schemas
-            have the same title start with what that one needed. With a larger one, what stayed truncated is asked anew.
+        longest_reply: tokens that a reply may have; up to these, `max_tokens` of a truncated one is doubled. Later
+            requests whose schemas have the same title start with what that one needed. With a larger bound, what stayed
+            truncated is asked anew.
 
     Attributes:
         address: of the server as it may be shown, without user, password and query.
@@ -265,7 +266,8 @@ class Client:
     async def _attempts(self, request: Request, scope: anyio.CancelScope, tally: "_Tally") -> tuple[str, str]:
         """Try until there is a status, within `scope`, whose deadline is set when the first attempt goes out."""
         kind = (request.schema or {}).get("title")
-        room, cut_off = request.max_tokens, None
+        least = room = min(request.max_tokens, self._longest_reply)
+        cut_off = None
         since, faults, waits = None, 0, 0
         while True:
             async with self._limit.slot(since):
@@ -308,8 +310,8 @@ class Client:
             if reply.kind in ("overflow", "rejected", "failed"):
                 if cut_off is not None:  # the smaller room had been accepted
                     return "truncated", cut_off
-                if room > request.max_tokens:  # what another needed may be too much for this one
-                    room = request.max_tokens
+                if room > least:  # what another needed may be too much for this one
+                    room = least
                     continue
                 return ("overflow" if reply.kind == "overflow" else "failed"), reply.text
 

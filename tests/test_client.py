@@ -313,6 +313,13 @@ def test_a_reply_that_stayed_truncated_is_asked_for_again_with_a_larger_bound_an
         assert ask(server, journal, "x", longest_reply=400)[0] == [whole]
 
 
+def test_no_reply_is_given_more_room_than_the_bound(journal):
+    with Server(reply, lambda asked: "truncated") as server:
+        (cut,), _ = ask(server, journal, "x", longest_reply=60)
+    assert cut.status == "truncated"
+    assert [served.body["max_tokens"] for served in server.log] == [60]
+
+
 def test_requests_of_a_kind_begin_with_the_room_that_one_of_them_needed(journal):
     async def main():
         async with Client(journal, MODEL, server.url, KEY, **QUICK) as client:
