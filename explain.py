@@ -48,19 +48,12 @@ def main() -> None:
     check_settings()
     selected = selection.parse(config.SELECT)
     where_it_is(config.SAE_PATH, config.RUN_DIR)  # or a mistaken RUN_DIR would be made
-    with nullcontext() if config.TEXT is not None else locked(run_dir) as note:  # before a second run loads its model
+    if config.TEXT is not None:
+        return show_text(run_dir)
+    with locked(run_dir) as note:  # first, so that a second run is refused before it has loaded a model
         if note:
             print(note)
-        loaded, model = open_both(
-            sae_path=config.SAE_PATH,
-            run_dir=config.RUN_DIR,
-            hook_name=config.HOOK_NAME,
-            model_path=config.MISTRAL_MODEL_PATH,
-            device=config.DEVICE,
-            dtype=config.DTYPE,
-        )
-        if config.TEXT is not None:
-            return show_text(model, loaded, run_dir)
+        loaded, model = opened()
         selected.check(loaded.sae.n_features)  # before the corpus is read
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         collection, is_new = collect_examples(model, loaded, run_dir)
@@ -80,6 +73,18 @@ def main() -> None:
     print_results(labels, len(every), run_dir)
     if broken:
         raise settings.Failed(f"the run was not finished: {broken}")
+
+
+def opened() -> tuple[LoadedSAE, lm.LanguageModel]:
+    """The autoencoder and the whole model."""
+    return open_both(
+        sae_path=config.SAE_PATH,
+        run_dir=config.RUN_DIR,
+        hook_name=config.HOOK_NAME,
+        model_path=config.MISTRAL_MODEL_PATH,
+        device=config.DEVICE,
+        dtype=config.DTYPE,
+    )
 
 
 # ---- settings ----
@@ -398,8 +403,9 @@ def about_run(
     )
 
 
-def show_text(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> None:
+def show_text(run_dir: Path) -> None:
     """Write the page of TEXT: the strongest features of each of its tokens."""
+    loaded, model = opened()
     sae, ids = loaded.sae, model.tokenizer.encode(config.TEXT)
     tokens_BT = torch.tensor([[model.tokenizer.bos_id, *ids]])
     values, indices = encode(sae, model.residuals(tokens_BT, loaded.metadata.residual_layer))

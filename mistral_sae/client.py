@@ -53,7 +53,7 @@ FATAL = {
     "quota": "the account at {address} has no quota left ({words}), expected some: add credit and start again to go on",
     "region": "the server at {address} serves nobody from here ({words}), expected one that does: set OPENAI_BASE_URL",
     "no server": "found no server at {address} ({words}), expected one: start it, or correct OPENAI_BASE_URL",
-    "late": "the server at {address} has stopped answering ({words}), expected a completion of one of them: look "
+    "late": "the server at {address} does not answer ({words}), expected a completion of one of them: look "
     "whether it still runs, and start again to go on",
 }
 REFUSING = frozenset({"key", "no key", "quota", "region"})  # of FATAL, what every attempt that is out meets as well

@@ -138,8 +138,8 @@ def begin(script: str, *modules: ModuleType) -> None:
     Called before torch is imported, so that a script answers at once. A bad setting or model folder ends it here. From
     here on lines appear as they are printed, in a pipe too, and Ctrl-C ends the script with one line.
     """
-    # Threads that wait for others spin for some 0.1 ms, not for 10: beside another process they would take its time
-    # from each other, and a step would take many times as long
+    # OpenMP's threads that wait for others spin for less long before they sleep: beside another process, spinning takes
+    # time from those that work
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     sys.stdout.reconfigure(line_buffering=True)
     sys.excepthook = _report
