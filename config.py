@@ -1,4 +1,4 @@
-"""Every hyperparameter of train.py and explain.py.
+"""Every constant of train.py, explain.py and demo.py.
 
 Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`. Where a constant has
 two values, the first is for the bundled stand-in on two CPU cores, the second for Mistral 7B on one GPU.
@@ -6,6 +6,8 @@ two values, the first is for the bundled stand-in on two CPU cores, the second f
 
 import math
 import os
+
+from mistral_sae.cli import expect
 
 # ---- model ----
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); None is the bundled stand-in
@@ -58,11 +60,13 @@ LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of de
 CHECKPOINT_EVERY: int = 500 if ON_STANDIN else 5000  # steps
 RUN_DIR: str = "runs/standin" if ON_STANDIN else "runs/mistral-7b"  # where everything is written
 RESUME: bool = True  # continue from RUN_DIR's checkpoint if there is one of the same settings
-DRY_RUN: bool = os.environ.get("DRY_RUN", "0") not in ("0", "", "false", "False")  # print the plan and stop
+DRY_RUN: bool = False  # print the plan and stop
 
-# ---- explain.py: what to look at ----
+# ---- explain.py and demo.py: which autoencoder ----
 SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae
 HOOK_NAME: str | None = None  # where it belongs, if its folder says something else: "blocks.16.hook_resid_post"
+
+# ---- explain.py: what to look at ----
 # Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]"
 SELECT: str | int | list = "random 200"
 EXPLAIN_TOKENS: int = 600_000 if ON_STANDIN else 10_000_000  # of the corpus, read once for examples of all features
@@ -98,4 +102,86 @@ MAX_FAILED_SHARE: float = 0.1  # of the features: where more have no label the r
 PROMPT_DOLLARS: float | None = 0.15 if OPENAI_MODEL == "gpt-4o-mini" and OPENAI_BASE_URL is None else None
 COMPLETION_DOLLARS: float | None = 0.60 if OPENAI_MODEL == "gpt-4o-mini" and OPENAI_BASE_URL is None else None
 MAX_DOLLARS: float | None = None  # of all runs in RUN_DIR together; the run stops before it spends more
-MAX_TOKENS: int | None = None  # likewise, tokens read and written
+MAX_API_TOKENS: int | None = None  # the same in tokens read and written
+
+# ---- demo.py: what to steer ----
+# A feature's number; words such as "exception", for the feature that matches them best; several features as {number:
+# coefficient}; or None for one that shows in steered text, of the explained ones if there are any
+FEATURE_INDEX: int | str | dict | None = None
+STEERING_ON: bool = True  # False: both columns are the model's own
+METHOD: str = "clamp"  # "clamp", "add", "ablate" or "raw"
+# Its unit depends on the method. clamp: the feature is set to so many times its maximum seen in training; add: so many
+# times the residual's norm at each position is added along the feature's direction; raw: so many times the feature's
+# decoder row is added; ablate sets the feature to 0 whatever it is. Negative ones push away; None is as it is
+COEFFICIENT: float | None = 1.0
+POSITIONS: str = "all"  # "all": of the prompt (but its first) and of what is generated; "generated": the latter only
+EXACT: bool = False  # encode all features to know when TopK silences the steered one, at the price of its speed
+
+# ---- demo.py: text ----
+PROMPT: str = 'def load(path):\n    """' if ON_STANDIN else "The thing that I wanted to tell you is that"
+NEW_TOKENS: int = 64  # generated, at most
+TEMPERATURE: float = 0.7  # 0 takes the likeliest token
+
+# ---- demo.py: other things to do ----
+SWEEP: bool = False  # a table over coefficients
+SWEEP_COEFFICIENTS: tuple | list = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # multiples of COEFFICIENT's unit
+SWEEP_SAMPLES: int = 8  # texts a coefficient
+CHAT: bool = False  # a conversation, with commands: /help lists them
+CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the model is given, at most
+
+# ---- what no run can use; what needs the model or the corpus is checked when they are there ----
+for _name, _least in {
+    "TARGET_LAYER": 0, "CONTEXT_LENGTH": 3, "BATCH_SIZE": 2, "SHUFFLE_ROWS": 1, "ROWS_PER_FORWARD": 1,
+    "DEAD_AFTER_TOKENS": 1, "EVALUATION_ROWS": 1, "EVALUATION_STRIDE": 1, "LOG_EVERY": 1, "WARM_UP_STEPS": 0,
+    "K_AUX": 0, "AUXK_COEFFICIENT": 0, "EXPLAIN_STRIDE": 1, "EXAMPLES_PER_INTERVAL": 1, "CONCURRENCY": 1,
+    "MAX_REPLY_TOKENS": 1, "TOKENS_BEFORE": 0, "TOKENS_AFTER": 0, "NEW_TOKENS": 1, "TEMPERATURE": 0,
+    "SWEEP_SAMPLES": 1,
+}.items():  # fmt: skip
+    expect(_name, globals()[_name], _least <= globals()[_name] < math.inf, f"at least {_least}")
+for _name in ("LEARNING_RATE", "MAX_GRADIENT_NORM", "REQUEST_TIMEOUT", "REQUEST_DEADLINE"):
+    expect(_name, globals()[_name], globals()[_name] > 0, "above 0")
+for _name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS"):
+    expect(_name, globals()[_name], globals()[_name] is None or globals()[_name] >= 0, "0 or more, or None")
+for _name in ("MAX_DOLLARS", "MAX_API_TOKENS"):
+    expect(_name, globals()[_name], globals()[_name] is None or globals()[_name] > 0, "above 0, or None")
+expect("K", K, 1 <= K <= D_HIDDEN, f"1 to D_HIDDEN, {D_HIDDEN}")
+expect("TRAIN_TOKENS", TRAIN_TOKENS, TRAIN_TOKENS >= BATCH_SIZE, f"at least one batch, {BATCH_SIZE}")
+expect("BUFFER_TOKENS", BUFFER_TOKENS, BUFFER_TOKENS >= CONTEXT_LENGTH - 1, f"at least one row, {CONTEXT_LENGTH - 1}")
+expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
+expect("DECAY_FRACTION", DECAY_FRACTION, 0 < DECAY_FRACTION <= 1, "above 0, at most 1")
+expect(  # the set of dead features is brought up to date with the log: a run must continue from such a step
+    "CHECKPOINT_EVERY",
+    CHECKPOINT_EVERY,
+    CHECKPOINT_EVERY >= 1 and CHECKPOINT_EVERY % LOG_EVERY == 0,
+    f"a multiple of LOG_EVERY, {LOG_EVERY}",
+)
+expect("SEED", SEED, 0 <= SEED < 2**32, "0 to 2**32 - 1")
+expect("RUN_DIR", RUN_DIR, not os.path.isfile(RUN_DIR), "a folder")
+expect("MOMENTS_DTYPE", MOMENTS_DTYPE, MOMENTS_DTYPE in ("float32", "bfloat16"), "float32 or bfloat16")
+expect("EXPLAIN_TOKENS", EXPLAIN_TOKENS, EXPLAIN_TOKENS >= CONTEXT_LENGTH, "at least one row, CONTEXT_LENGTH")
+expect("EXPLAINER", EXPLAINER, EXPLAINER in (None, "openai", "mistral", "offline"), "openai, mistral or offline")
+expect("EXPLAINER", EXPLAINER, not (EXPLAINER == "mistral" and ON_STANDIN), "another, as the stand-in cannot explain")
+expect(
+    "SCORERS", SCORERS, set(SCORERS.split()) <= {"detection", "fuzzing", "simulation"}, "detection, fuzzing, simulation"
+)
+expect(
+    "MAX_DOLLARS",
+    MAX_DOLLARS,
+    MAX_DOLLARS is None or None not in (PROMPT_DOLLARS, COMPLETION_DOLLARS),
+    "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it",
+)
+expect("MAX_FAILED_SHARE", MAX_FAILED_SHARE, 0 <= MAX_FAILED_SHARE <= 1, "0 to 1")
+expect("TEXT", TEXT, TEXT is None or TEXT.strip(), "some text")
+expect("METHOD", METHOD, METHOD in ("clamp", "add", "ablate", "raw"), "clamp, add, ablate or raw")
+expect("POSITIONS", POSITIONS, POSITIONS in ("all", "generated"), "all or generated")
+expect(
+    "SWEEP_COEFFICIENTS",
+    SWEEP_COEFFICIENTS,
+    SWEEP_COEFFICIENTS
+    and all(type(value) in (int, float) and 0 < value < math.inf for value in SWEEP_COEFFICIENTS)
+    and list(SWEEP_COEFFICIENTS) == sorted(SWEEP_COEFFICIENTS),
+    "numbers above 0, from weak to strong",
+)
+expect("SWEEP", SWEEP, not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength")
+expect("SWEEP", SWEEP, not (SWEEP and not STEERING_ON), "False with STEERING_ON=False")
+expect("CHAT_CONTEXT", CHAT_CONTEXT, CHAT_CONTEXT > NEW_TOKENS, "above NEW_TOKENS")

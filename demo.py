@@ -1,53 +1,16 @@
 """Steer a Mistral with a feature: `python demo.py [NAME=value ...]`.
 
 Prints the model's own continuation of a prompt beside the steered one. SWEEP=1 prints a table over coefficients
-instead, CHAT=1 starts a conversation. Edit the constants below, or set them for one run: `python demo.py SEED=1`.
+instead, CHAT=1 starts a conversation. The constants are in config.py.
 """
 
 import config
-
-# ---- what to steer ----
-# Folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae, which train.py writes
-SAE_PATH: str | None = config.SAE_PATH
-# Where the autoencoder belongs, if its folder says something else, as in "blocks.16.hook_resid_post"
-HOOK_NAME: str | None = config.HOOK_NAME
-# A feature's number; words such as "exception", for the feature that matches them best; several features as {number:
-# coefficient}; or None for one that shows in steered text, of the explained ones if there are any
-FEATURE_INDEX: int | str | dict | None = None
-STEERING_ON: bool = True  # False: both columns are the model's own
-
-# ---- how ----
-METHOD: str = "clamp"  # "clamp", "add", "ablate" or "raw"
-# Its unit depends on the method. clamp: the feature is set to so many times its maximum seen in training; add: so many
-# times the residual's norm at each position is added along the feature's direction; raw: so many times the feature's
-# decoder row is added; ablate sets the feature to 0 whatever it is. Negative ones push away; None is as it is
-COEFFICIENT: float | None = 1.0
-POSITIONS: str = "all"  # "all": of the prompt (but its first) and of what is generated; "generated": the latter only
-EXACT: bool = False  # encode all features to know when TopK silences the steered one, at the price of its speed
-
-# ---- text ----
-PROMPT: str = 'def load(path):\n    """' if config.ON_STANDIN else "The thing that I wanted to tell you is that"
-MAX_TOKENS: int = 64  # generated, at most
-TEMPERATURE: float = 0.7  # 0 takes the likeliest token
-SEED: int = 0
-
-# ---- other things to do ----
-SWEEP: bool = False  # a table over coefficients
-# Multiples of COEFFICIENT's unit
-SWEEP_COEFFICIENTS: tuple | list = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
-SWEEP_SAMPLES: int = 8  # texts a coefficient
-CHAT: bool = False  # a conversation, with commands: /help lists them
-CHAT_CONTEXT: int = config.CONTEXT_LENGTH if config.ON_STANDIN else 8192  # tokens of it the model is given, at most
-
-import sys
-
-from mistral_sae import settings
+from mistral_sae import cli
 
 if __name__ == "__main__":
-    settings.begin("demo", config, sys.modules[__name__])  # before the imports below take their seconds
+    cli.start("demo", config)  # before the imports below take their seconds
 
 import ast
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -60,13 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mistral_sae import chat, examples, features, label_file, lm, screen, steering, sweep, text
-from mistral_sae.checkpoint import LoadedSAE, hash_of_sae
-from mistral_sae.evaluate import reconstruction
-from mistral_sae.files import SAEError
-from mistral_sae.label_file import Explained
-from mistral_sae.opening import open_both
-from mistral_sae.steering import SteeringError
+from mistral_sae.data import tokens as text
+from mistral_sae.explain import examples, label_file
+from mistral_sae.explain.label_file import Explained
+from mistral_sae.loading import open_both
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
+from mistral_sae.sae.evaluate import reconstruction
+from mistral_sae.steer import chat, features, steering, sweep
+from mistral_sae.steer import display as screen
+from mistral_sae.steer.steering import SteeringError
 
 SCAN_ROWS = 48  # rows of held-out text that are read to find features by their tokens
 MAXIMUM_TOKENS = 200_000  # that are read to measure features' maxima, for an autoencoder that comes without
@@ -89,21 +55,20 @@ Coefficients = dict[int, float | None]  # by feature, in METHOD's unit
 
 def main() -> None:
     """Load the autoencoder and the model, choose the feature; then a text, a table or a conversation."""
-    check_settings()
     loaded, model = open_both(
-        sae_path=SAE_PATH,
+        sae_path=config.SAE_PATH,
         run_dir=config.RUN_DIR,
-        hook_name=HOOK_NAME,
+        hook_name=config.HOOK_NAME,
         model_path=config.MISTRAL_MODEL_PATH,
         device=config.DEVICE,
         dtype=config.DTYPE,
     )
     subject = Subject(model, loaded, statistics_of(model, loaded), read_explanations(loaded))
-    coefficients = choose(subject, FEATURE_INDEX, COEFFICIENT)
-    in_unit_of(METHOD, coefficients, subject)  # what cannot be steered is said before anything is generated
-    if CHAT:
+    coefficients = choose(subject, config.FEATURE_INDEX, config.COEFFICIENT)
+    in_unit_of(config.METHOD, coefficients, subject)  # what cannot be steered is said before anything is generated
+    if config.CHAT:
         talk(subject, coefficients)
-    elif SWEEP:
+    elif config.SWEEP:
         show_sweep(subject, coefficients)
     else:
         show_texts(subject, coefficients)
@@ -116,20 +81,22 @@ def show_texts(subject: Subject, coefficients: Coefficients) -> None:
     """The model's own continuation beside the steered one, and what they are."""
     model, console = subject.model, Console(highlight=False)
     prompt_ids = encode_prompt(model)
-    steered = edit(subject, METHOD, coefficients, len(prompt_ids)) if STEERING_ON else nullcontext()
+    steered = edit(subject, config.METHOD, coefficients, len(prompt_ids)) if config.STEERING_ON else nullcontext()
     generated = {}
     for name, context in (("without steering", nullcontext()), ("with steering", steered)):
-        ids = model.generate(prompt_ids, MAX_TOKENS, TEMPERATURE, seed=SEED)
+        ids = model.generate(prompt_ids, config.NEW_TOKENS, config.TEMPERATURE, seed=config.SEED)
         with context:
-            generated[name] = list(tqdm(ids, name, MAX_TOKENS, unit=" tokens", delay=2, leave=False))
+            generated[name] = list(tqdm(ids, name, config.NEW_TOKENS, unit=" tokens", delay=2, leave=False))
     own = torch.tensor([prompt_ids + generated["without steering"]])
 
     print_fit(subject, own)
     print_features(subject, coefficients, own, console)
     screen.print_line(
-        console, "edit", describe(subject, METHOD, coefficients) if STEERING_ON else "none: STEERING_ON is False"
+        console,
+        "edit",
+        describe(subject, config.METHOD, coefficients) if config.STEERING_ON else "none: STEERING_ON is False",
     )
-    screen.print_line(console, "prompt", repr(PROMPT))
+    screen.print_line(console, "prompt", repr(config.PROMPT))
     print()
     marks = [read_back(subject, coefficients, prompt_ids, ids) for ids in generated.values()]
     screen.print_side_by_side(console, list(generated), marks)
@@ -189,22 +156,24 @@ def print_figures(
 def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
     """Texts over coefficients, and the same for a random direction and for other features, as controls."""
     model, loaded, console = subject.model, subject.loaded, Console(highlight=False)
-    prompt_ids, seeds = encode_prompt(model), range(SEED, SEED + SWEEP_SAMPLES)
+    prompt_ids, seeds = encode_prompt(model), range(config.SEED, config.SEED + config.SWEEP_SAMPLES)
     signs = {feature: c for feature, c in coefficients.items() if c}
     if not signs:
         raise SteeringError("found SWEEP with COEFFICIENT None or 0, which has no sign: expected 1 or -1")
     if len(signs) == 1:  # several keep their proportions
         signs = {feature: -1.0 if c < 0 else 1.0 for feature, c in signs.items()}
-    others = dict(zip(features.other_features(subject.statistics, SEED, signs), signs.values(), strict=False))
+    others = dict(zip(features.other_features(subject.statistics, config.SEED, signs), signs.values(), strict=False))
     rows_SD = loaded.sae.W_dec[list(signs)]
     measure = partial(sweep.measure, model, loaded, list(signs), prompt_ids)
-    texts = sweep.sample(model, prompt_ids, seeds, MAX_TOKENS, TEMPERATURE)
+    texts = sweep.sample(model, prompt_ids, seeds, config.NEW_TOKENS, config.TEMPERATURE)
     unsteered = sweep.pooled(measure(texts, nullcontext()))
-    screen.print_line(console, "edit", f"{METHOD}, COEFFICIENT as in the table, {SWEEP_SAMPLES} texts each")
-    screen.print_line(console, "prompt", repr(PROMPT))
+    screen.print_line(
+        console, "edit", f"{config.METHOD}, COEFFICIENT as in the table, {config.SWEEP_SAMPLES} texts each"
+    )
+    screen.print_line(console, "prompt", repr(config.PROMPT))
     tables = [
         (f"feature {', '.join(map(str, signs))}", signs, None),
-        ("control: random direction, the same size of edit", signs, sweep.random_directions(rows_SD, SEED)),
+        ("control: random direction, the same size of edit", signs, sweep.random_directions(rows_SD, config.SEED)),
     ]
     if others:
         tables.append((f"control: at random, feature {', '.join(map(str, others))}", others, None))
@@ -212,13 +181,13 @@ def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
 
         def edit_of(scales_B: torch.Tensor, of=of, directions_SD=directions_SD) -> AbstractContextManager:
             scaled = {feature: c * scales_B for feature, c in of.items()}
-            return edit(subject, METHOD, scaled, len(prompt_ids), directions_SD)
+            return edit(subject, config.METHOD, scaled, len(prompt_ids), directions_SD)
 
         found = sweep.sweep(
-            model, loaded, list(signs), edit_of, SWEEP_COEFFICIENTS, unsteered,
-            prompt_ids=prompt_ids, seeds=seeds, max_tokens=MAX_TOKENS, temperature=TEMPERATURE,
+            model, loaded, list(signs), edit_of, config.SWEEP_COEFFICIENTS, unsteered,
+            prompt_ids=prompt_ids, seeds=seeds, max_tokens=config.NEW_TOKENS, temperature=config.TEMPERATURE,
         )  # fmt: skip
-        found = list(tqdm(found, title, len(SWEEP_COEFFICIENTS), unit=" coefficients", leave=False, delay=1))
+        found = list(tqdm(found, title, len(config.SWEEP_COEFFICIENTS), unit=" coefficients", leave=False, delay=1))
         print()
         console.print(sweep_table(subject, title, texts[0], unsteered, found))
     print(
@@ -260,7 +229,7 @@ def talk(subject: Subject, coefficients: Coefficients) -> None:
     is_instruct = not config.ON_STANDIN and chat.has_chat_format(subject.model)
     if not is_instruct:
         print("this is no instruct model: it continues what you write")
-    current = chat.Steering(coefficients, METHOD, on=STEERING_ON)
+    current = chat.Steering(coefficients, config.METHOD, on=config.STEERING_ON)
     print("/help lists the commands, Ctrl-C stops a reply, /quit or Ctrl-D ends")
 
     def describe_all(wanted: chat.Steering) -> str:
@@ -274,10 +243,10 @@ def talk(subject: Subject, coefficients: Coefficients) -> None:
         find=lambda words, coefficient: choose(subject, words, coefficient),
         describe=describe_all,
         is_instruct=is_instruct,
-        context=CHAT_CONTEXT,
-        max_tokens=MAX_TOKENS,
-        temperature=TEMPERATURE,
-        seed=SEED,
+        context=config.CHAT_CONTEXT,
+        max_tokens=config.NEW_TOKENS,
+        temperature=config.TEMPERATURE,
+        seed=config.SEED,
         transcript=Path(config.RUN_DIR) / "chat.jsonl",
     )
 
@@ -298,8 +267,8 @@ def edit(
         subject.loaded,
         in_unit_of(method, coefficients, subject),
         method,
-        first_position=prompt_length if POSITIONS == "generated" else 1,
-        exact=EXACT,
+        first_position=prompt_length if config.POSITIONS == "generated" else 1,
+        exact=config.EXACT,
         directions_SD=directions_SD,
     )
 
@@ -315,7 +284,7 @@ def in_unit_of(method: str, coefficients: Coefficients, subject: Subject) -> Coe
 def describe(subject: Subject, method: str, coefficients: Coefficients) -> str:
     """The edit in words, with its unit."""
     in_unit = in_unit_of(method, coefficients, subject)
-    where = "; on generated tokens only" if POSITIONS == "generated" else ""
+    where = "; on generated tokens only" if config.POSITIONS == "generated" else ""
     parts = []
     for feature, c in coefficients.items():
         if c is None:
@@ -376,7 +345,9 @@ def most_visible(subject: Subject) -> int:
     if not among:
         raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
     prompt_ids = encode_prompt(subject.model)
-    found = features.most_visible(subject.model, subject.loaded, subject.statistics, among, prompt_ids, TEMPERATURE)
+    found = features.most_visible(
+        subject.model, subject.loaded, subject.statistics, among, prompt_ids, config.TEMPERATURE
+    )
     print(f"of the {kind}, some that fire most in text steered with them: on so many more of a hundred tokens")
     print_found(found[:LISTED], found[0])
     return found[0].feature
@@ -472,7 +443,7 @@ def held_out_rows(model: lm.LanguageModel) -> torch.Tensor:
 
 def encode_prompt(model: lm.LanguageModel) -> list[int]:
     """The prompt's token ids, BOS first."""
-    return [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
+    return [model.tokenizer.bos_id, *model.tokenizer.encode(config.PROMPT)]
 
 
 def print_fit(subject: Subject, own: torch.Tensor) -> None:
@@ -488,27 +459,8 @@ def print_fit(subject: Subject, own: torch.Tensor) -> None:
         )
 
 
-def check_settings() -> None:
-    """Raise SettingsError for constants that no run can use, before anything is loaded."""
-    for name, good, expected in [
-        ("METHOD", METHOD in steering.METHODS, "clamp, add, ablate or raw"),
-        ("POSITIONS", POSITIONS in ("all", "generated"), "all or generated"),
-        ("MAX_TOKENS", MAX_TOKENS >= 1, "at least 1"),
-        ("TEMPERATURE", 0 <= TEMPERATURE < math.inf, "0 or more"),
-        ("SEED", 0 <= SEED < 2**32, "0 to 2**32 - 1"),
-        ("SWEEP_SAMPLES", SWEEP_SAMPLES >= 1, "at least 1"),
-        ("SWEEP_COEFFICIENTS", settings.are_rising(SWEEP_COEFFICIENTS), "numbers above 0, from weak to strong"),
-        ("SWEEP", not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength"),
-        ("SWEEP", not (SWEEP and not STEERING_ON), "False with STEERING_ON=False"),
-        ("CHAT_CONTEXT", CHAT_CONTEXT > MAX_TOKENS, "above MAX_TOKENS"),
-    ]:
-        if not good:
-            raise settings.SettingsError(f"{name} is {globals()[name]!r}: expected {expected}")
-
-
 if __name__ == "__main__":
-    settings.run(
+    cli.run(
         main,
-        bad_input=(settings.SettingsError, SteeringError, lm.ModelError, text.TextError, SAEError),
-        out_of_memory="MAX_TOKENS, SWEEP_SAMPLES or CHAT_CONTEXT",
+        out_of_memory="NEW_TOKENS, SWEEP_SAMPLES or CHAT_CONTEXT",
     )

@@ -6,10 +6,10 @@ RUN_DIR/report.html. The constants are in config.py. No reply that a run has rec
 """
 
 import config
-from mistral_sae import settings
+from mistral_sae import cli
 
 if __name__ == "__main__":
-    settings.begin("explain", config)  # the first line, before the imports below take their seconds
+    cli.start("explain", config)  # the first line, before the imports below take their seconds
 
 import asyncio
 import gc
@@ -26,17 +26,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_sae import examples, label_file, labelling, lm, offline, prompts, report, selection, text
-from mistral_sae.checkpoint import LoadedSAE
-from mistral_sae.client import Client, ClientError, DryRun, check_address, keys_of
-from mistral_sae.collect import Collection, Settings, collect, encode
-from mistral_sae.files import SAEError
-from mistral_sae.geometry import decoder_geometry
-from mistral_sae.journal import Journal, JournalError, locked
-from mistral_sae.local_completer import LocalCompleter
-from mistral_sae.opening import open_both, where_it_is
-from mistral_sae.records import Completer, Label
-from mistral_sae.throttle import FREE, Prices
+from mistral_sae.data import tokens as text
+from mistral_sae.explain import examples, label_file, offline, prompts, report, selection
+from mistral_sae.explain import pipeline as labelling
+from mistral_sae.explain.client import Client, DryRun, check_address, keys_of
+from mistral_sae.explain.collect import Collection, Settings, collect, encode
+from mistral_sae.explain.journal import Journal, locked
+from mistral_sae.explain.local_completer import LocalCompleter
+from mistral_sae.explain.throttle import FREE, Prices
+from mistral_sae.explain.types import Completer, Label
+from mistral_sae.loading import open_both, where_it_is
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae.checkpoint import LoadedSAE
+from mistral_sae.sae.geometry import decoder_geometry
 
 SHOWN_FEATURES = 10  # of a token of TEXT
 FEW_DOCUMENTS = 30  # below which a feature has hardly ten examples to explain it from
@@ -45,7 +47,9 @@ FEW_DOCUMENTS = 30  # below which a feature has hardly ten examples to explain i
 def main() -> None:
     """Load, collect, explain, score, report."""
     run_dir = Path(config.RUN_DIR)
-    check_settings()
+    if explainer() == "openai":
+        cli.expect("OPENAI_MODEL", config.OPENAI_MODEL, config.OPENAI_MODEL, "the server's name for its model")
+        check_address(config.OPENAI_BASE_URL, config.OPENAI_API_KEY)
     selected = selection.parse(config.SELECT)
     where_it_is(config.SAE_PATH, config.RUN_DIR)  # or a mistaken RUN_DIR would be made
     if config.TEXT is not None:
@@ -72,7 +76,7 @@ def main() -> None:
         report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), every)
     print_results(labels, len(every), run_dir)
     if broken:
-        raise settings.Failed(f"the run was not finished: {broken}")
+        raise cli.Failed(f"the run was not finished: {broken}")
 
 
 def opened() -> tuple[LoadedSAE, lm.LanguageModel]:
@@ -87,44 +91,7 @@ def opened() -> tuple[LoadedSAE, lm.LanguageModel]:
     )
 
 
-# ---- settings ----
-
-
-def check_settings() -> None:
-    """Raise SettingsError for constants that no run can use, before anything is loaded."""
-    for name, good, expected in [
-        ("EXPLAINER", explainer() in ("openai", "mistral", "offline"), "openai, mistral or offline"),
-        ("EXPLAINER", not (explainer() == "mistral" and config.ON_STANDIN), "another, as the stand-in cannot explain"),
-        ("OPENAI_MODEL", explainer() != "openai" or config.OPENAI_MODEL, "the server's name for its model"),
-        ("SCORERS", set(scorers()) <= set(labelling.METHODS), f"any of {', '.join(labelling.METHODS)}"),
-        ("EXPLAIN_TOKENS", config.EXPLAIN_TOKENS >= config.CONTEXT_LENGTH, "at least one row, CONTEXT_LENGTH"),
-        ("CONTEXT_LENGTH", config.CONTEXT_LENGTH >= 3, "at least 3"),
-        *(
-            (name, getattr(config, name) >= 1, "at least 1")
-            for name in ("EXPLAIN_STRIDE", "EXAMPLES_PER_INTERVAL", "CONCURRENCY", "MAX_REPLY_TOKENS")
-        ),
-        *((name, getattr(config, name) >= 0, "0 or more") for name in ("TOKENS_BEFORE", "TOKENS_AFTER", "SEED")),
-        *((name, getattr(config, name) > 0, "above 0") for name in ("REQUEST_TIMEOUT", "REQUEST_DEADLINE")),
-        *(
-            (name, getattr(config, name) is None or getattr(config, name) >= 0, "0 or more, or None")
-            for name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS")
-        ),
-        (
-            "MAX_DOLLARS",
-            config.MAX_DOLLARS is None or prices_are_known(),
-            "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it",
-        ),
-        *(
-            (name, getattr(config, name) is None or getattr(config, name) > 0, "above 0, or None")
-            for name in ("MAX_DOLLARS", "MAX_TOKENS")
-        ),
-        ("MAX_FAILED_SHARE", 0 <= config.MAX_FAILED_SHARE <= 1, "0 to 1"),
-        ("TEXT", config.TEXT is None or config.TEXT.strip(), "some text"),
-    ]:
-        if not good:
-            raise settings.SettingsError(f"{name} is {getattr(config, name)!r}: expected {expected}")
-    if explainer() == "openai":
-        check_address(config.OPENAI_BASE_URL, config.OPENAI_API_KEY)
+# ---- who explains ----
 
 
 def explainer() -> str:
@@ -279,7 +246,7 @@ def estimate(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir:
     use = dry.usage
     is_too_much = bool(who == "openai" and use.done) and (
         spent[0] + use.dollars > (config.MAX_DOLLARS or math.inf)
-        or spent[1] + use.prompt_tokens + use.completion_tokens > (config.MAX_TOKENS or math.inf)
+        or spent[1] + use.prompt_tokens + use.completion_tokens > (config.MAX_API_TOKENS or math.inf)
     )
     known = f", and {use.known:,} that are answered already" if use.known else ""
     dollars = cost(use.dollars, f", without retries at most ${dry.most_dollars:,.2f},") if who == "openai" else ""
@@ -305,7 +272,7 @@ async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> tuple[d
             sampling=config.SAMPLING,
             prices=prices(),
             max_dollars=config.MAX_DOLLARS,
-            max_tokens=config.MAX_TOKENS,
+            max_tokens=config.MAX_API_TOKENS,
             concurrency=config.CONCURRENCY,
             timeout=config.REQUEST_TIMEOUT,
             deadline=config.REQUEST_DEADLINE,
@@ -460,7 +427,7 @@ def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> Non
     if len(failed) > config.MAX_FAILED_SHARE * len(labels):
         asked = (status for label in failed for score in label.scores.values() for status, _ in score.requests)
         unanswered = "failed" in {*asked, *(label.status for label in failed)}
-        raise settings.Failed(
+        raise cli.Failed(
             f"{len(failed):,} of {len(labels):,} features have no label or no score, more than MAX_FAILED_SHARE, "
             f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why"
             + ("; start again to ask anew what got no answer" if unanswered else "")
@@ -473,8 +440,7 @@ def figure(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    settings.run(
+    cli.run(
         main,
-        bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError, ClientError, JournalError),
         out_of_memory="ROWS_PER_FORWARD, EXAMPLES_PER_INTERVAL or TOKENS_BEFORE",
     )

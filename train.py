@@ -5,10 +5,10 @@ constants are in config.py. A run that was stopped continues where it was when i
 """
 
 import config
-from mistral_sae import settings
+from mistral_sae import cli
 
 if __name__ == "__main__":
-    settings.begin("train", config)  # the first line, before the imports below take their seconds
+    cli.start("train", config)  # the first line, before the imports below take their seconds
 
 import gc
 import json
@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_sae import lm, memory, text
-from mistral_sae.activations import residuals_of, shuffled_batches
-from mistral_sae.checkpoint import Metadata, save_sae
-from mistral_sae.evaluate import Ablated, ablated, cross_entropy, reconstruction
-from mistral_sae.files import SAEError, append_line, load_state, save_state, write_text
-from mistral_sae.plots import plot_training
-from mistral_sae.sae import SparseAutoencoder
-from mistral_sae.trainer import Trainer
+from mistral_sae.data import tokens as text
+from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.explain.plots import plot_training
+from mistral_sae.files import append_line, load_state, save_state, write_text
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae import memory
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.checkpoint import Metadata, save_sae
+from mistral_sae.sae.evaluate import Ablated, ablated, cross_entropy, reconstruction
+from mistral_sae.sae.trainer import Trainer
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
 # What a continued run must share with its checkpoint
@@ -145,11 +147,11 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, config.WARM_UP_STEPS), (steps - step) / (config.DECAY_FRACTION * steps))
 
 
-def exploded(step: int, normalized_mse: float, run_dir: Path) -> settings.Failed:
+def exploded(step: int, normalized_mse: float, run_dir: Path) -> cli.Failed:
     """The end of a run whose loss is no number, or far above that of predicting the mean."""
     last = run_dir / "checkpoint.safetensors"
     kept = f"the last good checkpoint is kept in {last}" if last.exists() else "there was no checkpoint yet"
-    return settings.Failed(
+    return cli.Failed(
         f"the normalized MSE is {normalized_mse:.3g} at step {step:,}, expected below {EXPLODED:g}; {kept}; "
         "start it again with a lower LEARNING_RATE, and it goes on from there"
     )
@@ -159,13 +161,15 @@ def exploded(step: int, normalized_mse: float, run_dir: Path) -> settings.Failed
 
 
 def make_plan() -> int | None:
-    """Print what the run will do and need; raises SettingsError if it cannot.
+    """Print what the run will do and need; raises UserError if it cannot.
 
     Returns the last layer to load: None, all of the model, where there is room for it beside the run.
     """
     spec = lm.inspect(config.MISTRAL_MODEL_PATH or lm.STANDIN)
     device, dtype = lm.device_and_dtype(config.DEVICE, config.DTYPE)
-    check_settings(spec)
+    last = spec.n_layers - 1
+    cli.expect("TARGET_LAYER", config.TARGET_LAYER, config.TARGET_LAYER <= last, f"0 to {last}, of {spec.name}")
+    print(f"model     {spec.n_layers} layers, width {spec.d_model}, {spec.parameters() / 1e6:,.1f}M parameters")
     for last_layer in (None, config.TARGET_LAYER):
         plan = memory.memory_plan(
             spec,
@@ -190,51 +194,11 @@ def make_plan() -> int | None:
     print(f"features  {config.D_HIDDEN:,}, of which {config.K} are active on a token")
     print(f"memory    on {device}, by part\n{plan}")
     if not plan.fits:
-        raise settings.SettingsError(
+        raise cli.UserError(
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
             "set MOMENTS_DTYPE=bfloat16, or use another DEVICE"
         )
     return last_layer
-
-
-def check_settings(spec: lm.ModelSpec) -> None:
-    """Raise SettingsError for constants that no run can use, before anything is loaded."""
-    row, last = config.CONTEXT_LENGTH - 1, spec.n_layers - 1
-    counts = [
-        "SHUFFLE_ROWS",
-        "ROWS_PER_FORWARD",
-        "DEAD_AFTER_TOKENS",
-        "EVALUATION_ROWS",
-        "EVALUATION_STRIDE",
-        "LOG_EVERY",
-    ]
-    for name, good, expected in [
-        *((name, getattr(config, name) >= 1, "at least 1") for name in counts),
-        ("TARGET_LAYER", 0 <= config.TARGET_LAYER <= last, f"0 to {last}, the layers of {spec.name}"),
-        ("CONTEXT_LENGTH", row >= 2, "at least 3, since one residual has no variance"),
-        ("BATCH_SIZE", config.BATCH_SIZE >= 2, "at least 2, since one residual has no variance"),
-        ("K", 1 <= config.K <= config.D_HIDDEN, f"1 to D_HIDDEN, {config.D_HIDDEN}"),
-        ("TRAIN_TOKENS", config.TRAIN_TOKENS >= config.BATCH_SIZE, f"at least one batch, {config.BATCH_SIZE}"),
-        ("BUFFER_TOKENS", row <= config.BUFFER_TOKENS, f"at least one row, {row}"),
-        ("HELD_OUT_FRACTION", 0 < config.HELD_OUT_FRACTION < 1, "between 0 and 1"),
-        ("DECAY_FRACTION", 0 < config.DECAY_FRACTION <= 1, "above 0, at most 1"),
-        ("LEARNING_RATE", config.LEARNING_RATE > 0, "above 0"),
-        ("WARM_UP_STEPS", config.WARM_UP_STEPS >= 0, "0 or more"),
-        ("K_AUX", config.K_AUX >= 0, "0 or more"),
-        ("AUXK_COEFFICIENT", config.AUXK_COEFFICIENT >= 0, "0 or more"),
-        ("MAX_GRADIENT_NORM", config.MAX_GRADIENT_NORM > 0, "above 0"),
-        # The set of dead features is brought up to date with the log: a run must continue from such a step
-        (
-            "CHECKPOINT_EVERY",
-            config.CHECKPOINT_EVERY >= 1 and config.CHECKPOINT_EVERY % max(1, config.LOG_EVERY) == 0,
-            f"a multiple of LOG_EVERY, {config.LOG_EVERY}",
-        ),
-        ("SEED", 0 <= config.SEED < 2**32, "0 to 2**32 - 1"),
-        ("RUN_DIR", not Path(config.RUN_DIR).is_file(), "a folder"),
-        ("MOMENTS_DTYPE", config.MOMENTS_DTYPE in ("float32", "bfloat16"), "float32 or bfloat16"),
-    ]:
-        if not good:
-            raise settings.SettingsError(f"{name} is {getattr(config, name)}: expected {expected}")
 
 
 def n_steps() -> int:
@@ -330,7 +294,7 @@ def print_results(evaluation: dict[str, float], run_dir: Path) -> None:
 
 
 def start_or_resume(model: lm.LanguageModel, run_dir: Path) -> tuple[Trainer, list[dict]]:
-    """A new trainer and an empty log, or those of the checkpoint; SettingsError if that is of another run."""
+    """A new trainer and an empty log, or those of the checkpoint; UserError if that is of another run."""
     trainer = Trainer(
         model.d_model,
         config.D_HIDDEN,
@@ -353,7 +317,7 @@ def start_or_resume(model: lm.LanguageModel, run_dir: Path) -> tuple[Trainer, li
             if there.get(name) != value
         ]
         if changed:
-            raise settings.SettingsError(
+            raise cli.UserError(
                 f"{run_dir} holds a run with another {', '.join(changed)}: choose another RUN_DIR, "
                 "or RESUME=False to train anew in this one"
             )
@@ -389,8 +353,7 @@ def shaping_settings() -> dict:
 
 
 if __name__ == "__main__":
-    settings.run(
+    cli.run(
         main,
-        bad_input=(settings.SettingsError, lm.ModelError, text.TextError, SAEError),
         out_of_memory="BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",
     )

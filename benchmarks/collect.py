@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu import DEVICE, MISTRAL_7B, SMOKE_MISTRAL, random_model, wall
 from benchmarks.machine import save
 from benchmarks.steering_speed import EXPANSION, QUARTER, K, random_autoencoder
-from mistral_sae import lm as models
-from mistral_sae import text
-from mistral_sae.collect import Collector, Settings, encode
-from mistral_sae.sae import SparseAutoencoder
+from mistral_sae.data import tokens as text
+from mistral_sae.explain.collect import Collector, Settings, encode
+from mistral_sae.model import language_model as models
+from mistral_sae.sae.autoencoder import SparseAutoencoder
 
 THREADS = 2
 T, DOCUMENT, VOCABULARY = 256, 500, 32_768

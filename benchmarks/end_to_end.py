@@ -37,11 +37,13 @@ from safetensors.torch import load_file, save_file
 import config
 import train
 from benchmarks.machine import save
-from mistral_sae import lm, settings, text
-from mistral_sae.activations import residuals_of, shuffled_batches
-from mistral_sae.checkpoint import load_sae
-from mistral_sae.evaluate import reconstruction
-from mistral_sae.sae import SparseAutoencoder
+from mistral_sae import cli
+from mistral_sae.data import tokens as text
+from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.checkpoint import load_sae
+from mistral_sae.sae.evaluate import reconstruction
 from tools.weights import to_hf
 
 STEPS = 400
@@ -280,7 +282,7 @@ def main() -> None:
     """Export, run in turns, print, save."""
     assert config.ON_STANDIN, "unset MISTRAL_MODEL_PATH: this is a comparison on the stand-in"
     smoke = "--smoke" in sys.argv
-    settings.override(SMOKE + SETTINGS[:2] if smoke else SETTINGS, config)
+    cli.override(SMOKE + SETTINGS[:2] if smoke else SETTINGS, config)
     warnings.simplefilter("ignore")
     if not smoke:
         torch.set_num_threads(THREADS)

@@ -31,11 +31,14 @@ import torch
 import config
 from benchmarks.machine import save
 from benchmarks.stages import STEP, STEP_STAGES, Stages
-from mistral_sae import backends, memory, settings, text
-from mistral_sae.activations import residuals_of, shuffled_batches
-from mistral_sae.lm import LanguageModel, ModelSpec
-from mistral_sae.model_files import MISTRAL_INFERENCE, ModelFolder, shapes_of_params
-from mistral_sae.trainer import Trainer
+from mistral_sae import cli
+from mistral_sae.data import tokens as text
+from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.model import backends
+from mistral_sae.model.folder import MISTRAL_INFERENCE, ModelFolder, shapes_of_params
+from mistral_sae.model.language_model import LanguageModel, ModelSpec
+from mistral_sae.sae import memory
+from mistral_sae.sae.trainer import Trainer
 
 MISTRAL_7B = {  # params.json of v0.3
     "dim": 4096,
@@ -318,7 +321,7 @@ def main() -> None:
         print("benchmarks.gpu: found no CUDA GPU, nothing is measured (--smoke runs it in tiny sizes)")
         return
     warnings.simplefilter("ignore")
-    settings.override([RANDOM, *(SMOKE if smoke else [])], config)
+    cli.override([RANDOM, *(SMOKE if smoke else [])], config)
     params = SMOKE_MISTRAL if smoke else MISTRAL_7B
     d_model, batches = params["dim"], (config.BATCH_SIZE, 2 * config.BATCH_SIZE) if smoke else BATCHES
     print(f"D={d_model}, F={config.D_HIDDEN}, K={config.K}, layer {config.TARGET_LAYER}, on {DEVICE.type}")

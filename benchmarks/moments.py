@@ -10,8 +10,8 @@ import torch
 import config
 from benchmarks.machine import save
 from benchmarks.quality import BATCH, DEAD_AFTER, DECAY, LAYER, LEARNING_RATE, STEPS, WARM_UP, F, K, residual_batches
-from mistral_sae import lm
-from mistral_sae.trainer import Trainer
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae.trainer import Trainer
 
 EVERY = 25  # steps a point of the curve
 

@@ -19,8 +19,10 @@ import config
 import train
 from benchmarks.machine import save
 from benchmarks.stages import REST, STEP, STEP_STAGES, Part, Stages
-from mistral_sae import activations, settings, text
-from mistral_sae.trainer import Trainer
+from mistral_sae import cli
+from mistral_sae.data import activations
+from mistral_sae.data import tokens as text
+from mistral_sae.sae.trainer import Trainer
 
 SMOKE = ["TRAIN_TOKENS=10240", "BUFFER_TOKENS=4096", "D_HIDDEN=1024", "DEVICE=cpu"]
 SMOKE += ["EVALUATION_ROWS=4", "EVALUATIONS=2"]
@@ -128,7 +130,7 @@ def main() -> None:
     """Profile, print, save."""
     assert config.ON_STANDIN, "unset MISTRAL_MODEL_PATH: the profile is of a run on the stand-in"
     smoke = sys.argv[1:] == ["--smoke"]
-    settings.override(SMOKE if smoke else [], config)
+    cli.override(SMOKE if smoke else [], config)
     found = profile()
     print(f"\n{table(found)}")
     if not smoke:

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 import config
 from benchmarks.machine import save
-from mistral_sae import lm, text
-from mistral_sae.activations import residuals_of, shuffled_batches
-from mistral_sae.evaluate import reconstruction
-from mistral_sae.sae import SparseAutoencoder
-from mistral_sae.trainer import Trainer
+from mistral_sae.data import tokens as text
+from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.evaluate import reconstruction
+from mistral_sae.sae.trainer import Trainer
 
 LAYER, F, K, BATCH, STEPS = config.TARGET_LAYER, 4096, 32, 1024, 500
 WARM_UP, DECAY = 50, 100  # steps

@@ -20,10 +20,10 @@ from unittest.mock import patch
 
 import torch
 
-from mistral_sae import kernels
-from mistral_sae.optimizer import SAEAdam
-from mistral_sae.sae import SparseAutoencoder
-from mistral_sae.trainer import Trainer
+from mistral_sae.sae import kernels
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.optimizer import SAEAdam
+from mistral_sae.sae.trainer import Trainer
 
 REST = "everything else"
 

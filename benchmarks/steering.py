@@ -31,9 +31,11 @@ from tqdm import tqdm
 import config
 import train
 from benchmarks.machine import save
-from mistral_sae import features, lm, settings, sweep
-from mistral_sae.checkpoint import LoadedSAE, load_sae
-from mistral_sae.steering import steer
+from mistral_sae import cli
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae.checkpoint import LoadedSAE, load_sae
+from mistral_sae.steer import features, sweep
+from mistral_sae.steer.steering import steer
 
 FEATURES = 24
 RAREST, MOST_FREQUENT = 1e-4, 1e-2  # share of tokens a feature fires on
@@ -165,7 +167,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Choose, mark, measure."""
     warnings.simplefilter("ignore")
-    settings.override(sys.argv[1:], config)
+    cli.override(sys.argv[1:], config)
     sae_path = Path(config.RUN_DIR) / "sae"
     if not sae_path.exists():
         train.main()

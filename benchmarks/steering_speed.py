@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.gpu import MISTRAL_7B, SMOKE_MISTRAL, random_model, wall
 from benchmarks.machine import save
-from mistral_sae.checkpoint import LoadedSAE, Metadata
-from mistral_sae.lm import LanguageModel
-from mistral_sae.sae import SparseAutoencoder
-from mistral_sae.steering import steer
+from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
+from mistral_sae.steer.steering import steer
 
 EXPANSION, K = 32, 128  # features over the model's width, active features
 PROMPT, CHUNK = 32, 16  # tokens

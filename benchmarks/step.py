@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.machine import save
-from mistral_sae.trainer import Trainer
+from mistral_sae.sae.trainer import Trainer
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU; this is the path it takes without one
 THREADS = 2

@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mistral_sae.cli import UserError
+
 STATE_KEY = "mistral_sae_state"  # the entry of a state file's header that holds its metadata
 
 
-class SAEError(ValueError):
+class SAEError(UserError):
     """A checkpoint that cannot be used. One line: what was found, what was expected, what to do."""
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import config
-from mistral_sae.lm import STANDIN
-from mistral_sae.model_files import shapes_of_params
-from mistral_sae.settings import override
+from mistral_sae.cli import override
+from mistral_sae.model.folder import shapes_of_params
+from mistral_sae.model.language_model import STANDIN
 from tools.weights import to_hf
 
 KINDS = ("gqa", "sliding_window", "moe")

@@ -22,8 +22,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
+from mistral_sae.data.tokens import is_held_out, stdlib_documents
 from mistral_sae.files import write_atomically
-from mistral_sae.text import is_held_out, stdlib_documents
 from tools.weights import from_hf
 
 FOLDER = Path(__file__).parent.parent / "mistral_sae" / "standin"

@@ -1,0 +1,198 @@
+"""What the three scripts share with the shell: NAME=value arguments, progress, one-line errors and exit codes."""
+
+import ast
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
+
+class UserError(ValueError):
+    """A mistake of the user's, in one line: what was found, what was expected, what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class Failed(UserError):
+    """A run that could not end well, for a reason that is said in one line. Exit code 1."""
+
+    exit_code = 1
+
+
+# ---- constants ----
+
+
+def expect(name: str, value: Any, good: Any, expected: str) -> None:
+    """Raise UserError that names a constant, its value and what was expected, unless `good`."""
+    if not good:
+        raise UserError(f"{name} is {value!r}: expected {expected}")
+
+
+def override(arguments: list[str], config: ModuleType) -> None:
+    """Set constants of a module from NAME=value arguments.
+
+    The constants are the annotated names that the module assigns at its top level. The module runs again with the
+    given values in their places, so what is computed from a constant follows it, and so do the checks at its foot.
+
+    Raises UserError for an argument that is no NAME=value, an unknown name, a value (given, or in the file) that is
+    not of the annotated type, and whatever the module's own checks raise.
+    """
+    given = dict(_split(argument) for argument in arguments)
+    tree = ast.parse(inspect.getsource(config))
+    kinds: dict[str, tuple[type, ...]] = {}
+
+    def value_of(name: str, default: Callable[[], Any]) -> Any:
+        if name in given:
+            return _parsed(name, given[name], kinds[name])
+        try:
+            return _typed(name, default(), kinds[name])
+        except ArithmeticError as error:
+            raise UserError(f"{name} cannot be computed with {' '.join(given)}: {error}") from None
+
+    no_arguments = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+    for statement in tree.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            name = statement.target.id
+            kind = eval(ast.unparse(statement.annotation), vars(config))
+            kinds[name] = (kind,) if isinstance(kind, type) else kind.__args__
+            default = ast.Lambda(no_arguments, statement.value)
+            statement.value = ast.Call(ast.Name("_value_of", ast.Load()), [ast.Constant(name), default], [])
+    for name in given:
+        if name not in kinds:
+            (close,) = difflib.get_close_matches(name.upper(), sorted(kinds), n=1, cutoff=0.0)
+            raise UserError(f"there is no constant {name}: the closest is {close} (all are in config.py)")
+    vars(config)["_value_of"] = value_of
+    try:
+        exec(compile(ast.fix_missing_locations(tree), str(config.__file__), "exec"), vars(config))
+    finally:
+        del vars(config)["_value_of"]
+
+
+def _split(argument: str) -> tuple[str, str]:
+    name, equals, value = argument.partition("=")
+    if not equals:
+        raise UserError(f"expected NAME=value, as in SEED=1: found {argument!r}")
+    return name.strip(), value
+
+
+def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:
+    """What an argument says, as one of the constant's types; a string needs no quotes."""
+    if text == "" and type(None) in kinds:  # as after a misspelt shell variable: a budget must not get lost
+        raise UserError(f"{name} is empty: give it a value, or {name}=None")
+    if bool in kinds and text in ("true", "false"):
+        return text == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
+        value = text
+    try:
+        return _typed(name, value, kinds)
+    except UserError:
+        if str in kinds:
+            return text
+        raise _of_another_type(name, text, kinds) from None
+
+
+def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    """A value as one of the constant's types: 1 may stand for 1.0 or True, and 1e6 for a million."""
+    if type(value) in kinds:
+        return value
+    if bool in kinds and type(value) is int and value in (0, 1):
+        return bool(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if int in kinds and type(value) is float and value.is_integer():
+        return int(value)
+    raise _of_another_type(name, value, kinds)
+
+
+def _of_another_type(name: str, found: Any, kinds: tuple[type, ...]) -> UserError:
+    expected = " or ".join("nothing (None)" if kind is type(None) else kind.__name__ for kind in kinds)
+    return UserError(f"{name} must be of type {expected}: found {found!r}")
+
+
+# ---- a script's beginning and end ----
+
+
+def start(script: str, config: ModuleType) -> None:
+    """Set the constants from the command line and print a script's first line, before torch is imported.
+
+    From here on lines appear as they are printed, in a pipe too, and Ctrl-C ends the script with one line.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads of OpenMP sleep sooner: spinning slows the others
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+    sys.excepthook = _report
+    try:
+        override(sys.argv[1:], config)
+    except UserError as error:
+        fail(error, error.exit_code)
+    standin = "the bundled stand-in, a tiny Mistral that has read nothing but Python (not Mistral 7B)"
+    print(f"{script}: {config.MISTRAL_MODEL_PATH or standin}")
+
+
+def run(main: Callable[[], None], out_of_memory: str) -> None:
+    """Run a script's `main`; mistakes of the user's and failures end it with one line and an exit code.
+
+    `out_of_memory` says which constants to lower where the device's memory does not suffice.
+    """
+    import torch  # as main's modules have
+
+    try:
+        main()
+    except UserError as error:
+        fail(error, error.exit_code)
+    except torch.OutOfMemoryError:
+        fail(f"the device is out of memory: lower {out_of_memory}", 1)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(error, 1)
+
+
+def fail(error: Exception | str, code: int) -> NoReturn:
+    """Print one line and exit."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Say of Ctrl-C, which may strike during imports too, one line; of other exceptions what Python says."""
+    if issubclass(kind, KeyboardInterrupt):
+        fail("stopped", 1)
+    sys.__excepthook__(kind, error, traceback)
+
+
+# ---- progress ----
+
+
+class Progress(tqdm):
+    """A tqdm bar; without a terminal, a line every QUIET_SECONDS. Rate and time left are the run's mean."""
+
+    def __init__(self, *args: Any, **options: Any):
+        options.setdefault("smoothing", 0)
+        options.setdefault("dynamic_ncols", True)
+        options.setdefault("delay", 1)  # what is done within a second needs no bar
+        if not sys.stderr.isatty():
+            options |= {"file": _Lines(), "mininterval": QUIET_SECONDS, "delay": QUIET_SECONDS, "ncols": 100}
+        super().__init__(*args, **options)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
+        """Set what stands behind the bar, shown with the next update."""
+        super().set_postfix_str(s, refresh)
+
+
+class _Lines:
+    """The standard error stream for tqdm, whose carriage returns become lines."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Nothing waits."""

@@ -1,0 +1,1 @@
+"""What activates each feature, what it means in words, and how well the words hold."""

@@ -1,0 +1,248 @@
+"""What a model's folder holds: layout, sizes, tensors. Reads headers only, imports nothing heavy."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mistral_sae.cli import UserError
+
+MISTRAL_INFERENCE = "mistral-inference"
+TRANSFORMERS = "transformers"
+
+_REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
+# rope_theta, sliding_window and moe shape the model; the rest says nothing about its layers
+_KNOWN = {
+    *_REQUIRED,
+    "rope_theta",
+    "sliding_window",
+    "_sliding_window",
+    "moe",
+    "model_type",
+    "vision_encoder",
+} | {
+    "max_batch_size",
+    "max_seq_len",
+    "max_position_embeddings",
+}
+_MODEL_TYPES = ("mistral", "mixtral")  # of a Hugging Face config.json
+
+
+class ModelError(UserError):
+    """A model that cannot be used as asked. One line: what was found, what was expected, what to do."""
+
+
+class ModelSpec(NamedTuple):
+    """A model's sizes, known before any weight is read."""
+
+    name: str
+    backend: str  # "mistral-inference" or "transformers"
+    d_model: int
+    n_layers: int
+    vocab_size: int
+    embedding_parameters: int
+    layer_parameters: tuple[int, ...]  # of each layer
+    head_parameters: int  # final norm and output matrix
+    context_length: int | None = None  # positions that the model was made for, if its folder says so
+
+    def parameters(self, last_layer: int | None = None) -> int:
+        """Number of parameters of the embedding and layers 0..last_layer, or of the whole model."""
+        if last_layer is None:
+            return self.embedding_parameters + sum(self.layer_parameters) + self.head_parameters
+        return self.embedding_parameters + sum(self.layer_parameters[: last_layer + 1])
+
+
+class ModelFolder(NamedTuple):
+    """A folder whose layout is known."""
+
+    path: Path
+    spec: ModelSpec
+    config: dict[str, Any]  # params.json or config.json
+    tensors: dict[str, tuple[Path, tuple[int, ...]]]  # name -> file, shape
+
+
+def inspect(path: str | Path) -> ModelSpec:
+    """Sizes of the model in a folder, from its configuration and the headers of its safetensors files.
+
+    Raises ModelError if the folder holds no usable model.
+    """
+    folder = open_folder(path)
+    if folder.spec.backend == MISTRAL_INFERENCE:
+        check_tensors(folder, None)
+    return folder.spec
+
+
+def open_folder(path: str | Path) -> ModelFolder:
+    """Find out what a folder holds; of both layouts, mistral-inference's wins. Raises ModelError."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a folder: expected a mistral-inference or a Hugging Face model folder")
+    consolidated = sorted({*path.glob("consolidated.safetensors"), *path.glob("consolidated[-.]*.safetensors")})
+    sharded = sorted(path.glob("model*.safetensors"))
+    has_params, has_config = (path / "params.json").is_file(), (path / "config.json").is_file()
+    if has_params and consolidated:
+        config, files, read = _read_json(path / "params.json"), consolidated, _sizes_of_params
+    elif has_config and sharded:
+        config, files, read = _read_json(path / "config.json"), sharded, _sizes_of_config
+    elif not has_params and not has_config:
+        raise ModelError(
+            f"{path} holds no model: expected params.json and consolidated.safetensors (mistral-inference) "
+            "or config.json and model.safetensors (Hugging Face)"
+        )
+    else:
+        pickled = sorted({*path.glob("*.pth"), *path.glob("*.bin"), *path.glob("*.pt")})
+        found = f"only {pickled[0].name}, which is pickled and never read here" if pickled else "no weights"
+        wanted = "consolidated.safetensors" if has_params else "model.safetensors"
+        raise ModelError(f"{path} holds {found}: expected {wanted}; download or convert the weights as safetensors")
+    tensors = {}
+    for file in files:
+        tensors |= {name: (file, shape) for name, shape in _read_header(file).items()}
+    backend, d_model, n_layers, vocab_size = read(path, config)
+
+    counts = {"embedding": 0, "head": 0} | dict.fromkeys(range(n_layers), 0)
+    for name, (_, shape) in tensors.items():
+        part = _part(name)
+        if part in counts:
+            counts[part] += _product(shape)
+    if not counts["embedding"]:
+        raise ModelError(f"{path} has no token embedding in its weights: expected a whole {backend} model")
+    spec = ModelSpec(
+        _name(path),
+        backend,
+        d_model,
+        n_layers,
+        vocab_size,
+        counts["embedding"],
+        tuple(counts[layer] for layer in range(n_layers)),
+        counts["head"],
+        config.get("max_position_embeddings"),
+    )
+    return ModelFolder(path, spec, config, tensors)
+
+
+def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of mistral-inference's tensors: embedding and layers 0..last_layer, or all."""
+    D, hidden = params["dim"], params["hidden_dim"]
+    q, kv = params["n_heads"] * params["head_dim"], params["n_kv_heads"] * params["head_dim"]
+    layer = {
+        "attention_norm": (D,),
+        "attention.wq": (q, D),
+        "attention.wk": (kv, D),
+        "attention.wv": (kv, D),
+        "attention.wo": (D, q),
+        "ffn_norm": (D,),
+    }
+    feed_forward = {"w1": (hidden, D), "w2": (D, hidden), "w3": (hidden, D)}
+    if moe := params.get("moe"):
+        layer["feed_forward.gate"] = (moe["num_experts"], D)
+        for expert in range(moe["num_experts"]):
+            layer |= {f"feed_forward.experts.{expert}.{w}": shape for w, shape in feed_forward.items()}
+    else:
+        layer |= {f"feed_forward.{w}": shape for w, shape in feed_forward.items()}
+    shapes = {"tok_embeddings.weight": (params["vocab_size"], D)}
+    if last_layer is None:
+        shapes |= {"norm.weight": (D,), "output.weight": (params["vocab_size"], D)}
+    count = params["n_layers"] if last_layer is None else last_layer + 1
+    return shapes | {f"layers.{i}.{name}.weight": shape for i in range(count) for name, shape in layer.items()}
+
+
+def check_tensors(folder: ModelFolder, last_layer: int | None) -> list[str]:
+    """Names of the tensors of `shapes_of_params`. Raises ModelError if one is missing or misshapen."""
+    shapes = shapes_of_params(folder.config, last_layer)
+    for name, shape in shapes.items():
+        if name not in folder.tensors:
+            raise ModelError(f"{folder.path} has no tensor {name}: expected one of shape {shape}; get the whole model")
+        found = folder.tensors[name][1]
+        if found != shape:
+            raise ModelError(
+                f"{name} in {folder.path} has shape {found}: expected {shape} by params.json, which "
+                "belongs to another model or was edited"
+            )
+    return list(shapes)
+
+
+def _sizes_of_params(path: Path, params: dict[str, Any]) -> tuple[str, int, int, int]:
+    model_type = params.get("model_type", "transformer")
+    if model_type != "transformer":
+        raise ModelError(f"{path}/params.json is of a {model_type} model: expected a Mistral or Mixtral transformer")
+    missing = [name for name in _REQUIRED if name not in params]
+    if missing:
+        raise ModelError(f"{path}/params.json has no {', '.join(missing)}: expected mistral-inference's params.json")
+    # A setting that is not understood here would change the residuals without a word
+    unknown = sorted(name for name, value in params.items() if name not in _KNOWN and value)
+    if unknown:
+        raise ModelError(
+            f"{path}/params.json sets {', '.join(unknown)}: expected a model that mistral-inference 1.6 can "
+            "run; use a Hugging Face copy of the model or another model"
+        )
+    return MISTRAL_INFERENCE, params["dim"], params["n_layers"], params["vocab_size"]
+
+
+def _sizes_of_config(path: Path, config: dict[str, Any]) -> tuple[str, int, int, int]:
+    model_type = config.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise ModelError(f"{path}/config.json is of model type {model_type!r}: expected {' or '.join(_MODEL_TYPES)}")
+    try:
+        return TRANSFORMERS, config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    except KeyError as error:
+        raise ModelError(f"{path}/config.json has no {error}: expected a Mistral or Mixtral configuration") from None
+
+
+def _part(name: str) -> str | int | None:
+    """The part of the text model to which a tensor of either layout belongs, None for other tensors."""
+    words = name.removeprefix("model.").split(".")
+    if words[0] == "layers":
+        return int(words[1])
+    return {
+        "tok_embeddings": "embedding",
+        "embed_tokens": "embedding",
+        "norm": "head",
+        "output": "head",
+        "lm_head": "head",
+    }.get(words[0])
+
+
+def _name(path: Path) -> str:
+    """The folder's name, or owner/model for a snapshot in the cache of the Hugging Face Hub."""
+    path = path.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}): expected the model's configuration") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object: expected the model's configuration")
+    return content
+
+
+def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file: 8 bytes of header length, the header as JSON, the data."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            if length > size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(
+            f"{path} is not a safetensors file ({error}): expected the model's weights; download it again"
+        ) from None
+    if size < 8 + length + end:
+        raise ModelError(f"{path} has {size} bytes: expected {8 + length + end}; it was cut short, download it again")
+    return shapes

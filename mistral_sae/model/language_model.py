@@ -1,0 +1,256 @@
+"""A frozen Mistral and its tokenizer, from a mistral-inference or a Hugging Face folder.
+
+    lm = load("path/to/model", last_layer=16)
+    x_BTD = lm.residuals(tokens_BT, layer=16)
+
+Importing this module, and `inspect`, need no torch, so that a script can say what it will do before it loads
+anything.
+
+Shapes: B rows, T positions, D model width, V vocabulary. Rows have equal length and never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistral_sae.model.folder import (
+    MISTRAL_INFERENCE,
+    ModelError,
+    ModelFolder,
+    ModelSpec,
+    inspect,
+    open_folder,
+)
+from mistral_sae.model.hooks import read_residual
+from mistral_sae.model.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "inspect", "load"]
+
+STANDIN = Path(__file__).parent.parent / "standin"  # the bundled model
+UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
+
+
+@dataclass
+class Cache:
+    """Keys and values of the positions seen so far."""
+
+    state: Any  # of the backend
+    rows: int
+    max_length: int
+    length: int = 0  # positions seen
+
+
+class LanguageModel:
+    """A Mistral in evaluation mode, without gradients; `load` makes one.
+
+    Attributes:
+        name: the folder's name.
+        tokenizer: the model's own.
+        d_model, n_layers, vocab_size: sizes of the whole model.
+        context_length: positions that it was made for; None if its folder does not say so.
+        last_layer: the last layer that was loaded, or None if all of the model was.
+        device, dtype: of the weights and the residuals.
+        span: (B, T, start) of the forward in progress, start being the position in the rows of its first
+        token.
+    """
+
+    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, backend: Any, last_layer: int | None, device, dtype):
+        self.name, self.d_model, self.n_layers = spec.name, spec.d_model, spec.n_layers
+        self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
+        self.tokenizer = tokenizer
+        self.last_layer = last_layer
+        self.device: torch.device = device
+        self.dtype: torch.dtype = dtype
+        self.span = (0, 0, 0)
+        self._backend = backend
+
+    def block(self, layer: int) -> nn.Module:
+        """The module whose output is blocks.{layer}.hook_resid_post; ModelError if it is not loaded."""
+        _check_layer(layer, self.name, self.n_layers)
+        if layer >= len(self._backend.blocks):
+            raise ModelError(
+                f"found layer {layer}: expected 0 to {self.last_layer}, as {self.name} was loaded with "
+                f"last_layer={self.last_layer}; load more of it"
+            )
+        return self._backend.blocks[layer]
+
+    def forward(self, tokens_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Logits (B, T, V) in float32, of token ids on any device. Raises ModelError.
+
+        With a cache the tokens follow those that the cache has seen. Ids are checked against the vocabulary
+        where that costs no wait for the GPU, that is if they come from the CPU.
+        """
+        import torch
+
+        hidden_BTD = self._run(tokens_BT, cache)
+        self._check_whole()
+        with torch.no_grad():
+            return self._backend.head(hidden_BTD).float()
+
+    def unembed(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) in float32 of vectors as if each were the residual after the last layer: the logit lens.
+
+        Through the final norm and the output matrix, so the vectors' lengths play no part. With rows of a decoder it
+        says which tokens a feature promotes and suppresses, as far as it acts on the output directly (nostalgebraist
+        2020, "interpreting GPT: the logit lens"). Computed in float32 whatever the model's dtype: bfloat16 has ties
+        among the strongest ten. Raises ModelError unless the whole model is loaded.
+        """
+        import torch
+
+        self._check_whole()
+        with torch.no_grad():
+            x_ND = self._backend.norm(x_ND.to(self.device, torch.float32))
+            parts = self._backend.head.weight.split(UNEMBEDDED)
+            return torch.cat([x_ND @ part_VD.float().T for part_VD in parts], dim=1)
+
+    def _check_whole(self) -> None:
+        if self._backend.head is None:
+            raise ModelError(
+                f"{self.name} was loaded with last_layer={self.last_layer}: logits need the whole model; "
+                "load it without last_layer"
+            )
+
+    def residuals(self, tokens_BT: torch.Tensor, layer: int) -> torch.Tensor:
+        """The residual stream after `layer`, (B, T, D) in the model's dtype; later layers do not run."""
+        with read_residual(self, layer) as residual:
+            self._run(tokens_BT, None)
+        return residual.value
+
+    def generate(
+        self,
+        prompt_ids: list[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        use_cache: bool = True,
+    ) -> Iterator[int]:
+        """Token ids that continue a prompt (which has its BOS), up to `max_tokens` or the EOS, not included.
+
+        Temperature 0 takes the likeliest token. Otherwise tokens are drawn from the smallest set that holds
+        `top_p` of the probability, the same ones for the same seed. Hooks must be in place while the iterator
+        is consumed. Raises ModelError for an empty prompt, a negative temperature or a top_p outside (0, 1].
+        """
+        import torch
+
+        if not prompt_ids:
+            raise ModelError("found an empty prompt: expected at least the BOS token")
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ModelError(f"found temperature {temperature} and top_p {top_p}: expected >= 0 and in (0, 1]")
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on all devices
+        cache = self.new_cache(1, len(prompt_ids) + max_tokens) if use_cache else None
+        ids, seen = list(prompt_ids), 0
+        for _ in range(max_tokens):
+            logits_V = self.forward(torch.tensor([ids[seen:]]), cache)[0, -1].cpu()
+            seen = len(ids) if use_cache else 0
+            next_id = choose_token(logits_V, temperature, top_p, generator)
+            if next_id == self.tokenizer.eos_id:
+                return
+            ids.append(next_id)
+            yield next_id
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty KV cache for rows of up to `max_length` positions."""
+        return Cache(self._backend.new_cache(batch_size, max_length), batch_size, max_length)
+
+    def _run(self, tokens_BT: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Hidden states (B, T, D) after the last loaded layer; every forward comes through here."""
+        import torch
+
+        if tokens_BT.ndim != 2 or not tokens_BT.numel():
+            raise ModelError(f"found tokens of shape {tuple(tokens_BT.shape)}: expected (rows, positions)")
+        if tokens_BT.device.type == "cpu":
+            lowest, highest = tokens_BT.min().item(), tokens_BT.max().item()
+            wrong = lowest if lowest < 0 else highest
+            if not 0 <= wrong < self.vocab_size:
+                raise ModelError(
+                    f"found token id {wrong}: expected 0 to {self.vocab_size - 1}, the "
+                    f"vocabulary of {self.name}; use the model's own tokenizer"
+                )
+        B, T = tokens_BT.shape
+        start = 0 if cache is None else cache.length
+        if cache is not None and (cache.rows != B or start + T > cache.max_length):
+            raise ModelError(
+                f"found {B} rows up to position {start + T}: expected {cache.rows} rows of at most "
+                f"{cache.max_length}, for which the cache was made"
+            )
+        self.span = (B, T, start)
+        with torch.no_grad():
+            hidden_BTD = self._backend.run(tokens_BT.to(self.device, non_blocking=True), start, cache and cache.state)
+        if cache is not None:
+            cache.length += T
+        return hidden_BTD
+
+
+def load(
+    path: str | Path | None, *, last_layer: int | None = None, device: Any = None, dtype: Any = None
+) -> LanguageModel:
+    """Load a model and its tokenizer; None is the bundled stand-in.
+
+    With `last_layer` only the embedding and layers 0..last_layer are read from the files, which is what
+    training needs. `device` is by default CUDA if there is one, else the CPU; `dtype` (a torch dtype or its
+    name) bfloat16 on CUDA, else float32. Raises ModelError.
+    """
+    folder = open_folder(STANDIN if path is None else path)
+    spec = folder.spec
+    if last_layer is not None:
+        _check_layer(last_layer, spec.name, spec.n_layers)
+    tokenizer = load_tokenizer(folder)
+    device, dtype = device_and_dtype(device, dtype)
+    backend = _backend(folder, last_layer, device, dtype)
+    return LanguageModel(spec, tokenizer, backend, last_layer, device, dtype)
+
+
+def _backend(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Any:
+    from mistral_sae.model import backends
+
+    kind = backends.MistralInference if folder.spec.backend == MISTRAL_INFERENCE else backends.Transformers
+    return kind(folder, last_layer, device, dtype)
+
+
+def device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
+    """The torch device and dtype to use, found where they are None (see `load`). Raises ModelError."""
+    import torch
+
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ModelError(f"found device {device!r}: expected cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"found device {str(device)!r}: expected cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"found no CUDA device for {str(device)!r}: use cpu, or a PyTorch built for your GPU's driver")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # as tensors name it that are there
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(f"found dtype {dtype!r}: expected float32, bfloat16 or float16")
+    return device, dtype
+
+
+def _check_layer(layer: int, name: str, n_layers: int) -> None:
+    if not 0 <= layer < n_layers:
+        raise ModelError(f"found layer {layer}: expected 0 to {n_layers - 1}, as {name} has {n_layers} layers")
+
+
+def choose_token(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """The next token's id, by temperature and nucleus (Holtzman et al. 2020)."""
+    import torch
+
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V, ids_V = torch.softmax(logits_V / temperature, dim=-1).sort(descending=True)
+    before_V = probabilities_V.cumsum(0) - probabilities_V  # a token stays if those before it do not yet make top_p
+    probabilities_V = torch.where(before_V < top_p, probabilities_V, 0.0)
+    probabilities_V[0] = probabilities_V[0].clamp_min(torch.finfo(torch.float32).tiny)
+    return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])

@@ -1,0 +1,182 @@
+"""A model's own tokenizer, through mistral-common or transformers. Text in, token ids out, and back."""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from mistral_sae.model.folder import TRANSFORMERS, ModelError, ModelFolder
+
+
+class Tokenizer(ABC):
+    """What both kinds of tokenizer have; `load_tokenizer` makes one.
+
+    A sentencepiece tokenizer (tokenizer.model.*, or the Hugging Face form of one) puts one space before a
+    text, so that the first piece's bytes begin with a space the text does not have; `decode` takes it away
+    again.
+    """
+
+    bos_id: int
+    eos_id: int
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids without BOS and EOS; what looks like a special token is encoded as the text it is."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token, which join to the text's; a special token's name. Raises ModelError."""
+        if not 0 <= id < self.vocab_size:
+            raise ModelError(f"found token id {id}: expected 0 to {self.vocab_size - 1}, the tokenizer's vocabulary")
+        return self._token_bytes(id)
+
+    def strings(self, ids: list[int]) -> list[str]:
+        """The text of each token, which join to the text of all; special tokens by their names.
+
+        A character whose bytes are spread over several tokens belongs to the last of them, the others are empty;
+        bytes that are not UTF-8 become U+FFFD.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        texts = [decoder.decode(self.token_bytes(id)) for id in ids]
+        if ids:
+            texts[-1] += decoder.decode(b"", final=True)
+        return texts
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids, BOS included, of {"role", "content"} messages in the model's own chat format.
+
+        Raises ModelError if the tokenizer has none or refuses the messages.
+        """
+        try:
+            return self._chat(messages)
+        except Exception as error:  # each library has its own kinds, jinja2's and pydantic's among them
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"the chat format of this tokenizer does not take these messages: {reason}") from error
+
+    @abstractmethod
+    def _token_bytes(self, id: int) -> bytes: ...
+
+    @abstractmethod
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]: ...
+
+
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """The tokenizer in a model's folder. Raises ModelError if there is none or it cannot be read."""
+    path = folder.path
+    mistral = [
+        path / "tekken.json",
+        *sorted(path.glob("tokenizer.model.v*"), reverse=True),
+        path / "tokenizer.model",
+    ]
+    mistral = [file for file in mistral if file.is_file()]
+    try:
+        if folder.spec.backend == TRANSFORMERS and (path / "tokenizer.json").is_file():
+            return _transformers_tokenizer(path)
+        if mistral:
+            from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+            return _MistralCommon(MistralTokenizer.from_file(str(mistral[0])))
+    except Exception as error:  # json, sentencepiece and tokenizers each raise their own
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the tokenizer in {path} cannot be read ({reason}): get the model's tokenizer again"
+        ) from error
+    wanted = "tokenizer.json" if folder.spec.backend == TRANSFORMERS else "tekken.json or tokenizer.model.v3"
+    raise ModelError(f"{path} has no tokenizer: expected {wanted} beside the weights")
+
+
+class _MistralCommon(Tokenizer):
+    def __init__(self, tokenizer: Any):
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        self._instruct = tokenizer
+        self._base = tokenizer.instruct_tokenizer.tokenizer
+        self._is_tekken = isinstance(self._base, Tekkenizer)
+        self._drop, self._keep = SpecialTokenPolicy.IGNORE, SpecialTokenPolicy.KEEP
+        self.bos_id, self.eos_id, self.vocab_size = self._base.bos_id, self._base.eos_id, self._base.n_words
+
+    def encode(self, text: str) -> list[int]:
+        return self._base.encode(text, bos=False, eos=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._base.decode(ids, special_token_policy=self._drop)
+
+    def _token_bytes(self, id: int) -> bytes:
+        if self._is_tekken:
+            return self._base.id_to_byte_piece(id, self._keep)
+        piece = self._base.id_to_piece(id)
+        return piece.encode() if self._base.is_special(id) else _sentencepiece_bytes(piece)
+
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+        return self._instruct.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+
+
+class _Transformers(Tokenizer):
+    def __init__(self, tokenizer: Any):
+        self._hf = tokenizer
+        self.bos_id, self.eos_id, self.vocab_size = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            len(tokenizer),
+        )
+        if self.bos_id is None or self.eos_id is None:
+            raise ValueError("it names no BOS or no EOS token")
+        added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
+        self._names = {id: tokenizer.convert_ids_to_tokens(id) for id in tokenizer.all_special_ids} | added
+        self._bytes_of: dict[str, int] | None = None
+        if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+            self._bytes_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._hf(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _token_bytes(self, id: int) -> bytes:
+        if id in self._names:
+            return self._names[id].encode()
+        piece = self._hf.convert_ids_to_tokens(id)
+        if self._bytes_of is None:
+            return _sentencepiece_bytes(piece)
+        return bytes(self._bytes_of[character] for character in piece)
+
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self._hf.chat_template:
+            raise ValueError("it has no chat template; use an instruct model")
+        return self._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def _transformers_tokenizer(path: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it advises at load on settings that play no part in encoding
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    finally:
+        logger.setLevel(level)
+    if type(tokenizer).__name__ == "MistralCommonBackend":  # transformers' own wrapper; this one needs what is inside
+        return _MistralCommon(tokenizer.tokenizer)
+    return _Transformers(tokenizer)
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    """A byte piece like <0x0A>, or text with U+2581 for spaces."""
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes([int(match[1], 16)])
+    return piece.replace("\u2581", " ").encode()

@@ -1,0 +1,109 @@
+"""What is kept of earlier labels, and what lines of explanations.jsonl say."""
+
+import json
+
+import pytest
+
+from mistral_sae.explain import label_file
+from mistral_sae.explain.label_file import Explained, beside_earlier, from_json, read_explanations, to_json
+from mistral_sae.explain.types import Judgement, Label, Score
+from mistral_sae.files import SAEError
+
+SCORE = Score(0.8, 0.7, 0.9, 0.5, None, 9, 1, recall=(0.5, None, 1.0, 1.0), r2=0.1, requests=(("ok", 3), ("failed", 1)))
+SCORED = Label(
+    3, "x", "m", "ok", {"detection": SCORE, "fuzzing": SCORE}, (Judgement("detection", "hard", 2, False, None),), "why"
+)
+
+
+@pytest.mark.parametrize("label", [SCORED, Label(7, "", "m", "dead", {}, (), "never\u2028fired")])
+def test_a_label_reads_back_from_its_line(label):
+    line = to_json(label)
+    assert "\n" not in line
+    assert line.isascii()
+    assert from_json(line) == label
+    assert {"feature", "explanation", "explainer", "scores", "status"} <= set(json.loads(line))
+
+
+@pytest.mark.parametrize("line", ["", "{}", "[1]", '{"feature": 1', '{"scores": {"detection": 3}}', "null"])
+def test_a_line_that_is_no_label_is_said_so(line):
+    with pytest.raises(ValueError, match="expected a label"):
+        from_json(line)
+
+
+def test_scores_without_a_value_are_null_in_json():
+    label = Label(1, "x", "m", "ok", {"fuzzing": Score(None, None, None, None, None, 0, 3)}, ())
+    assert json.loads(to_json(label))["scores"]["fuzzing"]["value"] is None
+    assert from_json(to_json(label)) == label
+
+
+def ok(feature, explainer="m", text="new"):
+    return Label(feature, text, explainer, "ok", {}, ())
+
+
+def failed(feature):
+    return Label(feature, "", "m", "failed", {}, (), "down")
+
+
+def test_labels_stand_beside_earlier_ones_and_an_answer_is_not_replaced_by_none(tmp_path):
+    path = tmp_path / "explanations.jsonl"
+    label_file.write(path, [ok(1, text="old"), ok(2, text="old"), failed(5), ok(9, text="old")])
+    labels = {2: failed(2), 4: ok(4), 5: ok(5), 9: ok(9)}
+    found, aside = beside_earlier(path, labels, [4, 5, 9], of_other_examples=False)
+    assert list(found.values()) == [ok(1, text="old"), ok(2, text="old"), ok(4), ok(5), ok(9)]
+    assert aside is None
+    assert path.exists()
+
+
+def test_scores_by_other_scorers_stay_where_the_explanation_is_the_same(tmp_path):
+    path, unanswered = tmp_path / "explanations.jsonl", SCORE._replace(value=None, answered=0)
+    label_file.write(path, [SCORED])
+    again = SCORED._replace(scores={"fuzzing": unanswered, "simulation": SCORE}, judgements=())
+    found, _ = beside_earlier(path, {3: again}, [3], of_other_examples=False)
+    assert found[3] == SCORED._replace(scores={"fuzzing": SCORE, "simulation": SCORE, "detection": SCORE})
+    other = again._replace(explanation="another")
+    assert beside_earlier(path, {3: other}, [3], of_other_examples=False)[0] == {3: other}
+
+
+@pytest.mark.parametrize(("explainer", "of_other_examples"), [("another", False), ("m", True)])
+def test_what_another_explainer_or_other_examples_made_is_set_aside_and_never_overwritten(
+    tmp_path, explainer, of_other_examples
+):
+    path = tmp_path / "explanations.jsonl"
+    for number in (1, 2):
+        label_file.write(path, [ok(1, explainer), ok(2, explainer)])
+        before = path.read_bytes()
+        found, aside = beside_earlier(path, {1: ok(1)}, [1], of_other_examples=of_other_examples)
+        assert aside == tmp_path / f"explanations-{number}.jsonl"
+        assert aside.read_bytes() == before
+        assert found == ({1: ok(1)} if of_other_examples else {1: ok(1), 2: ok(2, explainer)})
+
+
+def test_a_file_that_holds_something_else_is_set_aside_and_named_by_who_only_reads_it(tmp_path):
+    path = tmp_path / "explanations.jsonl"
+    assert beside_earlier(path, {1: ok(1)}, [1], of_other_examples=True) == ({1: ok(1)}, None)
+    path.write_text("nonsense\n")
+    with pytest.raises(SAEError, match="expected a label"):
+        label_file.read(path)
+    _, aside = beside_earlier(path, {1: ok(1)}, [1], of_other_examples=False)
+    assert aside.read_text() == "nonsense\n"
+
+
+def line(feature, explanation, status="ok", scores=None):
+    record = {"feature": feature, "explanation": explanation, "explainer": "offline", "status": status}
+    return json.dumps(record | {"scores": scores or {}})
+
+
+def test_explanations_are_read_the_last_of_a_feature_counts_and_failures_do_not(tmp_path):
+    path = tmp_path / "explanations.jsonl"
+    assert read_explanations(path) == {}
+    lines = [line(3, "old"), line(4, "", "no pattern"), line(3, "new", scores={"detection": {"value": 0.8}})]
+    path.write_text("\n".join(lines) + '\n{"feature": 5, "expl')  # in the writing
+    assert read_explanations(path) == {3: Explained("new", "offline", 0.8)}
+
+
+def test_a_damaged_line_of_explanations_is_named(tmp_path):
+    path = tmp_path / "explanations.jsonl"
+    path.write_text("\n".join([line(3, "one"), "{nonsense", line(4, "two")]))
+    with pytest.raises(SAEError, match="line 2") as error:
+        read_explanations(path)
+    assert "\n" not in str(error.value)

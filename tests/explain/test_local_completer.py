@@ -1,0 +1,176 @@
+import asyncio
+import threading
+import time
+
+import pytest
+from synthetic_features import make_feature, on
+from torch import nn
+
+from mistral_sae.explain.journal import Journal
+from mistral_sae.explain.local_completer import LocalCompleter
+from mistral_sae.explain.prompts import explain_request
+from mistral_sae.explain.types import Request
+from mistral_sae.model.language_model import ModelError, load
+
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "x = 1"}]
+
+
+class Tokenizer:
+    """Characters as tokens; a chat is its texts, and has a system role if `system`."""
+
+    def __init__(self, system=True):
+        self.system, self.seen = system, []
+
+    def chat(self, messages):
+        self.seen.append(messages)
+        if messages[0]["role"] == "system" and not self.system:
+            raise ModelError("no system role")
+        return [ord(character) for message in messages for character in message["content"]]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class Model:
+    """Says `reply`, one character at a time."""
+
+    def __init__(self, reply, pause=0.0, **tokenizer):
+        self.reply, self.pause, self.tokenizer = reply, pause, Tokenizer(**tokenizer)
+        self.name, self.n_layers, self.context_length = "fake", 2, None
+        self.last = nn.Linear(2, 2)
+        self.running, self.most, self.said = 0, 0, 0
+        self.threads = set()
+
+    def block(self, layer):
+        assert layer == 1
+        return self.last
+
+    def generate(self, ids, max_tokens):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.threads.add(threading.current_thread())
+        try:
+            for character in self.reply[:max_tokens]:
+                time.sleep(self.pause)
+                self.said += 1
+                yield ord(character)
+        finally:
+            self.running -= 1
+
+
+@pytest.fixture
+def journal(tmp_path):
+    with Journal(tmp_path / "completions.jsonl") as journal:
+        yield journal
+
+
+def complete(completer, request=None):
+    return asyncio.run(completer.complete(request or Request(MESSAGES, None, 20)))
+
+
+def test_a_reply_that_ends_is_ok(journal):
+    assert complete(LocalCompleter(Model("fine"), journal)) == ("ok", "fine", len("be briefx = 1"), 4)
+    assert complete(LocalCompleter(Model("a" * 20), journal)) == ("ok", "a" * 20, len("be briefx = 1"), 20)
+
+
+def test_a_reply_that_does_not_end_in_time_is_truncated(journal):
+    assert complete(LocalCompleter(Model("a" * 21), journal)) == ("truncated", "a" * 20, 13, 20)
+    assert complete(LocalCompleter(Model("a" * 21), journal, context_length=15)) == ("truncated", "aa", 13, 2)
+
+
+def test_a_prompt_that_leaves_no_room_is_an_overflow_and_is_not_run(journal):
+    model = Model("fine")
+    completion = complete(LocalCompleter(model, journal, context_length=13))
+    assert (completion.status, completion.prompt_tokens) == ("overflow", 13)
+    assert "13 of 13 tokens" in completion.text
+    assert model.said == 0
+
+
+def test_the_system_message_is_folded_where_the_format_has_no_role_for_it(journal):
+    model = Model("fine", system=False)
+    completer = LocalCompleter(model, journal)
+    assert complete(completer).status == "ok"
+    assert model.tokenizer.seen[-1] == [{"role": "user", "content": "be brief\n\nx = 1"}]
+
+
+def test_what_was_answered_is_not_generated_again(tmp_path):
+    model = Model("fine")
+    for _ in range(2):  # two runs
+        with Journal(tmp_path / "completions.jsonl") as journal:
+            completer = LocalCompleter(model, journal)
+            assert complete(completer) == complete(completer) == ("ok", "fine", 13, 4)
+    assert model.said == 4
+    nn.init.zeros_(model.last.weight)  # another model
+    with Journal(tmp_path / "completions.jsonl") as journal:
+        assert complete(LocalCompleter(model, journal)).text == "fine"
+    assert model.said == 8
+
+
+def test_the_context_is_what_the_model_was_made_for(journal):
+    model = Model("fine")
+    model.context_length = 13
+    assert complete(LocalCompleter(model, journal)).status == "overflow"
+
+
+def test_requests_run_one_at_a_time_beside_the_event_loop(journal):
+    model = Model("abc", pause=0.01)
+    completer = LocalCompleter(model, journal)
+
+    async def work():
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.001)
+                ticks += 1
+
+        ticker = asyncio.create_task(tick())
+        found = await asyncio.gather(*(completer.complete(Request(MESSAGES, None, 20 + i)) for i in range(4)))
+        ticker.cancel()
+        return found, ticks
+
+    found, ticks = asyncio.run(work())
+    assert [completion.text for completion in found] == ["abc"] * 4
+    assert model.said == 12
+    assert model.most == 1
+    assert threading.main_thread() not in model.threads
+    assert ticks > 10
+
+
+def test_a_reply_that_nobody_waits_for_is_not_finished(journal):
+    model = Model("a" * 1000, pause=0.005)
+
+    async def work():
+        task = asyncio.create_task(LocalCompleter(model, journal).complete(Request(MESSAGES, None, 1000)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(work())
+    assert model.said < 200
+
+
+@pytest.mark.parametrize("kind", ["mistral_folder", "hugging_face_folder"])
+def test_a_model_of_either_kind_completes_the_chat_that_its_tokenizer_makes(kind, request, journal):
+    lm = load(request.getfixturevalue(kind), device="cpu")
+    asked = Request(MESSAGES, None, 5)
+    completion = complete(LocalCompleter(lm, journal), asked)
+    assert completion.status in ("ok", "truncated")
+    assert completion.completion_tokens <= 5
+    with Journal(journal.path.with_name("another.jsonl")) as empty:
+        assert completion == complete(LocalCompleter(lm, empty), asked)
+    prompt = explain_request(make_feature(0, on(" self")))
+    assert complete(LocalCompleter(lm, journal, context_length=300), prompt).status == "overflow"
+
+
+def test_a_tokenizer_without_a_chat_format_ends_the_run(mistral_folder, monkeypatch, journal):
+    lm = load(mistral_folder, device="cpu")
+
+    def refuse(messages):
+        raise ModelError("it has no chat format")
+
+    monkeypatch.setattr(lm.tokenizer, "chat", refuse)
+    with pytest.raises(ModelError, match="no chat format"):
+        complete(LocalCompleter(lm, journal))

@@ -1,0 +1,295 @@
+import random
+import time
+
+import numpy as np
+import pytest
+from synthetic_features import WORDS, make_feature, on
+
+from mistral_sae.explain import offline, patterns
+from mistral_sae.explain.patterns import ANY, Rule
+from mistral_sae.explain.types import Example
+
+
+def fires_on_self_after_parenthesis(tokens, i):
+    return 4.0 if tokens[i] == " self" and i > 0 and tokens[i - 1] == "(" else 0.0
+
+
+def fires_in_comments(tokens, i):
+    line = "".join(tokens[:i]).rsplit("\n", 1)[-1]
+    return 2.0 + i % 3 if "#" in line else 0.0
+
+
+def fires_before_items(tokens, i):
+    return 3.0 if i + 1 < len(tokens) and tokens[i + 1] == "items" else 0.0
+
+
+def passage(text_tokens, start=20):
+    return Example("d", start, tuple(text_tokens), (0.0,) * len(text_tokens))
+
+
+def names(places, kind):
+    return [[value for k, value in place.contexts if k == kind] for place in places]
+
+
+# What can be said of a token
+
+
+def test_contexts_say_where_a_token_stands():
+    tokens = ["\n", "def", " area", "_of", "(self", "):", " #", " why", "\n", "    ", '"', "a", "'b", '"', " c"]
+    places = patterns.places(passage(tokens))
+    assert all(place.contexts[0] == place.targets[0] == ANY for place in places)
+    assert names(places, "after")[4] == ["_of", "area_of"]
+    assert names(places, "continuing")[3:5] == [["area"], []]
+    assert names(places, "line")[2:5] == [["def"]] * 3
+    assert [i for i, starting in enumerate(names(places, "starting")) if starting] == [1, 9, 10]
+    assert names(places, "in") == [[]] * 7 + [["comments"]] * 2 + [[]] * 2 + [["strings"]] * 3 + [[]]
+    assert names(places, "before")[6] == ["why"]
+    assert [i for i, early in enumerate(names(patterns.places(passage(tokens, start=5)), "early")) if early] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_a_word_goes_on_in_the_next_token_but_not_over_a_line_break():
+    tokens = ["Tab", "", "le", "\n", "row", "  ", "x", "_1", "(2", "3"]
+    where = names(patterns.places(passage(tokens)), "continuing")
+    assert where == [[], [], ["Tab"], [], [], [], [], ["x"], [], ["2"]]
+    classes = [dict(place.targets[1:])["class"] for place in patterns.places(passage(tokens))]
+    assert classes[2] == "word parts"
+    assert classes[4] == "words"
+
+
+def test_a_comment_ends_with_its_line_and_a_string_with_its_quote_or_its_line():
+    tokens = [
+        "#",
+        " it's",
+        " #",
+        " x",
+        "\n",
+        "'",
+        "a",
+        '"',
+        "\\'",
+        "b",
+        "'",
+        "c",
+        " don't",
+        " d",
+        "\n",
+        '"',
+        "e",
+        "\n",
+        "f",
+    ]
+    where = [values[0] if values else "" for values in names(patterns.places(passage(tokens)), "in")]
+    assert where == ["", *["comments"] * 4, "", *["strings"] * 5, "", "", "", "", "", "strings", "strings", ""]
+
+
+@pytest.mark.parametrize("prefix", ["f", "r", "b", "rb", "F", "Rb"])
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_string_may_have_a_prefix_and_an_apostrophe_is_none(prefix, quote):
+    tokens = ["x", " =", f" {prefix}{quote}", "a", quote, " +", " b", " don't", " c"]
+    where = names(patterns.places(passage(tokens)), "in")
+    assert where == [[]] * 3 + [["strings"]] * 2 + [[]] * 4
+    apart = [" =", f" {prefix}", f"{quote}a", quote, "b", f"x{prefix}", f"{quote}c"]
+    assert names(patterns.places(passage(apart)), "in") == [[]] * 3 + [["strings"]] + [[]] * 3
+
+
+@pytest.mark.parametrize(
+    ("token", "continues", "expected"),
+    [
+        (" self", False, "words"),
+        ("elf", True, "word parts"),
+        (" 12", False, "numbers"),
+        (" ==", False, "punctuation"),
+        (".join", False, "words with punctuation"),
+        ("    ", False, "indentation"),
+        ("  \n", False, "line breaks"),
+    ],
+)
+def test_every_token_is_of_one_class(token, continues, expected):
+    assert patterns.class_of(token, continues) == expected
+
+
+@pytest.mark.parametrize("token", [" a b", "\n\t", '"""', "it's", "\"'", "\u00a0\\n", "\x00"])
+def test_a_token_in_a_phrase_has_no_white_space_and_is_told_from_others(token):
+    shown = patterns.shown(token)
+    assert len(shown.split()) == 1
+    assert shown.isprintable()
+    assert shown[0] == shown[-1]
+    assert shown != patterns.shown(token + " ")
+
+
+# What is found
+
+
+def test_a_token_is_found_and_its_context_if_it_has_one():
+    bare = offline.find(make_feature(0, on(" self")))
+    assert bare.phrase == '"self" (100%)'
+    after = offline.find(make_feature(1, fires_on_self_after_parenthesis))
+    assert after.phrase == '"self" after "(" (100%)'
+    assert [rule[:2] for rule in after.rules] == [(("core", "self"), ("after", "("))]
+
+
+def test_several_tokens_of_one_context_are_named_together():
+    def fires(tokens, i):
+        return 2.0 if tokens[i] in (" self", " name", " x") else 0.0
+
+    found = offline.find(make_feature(2, fires, [*WORDS, *(f" w{i}" for i in range(100))]))
+    (phrase,) = found.phrase.split("; ")
+    assert phrase.endswith("(100%)")
+    assert {'"self"', '"name"', '"x"'} == set(phrase[: -len(" (100%)")].split(", "))
+
+
+def test_a_feature_of_comments_and_one_of_what_comes_next_are_found():
+    comments = offline.find(make_feature(3, fires_in_comments, [*WORDS, " #", " the"]))
+    assert comments.phrase == "tokens in comments (100%)"
+    foretelling = offline.find(make_feature(4, fires_before_items))
+    assert foretelling.phrase == 'tokens before "items" (100%)'
+
+
+def test_what_comes_next_is_no_evidence_unless_the_feature_promotes_it():
+    feature = make_feature(4, fires_before_items)._replace(promoted=((" if", 1.0),))
+    assert "before" not in offline.find(feature).phrase
+
+
+def test_a_feature_without_rhyme_or_reason_has_no_pattern():
+    generator = random.Random(0)
+    words = [f" w{i}" for i in range(4000)]
+    lone = [
+        Example(f"d{n}", 20, tuple(generator.sample(words, 24)), (0.0,) * 20 + (3.0,) + (0.0,) * 3) for n in range(30)
+    ]
+    feature = make_feature(5, on(" self"))
+    found = offline.find(feature._replace(top=tuple(lone[:10]), spread=tuple(lone[10:]), maximum=3.0))
+    assert (found.status, found.phrase, found.rules) == ("no pattern", "", ())
+    label = offline.label(feature, found, None)
+    assert (label.status, label.explanation, label.scores) == ("no pattern", "", {})
+    assert label.reason
+
+
+def test_a_dead_feature_is_dead():
+    feature = make_feature(0, on(" self"))._replace(top=(), spread=(), held_out=(), maximum=0.0)
+    label = offline.label(feature, offline.find(feature), None)
+    assert (label.status, label.explainer, label.scores) == ("dead", "offline", {})
+
+
+def test_a_feature_that_fires_only_where_explanations_are_scored_is_rare_and_not_dead():
+    feature = make_feature(0, on(" self"))._replace(top=(), spread=())
+    label = offline.label(feature, offline.find(feature), None)
+    assert (label.status, label.scores) == ("rare", {})
+    assert "never" not in label.reason
+
+
+def test_a_phrase_has_at_most_twenty_words_however_much_there_is_to_say():
+    def example(n):
+        tokens = [f" w{i}" for i in range(12)]
+        tokens[n % 12 : n % 12] = [f"v{n % 12}"]
+        return Example(f"d{n}", 20, tuple(tokens), tuple(2.0 if i == n % 12 + 1 else 0.0 for i in range(13)))
+
+    feature = make_feature(6, on(" self"))._replace(top=tuple(map(example, range(40))), spread=(), maximum=2.0)
+    found = offline.find(feature)
+    assert 15 < len(found.phrase.split()) <= 20
+    assert 3 < len(found.rules) < 12
+    for rule in found.rules:
+        assert patterns.shown(rule.context[1]) in found.phrase
+
+
+def test_only_the_explaining_examples_are_looked_at():
+    feature = make_feature(1, fires_on_self_after_parenthesis)
+    assert offline.find(feature) == offline.find(feature._replace(held_out=(), random=(), hard=(), nearest=((1, 0.5),)))
+    other = make_feature(2, on(" 1"))
+    assert offline.find(feature._replace(top=other.top, spread=other.spread)).phrase == '"1" (100%)'
+
+
+def test_all_intervals_count_the_same_however_many_passages_they_have():
+    strong = [Example(f"s{n}", 20, (" a", " x", " b"), (0.0, 8.0, 0.0)) for n in range(18)]
+    weak = [Example(f"w{n}", 20, (" a", " y", " b"), (0.0, 1.0, 0.0)) for n in range(2)]
+    feature = make_feature(0, on(" self"))._replace(top=tuple(strong), spread=tuple(weak), maximum=8.0)
+    candidates = offline.tabulate([*strong, *weak], feature)
+    share = candidates.share([Rule(("core", "y"), ANY, 0.0)])
+    assert share == pytest.approx(0.5)
+
+
+# The predictor
+
+
+def test_the_predictor_says_what_the_phrase_says():
+    rules = [Rule(("core", "self"), ("after", "("), 0.5), Rule(("class", "numbers"), ANY, 0.25)]
+    places = patterns.places(passage(["(", "self", " self", " 12", "("]))
+    assert offline.predict(rules, places) == [0.0, 0.5, 0.0, 0.25, 0.0]
+    assert patterns.phrase(rules, lambda _: 0.5) == '"self" after "(" (50%); numbers (50%)'
+
+
+def test_rules_of_one_target_share_their_contexts_and_no_other_rule_is_implied():
+    rules = [Rule(("core", "a"), ("after", "x"), 1), Rule(("core", "b"), ("after", "y"), 1)]
+    assert patterns.phrase(rules, lambda _: 1) == '"a" after "x" (100%); "b" after "y" (100%)'
+    rules = [Rule(ANY, ("after", "x"), 1), Rule(ANY, ("after", "y"), 1), Rule(ANY, ("in", "comments"), 1)]
+    assert patterns.phrase(rules, lambda _: 1) == 'tokens after "x" or "y" (100%); tokens in comments (100%)'
+
+
+def test_strengths_are_mean_activations_as_shares_of_the_maximum():
+    feature = make_feature(1, fires_on_self_after_parenthesis)
+    (rule,) = offline.find(feature).rules
+    assert rule.strength == pytest.approx(1.0)
+    twice = feature._replace(maximum=8.0)
+    assert offline.find(twice).rules[0].strength == pytest.approx(0.5)
+
+
+def test_rules_are_scored_on_held_out_passages_beside_both_baselines():
+    features = {
+        0: make_feature(0, fires_on_self_after_parenthesis),
+        1: make_feature(1, on(" 1")),
+        2: make_feature(2, fires_in_comments, [*WORDS, " #", " the"]),
+    }
+    # Hard negatives: the token without the parenthesis
+    hard = tuple(passage([" x", " self", " ="]) for _ in range(10))
+    features[0] = features[0]._replace(hard=hard)
+    found = {index: offline.find(feature) for index, feature in features.items()}
+    labels = {label.feature: label for label in offline.score_all(found, features.__getitem__)}
+    assert list(labels) == [0, 1, 2]
+    label = labels[0]
+    assert (label.status, label.explainer, label.explanation) == ("ok", "offline", '"self" after "(" (100%)')
+    detection, simulation = label.scores["detection"], label.scores["simulation"]
+    assert (detection.value, detection.low, detection.high) == (1.0, 1.0, 1.0)
+    assert simulation.value == pytest.approx(1.0)
+    assert simulation.r2 == pytest.approx(1.0)
+    negatives = [getattr(features[0], j.kind)[j.index] for j in label.judgements if not j.truth]
+    assert detection.top_token == pytest.approx(0.5 + 0.5 * np.mean([" self" not in p.tokens for p in negatives]))
+    assert detection.top_token < 0.9
+    assert detection.other_feature < 0.7
+    assert simulation.other_feature < 0.2
+    assert detection.answered == simulation.answered == len(label.judgements) == 2 * len(features[0].held_out)
+    assert detection.unanswered == 0
+    assert set(detection.recall) == {None, 1.0}  # it always fires at its maximum
+    for judgement in label.judgements:
+        example = getattr(features[0], judgement.kind)[judgement.index]
+        assert judgement.truth == judgement.verdict == any(example.activations)
+
+
+def test_labels_are_the_same_whenever_they_are_made():
+    features = {i: make_feature(i, on(token)) for i, token in enumerate([" self", " 1", " x"])}
+
+    def labels():
+        return list(offline.score_all({i: offline.find(f) for i, f in features.items()}, features.__getitem__))
+
+    assert labels() == labels()
+
+
+def test_finding_takes_milliseconds():
+    words = [f" w{i}" for i in range(500)]
+    feature = make_feature(7, lambda tokens, i: 1.0 if tokens[i][-1] == "7" else 0.0, words, length=64)
+    start = time.process_time()
+    offline.find(feature)
+    assert time.process_time() - start < 0.5
+
+
+def test_rules_come_from_passages_of_the_whole_range_and_not_the_strongest_alone():
+    weak = on(" name")
+    feature = make_feature(4, lambda tokens, i: 8.0 if tokens[i] == " self" else 0.25 * weak(tokens, i))
+    assert all(passage.tokens[passage.peak] == " self" for passage in feature.top)
+    targets = {rule.target[1] for rule in offline.find(feature).rules}
+    assert {"self", "name"} <= {target.strip() for target in targets}
+    alone = {rule.target[1] for rule in offline.find(feature._replace(spread=())).rules}
+    assert "name" not in {target.strip() for target in alone}

@@ -1,0 +1,382 @@
+import base64
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from report_records import TOKENS, make_feature, make_label, make_run
+
+from mistral_sae.explain.report import TEMPLATES, TextToken, read_figures, write_report, write_text_page
+from mistral_sae.explain.report_data import CHUNK, compressed, kind_of, main_score, pack, summarize_scores
+from mistral_sae.explain.report_figures import percent, run_figures
+from mistral_sae.explain.types import Example, Feature, Judgement, Label, Score
+from mistral_sae.files import SAEError
+from mistral_sae.sae.geometry import decoder_geometry
+
+VOID = {"meta", "link", "input", "br", "img"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, and the text inside them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(Path(path).read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append({"tag": tag, "text": "", **dict(attributes)})
+        if tag not in VOID:
+            self.open.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        if self.open and self.open[-1]["tag"] == tag:
+            self.open.pop()
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag):
+        return [element for element in self.elements if element["tag"] == tag]
+
+    def data(self, identity):
+        return unpack(next(e["text"] for e in self.all("script") if e.get("id") == identity))
+
+
+def unpack(text):
+    return json.loads(gzip.decompress(base64.b64decode(text)))
+
+
+def write(tmp_path, n=40, run=None, labelled=True):
+    features = [make_feature(index) for index in range(n)]
+    labels = {feature.feature: make_label(feature.feature) for feature in features if labelled}
+    write_report(tmp_path / "report.html", run or make_run(), features, labels)
+    return Page(tmp_path / "report.html")
+
+
+def fires_on(*peaks):
+    """A feature whose passages peak on the first of each pair, which the second follows; 'a' and 'b' are promoted."""
+    passages = tuple(Example("d", 1, ("x", peak, then), (0.0, 1.0, 0.0)) for peak, then in peaks)
+    return make_feature(1)._replace(top=passages[:2], spread=passages[2:], promoted=(("a", 2.0), ("b", 1.0)))
+
+
+# ---- the geometry of the decoder ----
+
+
+def test_directions_at_right_angles_along_the_axes_are_no_superposition():
+    geometry = decoder_geometry(torch.eye(8) * 3)
+    assert geometry.features == 8
+    assert geometry.nearest_N == (0.0,) * 8
+    assert geometry.participation == pytest.approx(1)
+    assert geometry.writers_D == (1,) * 8
+    assert geometry.effective_dimensions == pytest.approx(8)
+
+
+def test_random_directions_measure_as_random_directions_are_said_to():
+    geometry = decoder_geometry(torch.randn(3000, 128, generator=torch.Generator().manual_seed(0)))
+    assert geometry.median_nearest == pytest.approx(geometry.nearest_random, rel=0.03)
+    assert geometry.participation == pytest.approx(geometry.participation_random, rel=0.03)
+    assert geometry.effective_dimensions == pytest.approx(128, rel=0.05)
+
+
+def test_the_nearest_neighbour_is_the_same_in_parts_and_of_any_norm():
+    rows = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    expected = (unit @ unit.T - 2 * torch.eye(50)).amax(dim=1)
+    found = decoder_geometry(rows * torch.arange(1, 51).unsqueeze(1), rows=7)
+    torch.testing.assert_close(torch.tensor(found.nearest_N), expected)
+    assert found.writers_D == tuple((unit.abs() > 0.25).sum(dim=0).tolist())
+
+
+def test_features_that_never_fired_do_not_count_in_the_geometry():
+    rows = torch.eye(4)[[0, 1, 1, 2]]
+    fired = torch.tensor([True, True, False, True])
+    assert max(decoder_geometry(rows).nearest_N) == pytest.approx(1)
+    assert max(decoder_geometry(rows, fired).nearest_N) == pytest.approx(0)
+    assert decoder_geometry(rows, torch.tensor([True, False, False, False])) is None
+
+
+# ---- kinds, scores, numbers ----
+
+
+def test_an_input_feature_peaks_on_one_token_whatever_its_case_and_space():
+    assert kind_of(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).same_token == pytest.approx(2 / 3)
+    assert kind_of(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).is_input
+    assert not kind_of(fires_on(("def", "q"), ("for", "q"), ("if", "q"))).is_input
+
+
+def test_an_output_feature_is_followed_by_what_it_promotes():
+    assert kind_of(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).promoted_next == 0.5
+    assert kind_of(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).is_output
+    assert not kind_of(fires_on(("x", "q"), ("y", "q"), ("z", "q"), ("w", "q"))).is_output
+
+
+def test_a_passage_that_ends_at_its_peak_says_nothing_of_what_comes_next():
+    last = Example("d", 1, ("x", "y"), (0.0, 1.0))
+    followed = fires_on(("x", "a"))
+    assert kind_of(followed._replace(top=(*followed.top, last))).promoted_next == 1
+    assert kind_of(make_feature(9)) == (0, 0)
+
+
+def test_means_of_scores_leave_out_what_was_not_answered():
+    none = Score(None, None, None, 0.9, 0.9, 0, 5)
+    labels = [
+        Label(1, "x", "m", "ok", {"detection": Score(0.9, 0, 1, 0.5, None, 9, 0, (None, 0.8))}, ()),
+        Label(2, "x", "m", "ok", {"detection": Score(0.7, 0, 1, None, 0.6, 9, 0, (0.2, 0.4))}, ()),
+        Label(3, "x", "m", "ok", {"detection": none}, ()),
+    ]
+    (summary,) = summarize_scores(labels)
+    assert (summary.method, summary.features, summary.value) == ("detection", 2, pytest.approx(0.8))
+    assert (summary.other_feature, summary.top_token) == (0.5, 0.6)
+    assert summary.recall == (0.2, pytest.approx(0.6))
+
+
+def test_the_score_of_a_feature_is_the_first_that_has_a_value():
+    none, some = Score(None, None, None, None, None, 0, 5), Score(0.4, 0, 1, 0, 0, 5, 0)
+    assert main_score(Label(1, "x", "m", "ok", {"simulation": some, "detection": none}, ())) == 0.4
+    assert main_score(Label(1, "x", "m", "ok", {}, ())) is None
+    assert main_score(None) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0%"), (0.000118, "0.012%"), (0.00101, "0.1%"), (0.5, "50%"), (0.98159, "98.2%"), (1, "100%")],
+)
+def test_shares_are_written_with_the_digits_that_matter(share, text):
+    assert percent(share) == text
+
+
+def test_what_is_not_finite_becomes_null_and_odd_characters_survive():
+    feature = make_feature(1)._replace(maximum=math.inf, promoted=(("\ud800\x00</script>\u2028😀", math.nan),))
+    chunks = io.BytesIO()
+    index = pack([feature], {}, chunks)
+    assert index["maximum"] == [None]
+    assert unpack(chunks.getvalue())[0]["promoted"] == [["\ud800\x00</script>\u2028😀", None]]
+    assert re.fullmatch(rb"[A-Za-z0-9+/=]+", compressed("</script>"))
+
+
+# ---- the data of a report ----
+
+
+def test_the_index_and_the_chunks_are_in_one_order(tmp_path):
+    order = [7, 3, *range(10, 10 + CHUNK)]
+    write_report(tmp_path / "report.html", make_run(), (make_feature(i) for i in order), {3: make_label(3)})
+    page = Page(tmp_path / "report.html")
+    index = page.data("index")
+    assert index["feature"] == order
+    assert index["explanation"][:2] == ["", make_label(3).explanation]
+    for place in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1):
+        chunk = page.data(f"chunk-{place // index['chunk']}")
+        assert chunk[place % index["chunk"]]["feature"] == order[place]
+
+
+def test_the_index_finds_features_by_the_tokens_they_fire_on_and_promote():
+    feature, label = make_feature(5), make_label(5)
+    index = pack([feature], {5: label}, io.BytesIO())
+    assert index["fires_on"][0][0] == feature.top[0].tokens[feature.top[0].peak]
+    assert index["promotes"] == [[token for token, _ in feature.promoted[:5]]]
+    assert index["score"] == [pytest.approx(label.scores["detection"].value, abs=5e-4)]
+
+
+def test_a_passage_keeps_its_tokens_and_where_they_are_active():
+    feature = make_feature(5)
+    chunks = io.BytesIO()
+    pack([feature], {}, chunks)
+    source, start, tokens, places, values = unpack(chunks.getvalue())[0]["top"][0]
+    example = feature.top[0]
+    assert (source, start, tuple(tokens)) == (example.document, example.start, example.tokens)
+    restored = [0.0] * len(tokens)
+    for place, value in zip(places, values, strict=True):
+        restored[place] = value
+    assert restored == pytest.approx(example.activations, rel=5e-3)
+
+
+def test_each_judgement_comes_with_its_passage_or_without_one_that_is_gone():
+    feature = make_feature(5)
+    judgements = (
+        Judgement("detection", "hard", 2, False, None),
+        Judgement("detection", "held_out", 4, True, False),
+        Judgement("detection", "held_out", 99, True, True),
+    )
+    chunks = io.BytesIO()
+    pack([feature], {5: make_label(5)._replace(judgements=judgements)}, chunks)
+    (record,) = unpack(chunks.getvalue())
+    assert record["judged"] == [
+        ["detection", "hard 2", False, None],
+        ["detection", "held_out 4", True, False],
+        ["detection", "held_out 99", True, True],
+    ]
+    passages = record["judged_passages"]
+    assert passages["hard 2"][0] == feature.hard[2].document
+    assert passages["held_out 4"][0] == feature.held_out[4].document
+    assert passages["held_out 99"] is None
+
+
+def test_features_are_read_one_at_a_time():
+    alive = most = 0
+
+    class Counted(Feature):
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def features():
+        nonlocal alive, most
+        for index in range(5 * CHUNK):
+            alive += 1
+            most = max(most, alive)
+            yield Counted(*make_feature(index))
+
+    pack(features(), {}, io.BytesIO())
+    assert alive == 0
+    assert most <= 2
+
+
+# ---- the page ----
+
+
+def test_the_page_allows_its_own_script_and_style_and_nothing_else(tmp_path):
+    page = write(tmp_path)
+    (policy,) = [meta["content"] for meta in page.all("meta") if "content-security-policy" in str(meta).lower()]
+
+    def allowed(text):
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    (script,) = [e["text"] for e in page.all("script") if "type" not in e]
+    (style,) = page.all("style")
+    assert f"script-src {allowed(script)};" in policy
+    assert f"style-src {allowed(style['text'])};" in policy
+    for element in page.elements:
+        assert "src" not in element
+        assert "style" not in element
+        assert not [name for name in element if name.startswith("on")]
+        assert element.get("href", "#").startswith(("#", "data:,"))
+
+
+def test_the_run_is_shown_with_its_figures_and_what_they_mean(tmp_path):
+    text = " ".join(write(tmp_path).all("main")[0]["text"].split())
+    for words in ("blocks.2.hook_resid_post", "1,758 files", "1,500,000", "32.0", "0.096", "98.2%", "0.01%", "2.8%"):
+        assert words in text
+    titles = [e["text"] for e in Page(tmp_path / "report.html").all("strong")]
+    assert {"Normalized MSE", "Dead features", "Cross-entropy recovered", "Density", "Scores"} <= set(titles)
+    assert {"Found, by strength", "Decoder cosines", "Features a dimension"} <= set(titles)
+    labels = [make_label(index) for index in range(40)]
+    (detection, *_) = summarize_scores(labels)
+    assert f"the mean detection score is {detection.value:.2f}" in text
+    assert f"with another feature's explanation in its place it is {detection.other_feature:.2f}" in text
+
+
+def test_a_run_of_which_nothing_is_known_says_so(tmp_path):
+    run = make_run()._replace(evaluation={}, metrics=[], density_F=None, geometry=None, layer=None, hook_name=None)
+    page = write(tmp_path, n=3, run=run, labelled=False)
+    assert len(page.all("svg")) == 0
+    notices = " ".join(e["text"] for e in page.all("p") if e.get("class") == "notice")
+    assert "no evaluation.json" in notices
+    assert "No feature has a score yet" in notices
+    assert "geometry was not measured" in notices
+
+
+def test_a_report_without_features_can_be_written(tmp_path):
+    page = write(tmp_path, n=0)
+    assert page.data("index")["feature"] == []
+
+
+def test_pictures_follow_the_page_and_their_ids_are_their_own(tmp_path):
+    page = write(tmp_path)
+    identities = [element["id"] for element in page.elements if "id" in element]
+    assert len(identities) == len(set(identities))
+    for figure in run_figures(make_run().metrics, {}, make_run().density_F):
+        assert "var(--curve)" in figure.svg
+        assert not re.search(r"#[0-9a-f]{6}|style=|font-family", figure.svg)
+
+
+def test_what_a_run_is_called_is_text_and_no_markup(tmp_path):
+    hostile = '<script>alert("x")</script>{{ 7 * 7 }}\udcff'
+    run = make_run()._replace(model=hostile, corpus=hostile, sae_path=hostile, hook_name=hostile)
+    page = write(tmp_path, n=2, run=run)
+    assert len([e for e in page.all("script") if "type" not in e]) == 1
+    assert page.all("main")[0]["text"].count('<script>alert("x")</script>{{ 7 * 7 }}?') == 4
+
+
+def test_the_same_records_give_the_same_file(tmp_path):
+    for name in ("a", "b"):
+        write_report(tmp_path / name, make_run(), [make_feature(0)], {0: make_label(0)})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+    write(tmp_path)
+    old = (tmp_path / "report.html").read_bytes()
+
+    def features():
+        yield make_feature(0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path / "report.html", make_run(), features(), {})
+    assert (tmp_path / "report.html").read_bytes() == old
+
+
+def test_the_figures_of_a_run_are_read_up_to_a_torn_line(tmp_path):
+    assert read_figures(tmp_path) == ({}, [])
+    (tmp_path / "evaluation.json").write_text('{"l0": 32.0}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10}\n{"step": 2, "tok')
+    assert read_figures(tmp_path) == ({"l0": 32.0}, [{"step": 1, "tokens": 10}])
+    (tmp_path / "evaluation.json").write_text('{"l0"')
+    with pytest.raises(SAEError, match=r"damaged .*evaluation.json .*: delete it or train again"):
+        read_figures(tmp_path)
+
+
+def test_the_page_of_a_text_holds_its_tokens_and_the_explanations_of_what_fires(tmp_path):
+    tokens = [TextToken("def", ((4, 1.0), (3, 2.0))), TextToken(" x", ())]
+    labels = {3: make_label(3), 5: make_label(5)}
+    write_text_page(tmp_path / "text.html", make_run(), tokens, labels, [make_feature(3), make_feature(5)])
+    data = Page(tmp_path / "text.html").data("text-data")
+    assert data["tokens"] == [["def", [[3, 2.0], [4, 1.0]]], [" x", []]]
+    assert data["explanations"] == {"3": make_label(3).explanation}
+    assert data["maxima"] == {"3": make_feature(3).maximum}
+    assert data["fires_on"]["3"][0] == TOKENS[3]
+    assert data["report"] == "report.html"
+
+
+# ---- the style ----
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_can_be_read_on_what_is_behind_it(theme):
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", re.findall(r":root \{(.*?)\}", css, re.DOTALL)[theme]))
+    assert len(colours) == 13
+    for text, behind in [
+        *((text, behind) for text in ("ink", "muted", "accent") for behind in ("paper", "raised", "sunken")),
+        ("ink", "hot"),
+        ("good", "paper"),
+        ("bad", "paper"),
+    ]:
+        assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+
+
+def test_the_templates_are_part_of_the_package():
+    pyproject = (Path(__file__).parent.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"templates/*"' in pyproject

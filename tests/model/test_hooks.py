@@ -1,0 +1,136 @@
+"""Reading and editing the residual stream, with both libraries behind the model."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from mistral_sae.model.hooks import HookError, edit_residual, read_residual
+from mistral_sae.model.language_model import load
+
+
+@pytest.fixture(scope="module", params=["mistral_folder", "hugging_face_folder"])
+def lm(request):
+    return load(request.getfixturevalue(request.param), device="cpu")
+
+
+def hooks_left(lm) -> int:
+    return sum(len(lm.block(layer)._forward_hooks) for layer in range(lm.n_layers))
+
+
+def test_the_forward_stops_after_the_layer_that_is_read(lm, tokens_BT):
+    ran = []
+    handles = [
+        lm.block(layer).register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer in range(lm.n_layers)
+    ]
+    after = []
+    with read_residual(lm, 1) as residual:
+        lm.forward(tokens_BT)
+        after.append("never reached")
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]
+    assert after == []
+    assert residual.value.shape == (3, 12, 32)
+
+
+def test_what_was_read_is_freed_without_the_garbage_collector(lm, tokens_BT):
+    gc.disable()
+    try:
+        value = weakref.ref(lm.residuals(tokens_BT, 1))
+        assert value() is None
+    finally:
+        gc.enable()
+
+
+def test_hooks_are_gone_after_an_exception(lm, tokens_BT):
+    def fails(x_BTD, start):
+        raise ZeroDivisionError
+
+    for context in (read_residual(lm, 1), edit_residual(lm, 1, lambda x, start: x)):
+        with pytest.raises(KeyError), context:
+            raise KeyError
+        assert hooks_left(lm) == 0
+    with pytest.raises(ZeroDivisionError), edit_residual(lm, 1, fails):
+        lm.forward(tokens_BT)
+    assert hooks_left(lm) == 0
+
+
+def test_a_reader_that_never_fired_says_so(lm):
+    with pytest.raises(HookError, match="layer 1 was not read"), read_residual(lm, 1):
+        pass
+
+
+def test_an_edit_that_never_fired_says_so(lm):
+    with pytest.raises(HookError, match="layer 1 was not edited"), edit_residual(lm, 1, lambda x, start: x):
+        lm.generate([1, 50], 3)  # a generator nobody consumes inside the block
+
+
+def test_the_identity_edit_changes_no_logit(lm, tokens_BT):
+    plain = lm.forward(tokens_BT)
+    with edit_residual(lm, 1, lambda x_BTD, start: x_BTD):
+        assert torch.equal(lm.forward(tokens_BT), plain)
+
+
+def test_an_edit_shows_in_later_layers_and_not_in_earlier_ones(lm, tokens_BT):
+    plain = [lm.residuals(tokens_BT, layer) for layer in range(3)]
+    with edit_residual(lm, 1, lambda x_BTD, start: x_BTD + 1):
+        edited = [lm.residuals(tokens_BT, layer) for layer in range(3)]
+    assert torch.equal(edited[0], plain[0])
+    torch.testing.assert_close(edited[1], plain[1] + 1)
+    assert (edited[2] - plain[2]).abs().amax(-1).min() > 0.1
+
+
+def test_edits_of_one_layer_apply_in_the_order_of_entry(lm, tokens_BT):
+    plain = lm.residuals(tokens_BT, 1)
+    with (
+        edit_residual(lm, 1, lambda x, start: x + 1),
+        edit_residual(lm, 1, lambda x, start: x * 2),
+        read_residual(lm, 1) as residual,
+    ):
+        lm.forward(tokens_BT)
+    torch.testing.assert_close(residual.value, (plain + 1) * 2)
+
+
+def test_an_edit_sees_every_position_once_with_its_place_in_the_row(lm):
+    seen = []
+
+    def record(x_BTD, start):
+        seen.append((tuple(x_BTD.shape), start))
+        return x_BTD
+
+    with edit_residual(lm, 1, record):
+        assert len(list(lm.generate([1, 50, 60, 70], 3))) == 3
+    assert seen == [((1, 4, 32), 0), ((1, 1, 32), 4), ((1, 1, 32), 5)]
+
+
+def test_edited_text_is_the_same_with_the_cache_on_and_off(lm):
+    direction = 3 * torch.randn(32, generator=torch.Generator().manual_seed(2))
+
+    def from_position_three(x_BTD, start):
+        positions = torch.arange(start, start + x_BTD.shape[1])
+        return x_BTD + direction * (positions >= 3)[:, None]
+
+    plain = list(lm.generate([1, 50, 60], 12))
+    with edit_residual(lm, 1, from_position_three):
+        with_cache = list(lm.generate([1, 50, 60], 12))
+        without = list(lm.generate([1, 50, 60], 12, use_cache=False))
+    assert with_cache == without
+    assert with_cache != plain
+    assert list(lm.generate([1, 50, 60], 12)) == plain
+
+
+def test_an_edit_of_another_shape_is_an_error(lm, tokens_BT):
+    with (
+        pytest.raises(HookError, match=r"returned \(3, 1, 32\), expected \(3, 12, 32\)"),
+        edit_residual(lm, 1, lambda x_BTD, start: x_BTD[:, :1]),
+    ):
+        lm.forward(tokens_BT)
+
+
+def test_an_edit_in_float32_fits_a_model_in_bfloat16(mistral_folder, tokens_BT):
+    lm = load(mistral_folder, device="cpu", dtype="bfloat16")
+    with edit_residual(lm, 1, lambda x_BTD, start: x_BTD.float()):
+        assert lm.forward(tokens_BT).dtype == torch.float32
+    assert lm.residuals(tokens_BT, 1).dtype == torch.bfloat16

@@ -1,0 +1,413 @@
+"""The language model: equal to transformers, causal, cut at a layer, and clear about what it cannot load."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PARAMS, WINDOW, params_of, random_weights, write_mistral_folder
+from safetensors.torch import load_file, save_file
+
+from mistral_sae.model import backends
+from mistral_sae.model import language_model as model_loading
+from mistral_sae.model.language_model import STANDIN, ModelError, device_and_dtype, inspect, load
+from tools.weights import from_hf, to_hf
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module", params=["mistral", "hugging_face"])
+def lm(request, folders):
+    return load(getattr(folders, request.param), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(folders):
+    return folders.reference()
+
+
+@pytest.fixture
+def copy(mistral_folder, tmp_path):
+    """A mistral-inference folder to spoil."""
+    return shutil.copytree(mistral_folder, tmp_path / "copy")
+
+
+@pytest.fixture
+def hf_copy(hugging_face_folder, tmp_path):
+    """A Hugging Face folder to spoil."""
+    return shutil.copytree(hugging_face_folder, tmp_path / "copy")
+
+
+def reference_residuals(model, tokens_BT):
+    """The outputs of all layers of transformers' model, (layers, B, T, D)."""
+    outputs = []
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=tokens_BT).logits
+    for handle in handles:
+        handle.remove()
+    return torch.stack(outputs), logits
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+# Equal to transformers
+
+
+def test_residuals_of_every_layer_equal_those_of_transformers(lm, reference, tokens_BT):
+    expected, logits = reference_residuals(reference, tokens_BT)
+    for layer in range(3):
+        assert relative_error(lm.residuals(tokens_BT, layer), expected[layer]) < 1e-5
+    assert relative_error(lm.forward(tokens_BT), logits) < 1e-5
+
+
+def test_greedy_text_equals_that_of_transformers_with_the_cache_on_and_off(lm, reference):
+    prompt = [1, 50, 60, 70, 80, 90, 100, 110]
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+    assert list(lm.generate(prompt, 20)) == expected
+    assert list(lm.generate(prompt, 20, use_cache=False)) == expected
+
+
+def test_unembedding_the_last_residual_gives_the_logits(lm, tokens_BT):
+    logits = lm.forward(tokens_BT)
+    unembedded = lm.unembed(lm.residuals(tokens_BT, lm.n_layers - 1).flatten(0, 1))
+    assert relative_error(unembedded, logits.flatten(0, 1)) < 1e-5
+    assert torch.allclose(lm.unembed(torch.eye(lm.d_model)), lm.unembed(3 * torch.eye(lm.d_model)), atol=1e-3)
+
+
+def test_unembedding_is_in_float32_whatever_the_model_is_in(mistral_folder, monkeypatch):
+    """bfloat16 has ties among the strongest tokens, and it is what a model is in on a GPU."""
+    monkeypatch.setattr(model_loading, "UNEMBEDDED", 7)  # rows at a time
+    half, rows = load(mistral_folder, device="cpu", dtype="bfloat16"), torch.eye(32)
+    whole = load(mistral_folder, device="cpu", dtype="float32")
+    parts = [(model._backend.norm, model._backend.head) for model in (half, whole)]
+    for mine, theirs in zip(*parts, strict=True):
+        theirs.load_state_dict({name: tensor.float() for name, tensor in mine.state_dict().items()})
+    assert half.unembed(rows).dtype == torch.float32
+    torch.testing.assert_close(half.unembed(rows), whole.unembed(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_the_window_of_the_sliding_window_model_matters(tmp_path, tokens_BT):
+    params = params_of("sliding_window")
+    weights = random_weights(params)
+    windowed = load(write_mistral_folder(tmp_path / "a", params, weights), device="cpu")
+    full = load(write_mistral_folder(tmp_path / "b", params | {"sliding_window": None}, weights), device="cpu")
+    a, b = windowed.residuals(tokens_BT, 0), full.residuals(tokens_BT, 0)
+    torch.testing.assert_close(a[:, :WINDOW], b[:, :WINDOW])
+    assert (a - b)[:, WINDOW:].abs().amax(-1).min() > 1e-3
+
+
+def test_a_prompt_fed_in_pieces_gives_the_logits_of_the_whole(lm, tokens_BT):
+    cache = lm.new_cache(3, 12)
+    pieces = [lm.forward(part, cache) for part in tokens_BT.split([7, 4, 1], dim=1)]
+    assert relative_error(torch.cat(pieces, dim=1), lm.forward(tokens_BT)) < 1e-5
+
+
+def test_weights_survive_the_way_to_the_other_layout_and_back():
+    for kind in ("gqa", "moe"):
+        weights = random_weights(params_of(kind))
+        there = to_hf(weights, PARAMS["head_dim"])
+        back = from_hf(there, PARAMS["head_dim"])
+        assert back.keys() == weights.keys()
+        assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+# Causal, and rows apart
+
+
+def test_editing_a_token_changes_no_residual_before_it(lm, tokens_BT):
+    edited = tokens_BT.clone()
+    edited[:, 7] = 15
+    before, after = lm.residuals(tokens_BT, 2), lm.residuals(edited, 2)
+    # Not to the bit: an expert's matrix product rounds by how many tokens it gets
+    torch.testing.assert_close(after[:, :7], before[:, :7], rtol=1e-5, atol=1e-6)
+    assert (before - after)[:, 7:9].abs().amax(-1).min() > 1e-4
+
+
+def test_a_row_does_not_depend_on_the_other_rows(lm, tokens_BT):
+    together = lm.residuals(tokens_BT, 2)
+    others = tokens_BT.clone()
+    others[1:] = 33
+    torch.testing.assert_close(lm.residuals(others, 2)[0], together[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lm.residuals(tokens_BT[:1], 2)[0], together[0], rtol=1e-5, atol=1e-6)
+
+
+# Only the layers that are needed
+
+
+@pytest.mark.parametrize("layout", ["mistral", "hugging_face"])
+def test_a_model_cut_at_a_layer_has_the_residuals_of_the_whole(folders, layout, tokens_BT):
+    path = getattr(folders, layout)
+    whole, cut = load(path, device="cpu"), load(path, last_layer=1, device="cpu")
+    assert cut.last_layer == 1
+    assert cut.n_layers == 3
+    for layer in (0, 1):
+        assert torch.equal(cut.residuals(tokens_BT, layer), whole.residuals(tokens_BT, layer))
+    with pytest.raises(ModelError, match="found layer 2: expected 0 to 1"):
+        cut.residuals(tokens_BT, 2)
+    with pytest.raises(ModelError, match="logits need the whole model"):
+        cut.forward(tokens_BT)
+
+
+def test_only_the_tensors_of_the_layers_that_are_needed_are_read(mistral_folder, monkeypatch):
+    read = []
+    original = backends._read_tensors
+
+    def spy(folder, names, *rest):
+        read.extend(names)
+        return original(folder, names, *rest)
+
+    monkeypatch.setattr(backends, "_read_tensors", spy)
+    load(mistral_folder, last_layer=1, device="cpu")
+    assert {name.split(".")[1] for name in read if name.startswith("layers")} == {"0", "1"}
+    assert [name for name in read if not name.startswith("layers")] == ["tok_embeddings.weight"]
+
+
+def test_a_cut_model_loads_although_the_other_tensors_are_not_there(copy, tokens_BT):
+    weights = load_file(copy / "consolidated.safetensors")
+    first = {k: v for k, v in weights.items() if k.startswith(("tok_embeddings", "layers.0.", "layers.1."))}
+    save_file(first, copy / "consolidated.safetensors")
+    assert load(copy, last_layer=1, device="cpu").residuals(tokens_BT, 1).isfinite().all()
+    with pytest.raises(ModelError, match=r"no tensor norm\.weight"):
+        load(copy, device="cpu")
+
+
+def test_weights_in_several_files_are_one_model(copy, mistral_folder, tokens_BT):
+    weights = load_file(copy / "consolidated.safetensors")
+    (copy / "consolidated.safetensors").unlink()
+    names = list(weights)
+    save_file({k: weights[k] for k in names[::2]}, copy / "consolidated-00001-of-00002.safetensors")
+    save_file({k: weights[k] for k in names[1::2]}, copy / "consolidated-00002-of-00002.safetensors")
+    whole = load(mistral_folder, device="cpu")
+    assert torch.equal(load(copy, device="cpu").forward(tokens_BT), whole.forward(tokens_BT))
+
+
+# What is known before loading
+
+
+@pytest.mark.parametrize("layout", ["mistral", "hugging_face"])
+def test_inspect_counts_the_parameters_that_loading_makes(folders, layout):
+    spec = inspect(getattr(folders, layout))
+    assert (spec.d_model, spec.n_layers, spec.vocab_size) == (32, 3, 4096)
+    count = sum(p.numel() for p in folders.reference().parameters())
+    assert spec.parameters() == count
+    assert spec.parameters(2) == count - 4096 * 32 - 32
+    assert spec.parameters(0) == 4096 * 32 + spec.layer_parameters[0]
+
+
+def test_no_path_is_the_bundled_model():
+    lm = load(None, last_layer=0, device="cpu")
+    assert lm.name == STANDIN.name
+    assert inspect(STANDIN).backend == "mistral-inference"
+
+
+@pytest.mark.parametrize("layout", ["mistral_folder", "hugging_face_folder"])
+def test_loading_and_running_print_nothing(request, layout):
+    path = request.getfixturevalue(layout)
+    code = f"""
+import torch
+from mistral_sae.model.language_model import load
+
+load({str(path)!r}, last_layer=1).residuals(torch.tensor([[1, 2, 3]]), 1)
+list(load({str(path)!r}).generate([1, 2, 3], 4))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")
+
+
+def test_nothing_requires_a_gradient(lm, tokens_BT):
+    assert not any(p.requires_grad for layer in range(3) for p in lm.block(layer).parameters())
+    x_BTD = lm.residuals(tokens_BT, 1)
+    assert not x_BTD.requires_grad
+    assert not x_BTD.is_inference()  # an SAE can be trained on it
+    assert not lm.block(0).training
+
+
+# Generation
+
+
+def test_sampling_repeats_with_its_seed_and_leaves_the_global_generator_alone(mistral_folder):
+    lm = load(mistral_folder, device="cpu")
+    options = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    state = torch.get_rng_state()
+    first = list(lm.generate([1, 50], seed=3, **options))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(lm.generate([1, 50], seed=3, **options)) == first
+    assert list(lm.generate([1, 50], seed=3, use_cache=False, **options)) == first
+    assert list(lm.generate([1, 50], seed=4, **options)) != first
+
+
+def test_a_tiny_top_p_is_greedy(mistral_folder):
+    lm = load(mistral_folder, device="cpu")
+    greedy = list(lm.generate([1, 50], 6))
+    assert list(lm.generate([1, 50], 6, temperature=1.0, top_p=1e-9)) == greedy
+
+
+def test_generation_stops_at_the_end_of_sequence_token(mistral_folder, monkeypatch):
+    lm = load(mistral_folder, device="cpu")
+    text = list(lm.generate([1, 50], 10))
+    monkeypatch.setattr(lm.tokenizer, "eos_id", text[4])
+    assert list(lm.generate([1, 50], 10)) == text[: text.index(text[4])]
+
+
+# Mistakes
+
+
+def test_mistakes_in_the_call_are_named(mistral_folder, tokens_BT):
+    lm = load(mistral_folder, device="cpu")
+    with pytest.raises(ModelError, match="found token id 4096: expected 0 to 4095"):
+        lm.forward(torch.tensor([[1, 4096]]))
+    with pytest.raises(ModelError, match="expected 0 to 2, as tiny has 3 layers"):
+        lm.residuals(tokens_BT, 3)
+    with pytest.raises(ModelError, match="expected 0 to 2, as tiny has 3 layers"):
+        load(mistral_folder, last_layer=3)
+    with pytest.raises(ModelError, match="empty prompt"):
+        next(lm.generate([], 3))
+    with pytest.raises(ModelError, match="at most 5"):
+        lm.forward(tokens_BT, lm.new_cache(3, 5))
+    with pytest.raises(ModelError, match="float33"):
+        load(mistral_folder, dtype="float33")
+    with pytest.raises(ModelError, match="expected cpu, cuda"):
+        load(mistral_folder, device="gpu")
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match="is not a folder"):
+        inspect(tmp_path / "missing")
+    with pytest.raises(ModelError, match=r"holds no model: expected params\.json"):
+        inspect(tmp_path)
+
+
+def test_pickled_weights_are_refused_unread(copy):
+    (copy / "consolidated.safetensors").unlink()
+    (copy / "consolidated.00.pth").write_bytes(b"never read")
+    with pytest.raises(ModelError, match=r"only consolidated\.00\.pth, which is pickled.*safetensors"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "is of a mamba model"),
+        ({"hidden_dim": 64}, r"feed_forward.w1.weight in .* has shape \(48, 32\): expected \(64, 32\)"),
+        ({"yarn": {"factor": 4}}, "sets yarn"),
+        ({"n_layers": 4}, r"no tensor layers\.3"),
+    ],
+)
+def test_params_that_do_not_fit_are_named(copy, change, message):
+    (copy / "params.json").write_text(json.dumps(PARAMS | change))
+    with pytest.raises(ModelError, match=message):
+        inspect(copy)
+    with pytest.raises(ModelError, match=message):
+        load(copy, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "'llama': expected mistral or mixtral"),
+        ({"intermediate_size": 64}, r"has shape \(.*48.*\): expected \(.*64.*\)"),
+        ({"num_hidden_layers": 4}, r"no tensor model\.layers\.3"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(hf_copy, change, message):
+    config = json.loads((hf_copy / "config.json").read_text())
+    (hf_copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=message):
+        load(hf_copy, device="cpu")
+
+
+def test_half_a_file_is_named(copy):
+    weights = copy / "consolidated.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="it was cut short"):
+        inspect(copy)
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ModelError, match="is not a safetensors file"):
+        inspect(copy)
+
+
+def test_a_missing_tokenizer_is_named(copy, hf_copy_without_tokenizer):
+    (copy / "tekken.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer: expected tekken\.json"):
+        load(copy)
+    with pytest.raises(ModelError, match=r"no tokenizer: expected tokenizer\.json"):
+        load(hf_copy_without_tokenizer)
+
+
+@pytest.fixture
+def hf_copy_without_tokenizer(hugging_face_folder, tmp_path):
+    return shutil.copytree(hugging_face_folder, tmp_path / "hf", ignore=shutil.ignore_patterns("*token*"))
+
+
+# The tokenizer
+
+TEXT = "def größe(x):\n\treturn '日本 🎉' + x  # <s>[INST] </s>\r\n"
+
+
+def sentencepiece_folder(copy):
+    import mistral_common
+
+    (copy / "tekken.json").unlink()
+    shutil.copy(
+        f"{mistral_common.__path__[0]}/data/mistral_instruct_tokenizer_240323.model.v3",
+        copy / "tokenizer.model.v3",
+    )
+    return copy
+
+
+@pytest.fixture(params=["tekken", "sentencepiece", "hugging_face"])
+def tokenizer(request, copy, hugging_face_folder):
+    path = {
+        "tekken": lambda: copy,
+        "sentencepiece": lambda: sentencepiece_folder(copy),
+        "hugging_face": lambda: hugging_face_folder,
+    }[request.param]()
+    return load(path, last_layer=0, device="cpu").tokenizer
+
+
+def test_text_survives_the_tokenizer_even_where_it_looks_like_special_tokens(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    special = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.chat(MESSAGES)[:2]}
+    assert not special & set(ids)
+    assert tokenizer.decode(ids) == TEXT
+
+
+def test_the_bytes_of_the_pieces_join_to_the_text(tokenizer):
+    joined = b"".join(tokenizer.token_bytes(id) for id in tokenizer.encode(TEXT))
+    prefix = b" " if tokenizer.vocab_size == 32768 else b""  # sentencepiece puts a space before a text
+    assert joined == prefix + TEXT.encode()
+    assert tokenizer.token_bytes(tokenizer.bos_id) == b"<s>"
+    with pytest.raises(ModelError, match="found token id"):
+        tokenizer.token_bytes(tokenizer.vocab_size)
+
+
+def test_the_strings_of_the_tokens_join_to_the_text(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    strings = tokenizer.strings(ids)
+    assert len(strings) == len(ids)
+    assert "".join(strings).removeprefix(" ") == TEXT.removeprefix(" ")
+
+
+def test_a_chat_begins_with_bos_and_the_instruction_marker(tokenizer):
+    ids = tokenizer.chat(MESSAGES)
+    names = [tokenizer.token_bytes(id) for id in ids]
+    assert names[:2] == [b"<s>", b"[INST]"]
+    assert names[-1] == b"[/INST]"
+    assert tokenizer.decode(ids).strip() == "hi"
+    with pytest.raises(ModelError, match="does not take these messages"):
+        tokenizer.chat([{"role": "nobody"}])
+
+
+def test_a_cuda_device_is_named_as_its_tensors_name_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for asked, index in (("cuda", 0), ("cuda:1", 1)):
+        assert device_and_dtype(asked, "float32")[0] == torch.device("cuda", index)

@@ -1,0 +1,697 @@
+import contextlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistral_sae import files
+from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.sae import checkpoint
+from mistral_sae.sae.autoencoder import SparseAutoencoder, normalize_rows
+from mistral_sae.sae.checkpoint import Metadata, load_sae, save_sae
+
+D, F, K = 32, 256, 8
+METADATA = Metadata("mistral-7b", "blocks.16.hook_resid_post", 16, True, 512, "text/files")
+V6 = {"sae_lens_version": "6.54.12", "model_name": "mistral-7b", "hook_name": "blocks.3.hook_resid_post"}
+
+
+@pytest.fixture(scope="module")
+def sae_lens():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("sae_lens")
+
+
+@pytest.fixture
+def sae() -> SparseAutoencoder:
+    torch.manual_seed(0)
+    made = SparseAutoencoder(D, F, K)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+        normalize_rows(made.W_dec)
+    return made
+
+
+def residuals(scale: float = 1.0) -> torch.Tensor:
+    """Tokens (2, 40, D) about a mean that is not zero."""
+    generator = torch.Generator().manual_seed(1)
+    return scale * (torch.randn(2, 40, D, generator=generator) + 0.5)
+
+
+def tensors(**extra: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weights as SAE Lens stores them, with decoder rows of many norms."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    W_dec = normal(F, D) * (0.05 + torch.rand(F, 1, generator=generator))
+    W_enc = normal(D, F) / D**0.5
+    return {"W_enc": W_enc, "b_enc": 0.1 * normal(F), "W_dec": W_dec, "b_dec": 0.2 * normal(D), **extra}
+
+
+def write(folder: Path, weights: dict[str, torch.Tensor] | None = None, **cfg) -> Path:
+    """A directory with what SAE Lens 6 writes for a TopK autoencoder, changed by `cfg`."""
+    base = {
+        "architecture": "topk",
+        "k": K,
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        "metadata": V6,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath("cfg.json").write_text(json.dumps({**base, **cfg}))
+    save_file(weights or tensors(), folder / "sae_weights.safetensors")
+    return folder
+
+
+def write_2024(folder: Path, weights: dict[str, torch.Tensor] | None = None, **cfg) -> Path:
+    """A directory like the published one for layer 16 of Mistral 7B."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = {
+        "architecture": "standard",
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": K},
+        "apply_b_dec_to_input": True,
+        "context_size": 256,
+        "d_in": D,
+        "d_sae": F,
+        "dataset_path": "some/dataset",
+        "dtype": "torch.float32",
+        "device": "cuda",
+        "finetuning_scaling_factor": False,
+        "hook_head_index": None,
+        "hook_layer": 16,
+        "hook_point": "blocks.16.hook_mlp_out",
+        "model_name": "mistral-7b",
+        "normalize_activations": "layer_norm",
+        "prepend_bos": False,
+    }
+    folder.joinpath("cfg.json").write_text(json.dumps({**base, **cfg}))
+    save_file(weights or tensors(), folder / "sae_weights.safetensors")
+    return folder
+
+
+def assert_same(theirs, ours: SparseAutoencoder, x: torch.Tensor) -> None:
+    """Features and reconstructions agree to 1e-5 of the largest, and there is something to agree on."""
+    with torch.no_grad():
+        features, reconstruction = theirs.encode(x), theirs(x)
+        encoded = ours.encode(x)
+        mine, restored = encoded.dense(ours.n_features), ours.decode(encoded)
+    assert 0 < (features > 0).float().mean() < 0.9
+    torch.testing.assert_close(mine, features, rtol=1e-5, atol=1e-5 * float(features.abs().max()))
+    torch.testing.assert_close(restored, reconstruction, rtol=1e-5, atol=1e-5 * float(reconstruction.abs().max()))
+
+
+def assert_loads_alike(sae_lens, folder: Path, scale: float = 1.0) -> None:
+    theirs = sae_lens.SAE.load_from_disk(folder, device="cpu")
+    assert_same(theirs, load_sae(folder).sae, residuals(scale))
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    assert "expected" in message
+    return message
+
+
+# What we save
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01, 100.0])
+def test_sae_lens_gets_the_same_features_and_reconstructions_from_what_we_save(sae_lens, sae, tmp_path, scale):
+    save_sae(tmp_path, sae, METADATA)
+    assert_same(sae_lens.SAE.load_from_disk(tmp_path, device="cpu"), sae, residuals(scale))
+
+
+def test_sae_lens_reads_our_metadata(sae_lens, sae, tmp_path):
+    save_sae(tmp_path, sae, METADATA)
+    found = sae_lens.SAE.load_from_disk(tmp_path, device="cpu").cfg
+    assert found.architecture() == "topk"
+    assert (found.d_in, found.d_sae, found.k, found.normalize_activations) == (D, F, K, "layer_norm")
+    assert found.metadata.model_name == METADATA.model_name
+    assert found.metadata.hook_name == METADATA.hook_name
+    assert found.metadata.prepend_bos is True
+    assert found.metadata.context_size == METADATA.context_size
+    assert found.metadata.dataset_path == METADATA.dataset_path
+    assert "mistral_sae_version" in found.metadata
+    assert found.metadata.sae_lens_training_version is None
+
+
+@pytest.mark.parametrize("maximum", [None, torch.rand(F)])
+def test_sae_lens_reads_our_sparsity_as_log10_firing_frequencies(sae_lens, sae, tmp_path, monkeypatch, maximum):
+    frequency = torch.linspace(0, 1, F)
+    save_sae(tmp_path, sae, METADATA, frequency, maximum)
+    loaders = sae_lens.loading.pretrained_sae_loaders
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda filename, **_: str(tmp_path / Path(filename).name))
+    found = loaders.sae_lens_huggingface_loader("owner/name", "sae")[2]
+    assert found[0] == -10  # never fired: finite, as SAE Lens writes it
+    torch.testing.assert_close(found, torch.log10(frequency + 1e-10))
+    assert torch.equal(load_sae(tmp_path).log_sparsity, found)
+
+
+def test_maxima_come_back_and_sae_lens_passes_over_them(sae_lens, sae, tmp_path):
+    maximum = torch.linspace(0, 9, F)
+    save_sae(tmp_path, sae, METADATA, torch.rand(F), maximum)
+    assert torch.equal(load_sae(tmp_path).maximum, maximum)
+    assert_same(sae_lens.SAE.load_from_disk(tmp_path, device="cpu"), sae, residuals())
+    save_sae(tmp_path, sae, METADATA, torch.rand(F))
+    assert load_sae(tmp_path).maximum is None
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "maximum"),
+    [
+        (None, torch.ones(F)),
+        (torch.rand(F), torch.ones(F + 1)),
+        (torch.rand(F), torch.full((F,), -1.0)),
+        (torch.rand(F), torch.full((F,), torch.inf)),
+        (torch.rand(F), torch.full((F,), torch.nan)),
+    ],
+)
+def test_maxima_that_are_none_or_stand_alone_are_refused(sae, tmp_path, sparsity, maximum):
+    with pytest.raises(SAEError, match="maxima") as error:
+        save_sae(tmp_path, sae, METADATA, sparsity, maximum)
+    one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_loaded_equals_what_was_saved(sae, tmp_path):
+    save_sae(tmp_path, sae, METADATA)
+    loaded = load_sae(str(tmp_path))
+    assert loaded.metadata == METADATA
+    assert loaded.log_sparsity is None
+    assert (loaded.sae.k, loaded.sae.activation, loaded.sae.normalize, loaded.sae.center) == (
+        (K, "topk", "layer_norm", True)
+    )
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(getattr(loaded.sae, name), parameter)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm", "none"])
+def test_every_kind_we_can_load_we_can_save_for_sae_lens(sae_lens, tmp_path, activation, normalize):
+    made = SparseAutoencoder(D, F, K, activation=activation, normalize=normalize, center=False)
+    made.load_state_dict(tensors(), strict=False)
+    if activation == "jumprelu":
+        made.threshold.fill_(0.4)
+    save_sae(tmp_path, made, METADATA)
+    assert_same(sae_lens.SAE.load_from_disk(tmp_path, device="cpu"), made, residuals())
+    assert_loads_alike(sae_lens, tmp_path)
+
+
+def test_files_hold_float32_and_no_more_than_the_tensors(sae, tmp_path):
+    save_sae(tmp_path, sae.to(torch.bfloat16), METADATA, torch.rand(4 * F)[:F])
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
+        "W_enc": (D, F),
+        "b_enc": (F,),
+        "W_dec": (F, D),
+        "b_dec": (D,),
+    }
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert (tmp_path / "sae_weights.safetensors").stat().st_size < 4 * (2 * D * F + F + D) + 1024
+    assert (tmp_path / "sparsity.safetensors").stat().st_size < 4 * F + 1024
+
+
+def test_loaded_encoders_lie_in_memory_feature_by_feature(sae, tmp_path):
+    save_sae(tmp_path, sae, METADATA)
+    loaded = load_sae(tmp_path).sae
+    assert loaded.W_enc.shape == (D, F)
+    assert loaded.W_enc.T.is_contiguous()
+    assert loaded.W_dec.is_contiguous()
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(sae, tmp_path):
+    save_sae(tmp_path, sae, METADATA)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        sae.W_enc[3, 4] = torch.nan
+    with pytest.raises(SAEError, match="W_enc") as error:
+        save_sae(tmp_path, sae, METADATA)
+    one_line(error)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("wrong", [torch.full((F,), -3.0), torch.full((F + 1,), 0.5), torch.full((F,), torch.nan)])
+def test_sparsity_that_is_no_firing_frequency_is_refused(sae, tmp_path, wrong):
+    with pytest.raises(SAEError, match="frequencies") as error:
+        save_sae(tmp_path, sae, METADATA, wrong)
+    one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("crash_at", range(15))
+@pytest.mark.parametrize("new_k", [K, K + 1])
+def test_a_save_that_dies_never_leaves_a_mix_that_loads(sae, tmp_path, monkeypatch, crash_at, new_k):
+    save_sae(tmp_path, sae, METADATA, torch.full((F,), 0.25))
+    changed = SparseAutoencoder(D, F, new_k)
+    changed.load_state_dict(tensors())
+    countdown = iter(range(crash_at))
+
+    def dying(function):
+        def call(*arguments, **options):
+            if next(countdown, None) is None:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return call
+
+    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint, "save_file")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    with contextlib.suppress(KeyboardInterrupt):
+        save_sae(tmp_path, changed, METADATA, torch.full((F,), 0.75))
+        assert crash_at > 12  # as many steps as a save has, and there are no more to die at
+    monkeypatch.undo()
+    if not (tmp_path / "cfg.json").exists():
+        with pytest.raises(SAEError, match=r"found no cfg\.json"):
+            load_sae(tmp_path)
+        return
+    loaded = load_sae(tmp_path)
+    is_old = torch.equal(loaded.sae.W_dec, sae.W_dec)
+    assert is_old or torch.equal(loaded.sae.W_dec, changed.W_dec)
+    assert loaded.sae.k == (K if is_old else new_k)
+    if loaded.log_sparsity is not None:
+        assert float(10 ** loaded.log_sparsity[0]) == pytest.approx(0.25 if is_old else 0.75)
+    save_sae(tmp_path, changed, METADATA)
+    assert load_sae(tmp_path).sae.k == new_k
+
+
+def test_saving_without_sparsity_removes_that_of_the_checkpoint_before(sae, tmp_path):
+    save_sae(tmp_path, sae, METADATA, torch.rand(F))
+    save_sae(tmp_path, sae, METADATA)
+    assert load_sae(tmp_path).log_sparsity is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+# What we load
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_topk_means_the_same_to_us_as_to_sae_lens(sae_lens, tmp_path, normalize, center, rescale):
+    config = sae_lens.TopKSAEConfig(
+        d_in=D,
+        d_sae=F,
+        k=K,
+        normalize_activations=normalize,
+        apply_b_dec_to_input=center,
+        rescale_acts_by_decoder_norm=rescale,
+        metadata=sae_lens.saes.sae.SAEMetadata(model_name="m", hook_name="blocks.3.hook_resid_post"),
+    )
+    theirs = sae_lens.TopKSAE(config)
+    theirs.load_state_dict(tensors())
+    theirs.save_model(tmp_path)
+    assert_loads_alike(sae_lens, tmp_path)
+    metadata = load_sae(tmp_path).metadata
+    assert metadata == Metadata("m", "blocks.3.hook_resid_post", 3, True, None, None)
+
+
+def test_rescaling_by_the_decoder_norm_is_folded_into_unit_rows(tmp_path):
+    loaded = load_sae(write(tmp_path, rescale_acts_by_decoder_norm=True)).sae
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(F))
+    assert loaded.W_enc.T.is_contiguous()
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("center", [True, False])
+def test_jumprelu_means_the_same_to_us_as_to_sae_lens(sae_lens, tmp_path, normalize, center):
+    config = sae_lens.JumpReLUSAEConfig(d_in=D, d_sae=F, normalize_activations=normalize, apply_b_dec_to_input=center)
+    theirs = sae_lens.JumpReLUSAE(config)
+    theirs.load_state_dict(tensors(threshold=torch.linspace(-0.5, 1.5, F)))  # SAE Lens lets thresholds be negative
+    theirs.save_model(tmp_path)
+    assert_loads_alike(sae_lens, tmp_path)
+    assert load_sae(tmp_path).sae.threshold.min() == 0  # and none of its features is
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("center", [True, False])
+def test_standard_means_the_same_to_us_as_to_sae_lens(sae_lens, tmp_path, normalize, center):
+    config = sae_lens.StandardSAEConfig(d_in=D, d_sae=F, normalize_activations=normalize, apply_b_dec_to_input=center)
+    theirs = sae_lens.StandardSAE(config)
+    theirs.load_state_dict(tensors())
+    theirs.save_model(tmp_path)
+    assert_loads_alike(sae_lens, tmp_path)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_one_scaling_factor_for_all_residuals_is_folded_as_sae_lens_folds_it(sae_lens, tmp_path, rescale):
+    write(tmp_path, normalize_activations="expected_average_only_in", rescale_acts_by_decoder_norm=rescale)
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 2.5}))
+    theirs = sae_lens.SAE.load_from_disk(tmp_path, device="cpu")
+    theirs.fold_activation_norm_scaling_factor(2.5)
+    assert_same(theirs, load_sae(tmp_path).sae, residuals())
+
+
+@pytest.mark.parametrize("normalize", ["expected_average_only_in", True])  # true in 2024
+def test_a_missing_scaling_factor_is_an_error_rather_than_a_wrong_scale(tmp_path, normalize):
+    with pytest.raises(SAEError, match=r"activation_scaler\.json") as error:
+        load_sae(write(tmp_path, normalize_activations=normalize))
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {},
+        {"normalize_activations": "none"},
+        {"normalize_activations": False},
+        {"normalize_activations": None},
+        {"apply_b_dec_to_input": False},
+        {"activation_fn_str": "relu", "activation_fn_kwargs": {}},
+    ],
+    ids=str,
+)
+def test_directories_of_2024_mean_the_same_to_us_as_to_sae_lens(sae_lens, tmp_path, cfg):
+    assert_loads_alike(sae_lens, write_2024(tmp_path, **cfg))
+
+
+@pytest.mark.parametrize("missing", ["architecture", "apply_b_dec_to_input", "normalize_activations", "prepend_bos"])
+def test_defaults_of_2024_are_those_of_sae_lens(sae_lens, tmp_path, missing):
+    write_2024(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    del cfg[missing]
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    assert_loads_alike(sae_lens, tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path, device="cpu")
+    assert load_sae(tmp_path).metadata.prepend_bos == theirs.cfg.metadata.prepend_bos
+
+
+def test_scaling_factors_of_2024_are_accepted_where_they_are_all_one(sae_lens, tmp_path):
+    assert_loads_alike(sae_lens, write_2024(tmp_path / "ones", tensors(scaling_factor=torch.ones(F))))
+    with pytest.raises(SAEError, match="scaling_factor"):
+        load_sae(write_2024(tmp_path / "tuned", tensors(scaling_factor=torch.full((F,), 1.1))))
+
+
+def test_directories_of_2024_keep_their_metadata_and_decoder_norms(tmp_path):
+    loaded = load_sae(write_2024(tmp_path))
+    assert loaded.metadata == Metadata("mistral-7b", "blocks.16.hook_mlp_out", 16, False, 256, "some/dataset")
+    assert loaded.sae.k == K
+    assert torch.equal(loaded.sae.W_dec, tensors()["W_dec"])
+
+
+def test_a_wrong_hook_label_can_be_overridden(tmp_path):
+    write_2024(tmp_path)
+    found = load_sae(tmp_path, hook_name="blocks.15.hook_resid_post").metadata
+    assert (found.hook_name, found.layer) == ("blocks.15.hook_resid_post", 15)
+    with pytest.raises(SAEError, match="resid_post") as error:
+        load_sae(tmp_path, hook_name="resid_post")
+    one_line(error)
+
+
+def test_the_layer_comes_from_the_hook_name_before_hook_layer(tmp_path):
+    assert load_sae(write_2024(tmp_path, hook_layer=3)).metadata.layer == 16
+    assert load_sae(write_2024(tmp_path, hook_point="embedding", hook_layer=3)).metadata.layer == 3
+    assert load_sae(write_2024(tmp_path, hook_point=None, hook_layer=None, hook_point_layer=4)).metadata.layer == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_floating_point_type_is_loaded_as_float32(tmp_path, dtype):
+    stored = {name: tensor.to(dtype) for name, tensor in tensors().items()}
+    loaded = load_sae(write(tmp_path, stored)).sae
+    assert loaded.W_enc.dtype == torch.float32
+    assert torch.equal(loaded.W_enc, stored["W_enc"].float())
+
+
+# Where it is
+
+
+def test_a_run_folder_stands_for_the_autoencoder_in_it(sae, tmp_path):
+    save_sae(tmp_path / "sae", sae, METADATA)
+    assert torch.equal(load_sae(tmp_path).sae.W_dec, sae.W_dec)
+
+
+@pytest.mark.parametrize(
+    ("source", "repository", "subfolder"),
+    [("owner/name", "owner/name", ""), ("owner/name/a/b", "owner/name", "a/b/")],
+)
+def test_a_hub_repository_is_fetched_file_by_file(sae, tmp_path, monkeypatch, source, repository, subfolder):
+    save_sae(tmp_path / subfolder, sae, METADATA, torch.rand(F))
+    asked = []
+
+    def snapshot_download(repo_id, *, allow_patterns):
+        asked.append((repo_id, set(allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = load_sae(source)
+    names = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json")
+    assert asked == [(repository, {subfolder + name for name in names})]
+    assert torch.equal(loaded.sae.W_dec, sae.W_dec)
+    assert loaded.log_sparsity is not None
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    def unreachable(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(SAEError, match="owner/name") as error:
+        load_sae("owner/name")
+    assert "no network" in one_line(error)
+
+
+def test_a_misspelt_local_path_is_not_looked_for_on_the_hub(sae, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    save_sae(Path("runs/first/sae"), sae, METADATA)
+    for source in ("runs/frist", "./owner/name", "/no/such", "../owner/name", "nothing", Path("owner/name")):
+        with pytest.raises(SAEError, match="found no folder") as error:
+            load_sae(source)
+        one_line(error)
+    with pytest.raises(SAEError, match="found a file"):
+        load_sae("runs/first/sae/cfg.json")
+
+
+# What is wrong with it
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(SAEError, match=r"found no cfg\.json") as error:
+        load_sae(tmp_path)
+    one_line(error)
+    write(tmp_path)
+    (tmp_path / "sae_weights.safetensors").unlink()
+    with pytest.raises(SAEError, match=r"sae_weights\.safetensors") as error:
+        load_sae(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("text", [b"", b'{"d_in": ', b"[1, 2]", b"\xff\xfe\x00"])
+def test_a_damaged_cfg_is_one_line(tmp_path, text):
+    write(tmp_path)
+    (tmp_path / "cfg.json").write_bytes(text)
+    with pytest.raises(SAEError, match=r"cfg\.json") as error:
+        load_sae(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "sparsity.safetensors"])
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_truncated_safetensors_are_one_line(sae, tmp_path, name, kept):
+    save_sae(tmp_path, sae, METADATA, torch.rand(F))
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:kept])
+    with pytest.raises(SAEError, match=name) as error:
+        load_sae(tmp_path)
+    one_line(error)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return pytest.fail, ("unpickled",)
+
+    write(tmp_path)
+    torch.save(Trap(), tmp_path / "sae_weights.safetensors")
+    with pytest.raises(SAEError, match="damaged") as error:
+        load_sae(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("key", ["d_in", "d_sae", "k", "architecture"])
+def test_a_missing_key_is_named(tmp_path, key):
+    write(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    del cfg[key]
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(SAEError, match=f"found no {key} ") as error:
+        load_sae(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "named"),
+    [
+        ({"d_in": "32"}, "d_in"),
+        ({"d_sae": True}, "d_sae"),
+        ({"k": 8.5}, "k = 8.5"),
+        ({"k": 0}, "k = 0"),
+        ({"k": F + 1}, f"k = {F + 1}"),
+        ({"metadata": 3}, "metadata"),
+        ({"metadata": {**V6, "model_name": 3}}, "model_name"),
+        ({"metadata": {**V6, "prepend_bos": "yes"}}, "prepend_bos"),
+        ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input"),
+        ({"activation_fn_kwargs": 3}, "activation_fn_kwargs"),
+        ({"architecture": "gated"}, "gated"),
+        ({"architecture": ["topk"]}, "architecture"),
+        ({"architecture": "standard", "activation_fn": "tanh-relu"}, "tanh-relu"),
+        ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+        ({"normalize_activations": ["none"]}, "normalize_activations"),
+        ({"reshape_activations": "hook_z"}, "hook_z"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_loaded_is_named(tmp_path, cfg, named):
+    with pytest.raises(SAEError, match=named) as error:
+        load_sae(write(tmp_path, **cfg))
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_weights_that_cannot_be_used_are_named(tmp_path, name):
+    good = tensors()
+    missing = {other: tensor for other, tensor in good.items() if other != name}
+    short = {**good, name: good[name][:-1].clone()}
+    integers = {**good, name: good[name].to(torch.int32)}
+    spoilt = {**good, name: good[name].clone()}
+    spoilt[name].view(-1)[3] = torch.nan
+    infinite = {**good, name: torch.full_like(good[name], torch.inf)}
+    for number, bad in enumerate((missing, short, integers, spoilt, infinite)):
+        with pytest.raises(SAEError, match=f"{name} ") as error:
+            load_sae(write(tmp_path / str(number), bad))
+        one_line(error)
+
+
+def test_transposed_weights_and_unknown_tensors_are_refused(tmp_path):
+    good = tensors()
+    with pytest.raises(SAEError, match="W_enc of shape") as error:
+        load_sae(write(tmp_path / "a", {**good, "W_enc": good["W_dec"].clone()}))
+    one_line(error)
+    with pytest.raises(SAEError, match="r_mag") as error:
+        load_sae(write(tmp_path / "b", tensors(r_mag=torch.ones(F))))
+    one_line(error)
+
+
+def test_impossible_sizes_are_refused_before_memory_is_taken(tmp_path):
+    with pytest.raises(SAEError, match="W_enc of shape") as error:
+        load_sae(write(tmp_path, d_sae=10**15))
+    one_line(error)
+
+
+def test_sparsity_of_another_autoencoder_is_refused(sae, tmp_path):
+    save_sae(tmp_path, sae, METADATA)
+    maximum_of_another = {"sparsity": torch.zeros(F), "maximum": torch.zeros(F - 1)}
+    for contents in ({"sparsity": torch.zeros(F - 1)}, {"density": torch.zeros(F)}, maximum_of_another):
+        save_file(contents, tmp_path / "sparsity.safetensors")
+        with pytest.raises(SAEError, match="sparsity") as error:
+            load_sae(tmp_path)
+        one_line(error)
+
+
+# Resume
+
+
+def test_training_state_comes_back_as_it_was(tmp_path):
+    whole = torch.randn(100, 8)
+    state = {
+        "W_enc": whole.T,
+        "row": whole[3],
+        "same": whole[3],
+        "generator": torch.get_rng_state(),
+        "count": torch.tensor(7),
+        "half": torch.randn(4).to(torch.bfloat16),
+        "dead": torch.tensor([True, False]),
+        "none": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    metadata = {"step": 12, "rate": 2e-4, "names": ["a", "é"], "nothing": None, "nested": {"k": [1, 2]}}
+    save_state(tmp_path / "deep" / "state.safetensors", state, metadata)
+    found, found_metadata = load_state(tmp_path / "deep" / "state.safetensors", "cpu")
+    assert found_metadata == metadata
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_view_is_stored_without_the_rest_of_its_storage(tmp_path):
+    save_state(tmp_path / "state", {"row": torch.randn(1000, 100)[3]}, {})
+    assert (tmp_path / "state").stat().st_size < 1000
+
+
+def test_the_old_state_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"x": torch.zeros(3)}, {"step": 1})
+
+    def disk_full(tensors, filename, **_):
+        Path(filename).write_bytes(b"half of")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", disk_full)
+        with pytest.raises(OSError, match="no space"):
+            save_state(path, {"x": torch.ones(3)}, {"step": 2})
+    with pytest.raises(TypeError):
+        save_state(path, {"x": torch.ones(3)}, {"step": object()})
+    assert load_state(path, "cpu")[1] == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no half-written file stays behind
+    save_state(path, {"x": torch.ones(3)}, {"step": 3})
+    assert load_state(path, "cpu")[1] == {"step": 3}
+
+
+def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), replace(*paths)))
+    save_state(tmp_path / "state", {"x": torch.zeros(3)}, {})
+    assert done[:2] == ["sync", "rename"]
+
+
+def test_damaged_and_foreign_states_are_one_line(sae, tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"x": torch.zeros(300)}, {"step": 1})
+    data = path.read_bytes()
+    for damaged in (b"", data[:6], data[:40], data[:-1], b"PK\x03\x04" + data):
+        path.write_bytes(damaged)
+        with pytest.raises(SAEError, match="damaged") as error:
+            load_state(path, "cpu")
+        one_line(error)
+    save_sae(tmp_path, sae, METADATA)
+    with pytest.raises(SAEError, match="no training state") as error:
+        load_state(tmp_path / "sae_weights.safetensors", "cpu")
+    one_line(error)
+    save_file({"x": torch.zeros(3)}, path, metadata={files.STATE_KEY: "{"})
+    with pytest.raises(SAEError, match="damaged metadata") as error:
+        load_state(path, "cpu")
+    one_line(error)
+    with pytest.raises(SAEError, match="found no") as error:
+        load_state(tmp_path / "nothing", "cpu")
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "layer", "expected"),
+    [("blocks.16.hook_resid_post", 16, 16), ("blocks.8.hook_resid_pre", 8, 7)],
+)
+def test_the_hook_says_after_which_layer_the_residual_is(hook_name, layer, expected):
+    assert METADATA._replace(hook_name=hook_name, layer=layer).residual_layer == expected
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "layer"),
+    [("blocks.16.hook_mlp_out", 16), ("blocks.0.hook_resid_pre", 0), (None, None), ("hook_embed", None)],
+)
+def test_an_autoencoder_of_another_place_is_refused(hook_name, layer):
+    with pytest.raises(SAEError, match="residual stream"):
+        _ = METADATA._replace(hook_name=hook_name, layer=layer).residual_layer

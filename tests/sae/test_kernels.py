@@ -1,0 +1,140 @@
+"""The sparse step against dense autograd."""
+
+import pytest
+import torch
+
+from mistral_sae.sae import kernels
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+CASES = [  # B, D, F, K, dead features, K_AUX
+    (33, 24, 130, 7, 0, 0),
+    (33, 24, 130, 7, 41, 12),
+    (17, 8, 64, 1, 5, 12),
+    (9, 8, 48, 48, 0, 0),
+    (9, 8, 48, 3, 48, 4),
+    (1, 8, 48, 3, 10, 4),
+    (13, 32, 1024, 5, 100, 16),
+    (13, 32, 2048, 2, 2048, 16),
+]
+
+
+def random_parameters(D, F, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(F, D, generator=generator, dtype=dtype), dim=1)
+    W_enc = (W_dec + 0.1 * torch.randn(F, D, generator=generator, dtype=dtype)).T
+    b_enc = 0.1 * torch.randn(F, generator=generator, dtype=dtype)
+    b_dec = 0.1 * torch.randn(D, generator=generator, dtype=dtype)
+    return W_enc, b_enc, W_dec, b_dec
+
+
+def dense_loss(z, W_enc, b_enc, W_dec, b_dec, k, dead, k_aux, coefficient):
+    """The equations of the design, all features of all tokens written out, in nothing but elementary operations."""
+    pre = (z - b_dec) @ W_enc + b_enc
+    kept = pre.topk(k, dim=1)
+    f = torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu())
+    z_hat = f @ W_dec + b_dec
+    normalized_mse = (z - z_hat).square().sum() / (z - z.mean(dim=0)).square().sum().clamp_min(1e-12)
+    auxk = torch.zeros((), dtype=z.dtype)
+    if len(dead) and k_aux:
+        e = (z - z_hat).detach()
+        alive = torch.ones(W_dec.shape[0], dtype=torch.bool)
+        alive[dead] = False
+        kept = pre.masked_fill(alive, -torch.inf).topk(min(k_aux, len(dead)), dim=1)
+        e_hat = torch.zeros_like(pre).scatter(1, kept.indices, kept.values) @ W_dec
+        auxk = (e - e_hat).square().sum() / (e - e.mean(dim=0)).square().sum()
+        auxk = auxk if auxk.isfinite() else torch.zeros_like(auxk)
+    return normalized_mse + coefficient * auxk, normalized_mse, auxk
+
+
+def relative_error(found, expected):
+    scale = torch.linalg.vector_norm(expected)
+    return (torch.linalg.vector_norm(found - expected) / scale.clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("B", "D", "F", "K", "A", "K_AUX"), CASES)
+def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, device, bf16):
+    z = torch.randn(B, D, generator=torch.Generator().manual_seed(1))
+    parameters = random_parameters(D, F)
+    dead = torch.randperm(F, generator=torch.Generator().manual_seed(2))[:A].sort().values
+    leaves = [p.clone().requires_grad_() for p in parameters]
+    loss, normalized_mse, auxk = dense_loss(z, *leaves, K, dead, K_AUX, 1 / 32)
+    loss.backward()
+
+    on_device = [p.T.contiguous().to(device).T if i == 0 else p.to(device) for i, p in enumerate(parameters)]
+    step = kernels.topk_step(z.to(device), *on_device, K, dead.to(device), K_AUX, 1 / 32, bf16=bf16)
+
+    assert step.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert step.normalized_mse.item() == pytest.approx(normalized_mse.item(), rel=1e-5)
+    assert step.auxk.item() == pytest.approx(auxk.item(), rel=1e-5)
+    assert relative_error(step.W_enc.whole().T.cpu(), leaves[0].grad) < 1e-5
+    assert relative_error(step.b_enc.cpu(), leaves[1].grad) < 1e-5
+    assert relative_error(step.W_dec.whole().cpu(), leaves[2].grad) < 1e-5
+    assert relative_error(step.b_dec.cpu(), leaves[3].grad) < 1e-5
+
+
+@pytest.mark.parametrize("k_aux", [5, 2])  # the second loss by dense products, and by gathered rows
+def test_a_matrix_gradient_is_the_same_in_blocks(k_aux):
+    parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
+    z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
+    step = kernels.topk_step(z, *parameters, 3, dead, k_aux, 1 / 32)
+    assert (step.W_dec.added is None) == (len(dead) > kernels.DENSE_AUXK * k_aux)
+    for gradient in (step.W_enc, step.W_dec):
+        blocks = [gradient.rows(start, min(start + 7, 100)) for start in range(0, 100, 7)]
+        assert torch.equal(torch.cat(blocks), gradient.whole())
+        assert gradient.whole()[dead].any()  # else the second loss is not in it
+
+
+@pytest.mark.parametrize(("F", "k"), [(256, 2), (2048, 16), (1000, 5), (64, 64), (4096, 1)])
+def test_topk_finds_exactly_what_torch_finds(F, k):
+    pre = torch.randn(50, F, generator=torch.Generator().manual_seed(0))
+    values, indices = kernels.topk(pre, k)
+    assert torch.equal(values.sort(dim=1).values, pre.topk(k).values.sort(dim=1).values)
+    assert torch.equal(pre.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
+    W_enc, b_enc, _, b_dec = random_parameters(64, 4096)
+    centered = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) - b_dec
+    values, indices, _ = kernels.encode(centered, W_enc, b_enc, 16)
+    values_bf16, indices_bf16, _ = kernels.encode(centered, W_enc, b_enc, 16, bf16=True)
+    assert torch.equal(indices.sort(dim=1).values, indices_bf16.sort(dim=1).values)
+    torch.testing.assert_close(values_bf16.sort(dim=1).values, values.sort(dim=1).values, rtol=1e-5, atol=1e-6)
+
+
+def test_encoding_in_chunks_changes_nothing(monkeypatch):
+    W_enc, b_enc, _, b_dec = random_parameters(64, 256)
+    centered = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)) - b_dec
+    dead = torch.arange(10, 30)
+    whole = kernels.encode(centered, W_enc, b_enc, 16, dead)
+    monkeypatch.setitem(kernels.CHUNK_BYTES, ("cpu", torch.float32), 4 * 256 * 7)  # seven tokens at a time
+    for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16, dead), whole, strict=True):
+        torch.testing.assert_close(part, expected)
+
+
+def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
+    parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
+    z, dead = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), torch.arange(3, 99, 4)
+    found = []
+    for ratio in (0, 1000):
+        monkeypatch.setattr(kernels, "DENSE_AUXK", ratio)
+        found.append(kernels.topk_step(z, *parameters, 3, dead, 7, 1 / 32))
+    sparse, dense = found
+    assert sparse.W_enc.added is None is not dense.W_enc.added
+    torch.testing.assert_close(dense.auxk, sparse.auxk)
+    torch.testing.assert_close(dense.b_enc, sparse.b_enc)
+    torch.testing.assert_close(dense.b_dec, sparse.b_dec)
+    for name in ("W_enc", "W_dec"):
+        torch.testing.assert_close(getattr(dense, name).whole(), getattr(sparse, name).whole(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_product_is_in_bfloat16_where_that_is_asked(monkeypatch, bf16):
+    W_enc, b_enc, _, _ = random_parameters(16, 256)
+    dtypes, linear = [], kernels.F.linear
+    monkeypatch.setattr(kernels.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
+    kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, bf16=bf16)
+    assert dtypes == [torch.bfloat16 if bf16 else torch.float32]

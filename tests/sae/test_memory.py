@@ -1,0 +1,147 @@
+"""The memory plan: what 7B needs on a 24 GB card, and that the parts are what is allocated."""
+
+import pytest
+import torch
+
+import config
+from mistral_sae.cli import override
+from mistral_sae.data.activations import shuffled_batches
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae.kernels import topk_step
+from mistral_sae.sae.memory import MemoryPlan, free_memory, memory_plan
+from mistral_sae.sae.trainer import Trainer
+
+CARD_24_GB = int(23.6 * 2**30 - 0.5e9)  # what a driver leaves of 24 GiB, less the CUDA context
+
+
+def mistral_7b(vocab_size):
+    """The sizes of Mistral 7B v0.1 (32,000 tokens) and v0.3 (32,768)."""
+    dim, hidden, kv = 4096, 14336, 8 * 128
+    layer = 2 * dim * dim + 2 * kv * dim + 3 * hidden * dim + 2 * dim
+    embedding = vocab_size * dim
+    return lm.ModelSpec("7b", "mistral-inference", dim, 32, vocab_size, embedding, (layer,) * 32, embedding + dim)
+
+
+@pytest.fixture
+def config_7b(monkeypatch):
+    monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
+    override(["MISTRAL_MODEL_PATH=models/7b"], config)
+    yield config
+    override([], config)
+
+
+def plan_of(config, spec, free, **changed):
+    options = {
+        "last_layer": config.TARGET_LAYER,
+        "model_dtype": "bfloat16",
+        "n_features": config.D_HIDDEN,
+        "k": config.K,
+        "auxk_features": config.AUXK_FEATURES,
+        "batch_size": config.BATCH_SIZE,
+        "buffer_tokens": config.BUFFER_TOKENS,
+        "moments_dtype": config.MOMENTS_DTYPE,
+        "rows_per_forward": config.ROWS_PER_FORWARD,
+        "context_length": config.CONTEXT_LENGTH,
+        "device": "cuda",
+    }
+    return memory_plan(spec, free=free, **options | changed)
+
+
+def test_the_specs_of_the_tests_are_of_seven_billion_parameters():
+    assert mistral_7b(32_000).parameters() == 7_241_732_096
+    assert mistral_7b(32_768).parameters() == 7_248_023_552
+
+
+@pytest.mark.parametrize("vocab_size", [32_000, 32_768])
+def test_the_defaults_for_7b_fit_a_24_gb_card(config_7b, vocab_size):
+    assert (config_7b.D_HIDDEN, config_7b.K, config_7b.TARGET_LAYER) == (131_072, 128, 16)
+    plan = plan_of(config_7b, mistral_7b(vocab_size), CARD_24_GB)
+    assert plan.fits
+    assert sum(plan.training.values()) <= 24e9
+    # Cross-entropy waits for the end of the run
+    assert not plan_of(config_7b, mistral_7b(vocab_size), CARD_24_GB, last_layer=None).fits
+
+
+def test_with_float32_moments_the_defaults_for_7b_do_not_fit(config_7b):
+    assert not plan_of(config_7b, mistral_7b(32_768), CARD_24_GB, moments_dtype="float32").fits
+
+
+@pytest.mark.parametrize("changed", [{"n_features": 262_144}, {"buffer_tokens": 10**6}, {"rows_per_forward": 500}])
+def test_what_a_run_could_lower_to_fit_is_in_the_plan(config_7b, changed):
+    assert not plan_of(config_7b, mistral_7b(32_768), CARD_24_GB, **changed).fits
+
+
+def test_on_an_80_gb_card_the_whole_model_fits_beside_the_run(config_7b):
+    assert plan_of(config_7b, mistral_7b(32_768), int(79e9), last_layer=None).fits
+
+
+def test_a_plan_fits_only_with_some_memory_to_spare_in_training_and_in_evaluation():
+    assert MemoryPlan({"a": 40, "b": 50}, {"c": 80}, free=100).fits
+    assert not MemoryPlan({"a": 40, "b": 59}, {"c": 80}, free=100).fits
+    assert not MemoryPlan({"a": 40, "b": 50}, {"c": 99}, free=100).fits
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
+    """Up to what is not worth a line: a few numbers a feature and Adam's step count."""
+    spec = lm.inspect(mistral_folder)
+    sizes = {"n_features": 512, "k": 8, "batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
+    sizes |= {"last_layer": 1, "context_length": 12, "model_dtype": "float32", "moments_dtype": moments}
+    plan = plan_of(config_7b, spec, free=0, **sizes).training
+    trainer = Trainer(
+        spec.d_model,
+        512,
+        8,
+        k_aux=4,
+        auxk_coefficient=1 / 32,
+        dead_after_tokens=1000,
+        max_gradient_norm=1.0,
+        moments=getattr(torch, moments),
+    )
+    sae = trainer.sae
+    sae.initialize(torch.randn(64, spec.d_model), seed=0)
+    step = topk_step(torch.randn(64, spec.d_model), sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, 8)
+    model = lm.load(mistral_folder, last_layer=1, dtype="float32", device="cpu")
+    model_weights = {p.data_ptr(): p for p in model._backend._model.parameters()}
+
+    def size(tensors):
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    assert plan["language model to layer 1 (float32)"] == size(model_weights.values())
+    assert plan["autoencoder (float32)"] == size(sae.parameters())
+    assert plan["its gradients (float32)"] == size([step.W_enc.whole(), step.b_enc, step.W_dec.whole(), step.b_dec])
+    adam = [t for name, t in trainer.state().items() if name.startswith(("adam.first", "adam.second"))]
+    assert plan[f"Adam's moments ({moments})"] == size(adam)
+    rest = [t for t in trainer.state().values() if t.dtype == torch.int64]
+    assert size(rest) < 0.05 * plan["autoencoder (float32)"] * spec.d_model  # they do not grow with the width
+
+
+def test_the_buffer_of_the_plan_holds_that_of_a_run(config_7b, mistral_folder):
+    spec = lm.inspect(mistral_folder)
+    model = lm.load(mistral_folder, last_layer=0, dtype="float32", device="cpu")
+    rows = iter(torch.randint(20, 4096, (40, 12)).numpy())
+    options = {"batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
+    batches = shuffled_batches(rows, model, 0, seed=0, **options)
+    batch = next(batches)
+    held = [t for t in batches.gi_frame.f_locals.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, batch]}
+    plan = plan_of(config_7b, spec, free=0, model_dtype="float32", **options).training
+    assert plan["buffer of residuals (float32)"] == (330 + 64) * spec.d_model * 4
+    assert sum(storages.values()) == plan["buffer of residuals (float32)"]
+
+
+def test_the_plan_shows_each_part_the_sum_and_what_is_free():
+    plan = MemoryPlan(
+        {"language model": 7_700_000_000, "autoencoder": 300_000_000}, {"all": 9_100_000_000}, 24_000_000_000
+    )
+    lines = str(plan).splitlines()
+    assert lines[0].split() == ["language", "model", "7.7", "GB"]
+    assert lines[1].split() == ["autoencoder", "300", "MB"]
+    assert lines[2].split() == ["all", "8.0", "GB", "of", "24.0", "GB", "free"]
+    assert lines[3].endswith("9.1 GB")
+
+
+def test_the_free_memory_of_the_cpu_is_between_nothing_and_all_of_it():
+    import psutil
+
+    assert 0 < free_memory("cpu") <= psutil.virtual_memory().total

@@ -1,0 +1,81 @@
+"""The benchmarks' smoke runs: everything in tiny sizes, nothing saved."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def smoke(name: str) -> str:
+    """What a benchmark's smoke run prints; it must leave the committed results alone."""
+    before = {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")}
+    environment = {key: value for key, value in os.environ.items() if key != "MISTRAL_MODEL_PATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--smoke"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")} == before
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_the_gpu_benchmark_runs_every_part_on_any_device():
+    printed = smoke("gpu")
+    for part in ("step, B=64, moments in float32", "step, B=128, moments in bfloat16", "end to end, B=128"):
+        assert f"\n{part}\n" in printed
+    assert "out of memory" not in printed
+    assert len(re.findall(r"x the floor", printed)) == 4
+    assert len(re.findall(r"[\d,]+ tokens/s, of whose time the language model takes \d+%", printed)) == 2
+    assert "x ours" in printed or "sparsify is not installed" in printed
+
+
+def test_a_part_that_runs_out_of_memory_leaves_the_others_alone(capsys):
+    from benchmarks.gpu import attempt
+
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    results = {}
+    attempt(results, "large", too_large)
+    attempt(results, "small", lambda: {"seconds": 1.0})
+    assert results == {"large": {"failed": "out of memory"}, "small": {"seconds": 1.0}}
+    assert "more memory than is free" in capsys.readouterr().out
+
+
+def test_the_stages_of_the_pipeline_add_up_to_the_run():
+    printed = smoke("pipeline")
+    times = {name.strip(): float(ms) for name, ms in re.findall(r"^([a-zA-Z].+?) +([\d.]+) +[\d.]+%$", printed, re.M)}
+    background = {times.pop("reading, tokenizing and packing"), times.pop("of which tokenizing")}
+    total = times.pop("all")
+    assert min(background) > 0
+    assert sum(times.values()) == pytest.approx(total, abs=0.01 * len(times))
+    # Stages that the wrapped functions no longer pass through would be 0
+    for stage in set(times) - {"AuxK", "waiting for text", "log"}:
+        assert times[stage] > 0, stage
+    assert times["everything else"] < 0.5 * total
+
+
+def test_both_sides_of_the_end_to_end_benchmark_train_on_the_same_input():
+    pytest.importorskip("sae_lens")
+    printed = smoke("end_to_end")
+    for side in ("mistral-sae", "sae-lens"):
+        assert re.search(rf"^  {side} +[\d.]+ s +[\d,]+ tokens/s .* normalized MSE [\d.]+", printed, re.M)
+
+
+def test_the_speed_of_steering_is_measured_beside_the_model_alone():
+    printed = smoke("steering_speed")
+    found = dict(re.findall(r"^  (\S.*?) +[\d.]+ ms a token +([+-][\d.]+)%$", printed, re.M))
+    assert found.pop("without steering") == "+0.0"
+    assert set(found) == {"clamp, one feature", "clamp, eight features", "add, one feature", "clamp, exact"}

@@ -1,0 +1,48 @@
+"""What explain.py and demo.py begin with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mistral_sae.files import SAEError
+from mistral_sae.loading import open_both
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.checkpoint import Metadata, save_sae
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def opened(run_dir, **changed):
+    rest = {"sae_path": None, "hook_name": None, "model_path": None, "device": "cpu", "dtype": None}
+    return open_both(run_dir=str(run_dir), **rest | changed)
+
+
+def write_sae(folder, model_name="standin"):
+    sae = SparseAutoencoder(256, 8192, 8)
+    sae.initialize(torch.randn(100, 256), seed=0)
+    save_sae(folder, sae, Metadata(model_name, "blocks.2.hook_resid_post", 2, True, 256, "stdlib"))
+
+
+def test_what_is_opened_is_said_as_the_readme_shows_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_sae(Path("runs/standin/sae"))
+    loaded, model = opened("runs/standin")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["layer     2 of 0 to 5 (blocks.2.hook_resid_post)", "features  8,192 of runs/standin/sae"]
+    assert README.count("\n".join(lines)) == 2  # of explain.py and of demo.py
+    assert (loaded.sae.d_model, model.last_layer) == (256, None)
+    opened("elsewhere", sae_path="runs/standin/sae")
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_a_folder_without_an_autoencoder_says_what_to_do(tmp_path):
+    with pytest.raises(SAEError, match=r"run train\.py first"):
+        opened(tmp_path)
+
+
+def test_the_name_of_another_model_is_a_warning_and_a_longer_form_of_the_same_is_none(tmp_path, capsys):
+    for name, warns in (("mistral-7b", True), ("someone/Standin", False)):
+        write_sae(tmp_path / "sae", name)
+        opened(tmp_path)
+        assert ("warning: the autoencoder was trained on" in capsys.readouterr().out) == warns

@@ -1,0 +1,378 @@
+"""Constants from the command line, and a script's first line."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+from mistral_sae import cli
+from mistral_sae.cli import UserError, override
+
+ROOT = Path(__file__).parent.parent.parent
+CONSTANTS = """
+WIDTH = 8
+HEIGHT = 2 * WIDTH if WIDTH > 4 else 1
+RATE = 0.5
+AREA = 100 / WIDTH
+NAME = "tiny"
+VERBOSE = False
+FOLDER: str | None = None
+COUNT: int | None = 3
+API_KEY: str | None = None
+EITHER: int | float = 1
+lower = 1
+"""
+
+
+@pytest.fixture
+def constants(tmp_path):
+    path = tmp_path / "constants.py"
+    path.write_text(CONSTANTS)
+    spec = importlib.util.spec_from_file_location("constants", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def defaults(monkeypatch):
+    """`config` as the file has it, before and after the test."""
+    monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
+    override([], config)
+    yield config
+    monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
+    override([], config)
+
+
+def error_of(constants, *arguments):
+    with pytest.raises(UserError) as caught:
+        override(list(arguments), constants)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("WIDTH", "3", 3),
+        ("WIDTH", "-3", -3),
+        ("WIDTH", "1e6", 1_000_000),
+        ("WIDTH", "1_000", 1000),
+        ("RATE", "2", 2.0),
+        ("RATE", "1e-4", 1e-4),
+        ("VERBOSE", "1", True),
+        ("VERBOSE", "True", True),
+        ("VERBOSE", "true", True),
+        ("VERBOSE", "0", False),
+        ("VERBOSE", "False", False),
+        ("VERBOSE", "false", False),
+        ("NAME", "plain words", "plain words"),
+        ("NAME", "'quoted'", "quoted"),
+        ("NAME", "7", "7"),
+        ("NAME", "None", "None"),
+        ("NAME", "{[]}", "{[]}"),
+        ("NAME", "a=b", "a=b"),
+        ("FOLDER", r"C:\models\new", r"C:\models\new"),
+        ("FOLDER", "mistralai/Mistral-7B-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("FOLDER", "~/models/7b", "~/models/7b"),
+        ("FOLDER", "None", None),
+        ("COUNT", "None", None),
+        ("COUNT", "4", 4),
+        ("EITHER", "2", 2),
+        ("EITHER", "2.5", 2.5),
+    ],
+)
+def test_a_value_has_the_type_of_the_annotation_or_of_the_default(constants, name, text, value):
+    override([f"{name}={text}"], constants)
+    found = getattr(constants, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "type_name"),
+    [
+        ("WIDTH", "abc", "int"),
+        ("WIDTH", "1.5", "int"),
+        ("WIDTH", "1e400", "int"),
+        ("WIDTH", "True", "int"),
+        ("WIDTH", "None", "int"),
+        ("WIDTH", "", "int"),
+        ("WIDTH", "(1, 2)", "int"),
+        ("RATE", "fast", "float"),
+        ("RATE", "True", "float"),
+        ("VERBOSE", "yes", "bool"),
+        ("VERBOSE", "2", "bool"),
+        ("COUNT", "x", "int or nothing"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_the_type_expected(constants, name, text, type_name):
+    message = error_of(constants, f"{name}={text}")
+    assert message.startswith(f"{name} must be of type {type_name}")
+    assert repr(text) in message
+
+
+def edited(tmp_path, line):
+    """A module as it is after its file was edited."""
+    path = tmp_path / "edited.py"
+    path.write_text(line + "\n")
+    spec = importlib.util.spec_from_file_location("edited", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("TOKENS: int = 1e6", 1_000_000),
+        ("TOKENS: float = 2", 2.0),
+        ("TOKENS: bool = 1", True),
+        ("TOKENS: int | None = None", None),
+        ("TOKENS: int | str = 'all'", "all"),
+    ],
+)
+def test_a_value_in_the_file_has_the_type_of_its_annotation(tmp_path, line, value):
+    module = edited(tmp_path, line)
+    override([], module)
+    assert module.TOKENS == value
+    assert type(module.TOKENS) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("TOKENS: int = '8'", "int: found '8'"),
+        ("TOKENS: int = 0.5", "int: found 0.5"),
+        ("TOKENS: int = True", "int: found True"),
+        ("TOKENS: str = 8", "str: found 8"),
+        ("TOKENS: float | None = 'cheap'", "float or nothing (None): found 'cheap'"),
+        ("TOKENS: bool = 2", "bool: found 2"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_as_one_in_an_argument_is(tmp_path, line, expected):
+    assert error_of(edited(tmp_path, line)) == f"TOKENS must be of type {expected}"
+
+
+def test_all_that_users_edit_is_annotated(defaults):
+    for path in ("config.py", "demo.py"):
+        head = (ROOT / path).read_text().split("\nimport sys\n")[0]
+        bare = {line.split(" = ")[0] for line in head.splitlines() if " = " in line and line.split(" = ")[0].isupper()}
+        assert bare <= {"ON_STANDIN"}
+
+
+@pytest.mark.parametrize("name", ["FOLDER", "COUNT"])
+def test_an_empty_value_is_not_taken_for_none(constants, name):
+    assert error_of(constants, f"{name}=") == f"{name} is empty: give it a value, or {name}=None"
+
+
+def test_a_constant_in_the_environment_is_an_error_unless_it_is_read_from_there(constants, defaults, monkeypatch):
+    monkeypatch.setenv("WIDTH", "9")
+    message = "found WIDTH in the environment, where it is not looked for: give it after the script's name, WIDTH=..."
+    assert error_of(constants).startswith(message)
+    override(["WIDTH=3"], constants)
+    assert constants.WIDTH == 3
+    monkeypatch.setenv("DRY_RUN", "1")
+    override([], config)
+    assert config.DRY_RUN is True
+    override(["DRY_RUN=0"], config)
+    assert config.DRY_RUN is False
+    monkeypatch.setenv("MAX_TOKENS", "1000")
+    with pytest.raises(UserError, match="found MAX_TOKENS in the environment"):
+        override([], config)
+    monkeypatch.delenv("MAX_TOKENS")
+
+
+def test_constants_computed_from_a_given_one_follow_it(constants):
+    override(["WIDTH=10"], constants)
+    assert constants.HEIGHT == 20
+    assert constants.AREA == 10.0
+    override(["WIDTH=2"], constants)
+    assert constants.HEIGHT == 1
+
+
+def test_a_computed_constant_that_is_given_stays_as_given(constants):
+    override(["HEIGHT=5", "WIDTH=10"], constants)
+    assert (constants.HEIGHT, constants.AREA) == (5, 10.0)
+
+
+def test_without_arguments_every_constant_has_its_default(constants):
+    override(["WIDTH=2", "NAME=other"], constants)
+    override([], constants)
+    assert (constants.WIDTH, constants.HEIGHT, constants.NAME) == (8, 16, "tiny")
+
+
+def test_a_constant_that_cannot_follow_is_an_error_that_shows_the_cause(constants):
+    assert error_of(constants, "WIDTH=0").startswith("AREA cannot be computed with WIDTH=0")
+
+
+def test_no_error_repeats_a_key(constants):
+    assert "secret" not in error_of(constants, "API_KEY=secret", "WIDTH=0")
+    assert "secret" not in error_of(constants, "API_KEYS=secret")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "closest"), [("WIDHT", "WIDTH"), ("width", "WIDTH"), ("lower", "FOLDER"), ("VERBOS", "VERBOSE")]
+)
+def test_an_unknown_name_is_an_error_that_names_the_closest(constants, wrong, closest):
+    message = error_of(constants, f"{wrong}=1")
+    assert f"there is no constant {wrong}:" in message
+    assert f"closest is {closest} " in message
+
+
+@pytest.mark.parametrize("argument", ["WIDTH", "--help", "8"])
+def test_an_argument_without_a_value_is_an_error(constants, argument):
+    assert f"found {argument!r}" in error_of(constants, argument)
+
+
+def test_several_modules_take_the_constants_that_they_have(constants, defaults):
+    override(["WIDTH=9", "K=7"], constants, config)
+    assert (constants.WIDTH, config.K) == (9, 7)
+
+
+def test_the_learning_rate_follows_the_number_of_features_unless_it_is_given(defaults):
+    default = config.LEARNING_RATE
+    override([f"D_HIDDEN={4 * config.D_HIDDEN}"], config)
+    assert config.LEARNING_RATE == pytest.approx(default / 2)
+    override([f"D_HIDDEN={config.D_HIDDEN}", "LEARNING_RATE=0.1"], config)
+    assert config.LEARNING_RATE == 0.1
+
+
+SIZES_AT_7B = {
+    "TARGET_LAYER": 16,
+    "D_HIDDEN": 131_072,
+    "K": 128,
+    "DATA_PATH": "monology/pile-uncopyrighted",
+    "MOMENTS_DTYPE": "bfloat16",
+    "RUN_DIR": "runs/mistral-7b",
+}
+
+
+@pytest.mark.parametrize("through", ["argument", "environment"])
+def test_a_models_path_turns_the_stand_ins_sizes_into_those_of_7b(defaults, monkeypatch, through):
+    assert (config.MISTRAL_MODEL_PATH, config.D_HIDDEN, config.DATA_PATH) == (None, 8192, "stdlib")
+    if through == "environment":
+        monkeypatch.setenv("MISTRAL_MODEL_PATH", "models/7b")
+    override(["MISTRAL_MODEL_PATH=models/7b"] if through == "argument" else [], config)
+    assert config.MISTRAL_MODEL_PATH == "models/7b"
+    assert {name: getattr(config, name) for name in SIZES_AT_7B} == SIZES_AT_7B
+
+
+def test_an_argument_beats_the_environment_and_an_empty_path_is_the_stand_in(defaults, monkeypatch):
+    monkeypatch.setenv("MISTRAL_MODEL_PATH", "models/7b")
+    override(["MISTRAL_MODEL_PATH=other"], config)
+    assert config.MISTRAL_MODEL_PATH == "other"
+    override(["MISTRAL_MODEL_PATH="], config)
+    assert (config.MISTRAL_MODEL_PATH, config.D_HIDDEN) == (None, 8192)
+
+
+# ---- how a script ends ----
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a bad constant"), 2, "error: a bad constant\n"),
+        (cli.Failed("no luck"), 1, "error: no luck\n"),
+        (FileExistsError(17, "File exists", "runs/x"), 1, "error: [Errno 17] File exists: 'runs/x'\n"),
+    ],
+)
+def test_a_known_error_ends_a_script_with_its_code_and_one_line(capsys, error, code, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, bad_input=(UserError,), out_of_memory="K or BATCH_SIZE")
+    assert ended.value.code == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_too_little_memory_is_said_with_what_helps(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, bad_input=(UserError,), out_of_memory="K or BATCH_SIZE")
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: the device is out of memory: lower K or BATCH_SIZE\n"
+
+
+def test_an_error_of_the_programs_own_keeps_its_traceback():
+    def main():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        cli.run(main, bad_input=(UserError,), out_of_memory="K or BATCH_SIZE")
+
+
+# ---- train.py before torch is there ----
+
+
+def train(folder, *arguments, torch="", **environment):
+    """Run train.py with a module in torch's place."""
+    (folder / "torch.py").write_text(f"import os\n{torch or 'os._exit(77)'}\n")
+    hidden = ("MISTRAL_MODEL_PATH", "PYTHONUNBUFFERED")  # the latter would do what a script has to do itself
+    known = {name: value for name, value in os.environ.items() if name not in hidden}
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env=known | {"PYTHONPATH": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_first_line_names_the_model_and_reaches_a_pipe_before_torch_is_imported(tmp_path, mistral_folder):
+    ran = train(tmp_path, f"MISTRAL_MODEL_PATH={mistral_folder}")
+    assert ran.returncode == 77  # it got as far as the import
+    assert ran.stdout == f"train: {mistral_folder} · 3 layers, width 32, 0.3M parameters\n"
+    assert ran.stderr == ""
+
+
+def test_the_stand_in_is_never_presented_as_mistral_7b(tmp_path):
+    ran = train(tmp_path)
+    assert "stand-in" in ran.stdout
+    assert "not Mistral 7B" in ran.stdout
+
+
+def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistral_folder):
+    ran = train(tmp_path, MISTRAL_MODEL_PATH=str(mistral_folder))
+    assert ran.stdout.startswith(f"train: {mistral_folder} ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["K=abc"], "K must be of type int: found 'abc'"),
+        (["D_HIDEN=64"], "there is no constant D_HIDEN: the closest is D_HIDDEN"),
+        (["D_HIDDEN=0"], "LEARNING_RATE cannot be computed with D_HIDDEN=0"),
+        (["K"], "expected NAME=value"),
+        (["MISTRAL_MODEL_PATH=/no/such/folder"], "/no/such/folder is not a folder"),
+    ],
+)
+def test_a_bad_argument_ends_train_with_code_2_and_one_line_without_torch(tmp_path, arguments, said):
+    ran = train(tmp_path, *arguments)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("error: ")
+    assert said in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_ctrl_c_during_the_imports_is_one_line_and_no_traceback(tmp_path):
+    ran = train(tmp_path, torch="raise KeyboardInterrupt")
+    assert (ran.returncode, ran.stderr) == (1, "error: stopped\n")
+
+
+@pytest.mark.parametrize("value", [True, None, "1", float("nan"), float("inf"), [1], 0.5, 0, -1])
+def test_coefficients_are_numbers_that_rise(value):
+    assert are_rising((0.5, 1, 2.0))
+    assert are_rising([1])
+    assert not are_rising((0.5, 1, value))
+    assert not are_rising(())

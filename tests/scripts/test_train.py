@@ -1,0 +1,611 @@
+"""train.py from end to end, on a small random model and a small corpus.
+
+Each step of a real run happens in a process of its own where the process matters (signals, the streams, what is
+imported), and else in this one, which spares it the imports.
+"""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import config
+from mistral_sae import files
+from mistral_sae.data import tokens as text
+from mistral_sae.model import language_model as lm
+from mistral_sae.sae import memory
+from mistral_sae.sae.checkpoint import load_sae
+from mistral_sae.sae.memory import memory_plan
+from mistral_sae.sae.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 40
+SETTINGS = {
+    "TARGET_LAYER": 1,
+    "DEVICE": "cpu",
+    "CONTEXT_LENGTH": 32,
+    "HELD_OUT_FRACTION": 0.3,
+    "TRAIN_TOKENS": STEPS * 64 + 5,
+    "D_HIDDEN": 128,
+    "K": 8,
+    "BATCH_SIZE": 64,
+    "LEARNING_RATE": 0.003,
+    "WARM_UP_STEPS": 10,
+    "K_AUX": 16,
+    "DEAD_AFTER_TOKENS": 100,
+    "MOMENTS_DTYPE": "bfloat16",
+    "BUFFER_TOKENS": 500,
+    "ROWS_PER_FORWARD": 3,
+    "EVALUATION_ROWS": 10,
+    "EVALUATION_STRIDE": 1,
+    "EVALUATIONS": 2,
+    "LOG_EVERY": 5,
+    "CHECKPOINT_EVERY": 10,
+}
+CONTRACT_FILES = {
+    "sae/cfg.json",
+    "sae/sae_weights.safetensors",
+    "sae/sparsity.safetensors",
+    "metrics.jsonl",
+    "evaluation.json",
+    "training.png",
+    "checkpoint.safetensors",
+}
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self):
+        return self.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sixty short documents that repeat themselves, so that there is something to learn."""
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    documents = [f"def f{i}(x):\n    return x + {i}\n\n\nclass A{i}:\n    y = f{i}({i})\n" * 3 for i in range(60)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(mistral_folder, corpus):
+    """NAME=value of a run of seconds, changed by keywords."""
+
+    def of(run_dir, **changed):
+        constants = {"MISTRAL_MODEL_PATH": mistral_folder, "DATA_PATH": corpus, "RUN_DIR": run_dir}
+        return [f"{name}={value}" for name, value in (constants | SETTINGS | changed).items()]
+
+    return of
+
+
+def in_a_process(arguments, code=None):
+    """Run train.py, or `code` that runs it, in a process of its own."""
+    script = ["train.py"] if code is None else ["-c", code]
+    done = subprocess.run(
+        [sys.executable, *script, *arguments],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "MISTRAL_MODEL_PATH"}
+        | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def here(run_script):
+    """Run train.py in this process."""
+    return lambda arguments: Ran(*run_script("train.py", arguments))
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """The folder and the output of a whole run."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    return run_dir, in_a_process(arguments(run_dir))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A folder like that of the finished run, which a test may change."""
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def metrics_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(ran, said, code=2):
+    assert ran.code == code
+    lines = [line for line in ran.err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+    assert "Traceback" not in ran.out
+
+
+# ---- a run ----
+
+
+def test_a_run_writes_the_files_of_the_contract_and_nothing_else(finished):
+    run_dir, ran = finished
+    assert ran.code == 0, ran.err
+    assert set(contents_of(run_dir)) == CONTRACT_FILES
+
+
+def test_nothing_but_the_progress_bar_goes_to_the_error_stream(finished):
+    pieces = [piece.strip() for piece in re.split(r"[\r\n]", finished[1].err)]
+    assert [piece for piece in pieces if piece and not re.match(r"\d+%\|", piece)] == []
+    assert "normalized MSE" in finished[1].err
+    assert re.search(r"<\d\d:\d\d, .* tokens/s", finished[1].err)  # time left and rate
+
+
+def test_the_output_says_the_plan_then_the_results_and_where_they_are(finished, mistral_folder, corpus):
+    run_dir, ran = finished
+    lines = ran.out.splitlines()
+    assert lines[0].startswith(f"train: {mistral_folder} ")
+    for stage in ("layer     1 of 0 to 2", "corpus    1 file", "tokens    2,565 in 40 steps of 64", "features  128"):
+        assert any(line.startswith(stage) for line in lines), stage
+    assert any("free" in line for line in lines)
+    assert "cross-entropy recovered" in ran.out
+    assert str(run_dir / "sae") in ran.out
+
+
+def test_every_logged_step_is_one_object_of_metrics(finished):
+    metrics = metrics_of(finished[0])
+    assert [record["step"] for record in metrics] == [5, 10, 15, 20, 25, 30, 35, 40]
+    keys = {"loss", "normalized_mse", "auxk", "l0", "dead", "learning_rate", "gradient_norm", "tokens"}
+    for record in metrics:
+        assert keys <= set(record)
+        assert record["tokens"] == 64 * record["step"]
+        assert 0 < record["l0"] <= 8
+        assert record["loss"] == pytest.approx(record["normalized_mse"] + record["auxk"] / 32, rel=1e-4)
+        assert record["gradient_norm"] > 0
+    assert metrics[-1]["normalized_mse"] < metrics[0]["normalized_mse"]
+    assert max(record["dead"] for record in metrics) > 0  # some have not fired for 100 tokens, which AuxK needs
+    assert max(record["auxk"] for record in metrics) > 0
+
+
+def test_the_learning_rate_warms_up_stays_and_decays(finished):
+    rates = {record["step"]: record["learning_rate"] / 0.003 for record in metrics_of(finished[0])}
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[10] == rates[20] == rates[30] == pytest.approx(1)
+    assert rates[35] == pytest.approx(6 / 8)
+    assert rates[40] == pytest.approx(1 / 8)
+
+
+def test_the_run_is_evaluated_on_the_way_too(finished):
+    evaluated = {record["step"]: record for record in metrics_of(finished[0]) if "held_out_normalized_mse" in record}
+    assert list(evaluated) == [20]
+    assert {"ce_loss_clean", "ce_loss_recovered", "kl", "held_out_explained_variance"} <= set(evaluated[20])
+
+
+def test_the_evaluation_has_the_keys_of_the_contract_and_values_that_fit_together(finished):
+    found = json.loads((finished[0] / "evaluation.json").read_text())
+    keys = "tokens l0 normalized_mse explained_variance ce_loss_clean ce_loss_with_sae ce_loss_ablated"
+    assert {*keys.split(), "ce_loss_recovered", "dead_fraction", "ce_loss_zero_ablated", "kl"} <= set(found)
+    assert found["tokens"] == 10 * 31
+    assert 0 < found["l0"] <= 8
+    assert 0 < found["normalized_mse"] < 1
+    recovered = (found["ce_loss_ablated"] - found["ce_loss_with_sae"]) / (
+        found["ce_loss_ablated"] - found["ce_loss_clean"]
+    )
+    assert found["ce_loss_recovered"] == pytest.approx(recovered)
+    assert found["dead_fraction"] == metrics_of(finished[0])[-1]["dead"] / 128
+
+
+def test_the_evaluation_is_of_the_saved_autoencoder_on_held_out_documents_alone(finished, mistral_folder, corpus):
+    from mistral_sae.sae.evaluate import reconstruction
+
+    model, sae = lm.load(mistral_folder, device="cpu"), load_sae(finished[0]).sae
+    documents = text.corpus(str(corpus), held_out=True, held_out_fraction=0.3)
+    rows = next(text.batches(text.pack(documents, model.tokenizer, 32), 10))
+    expected = reconstruction(sae, [model.residuals(rows, 1)[:, 1:].flatten(0, 1)])
+    found = json.loads((finished[0] / "evaluation.json").read_text())
+    assert found["normalized_mse"] == pytest.approx(expected.normalized_mse, rel=1e-4)
+    assert found["explained_variance"] == pytest.approx(expected.explained_variance, rel=1e-4)
+
+
+def test_the_curves_are_a_png(finished):
+    png = (finished[0] / "training.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(png) > 10_000
+
+
+def test_the_saved_rows_have_unit_norm_and_the_sparsity_is_how_often_features_fired(finished):
+    weights = load_file(finished[0] / "sae/sae_weights.safetensors")
+    assert torch.allclose(weights["W_dec"].norm(dim=1), torch.ones(128), atol=1e-5)
+    frequency = 10 ** load_file(finished[0] / "sae/sparsity.safetensors")["sparsity"].double()
+    metrics = metrics_of(finished[0])
+    steps = [b["step"] - a for a, b in zip([0, *(m["step"] for m in metrics)], metrics, strict=False)]
+    l0 = sum(n * record["l0"] for n, record in zip(steps, metrics, strict=True)) / STEPS
+    assert frequency.sum().item() == pytest.approx(l0, rel=1e-4)
+
+
+def test_sae_lens_loads_the_run_and_finds_the_same_features(finished, mistral_folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae_lens = pytest.importorskip("sae_lens")
+        theirs = sae_lens.SAE.load_from_disk(finished[0] / "sae", device="cpu")
+    ours = load_sae(finished[0]).sae
+    tokens = torch.randint(20, 4096, (4, 32), generator=torch.Generator().manual_seed(0))
+    x = lm.load(mistral_folder, last_layer=1, device="cpu").residuals(tokens, 1)[:, 1:].flatten(0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x).dense(128), theirs.encode(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    metadata = theirs.cfg.metadata
+    assert (metadata.model_name, metadata.hook_name) == (mistral_folder.name, "blocks.1.hook_resid_post")
+    assert (metadata.prepend_bos, metadata.context_size) == (True, 32)
+
+
+@pytest.mark.skipif(not (lm.STANDIN / "consolidated.safetensors").exists(), reason="the stand-in has no weights")
+def test_a_few_steps_run_on_the_stand_in_and_the_standard_library(here, tmp_path):
+    few = {"TRAIN_TOKENS": 2048, "BATCH_SIZE": 256, "D_HIDDEN": 512, "K": 8, "BUFFER_TOKENS": 2000, "DEVICE": "cpu"}
+    few |= {"CONTEXT_LENGTH": 64, "EVALUATION_ROWS": 4, "EVALUATIONS": 1, "LOG_EVERY": 1, "RUN_DIR": tmp_path / "run"}
+    ran = here([f"{name}={value}" for name, value in few.items()])
+    assert ran.code == 0, ran.err
+    assert "stand-in" in ran.out.splitlines()[0]
+    assert set(contents_of(tmp_path / "run")) == CONTRACT_FILES
+    assert len(metrics_of(tmp_path / "run")) == 8
+
+
+# ---- stopped and started again ----
+
+KILLED_WHILE_IT_SAVES = """
+import os, runpy, signal, sys
+from mistral_sae import files
+
+def killed(path, tensors, metadata, save=files.save_state):
+    if metadata["history"][-1]["step"] == 20:
+        (path.parent / (path.name + ".partial")).write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, tensors, metadata)
+
+files.save_state = killed
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_killed_run_started_again_ends_with_the_same_bits_as_an_uninterrupted_one(finished, arguments, tmp_path):
+    run_dir = tmp_path / "run"
+    assert in_a_process(arguments(run_dir), KILLED_WHILE_IT_SAVES).code == -9
+    assert metrics_of(run_dir)[-1]["step"] == 20  # it was killed between the autoencoder's save and the checkpoint's
+    assert step_of_checkpoint(run_dir) == 10
+
+    ran = in_a_process(arguments(run_dir))
+
+    assert ran.code == 0, ran.err
+    assert "continuing after step 10" in ran.out
+    assert set(contents_of(run_dir)) == CONTRACT_FILES
+    for name in ("checkpoint.safetensors", "sae/sae_weights.safetensors", "sae/sparsity.safetensors"):
+        expected, found = load_file(finished[0] / name), load_file(run_dir / name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+    assert without_times(metrics_of(run_dir)) == without_times(metrics_of(finished[0]))
+    assert (run_dir / "evaluation.json").read_bytes() == (finished[0] / "evaluation.json").read_bytes()
+
+
+def without_times(metrics):
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in metrics]
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_a_trainer_that_loads_the_state_of_another_goes_on_like_it(tmp_path, moments):
+    def made():
+        options = {"k_aux": 8, "auxk_coefficient": 1 / 32, "dead_after_tokens": 50, "max_gradient_norm": 1.0}
+        return Trainer(16, 64, 4, moments=moments, **options)
+
+    x = torch.randn(6, 40, 16, generator=torch.Generator().manual_seed(0))
+    first, second = made(), made()
+    first.initialize(x[0], 0)
+    for batch in x[:3]:
+        first.step(batch, 1e-2)
+    assert len(first.find_dead())
+    files.save_state(tmp_path / "state.safetensors", first.state(), {})
+    second.load(files.load_state(tmp_path / "state.safetensors", "cpu")[0])
+    for trainer in (first, second):
+        for i, batch in enumerate(x[3:]):
+            torch.manual_seed(i)
+            trainer.step(batch, 1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(first.state().values(), second.state().values(), strict=True))
+
+
+def test_a_trainer_keeps_the_largest_activation_of_each_feature_since_it_was_told_to_forget():
+    trainer = Trainer(16, 64, 4, k_aux=8, auxk_coefficient=1 / 32, dead_after_tokens=50, max_gradient_norm=1.0)
+    x = torch.randn(6, 40, 16, generator=torch.Generator().manual_seed(0))
+    trainer.initialize(x[0], 0)
+    for i, batch in enumerate(x):
+        if i == 3:
+            before = trainer.maximum.clone()
+            trainer.forget_maximum()
+            expected = torch.zeros(64)
+        seen = trainer.sae.encode(batch).dense(64).amax(dim=0)  # by the weights that the step begins with
+        trainer.step(batch, 1e-2)
+        if i >= 3:
+            expected = torch.maximum(expected, seen)
+    torch.testing.assert_close(trainer.maximum, expected, rtol=1e-4, atol=1e-5)
+    assert (before > trainer.maximum).any()
+
+
+def test_the_maxima_that_are_saved_are_those_of_the_last_part_of_the_run(
+    finished, here, arguments, tmp_path, monkeypatch
+):
+    forgotten, steps = [], []
+    step, forget = Trainer.step, Trainer.forget_maximum
+    monkeypatch.setattr(Trainer, "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
+    monkeypatch.setattr(Trainer, "forget_maximum", lambda self: (forgotten.append(len(steps)), forget(self))[1])
+    assert here(arguments(tmp_path / "run")).code == 0
+    assert forgotten == [int(0.8 * STEPS)]  # where the learning rate begins to fall
+    maximum, checkpoint = load_sae(finished[0]).maximum, load_file(finished[0] / "checkpoint.safetensors")
+    assert torch.equal(maximum, checkpoint["maximum"])
+    assert (maximum > 0).any()
+
+
+def test_a_finished_run_started_again_trains_nothing(here, arguments, copied, monkeypatch):
+    before = contents_of(copied)
+    monkeypatch.setattr(Trainer, "step", None)
+    ran = here(arguments(copied))
+    assert ran.code == 0, ran.err
+    after = contents_of(copied)
+    unchanged = CONTRACT_FILES - {"training.png", "evaluation.json"}
+    assert {name for name in CONTRACT_FILES if after[name] == before[name]} >= unchanged
+    old, new = json.loads(before["evaluation.json"]), json.loads(after["evaluation.json"])
+    assert new == pytest.approx(old, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"K": 4}, "another K (8 there, 4 here): choose another RUN_DIR, or RESUME=False"),
+        ({"SEED": 3}, "another SEED (0 there, 3 here)"),
+        ({"TRAIN_TOKENS": 64_000}, "another TRAIN_TOKENS (2565 there, 64000 here)"),
+    ],
+)
+def test_other_settings_in_the_folder_of_a_run_are_refused_and_nothing_is_touched(
+    here, arguments, copied, changed, said
+):
+    before = contents_of(copied)
+    assert_refused(here(arguments(copied, **changed)), said)
+    assert contents_of(copied) == before
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line_and_kept(here, arguments, copied):
+    path = copied / "checkpoint.safetensors"
+    tensors, metadata = files.load_state(path, "cpu")
+    del tensors["maximum"]
+    files.save_state(path, tensors, metadata)
+    before = contents_of(copied)
+    assert_refused(here(arguments(copied)), "found a training state without maximum")
+    assert contents_of(copied) == before
+
+
+def test_settings_that_do_not_shape_the_result_may_change(here, arguments, copied):
+    assert here(arguments(copied, CHECKPOINT_EVERY=30, EVALUATIONS=1)).code == 0
+
+
+def test_resume_false_trains_anew_in_the_same_folder(here, arguments, copied):
+    ran = here(arguments(copied, K=4, TRAIN_TOKENS=256, RESUME=False))
+    assert ran.code == 0, ran.err
+    assert json.loads((copied / "sae/cfg.json").read_text())["k"] == 4
+    assert [record["step"] for record in metrics_of(copied)] == [2, 4]
+
+
+def test_a_run_that_trains_anew_leaves_nothing_of_the_old_one_to_resume_or_to_read(
+    here, arguments, copied, monkeypatch
+):
+    def stopped(*_):
+        raise SystemExit(9)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    assert here(arguments(copied, RESUME=False)).code == 9
+    for name in ("checkpoint.safetensors", "evaluation.json", "training.png"):
+        assert not (copied / name).exists()
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(here, arguments, copied):
+    path = copied / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(here(arguments(copied)), f"damaged {path}")
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+from mistral_sae.sae.trainer import Trainer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit deaf ears
+steps = []
+
+def interrupted(self, *args, step=Trainer.step):
+    steps.append(1)
+    if len(steps) == 13:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(self, *args)
+
+Trainer.step = interrupted
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_ends_a_run_with_one_line_and_keeps_its_checkpoint(arguments, tmp_path):
+    ran = in_a_process(arguments(tmp_path / "run"), INTERRUPTED)
+    assert ran.code == 1
+    assert ran.last_line == "error: stopped"
+    assert "Traceback" not in ran.err
+    assert step_of_checkpoint(tmp_path / "run") == 10
+
+
+def step_of_checkpoint(run_dir):
+    tensors, metadata = files.load_state(run_dir / "checkpoint.safetensors", "cpu")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    return metadata["history"][-1]["step"]
+
+
+# ---- losses that explode ----
+
+
+def test_too_large_a_learning_rate_stops_the_run_with_the_step(here, arguments, tmp_path):
+    ran = here(arguments(tmp_path / "run", LEARNING_RATE=1e6, WARM_UP_STEPS=0))
+    assert ran.code == 1
+    assert re.match(r"error: the normalized MSE is \S+ at step 5, .*no checkpoint yet.*LEARNING_RATE", ran.last_line)
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize(("broken_at", "seen_at"), [(13, 15), (19, 20), (20, 20)])
+@pytest.mark.parametrize("value", [float("nan"), 1e9])
+def test_weights_that_break_stop_the_run_and_the_last_good_checkpoint_stays(
+    here, arguments, tmp_path, monkeypatch, broken_at, seen_at, value
+):
+    """At step 20 a checkpoint is due: of weights that no loss has seen, or whose loss the mean of steps hides."""
+    steps = []
+
+    def broken(self, *args, step=Trainer.step):
+        figures = step(self, *args)
+        steps.append(1)
+        if len(steps) == broken_at:
+            self.sae.W_enc.fill_(value)
+        return figures
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    ran = here(arguments(tmp_path / "run"))
+    assert ran.code == 1
+    assert f" at step {seen_at}," in ran.last_line
+    assert f"the last good checkpoint is kept in {tmp_path / 'run/checkpoint.safetensors'}" in ran.last_line
+    assert "Traceback" not in ran.err
+    assert step_of_checkpoint(tmp_path / "run") == 10
+    assert load_file(tmp_path / "run/sae/sae_weights.safetensors")["W_enc"].abs().max() < 1e3
+    assert metrics_of(tmp_path / "run")[-1]["step"] < seen_at
+
+
+def test_every_constant_is_known_to_shape_a_run_or_not_to():
+    script = runpy.run_path(str(ROOT / "train.py"))
+    constants = {name for name in vars(config) if name.isupper()}
+    source = (ROOT / "config.py").read_text()
+    of_explain = set(re.findall(r"^([A-Z_]+)\b", source[source.index("# ---- explain.py") :], re.MULTILINE))
+    free = {"DEVICE", "LEARNING_RATE", "RUN_DIR", "RESUME", "DRY_RUN", "CHECKPOINT_EVERY"}
+    free |= {"EVALUATION_ROWS", "EVALUATION_STRIDE", "EVALUATIONS"}
+    assert "OPENAI_API_KEY" in of_explain
+    assert constants == set(script["SHAPING"]) | free | of_explain
+    assert not set(script["SHAPING"]) & (free | of_explain)
+
+
+# ---- the plan, and what it refuses ----
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(here, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm, "load", None)
+    ran = here(arguments(tmp_path / "run", DRY_RUN=1))
+    assert (ran.code, ran.err) == (0, "")
+    for part in (
+        "language model (float32)",
+        "autoencoder",
+        "gradients",
+        "moments (bfloat16)",
+        "buffer",
+        "activations",
+    ):
+        assert part in ran.out
+    assert re.search(r"all +\S+ [MG]B of \S+ GB free", ran.out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_above_the_target_stay_out_where_they_have_no_room(here, arguments, tmp_path, monkeypatch):
+    def little_room(spec, *, last_layer, **options):
+        return memory_plan(spec, last_layer=last_layer, **options | {"free": 0 if last_layer is None else 10**12})
+
+    monkeypatch.setattr(memory, "memory_plan", little_room)
+    ran = here(arguments(tmp_path / "run", TRAIN_TOKENS=1024))
+    assert ran.code == 0
+    assert "language model to layer 1 (float32)" in ran.out
+    assert "loading the model up to layer 1" in ran.out
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert not any("ce_loss_clean" in record for record in records)  # they need all of the model
+    assert "ce_loss_clean" in json.loads((tmp_path / "run/evaluation.json").read_text())
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm, "load", None)
+    ran = here(arguments(tmp_path / "run", D_HIDDEN=10**11))
+    assert_refused(ran, "more memory than is free: lower D_HIDDEN")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"DATA_PATH": "/no/such/text.jsonl"}, "there is no file or folder '/no/such/text.jsonl'"),
+        ({"MISTRAL_MODEL_PATH": "/no/such/model"}, "/no/such/model is not a folder"),
+        ({"TARGET_LAYER": 3}, "TARGET_LAYER is 3: expected 0 to 2, the layers of tiny"),
+        ({"TARGET_LAYER": -1}, "TARGET_LAYER is -1"),
+        ({"K": 129}, "K is 129: expected 1 to D_HIDDEN, 128"),
+        ({"K": 0}, "K is 0"),
+        ({"BATCH_SIZE": 1}, "BATCH_SIZE is 1"),
+        ({"TRAIN_TOKENS": 63}, "TRAIN_TOKENS is 63: expected at least one batch, 64"),
+        ({"BUFFER_TOKENS": 30}, "BUFFER_TOKENS is 30: expected at least one row, 31"),
+        ({"CONTEXT_LENGTH": 2}, "CONTEXT_LENGTH is 2"),
+        ({"HELD_OUT_FRACTION": 0}, "HELD_OUT_FRACTION is 0"),
+        ({"DECAY_FRACTION": 0}, "DECAY_FRACTION is 0"),
+        ({"MAX_GRADIENT_NORM": 0}, "MAX_GRADIENT_NORM is 0"),
+        ({"LOG_EVERY": 0}, "LOG_EVERY is 0"),
+        ({"CHECKPOINT_EVERY": 0}, "CHECKPOINT_EVERY is 0"),
+        ({"EVALUATION_ROWS": 0}, "EVALUATION_ROWS is 0"),
+        ({"EVALUATION_STRIDE": 0}, "EVALUATION_STRIDE is 0"),
+        ({"ROWS_PER_FORWARD": 0}, "ROWS_PER_FORWARD is 0"),
+        ({"DEAD_AFTER_TOKENS": 0}, "DEAD_AFTER_TOKENS is 0"),
+        ({"SEED": -1}, "SEED is -1"),
+        ({"MOMENTS_DTYPE": "float16"}, "MOMENTS_DTYPE is float16: expected float32 or bfloat16"),
+        ({"DTYPE": "int8"}, "expected float32, bfloat16 or float16"),
+        ({"DEVICE": "mps"}, "found device 'mps': expected cpu, cuda or cuda:0"),
+        ({"DEVICE": "cuda:99"}, "found no CUDA device for 'cuda:99'"),
+        ({"DEVICE": "gpu"}, "found device 'gpu'"),
+        ({"TEXT_FIELD": "content"}, "'content'"),
+    ],
+)
+def test_a_setting_that_no_run_can_use_is_refused_in_one_line(here, arguments, tmp_path, monkeypatch, changed, said):
+    monkeypatch.setattr(lm, "load", None)  # before anything is loaded
+    assert_refused(here(arguments(tmp_path / "run", **changed)), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_dir_that_is_a_file_is_refused(here, arguments, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    assert_refused(here(arguments(tmp_path / "taken")), "expected a folder")
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 1000), (30, 1)])
+def test_too_little_text_is_refused_in_one_line(here, arguments, tmp_path, count, length):
+    """One document cannot be both trained on and held out; thirty of a few letters do not fill a held-out row."""
+    path = tmp_path / "few.jsonl"
+    path.write_text((json.dumps({"text": "word " * length}) + "\n") * count)
+    assert_refused(here(arguments(tmp_path / "run", DATA_PATH=path)), "use more ")
+
+
+def test_records_that_were_skipped_are_reported_with_file_and_line(here, arguments, corpus, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(corpus.read_text() + "{broken\n")
+    ran = here(arguments(tmp_path / "run", DATA_PATH=path, TRAIN_TOKENS=128))
+    assert ran.code == 0, ran.err
+    assert "skipped 1 record: text.jsonl:61" in ran.out

@@ -1,0 +1,231 @@
+"""Commands, the prompt of a conversation, and its transcript."""
+
+import json
+import shutil
+from contextlib import nullcontext
+
+import pytest
+
+from mistral_sae.model.language_model import load
+from mistral_sae.steer import chat
+from mistral_sae.steer.chat import CommandError, History, Steering, converse, obey
+from mistral_sae.steer.steering import SteeringError
+
+STEERING = Steering({12: 1.0}, "clamp")
+
+
+@pytest.fixture(scope="module")
+def lm(mistral_folder):
+    return load(mistral_folder, device="cpu")
+
+
+def find(words, coefficient):
+    if words == "nothing":
+        raise SteeringError("found no feature for 'nothing'")
+    return {40: coefficient}
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/feature exception", Steering({40: 1.0}, "clamp")),
+        ("/coefficient 2.5", Steering({12: 2.5}, "clamp")),
+        ("/coefficient -3", Steering({12: -3.0}, "clamp")),
+        ("/coefficient None", Steering({12: None}, "clamp")),
+        ("/method add", Steering({12: 1.0}, "add")),
+        ("/off", Steering({12: 1.0}, "clamp", on=False)),
+        ("/on", STEERING),
+        ("/both", Steering({12: 1.0}, "clamp", both=True)),
+    ],
+)
+def test_commands_change_the_steering(command, expected):
+    assert obey(command, STEERING, find) == expected
+
+
+def test_another_feature_takes_the_coefficient_that_was_set():
+    assert obey("/feature http", obey("/coefficient 2", STEERING, find), find).coefficients == {40: 2.0}
+
+
+@pytest.mark.parametrize("command", ["/feature exception", "/coefficient 1", "/method clamp", "/on"])
+def test_whatever_is_set_turns_steering_on_again(command):
+    assert obey(command, Steering({12: 1.0}, "clamp", on=False), find).on
+
+
+def test_several_features_keep_their_coefficients():
+    with pytest.raises(CommandError, match="each of several"):
+        obey("/coefficient 3", Steering({3: 2.0, 4: -1.0}, "clamp"), find)
+
+
+@pytest.mark.parametrize("command", ["/coefficient two", "/coefficient", "/feature", "/method", "/of"])
+def test_commands_that_are_none_say_so(command):
+    with pytest.raises(CommandError, match=r"/|coefficient"):
+        obey(command, STEERING, find)
+
+
+def test_the_prompt_is_in_the_chat_format_of_the_tokenizer(lm):
+    history = History(lm, is_instruct=True, context=500, max_tokens=10)
+    history.add("def f", "return 1")
+    messages = [("user", "def f"), ("assistant", "return 1"), ("user", "more")]
+    assert history.prompt("more") == lm.tokenizer.chat([{"role": r, "content": c} for r, c in messages])
+
+
+def test_without_a_chat_format_the_prompt_is_one_text(lm):
+    history = History(lm, is_instruct=False, context=500, max_tokens=10)
+    history.add("def f():", "    return 1")
+    expected = lm.tokenizer.encode("def f():\n    return 1\nf()\n")
+    assert history.prompt("f()") == [lm.tokenizer.bos_id, *expected]
+
+
+@pytest.mark.parametrize("is_instruct", [True, False])
+def test_the_oldest_turns_are_forgotten_where_the_context_is_full(lm, is_instruct):
+    history = History(lm, is_instruct, context=120, max_tokens=40)
+    for i in range(10):
+        history.add(f"question {i}", f"reply {i}")
+    ids = history.prompt("last")
+    text = lm.tokenizer.decode(ids)
+    assert len(ids) <= 80
+    assert "last" in text
+    assert "reply 9" in text
+    assert "question 0" not in text
+    with pytest.raises(CommandError, match="expected at most 80"):
+        history.prompt("word " * 100)
+
+
+def test_a_tokenizer_without_a_chat_format_is_recognised(lm, hugging_face_folder, tmp_path):
+    assert chat.has_chat_format(lm)
+    assert chat.has_chat_format(load(hugging_face_folder, device="cpu"))
+    folder = shutil.copytree(hugging_face_folder, tmp_path / "base")
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert not chat.has_chat_format(load(folder, device="cpu"))
+
+
+@pytest.fixture
+def conversation(lm, tmp_path, monkeypatch, capsys):
+    """Run a conversation of some lines; what was printed, the turns written, and the settings steered with."""
+
+    def run(*lines, **options):
+        remaining, steered_with = iter(lines), []
+
+        def read(prompt):
+            line = next(remaining, None)
+            if line is None:
+                raise EOFError
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        def steered(steering, length):
+            steered_with.append((steering, length))
+            return nullcontext()
+
+        def describe(steering):
+            if steering.method == "wrong":
+                raise SteeringError("found METHOD 'wrong'")
+            return f"steering {steering.coefficients}"
+
+        monkeypatch.setattr("builtins.input", read)
+        transcript = tmp_path / "chat.jsonl"
+        converse(
+            lm,
+            STEERING,
+            steered=steered,
+            find=find,
+            describe=describe,
+            transcript=transcript,
+            **{"is_instruct": True, "context": 400, "max_tokens": 6, "temperature": 0.0, "seed": 0} | options,
+        )
+        turns = [json.loads(line) for line in transcript.read_text().splitlines()] if transcript.exists() else []
+        return capsys.readouterr().out, turns, steered_with
+
+    return run
+
+
+def test_a_turn_is_answered_and_written_down(lm, conversation):
+    out, turns, steered_with = conversation("def f", "more")
+    ids = lm.tokenizer.chat([{"role": "user", "content": "def f"}])
+    reply = "".join(lm.tokenizer.strings(list(lm.generate(ids, 6)))).lstrip(" ")
+    assert turns[0]["user"] == "def f"
+    assert turns[0]["reply"] == reply
+    assert turns[0]["stopped"] is False
+    assert (turns[0]["features"], turns[0]["method"], turns[0]["on"]) == ({"12": 1.0}, "clamp", True)
+    assert reply in out
+    assert [turn["turn"] for turn in turns] == [0, 1]
+    assert steered_with[0][1] == len(ids)
+    assert steered_with[1][1] > len(ids)  # the second prompt has the first turn in it
+
+
+def test_commands_hold_for_the_turns_after_them_and_mistakes_change_nothing(conversation):
+    out, turns, steered_with = conversation(
+        "/feature exception",
+        "a",
+        "/method wrong",
+        "/feature nothing",
+        "/nonsense",
+        "b",
+        "/off",
+        "c",
+        "/help",
+        "/quit",
+        "d",
+    )
+    assert [steering.coefficients for steering, _ in steered_with] == [{40: 1.0}, {40: 1.0}]  # none after /off
+    assert [turn["on"] for turn in turns] == [True, True, False]
+    assert {turn["method"] for turn in turns} == {"clamp"}
+    assert out.count("error: ") == 3
+    assert "found no feature for 'nothing'" in out
+    assert "/coefficient 2" in out
+    assert "d" not in [turn["user"] for turn in turns]
+
+
+def test_both_shows_and_records_the_reply_without_steering_too(conversation):
+    out, turns, steered_with = conversation("/both", "a", "/both", "b")
+    assert "unsteered_reply" in turns[0]
+    assert "unsteered_reply" not in turns[1]
+    assert out.count("without steering>") == 1
+    assert len(steered_with) == 2
+
+
+def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(lm, conversation, monkeypatch):
+    generate = lm.generate
+
+    def interrupted(*args, **kwargs):
+        for i, id in enumerate(generate(*args, **kwargs)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield id
+
+    monkeypatch.setattr(lm, "generate", interrupted)
+    out, turns, _ = conversation("a", KeyboardInterrupt(), "b")
+    assert [turn["stopped"] for turn in turns] == [True, True]
+    assert out.count("(stopped)") == 2
+    assert "/quit or Ctrl-D ends" in out
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_after_a_reply_of_nothing_the_conversation_goes_on(lm, conversation, monkeypatch, is_stopped):
+    generate, calls = lm.generate, []
+
+    def silent_at_first(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 1:
+            yield from generate(*args, **kwargs)
+        elif is_stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm, "generate", silent_at_first)
+    out, turns, _ = conversation("a", "b")
+    assert "error" not in out
+    assert [(turn["user"], turn["reply"] != "") for turn in turns] == [("a", False), ("b", True)]
+    assert turns[0]["stopped"] is is_stopped
+
+
+def test_bytes_of_one_character_are_printed_together(lm):
+    ids = lm.tokenizer.encode("é日")
+    parts = list(chat.pieces(lm, iter(ids)))
+    assert "".join(parts) == "é日"
+    assert "\ufffd" not in "".join(parts)
+    assert len(ids) > 2  # they are spread over several tokens
