@@ -184,4 +184,4 @@ expect(
 )
 expect("SWEEP", SWEEP, not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength")
 expect("SWEEP", SWEEP, not (SWEEP and not STEERING_ON), "False with STEERING_ON=False")
-expect("CHAT_CONTEXT", CHAT_CONTEXT, CHAT_CONTEXT > NEW_TOKENS, "above NEW_TOKENS")
+expect("CHAT_CONTEXT", CHAT_CONTEXT, not CHAT or CHAT_CONTEXT > NEW_TOKENS, "above NEW_TOKENS")

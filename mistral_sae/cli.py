@@ -54,7 +54,8 @@ def override(arguments: list[str], config: ModuleType) -> None:
         try:
             return _typed(name, default(), kinds[name])
         except ArithmeticError as error:
-            raise UserError(f"{name} cannot be computed with {' '.join(given)}: {error}") from None
+            shown = " ".join(f"{name}={value}" for name, value in given.items() if "KEY" not in name)
+            raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
 
     no_arguments = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
     for statement in tree.body:

@@ -231,7 +231,7 @@ def test_an_offline_run_writes_a_label_of_each_selected_feature_and_the_report(f
 def test_the_output_says_what_runs_and_where_the_results_are(finished, mistral_folder):
     run_dir, ran = finished
     lines = ran.out.splitlines()
-    assert lines[0].startswith(f"explain: {mistral_folder} ")
+    assert lines[0].startswith(f"explain: {mistral_folder}")
     for line in (
         "layer     1 of 0 to 2 (blocks.1.hook_resid_post)",
         f"features  64 of {run_dir / 'sae'}",
@@ -520,7 +520,7 @@ def test_all_constants_of_asking_reach_the_client(here, arguments, served, run_d
     constants = {"SAMPLING": {"seed": 4}, "MAX_REPLY_TOKENS": 777, "REQUEST_TIMEOUT": 3.5, "REQUEST_DEADLINE": 41.5}
     constants |= {
         "CONCURRENCY": 3,
-        "MAX_TOKENS": 10_000,
+        "MAX_API_TOKENS": 10_000,
         "MAX_DOLLARS": 2.5,
         "PROMPT_DOLLARS": 1,
         "COMPLETION_DOLLARS": 2,
@@ -628,11 +628,11 @@ def test_a_dry_run_knows_what_is_answered_already(here, arguments, served, tmp_p
     assert server.log == []
 
 
-@pytest.mark.parametrize("limit", [{"MAX_DOLLARS": 0.0011}, {"MAX_TOKENS": 4000}])
+@pytest.mark.parametrize("limit", [{"MAX_DOLLARS": 0.0011}, {"MAX_API_TOKENS": 4000}])
 def test_a_dry_run_says_when_the_budget_does_not_suffice(here, arguments, served, run_dir, limit):
     with Server(reply) as server:
         ran = here(arguments(run_dir, **openai(server, DRY_RUN=1, **limit)))
-        enough = here(arguments(run_dir, **openai(server, DRY_RUN=1, MAX_DOLLARS=5, MAX_TOKENS=10**7)))
+        enough = here(arguments(run_dir, **openai(server, DRY_RUN=1, MAX_DOLLARS=5, MAX_API_TOKENS=10**7)))
         known = here(arguments(served[0], **openai(server, DRY_RUN=1, **limit)))  # all spent, and nothing to ask
     assert "; the budget ends before that; none was sent" in ran.out
     assert "the budget ends" not in enough.out
@@ -672,7 +672,7 @@ def test_a_dry_run_that_needs_no_server_says_so(here, arguments, run_dir):
     assert not {"explanations.jsonl", "report.html"} & set(contents_of(run_dir))
 
 
-@pytest.mark.parametrize("limit", [{"MAX_DOLLARS": 0.0011}, {"MAX_TOKENS": 4000}])
+@pytest.mark.parametrize("limit", [{"MAX_DOLLARS": 0.0011}, {"MAX_API_TOKENS": 4000}])
 def test_a_budget_stops_the_run_cleanly_and_more_goes_on(here, arguments, served, run_dir, limit):
     with Server(reply) as server:
         ran = here(arguments(run_dir, **openai(server, CONCURRENCY=1, **limit)))
@@ -689,7 +689,7 @@ def test_a_budget_stops_the_run_cleanly_and_more_goes_on(here, arguments, served
         spent = journal_of(run_dir)
         assert sum(record["dollars"] for record in spent) <= limit.get("MAX_DOLLARS", 1)
         tokens = sum(record["prompt_tokens"] + record["completion_tokens"] for record in spent)
-        assert 0 < tokens <= limit.get("MAX_TOKENS", 10**9)
+        assert 0 < tokens <= limit.get("MAX_API_TOKENS", 10**9)
         assert here(arguments(run_dir, **openai(server))).code == 0
     assert len(server.log) == served[2]
     assert (run_dir / "explanations.jsonl").read_bytes() == (served[0] / "explanations.jsonl").read_bytes()
@@ -699,7 +699,7 @@ def test_a_budget_takes_nothing_from_what_is_answered_already(here, arguments, s
     folder = shutil.copytree(served[0], tmp_path / "run")
     more = str([0, *CHOSEN, 63])  # the first of them would ask
     with Server(reply) as server:
-        ran = here(arguments(folder, **openai(server, SELECT=more, MAX_TOKENS=100, CONCURRENCY=1)))
+        ran = here(arguments(folder, **openai(server, SELECT=more, MAX_API_TOKENS=100, CONCURRENCY=1)))
     assert ran.code == 0, ran.err
     assert server.log == []
     statuses = {label.feature: label.status for label in labels_of(folder)}
@@ -710,7 +710,7 @@ def test_a_run_that_gets_nothing_leaves_the_labels_of_earlier_ones(here, argumen
     folder = shutil.copytree(served[0], tmp_path / "run")
     before = (folder / "explanations.jsonl").read_bytes()
     with Server(reply) as server:
-        ran = here(arguments(folder, **openai(server, OPENAI_MODEL="another", MAX_TOKENS=100)))
+        ran = here(arguments(folder, **openai(server, OPENAI_MODEL="another", MAX_API_TOKENS=100)))
     assert (ran.code, server.log) == (0, [])
     assert f"{len(CHOSEN)} features: {len(CHOSEN)} stopped" in ran.out
     assert (folder / "explanations.jsonl").read_bytes() == before
@@ -862,7 +862,7 @@ def test_an_autoencoder_of_another_model_is_refused_in_one_line(here, arguments,
     [
         ({"EXPLAINER": "claude"}, "EXPLAINER is 'claude': expected openai, mistral or offline"),
         (
-            {"EXPLAINER": "mistral", "MISTRAL_MODEL_PATH": ""},
+            {"EXPLAINER": "mistral", "MISTRAL_MODEL_PATH": None},
             "EXPLAINER is 'mistral': expected another, as the stand-in",
         ),
         ({"TEXT": ""}, "TEXT is empty"),

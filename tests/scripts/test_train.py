@@ -163,7 +163,7 @@ def test_nothing_but_the_progress_bar_goes_to_the_error_stream(finished):
 def test_the_output_says_the_plan_then_the_results_and_where_they_are(finished, mistral_folder, corpus):
     run_dir, ran = finished
     lines = ran.out.splitlines()
-    assert lines[0].startswith(f"train: {mistral_folder} ")
+    assert lines[0].startswith(f"train: {mistral_folder}")
     for stage in ("layer     1 of 0 to 2", "corpus    1 file", "tokens    2,565 in 40 steps of 64", "features  128"):
         assert any(line.startswith(stage) for line in lines), stage
     assert any("free" in line for line in lines)
@@ -557,7 +557,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, argume
     [
         ({"DATA_PATH": "/no/such/text.jsonl"}, "there is no file or folder '/no/such/text.jsonl'"),
         ({"MISTRAL_MODEL_PATH": "/no/such/model"}, "/no/such/model is not a folder"),
-        ({"TARGET_LAYER": 3}, "TARGET_LAYER is 3: expected 0 to 2, the layers of tiny"),
+        ({"TARGET_LAYER": 3}, "TARGET_LAYER is 3: expected 0 to 2, of tiny"),
         ({"TARGET_LAYER": -1}, "TARGET_LAYER is -1"),
         ({"K": 129}, "K is 129: expected 1 to D_HIDDEN, 128"),
         ({"K": 0}, "K is 0"),
@@ -575,7 +575,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, argume
         ({"ROWS_PER_FORWARD": 0}, "ROWS_PER_FORWARD is 0"),
         ({"DEAD_AFTER_TOKENS": 0}, "DEAD_AFTER_TOKENS is 0"),
         ({"SEED": -1}, "SEED is -1"),
-        ({"MOMENTS_DTYPE": "float16"}, "MOMENTS_DTYPE is float16: expected float32 or bfloat16"),
+        ({"MOMENTS_DTYPE": "float16"}, "MOMENTS_DTYPE is 'float16': expected float32 or bfloat16"),
         ({"DTYPE": "int8"}, "expected float32, bfloat16 or float16"),
         ({"DEVICE": "mps"}, "found device 'mps': expected cpu, cuda or cuda:0"),
         ({"DEVICE": "cuda:99"}, "found no CUDA device for 'cuda:99'"),

@@ -1,9 +1,11 @@
-"""Constants from the command line, and a script's first line."""
+"""Constants from the command line, a script's first line and its end, progress."""
 
+import ast
 import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,21 +13,24 @@ import torch
 
 import config
 from mistral_sae import cli
-from mistral_sae.cli import UserError, override
+from mistral_sae.cli import Progress, UserError, override
 
 ROOT = Path(__file__).parent.parent.parent
 CONSTANTS = """
-WIDTH = 8
-HEIGHT = 2 * WIDTH if WIDTH > 4 else 1
-RATE = 0.5
-AREA = 100 / WIDTH
-NAME = "tiny"
-VERBOSE = False
+from mistral_sae.cli import expect
+WIDTH: int = 8
+HEIGHT: int = 2 * WIDTH if WIDTH > 4 else 1
+RATE: float = 0.5
+AREA: float = 100 / WIDTH
+NAME: str = "tiny"
+VERBOSE: bool = False
+IS_WIDE = WIDTH > 4
 FOLDER: str | None = None
 COUNT: int | None = 3
 API_KEY: str | None = None
 EITHER: int | float = 1
 lower = 1
+expect("RATE", RATE, RATE < 10, "below 10")
 """
 
 
@@ -159,11 +164,15 @@ def test_a_mistake_in_the_file_is_named_as_one_in_an_argument_is(tmp_path, line,
     assert error_of(edited(tmp_path, line)) == f"TOKENS must be of type {expected}"
 
 
-def test_all_that_users_edit_is_annotated(defaults):
-    for path in ("config.py", "demo.py"):
-        head = (ROOT / path).read_text().split("\nimport sys\n")[0]
-        bare = {line.split(" = ")[0] for line in head.splitlines() if " = " in line and line.split(" = ")[0].isupper()}
-        assert bare <= {"ON_STANDIN"}
+def test_every_constant_can_be_set_but_the_one_that_follows_from_the_models_path(defaults):
+    bare = {
+        target.id
+        for node in ast.parse((ROOT / "config.py").read_text()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id.isupper()
+    }
+    assert bare == {"ON_STANDIN"}
 
 
 @pytest.mark.parametrize("name", ["FOLDER", "COUNT"])
@@ -171,21 +180,33 @@ def test_an_empty_value_is_not_taken_for_none(constants, name):
     assert error_of(constants, f"{name}=") == f"{name} is empty: give it a value, or {name}=None"
 
 
-def test_a_constant_in_the_environment_is_an_error_unless_it_is_read_from_there(constants, defaults, monkeypatch):
-    monkeypatch.setenv("WIDTH", "9")
-    message = "found WIDTH in the environment, where it is not looked for: give it after the script's name, WIDTH=..."
-    assert error_of(constants).startswith(message)
-    override(["WIDTH=3"], constants)
-    assert constants.WIDTH == 3
-    monkeypatch.setenv("DRY_RUN", "1")
+FROM_THE_ENVIRONMENT = ["MISTRAL_MODEL_PATH", "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"]
+
+
+def test_the_environment_sets_four_constants_and_no_others(defaults, monkeypatch):
+    names = [name for name in vars(config) if name.isupper()]
+    for name in names:
+        monkeypatch.setenv(name, "7" if name != "OPENAI_BASE_URL" else "http://localhost")
+    before = {name: getattr(config, name) for name in names}
+    override(["MISTRAL_MODEL_PATH=None"], config)
+    changed = [name for name in names if getattr(config, name) != before[name]]
+    assert sorted([*changed, "MISTRAL_MODEL_PATH"]) == sorted(
+        [*FROM_THE_ENVIRONMENT, "PROMPT_DOLLARS", "COMPLETION_DOLLARS"]
+    )
     override([], config)
-    assert config.DRY_RUN is True
-    override(["DRY_RUN=0"], config)
-    assert config.DRY_RUN is False
-    monkeypatch.setenv("MAX_TOKENS", "1000")
-    with pytest.raises(UserError, match="found MAX_TOKENS in the environment"):
-        override([], config)
-    monkeypatch.delenv("MAX_TOKENS")
+    assert config.MISTRAL_MODEL_PATH == "7"
+    for name in names:
+        monkeypatch.delenv(name)
+
+
+def test_the_checks_at_the_foot_see_the_given_values(constants):
+    assert error_of(constants, "RATE=10") == "RATE is 10.0: expected below 10"
+
+
+def test_what_follows_without_an_annotation_follows_too_and_cannot_be_given(constants):
+    override(["WIDTH=2"], constants)
+    assert constants.IS_WIDE is False
+    assert "there is no constant IS_WIDE" in error_of(constants, "IS_WIDE=1")
 
 
 def test_constants_computed_from_a_given_one_follow_it(constants):
@@ -230,11 +251,6 @@ def test_an_argument_without_a_value_is_an_error(constants, argument):
     assert f"found {argument!r}" in error_of(constants, argument)
 
 
-def test_several_modules_take_the_constants_that_they_have(constants, defaults):
-    override(["WIDTH=9", "K=7"], constants, config)
-    assert (constants.WIDTH, config.K) == (9, 7)
-
-
 def test_the_learning_rate_follows_the_number_of_features_unless_it_is_given(defaults):
     default = config.LEARNING_RATE
     override([f"D_HIDDEN={4 * config.D_HIDDEN}"], config)
@@ -263,11 +279,11 @@ def test_a_models_path_turns_the_stand_ins_sizes_into_those_of_7b(defaults, monk
     assert {name: getattr(config, name) for name in SIZES_AT_7B} == SIZES_AT_7B
 
 
-def test_an_argument_beats_the_environment_and_an_empty_path_is_the_stand_in(defaults, monkeypatch):
+def test_an_argument_beats_the_environment_and_none_is_the_stand_in(defaults, monkeypatch):
     monkeypatch.setenv("MISTRAL_MODEL_PATH", "models/7b")
     override(["MISTRAL_MODEL_PATH=other"], config)
     assert config.MISTRAL_MODEL_PATH == "other"
-    override(["MISTRAL_MODEL_PATH="], config)
+    override(["MISTRAL_MODEL_PATH=None"], config)
     assert (config.MISTRAL_MODEL_PATH, config.D_HIDDEN) == (None, 8192)
 
 
@@ -287,7 +303,7 @@ def test_a_known_error_ends_a_script_with_its_code_and_one_line(capsys, error, c
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        cli.run(main, bad_input=(UserError,), out_of_memory="K or BATCH_SIZE")
+        cli.run(main, out_of_memory="K or BATCH_SIZE")
     assert ended.value.code == code
     assert capsys.readouterr() == ("", line)
 
@@ -297,7 +313,7 @@ def test_too_little_memory_is_said_with_what_helps(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     with pytest.raises(SystemExit) as stopped:
-        cli.run(main, bad_input=(UserError,), out_of_memory="K or BATCH_SIZE")
+        cli.run(main, out_of_memory="K or BATCH_SIZE")
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "error: the device is out of memory: lower K or BATCH_SIZE\n"
 
@@ -307,7 +323,7 @@ def test_an_error_of_the_programs_own_keeps_its_traceback():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        cli.run(main, bad_input=(UserError,), out_of_memory="K or BATCH_SIZE")
+        cli.run(main, out_of_memory="K or BATCH_SIZE")
 
 
 # ---- train.py before torch is there ----
@@ -331,7 +347,7 @@ def train(folder, *arguments, torch="", **environment):
 def test_the_first_line_names_the_model_and_reaches_a_pipe_before_torch_is_imported(tmp_path, mistral_folder):
     ran = train(tmp_path, f"MISTRAL_MODEL_PATH={mistral_folder}")
     assert ran.returncode == 77  # it got as far as the import
-    assert ran.stdout == f"train: {mistral_folder} · 3 layers, width 32, 0.3M parameters\n"
+    assert ran.stdout == f"train: {mistral_folder}\n"
     assert ran.stderr == ""
 
 
@@ -343,7 +359,7 @@ def test_the_stand_in_is_never_presented_as_mistral_7b(tmp_path):
 
 def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistral_folder):
     ran = train(tmp_path, MISTRAL_MODEL_PATH=str(mistral_folder))
-    assert ran.stdout.startswith(f"train: {mistral_folder} ")
+    assert ran.stdout.startswith(f"train: {mistral_folder}\n")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +369,7 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
         (["D_HIDEN=64"], "there is no constant D_HIDEN: the closest is D_HIDDEN"),
         (["D_HIDDEN=0"], "LEARNING_RATE cannot be computed with D_HIDDEN=0"),
         (["K"], "expected NAME=value"),
-        (["MISTRAL_MODEL_PATH=/no/such/folder"], "/no/such/folder is not a folder"),
+        (["K=0"], "K is 0: expected 1 to D_HIDDEN"),
     ],
 )
 def test_a_bad_argument_ends_train_with_code_2_and_one_line_without_torch(tmp_path, arguments, said):
@@ -370,9 +386,32 @@ def test_ctrl_c_during_the_imports_is_one_line_and_no_traceback(tmp_path):
     assert (ran.returncode, ran.stderr) == (1, "error: stopped\n")
 
 
-@pytest.mark.parametrize("value", [True, None, "1", float("nan"), float("inf"), [1], 0.5, 0, -1])
-def test_coefficients_are_numbers_that_rise(value):
-    assert are_rising((0.5, 1, 2.0))
-    assert are_rising([1])
-    assert not are_rising((0.5, 1, value))
-    assert not are_rising(())
+@pytest.mark.parametrize("value", ["(1, 0.5)", "(1, 'a')", "()", "[0]", "(1, 1e999)"])
+def test_coefficients_are_numbers_that_rise(defaults, value):
+    override(["SWEEP_COEFFICIENTS=[0.5, 1, 2.0]"], config)
+    with pytest.raises(UserError, match=r"SWEEP_COEFFICIENTS is .*: expected numbers above 0, from weak to strong"):
+        override([f"SWEEP_COEFFICIENTS={value}"], config)
+
+
+# ---- progress ----
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "QUIET_SECONDS", 0.2)
+    for _ in Progress(range(60), desc="reading"):
+        time.sleep(0.01)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5
+    assert all(line.startswith("reading: ") for line in lines)
+    assert "60/60" in lines[-1]
+
+
+def test_without_a_terminal_what_is_done_at_once_needs_no_line(capsys):
+    with Progress(total=3) as progress:
+        progress.set_postfix_str("fast")
+        progress.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_rate_is_the_mean_of_the_run():
+    assert Progress(range(3)).smoothing == 0
