@@ -74,6 +74,11 @@ class SparseAutoencoder(nn.Module):
         if activation == "jumprelu":
             self.register_buffer("threshold", torch.zeros(n_features, device=device))
 
+    @property
+    def weights(self) -> kernels.Weights:
+        """The four parameters."""
+        return kernels.Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
     @torch.no_grad()
     def initialize(self, sample_z: Tensor, seed: int) -> None:
         """Random unit decoder rows, the encoder their transpose, b_dec the geometric median of `sample_z` (B, D)."""
@@ -101,7 +106,7 @@ class SparseAutoencoder(nn.Module):
         z, mean, std = self.standardize(x)
         centered = z - self.b_dec if self.center else z
         if self.activation == "topk":
-            values, indices, _ = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k)
+            values, indices = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k)
             shape = (*x.shape[:-1], self.k)
             return Encoded(values.relu().view(shape), indices.view(shape), mean, std)
         pre = centered @ self.W_enc + self.b_enc

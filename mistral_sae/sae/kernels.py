@@ -54,40 +54,25 @@ def bf16_pays(device: torch.device) -> bool:
     return any(check() for check in checks)
 
 
-def encode(
-    centered: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    dead: Tensor | None = None,
-    bf16: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The k largest pre-activations of each token, and those of the dead features: (B, K), (B, K), (B, A) or None.
+def encode(centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each token and their features, (B, K) and (B, K), unordered.
 
-    The only dense product. It runs over some tokens at a time, so that only dead features' pre-activations ever exist
-    for all of a batch. With `bf16` it only nominates: somewhat more than k candidates a token, of which float32
-    computes the values and chooses k. Rounding can swap features whose values lie close to the k-th; so few do that
-    the k true ones are among the candidates, as a test checks, and the values are as exact as without it.
+    The only dense product; it runs over some tokens at a time, so that the pre-activations of a batch never all exist.
+    With `bf16` it only nominates: somewhat more than k candidates a token, of which float32 computes the values and
+    chooses k. Rounding can swap features whose values lie close to the k-th; so few do that the k true ones are among
+    the candidates, as a test checks, and the values are as exact as without it.
     """
+    candidates, dtype = k, torch.float32
     if bf16:
-        candidates = min(len(b_enc), k + max(8, k // 4))
-        nominate = centered.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()
-    else:
-        candidates, nominate = k, (centered, W_enc, b_enc)
-    inputs, weight, bias = nominate
-    step = max(1, CHUNK_BYTES[inputs.device.type, inputs.dtype] // (inputs.element_size() * len(b_enc)))
-    parts = []
-    for chunk in inputs.split(step):
-        pre = F.linear(chunk, weight.T, bias)
-        parts.append((*topk(pre, candidates), pre[:, dead] if dead is not None and not bf16 else None))
-    values, indices, of_dead = (None if xs[0] is None else _joined(xs) for xs in zip(*parts, strict=True))
+        candidates, dtype = min(len(b_enc), k + max(8, k // 4)), torch.bfloat16
+    inputs, weight, bias = centered.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+    step = max(1, CHUNK_BYTES[inputs.device.type, dtype] // (inputs.element_size() * len(b_enc)))
+    values, indices = _joined_pairs([topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)])
     if bf16:
         exact = inner_products(centered, indices, W_enc.T) + b_enc[indices]
         values, chosen = torch.topk(exact, k, dim=-1, sorted=False)
         indices = indices.gather(1, chosen)
-        if dead is not None:
-            of_dead = F.linear(centered, W_enc.T[dead], b_enc[dead])
-    return values, indices, of_dead
+    return values, indices
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
@@ -148,10 +133,27 @@ class MatrixGradient(NamedTuple):
         return rows.index_add_(0, features, more)
 
 
+class Weights(NamedTuple):
+    """The four parameters of an autoencoder."""
+
+    W_enc: Tensor  # (D, F)
+    b_enc: Tensor  # (F)
+    W_dec: Tensor  # (F, D)
+    b_dec: Tensor  # (D)
+
+
+class AuxK(NamedTuple):
+    """The auxiliary loss that revives dead features."""
+
+    dead: Tensor  # (A) int64, ascending: the features that count as dead
+    k: int  # dead features that a token may use, at most A are
+    coefficient: float  # weight of the loss
+
+
 class Step(NamedTuple):
     """Loss and gradients of one batch; scalars are tensors, so that nothing waits for the device."""
 
-    loss: Tensor  # normalized_mse + auxk_coefficient * auxk
+    loss: Tensor  # normalized_mse + auxk coefficient * auxk
     normalized_mse: Tensor
     auxk: Tensor
     l0: Tensor  # mean number of features with an activation above 0
@@ -164,67 +166,43 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def topk_step(
-    z: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    k: int,
-    dead: Tensor | None = None,
-    k_aux: int = 0,
-    auxk_coefficient: float = 0.0,
-    bf16: bool = False,
-) -> Step:
+def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16: bool = False) -> Step:
     """Loss of the TopK autoencoder with AuxK and its gradients in closed form (Gao et al. 2024, sections 2.3, A.2).
 
     ::
 
-        loss = |z - z^|^2 / |z - mean(z)|^2  +  auxk_coefficient * |e - e^|^2 / |e - mean(e)|^2
-        e = z - z^ as a constant;  e^ = topk(pre of the dead features, k_aux) @ W_dec
+        loss = |z - z^|^2 / |z - mean(z)|^2  +  aux.coefficient * |e - e^|^2 / |e - mean(e)|^2
+        e = z - z^ as a constant;  e^ = topk(pre of the dead features, aux.k) @ W_dec
 
     Sums run over the batch, means over its tokens. The second term is 0 where it is not finite.
 
     Args:
         z: standardised residuals (B, D).
-        W_enc, b_enc, W_dec, b_dec: the autoencoder, (D, F), (F), (F, D), (D).
         k: active features a token.
-        dead: int64 indices (A), ascending, of the features that count as dead; None or empty for none.
-        k_aux: how many dead features a token may use, at most A are.
-        auxk_coefficient: weight of the second term.
+        aux: None for the first term alone.
         bf16: let a product in bfloat16 nominate the active features (see `encode`).
     """
-    n_features = W_dec.shape[0]
+    W_enc, b_enc, W_dec, b_dec = weights
+    if aux is not None and not (len(aux.dead) and aux.k and aux.coefficient):
+        aux = None
     centered = z - b_dec
-    if dead is not None and (len(dead) == 0 or k_aux == 0 or not auxk_coefficient):
-        dead = None
-    values, indices, pre_of_dead = encode(centered, W_enc, b_enc, k, dead, bf16)
+    values, indices = encode(centered, W_enc, b_enc, k, bf16)
     values = values.relu_()
-    z_hat = decode(values, indices, W_dec) + b_dec
-    error = z - z_hat
-
+    error = z - (decode(values, indices, W_dec) + b_dec)
     variance = (z - z.mean(dim=0)).square().sum().clamp_min(SMALLEST_VARIANCE)
     normalized_mse = error.square().sum() / variance
     grad_z_hat = error * (-2 / variance)
-    terms = [_Terms(indices, values, inner_products(grad_z_hat, indices, W_dec) * (values > 0), grad_z_hat)]
-    auxk, of_auxk, is_dense = z.new_zeros(()), None, False
-    if dead is not None:
-        k_aux = min(k_aux, len(dead))
-        is_dense = len(dead) <= DENSE_AUXK * k_aux
-        auxk, of_auxk = _auxk(error, pre_of_dead, W_dec[dead], k_aux, auxk_coefficient, is_dense)
-        if not is_dense:
-            terms.append(of_auxk._replace(features=dead[of_auxk.features]))
-    grad_W_enc, grad_b_enc, grad_W_dec = _parameter_gradients(terms, centered, n_features)
-    if is_dense:
-        of_W_enc, of_b_enc, of_W_dec = _dense_gradients(of_auxk, centered, len(dead))
-        grad_b_enc.index_add_(0, dead, of_b_enc)
-        grad_W_enc, grad_W_dec = (
-            gradient._replace(added=(dead, rows)) for gradient, rows in ((grad_W_enc, of_W_enc), (grad_W_dec, of_W_dec))
-        )
-    # b_dec also enters every pre-activation, through the centering
-    grad_b_dec = grad_z_hat.sum(dim=0) - W_enc @ grad_b_enc
+    main = _Terms(indices, values, inner_products(grad_z_hat, indices, W_dec) * (values > 0), grad_z_hat)
+
+    loss, auxk = normalized_mse, z.new_zeros(())
+    if aux is None:
+        gradients = _parameter_gradients([main], centered, len(W_dec))
+    else:
+        auxk, gradients = _with_auxk(main, error, aux, centered, weights)
+        loss = normalized_mse + aux.coefficient * auxk
+    grad_W_enc, grad_b_enc, grad_W_dec = gradients
     return Step(
-        loss=normalized_mse + auxk_coefficient * auxk,
+        loss=loss,
         normalized_mse=normalized_mse,
         auxk=auxk,
         l0=(values > 0).sum() / len(z),
@@ -233,8 +211,11 @@ def topk_step(
         W_enc=grad_W_enc,
         b_enc=grad_b_enc,
         W_dec=grad_W_dec,
-        b_dec=grad_b_dec,
+        b_dec=grad_z_hat.sum(dim=0) - W_enc @ grad_b_enc,  # it also enters every pre-activation, by the centering
     )
+
+
+Gradients = tuple[MatrixGradient, Tensor, MatrixGradient]  # of W_enc, b_enc and W_dec
 
 
 class _Terms(NamedTuple):
@@ -246,22 +227,36 @@ class _Terms(NamedTuple):
     grad_z_hat: Tensor  # (B, D), that of what they decode to
 
 
-def _auxk(
-    error: Tensor, pre: Tensor, rows: Tensor, k_aux: int, coefficient: float, is_dense: bool
-) -> tuple[Tensor, _Terms]:
-    """The auxiliary loss; `pre` (B, A) and `rows` (A, D) are the dead features' pre-activations and decoder rows.
+def _with_auxk(main: _Terms, error: Tensor, aux: AuxK, centered: Tensor, weights: Weights) -> tuple[Tensor, Gradients]:
+    """The auxiliary loss, and the gradients of both losses.
 
     A token uses many of them: where that is a good part of all, products with all are faster than gathered rows.
     """
-    values, indices = topk(pre, k_aux)
+    W_enc, b_enc, W_dec, _ = weights
+    k, rows = min(aux.k, len(aux.dead)), W_dec[aux.dead]
+    pre = F.linear(centered, W_enc.T[aux.dead], b_enc[aux.dead])
+    is_dense = len(aux.dead) <= DENSE_AUXK * k
+    values, indices = topk(pre, k)
     e_hat = _scattered(values, indices, pre.shape[1]) @ rows if is_dense else decode(values, indices, rows)
     residual = error - e_hat
     variance = (error - error.mean(dim=0)).square().sum()
     loss = residual.square().sum() / variance
     finite = loss.isfinite()
-    grad_e_hat = torch.where(finite, residual * (-2 * coefficient / variance), 0.0)
+    grad_e_hat = torch.where(finite, residual * (-2 * aux.coefficient / variance), 0.0)
     grad_values = (grad_e_hat @ rows.T).gather(1, indices) if is_dense else inner_products(grad_e_hat, indices, rows)
-    return torch.where(finite, loss, 0.0), _Terms(indices, values, grad_values, grad_e_hat)
+    terms = _Terms(indices, values, grad_values, grad_e_hat)
+    loss = torch.where(finite, loss, 0.0)
+    if not is_dense:
+        of_dead = terms._replace(features=aux.dead[indices])
+        return loss, _parameter_gradients([main, of_dead], centered, len(W_dec))
+    grad_W_enc, grad_b_enc, grad_W_dec = _parameter_gradients([main], centered, len(W_dec))
+    of_W_enc, of_b_enc, of_W_dec = _dense_gradients(terms, centered, len(aux.dead))
+    grad_b_enc.index_add_(0, aux.dead, of_b_enc)
+    return loss, (
+        grad_W_enc._replace(added=(aux.dead, of_W_enc)),
+        grad_b_enc,
+        grad_W_dec._replace(added=(aux.dead, of_W_dec)),
+    )
 
 
 def _scattered(values: Tensor, indices: Tensor, n_features: int) -> Tensor:
@@ -277,9 +272,7 @@ def _dense_gradients(terms: _Terms, centered: Tensor, n_features: int) -> tuple[
     return of_W_enc, of_b_enc, _scattered(terms.values, terms.features, n_features).T @ terms.grad_z_hat
 
 
-def _parameter_gradients(
-    terms: list[_Terms], centered: Tensor, n_features: int
-) -> tuple[MatrixGradient, Tensor, MatrixGradient]:
+def _parameter_gradients(terms: list[_Terms], centered: Tensor, n_features: int) -> Gradients:
     """Gradients of W_enc, b_enc and W_dec, which sum over the same terms: one sort by feature serves all three."""
     n_tokens, device = len(centered), centered.device
     features, order = _joined([t.features.flatten().to(torch.int32) for t in terms]).sort(stable=True)
@@ -300,3 +293,7 @@ def _parameter_gradients(
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _joined_pairs(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return _joined([first for first, _ in parts]), _joined([second for _, second in parts])

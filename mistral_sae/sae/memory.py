@@ -1,11 +1,11 @@
 """What a training run needs on its device, by part, before anything is loaded."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from mistral_sae.model.language_model import ModelSpec
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.kernels import CHUNK_BYTES
 from mistral_sae.sae.optimizer import BLOCK_BYTES
+from mistral_sae.sae.trainer import TrainConfig
 
 SPARE = 0.03  # share of the free memory that a plan leaves to the allocator
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,55 +31,54 @@ class MemoryPlan(NamedTuple):
         return "\n".join(lines)
 
 
+class ModelSizes(Protocol):
+    """What the plan needs to know of a language model, before it is loaded."""
+
+    @property
+    def d_model(self) -> int: ...  # noqa: D102
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    def parameters(self, last_layer: int | None = None) -> int: ...  # noqa: D102
+
+
 def memory_plan(
-    spec: ModelSpec,
-    *,
-    last_layer: int | None,
-    model_dtype: str,
-    n_features: int,
-    k: int,
-    auxk_features: int,
-    batch_size: int,
-    buffer_tokens: int,
-    moments_dtype: str,
-    rows_per_forward: int,
-    context_length: int,
-    device: str,
-    free: int,
+    config: TrainConfig, model: ModelSizes, *, last_layer: int | None, model_dtype: str, device: str, free: int
 ) -> MemoryPlan:
     """Estimate the memory of a run on a model of the given sizes; `free` is what its device has, in bytes.
 
     With `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
     """
-    kind = device.partition(":")[0]
-    model_bytes, moment_bytes = ELEMENT_BYTES[model_dtype], ELEMENT_BYTES[moments_dtype]
-    weights = (2 * spec.d_model + 1) * n_features + spec.d_model
-    tokens = rows_per_forward * context_length
+    kind, D, F = device.partition(":")[0], model.d_model, config.d_hidden
+    model_bytes, moment_bytes = ELEMENT_BYTES[model_dtype], ELEMENT_BYTES[config.moments_dtype]
+    weights = (2 * D + 1) * F + D
+    tokens = config.rows_per_forward * config.context_length
     # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
     # width in its feed-forward layer three times over
-    forward = tokens * spec.d_model * (8 + 3 * 4) * model_bytes
+    forward = tokens * D * (8 + 3 * 4) * model_bytes
     chunk = max(size for (where, _), size in CHUNK_BYTES.items() if where == kind)
-    encoder = min(chunk, 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
-    nominate = 2 * spec.d_model * n_features  # W_enc in bfloat16, in training
-    batch = 4 * batch_size * (6 * spec.d_model + 8 * k)  # standardised, centered, error, ...; indices, values, bags
+    encoder = min(chunk, 4 * config.batch_size * F) * 2  # pre-activations and the selection's work space
+    bf16_encoder = 2 * D * F  # W_enc in bfloat16, in training
+    batch = 4 * config.batch_size * (6 * D + 8 * config.k)  # standardised, centered, error; indices, values, bags
     # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
     # (as many as half of them), and four times their rows: of both matrices and of both gradients
-    auxk = 4 * min(auxk_features, n_features) * (4 * batch_size + 4 * spec.d_model)
-    logits = HELD_LOGITS * max(min(LOGITS_BYTES, 4 * tokens * spec.vocab_size), 4 * context_length * spec.vocab_size)
-    step = encoder + nominate + batch + auxk
+    auxk = 4 * min(config.auxk_features, F) * (4 * config.batch_size + 4 * D)
+    logits = HELD_LOGITS * max(
+        min(LOGITS_BYTES, 4 * tokens * model.vocab_size), 4 * config.context_length * model.vocab_size
+    )
+    step = encoder + bf16_encoder + batch + auxk
     evaluation = forward + logits + encoder
     part = "" if last_layer is None else f" to layer {last_layer}"
     return MemoryPlan(
         training={
-            f"language model{part} ({model_dtype})": spec.parameters(last_layer) * model_bytes,
+            f"language model{part} ({model_dtype})": model.parameters(last_layer) * model_bytes,
             "autoencoder (float32)": 4 * weights,
             "its gradients (float32)": 4 * weights if kind == "cuda" else min(4 * weights, 4 * BLOCK_BYTES[kind]),
-            f"Adam's moments ({moments_dtype})": 2 * weights * moment_bytes,
-            f"buffer of residuals ({model_dtype})": (buffer_tokens + batch_size) * spec.d_model * model_bytes,
+            f"Adam's moments ({config.moments_dtype})": 2 * weights * moment_bytes,
+            f"buffer of residuals ({model_dtype})": (config.buffer_tokens + config.batch_size) * D * model_bytes,
             "activations": max(forward, step, evaluation if last_layer is None else 0),
         },
         evaluation={
-            "language model": spec.parameters() * model_bytes,
+            "language model": model.parameters() * model_bytes,
             "autoencoder": 4 * weights,
             "activations": evaluation,
         },

@@ -1,19 +1,70 @@
-"""What training changes, and one step of it.
+"""The training of a TopK autoencoder: its sizes, one step, and the checkpoint that a run continues from.
 
 Shapes: B tokens, D model width, F features.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mistral_sae.files import SAEError
+from mistral_sae.cli import UserError
+from mistral_sae.files import SAEError, load_state, save_state
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.kernels import bf16_pays, topk_step
+from mistral_sae.sae.kernels import AuxK, bf16_pays, topk_step
 from mistral_sae.sae.optimizer import SAEAdam
 
 NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The sizes and rates of one training, under the names that config.py has in capitals and explains."""
+
+    d_model: int
+    d_hidden: int
+    k: int
+    train_tokens: int = 1_000_000
+    batch_size: int = 1024
+    learning_rate: float = 1e-3
+    warm_up_steps: int = 0
+    decay_fraction: float = 0.2
+    max_gradient_norm: float = 1.0
+    auxk_coefficient: float = 1 / 32
+    k_aux: int = 128
+    auxk_features: int = 8192
+    dead_after_tokens: int = 200_000
+    moments_dtype: str = "float32"
+    seed: int = 0
+    context_length: int = 256
+    buffer_tokens: int = 131_072
+    rows_per_forward: int = 16
+
+    @classmethod
+    def of(cls, constants: Any, d_model: int) -> TrainConfig:
+        """Read from constants such as config.py's."""
+        names = [field.name for field in fields(cls) if field.name != "d_model"]
+        return cls(d_model, **{name: getattr(constants, name.upper()) for name in names})
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.train_tokens // self.batch_size
+
+    @property
+    def decay_step(self) -> int:
+        """The step from which the learning rate falls."""
+        return int((1 - self.decay_fraction) * self.steps)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, plateau, linear decay."""
+        warm_up = (step + 1) / max(1, self.warm_up_steps)
+        decay = (self.steps - step) / (self.decay_fraction * self.steps)
+        return self.learning_rate * min(1.0, warm_up, decay)
 
 
 class Figures(NamedTuple):
@@ -27,68 +78,42 @@ class Figures(NamedTuple):
 
 
 class Trainer:
-    """A TopK autoencoder in training, with Adam's moments and the record of what fired (Gao et al. 2024).
+    """A TopK autoencoder in training, with Adam's moments and counts of what fired (Gao et al. 2024).
 
-    Args:
-        d_model, n_features, k: sizes D, F, K.
-        k_aux: dead features a token may use in the auxiliary loss.
-        auxk_features: dead features that the auxiliary loss looks at, at most; None is all. Bounds its memory.
-        auxk_coefficient: weight of that loss.
-        dead_after_tokens: a feature that has not fired for so many tokens is dead.
-        max_gradient_norm: larger gradients are scaled down to it.
-        moments: dtype of Adam's moments, float32 or bfloat16.
-        bf16: nominate active features by a bfloat16 product (`kernels.encode`); None does so where it pays.
+    `bf16` nominates active features by a bfloat16 product (`kernels.encode`); None does so where it pays.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        n_features: int,
-        k: int,
-        *,
-        k_aux: int,
-        auxk_features: int | None = None,
-        auxk_coefficient: float,
-        dead_after_tokens: int,
-        max_gradient_norm: float,
-        moments: torch.dtype = torch.float32,
-        bf16: bool | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.sae = SparseAutoencoder(d_model, n_features, k, device=device).requires_grad_(False)
-        self.adam = SAEAdam(self.sae, moments)
-        self.k_aux, self.auxk_features, self.auxk_coefficient = k_aux, auxk_features, auxk_coefficient
-        self.dead_after_tokens, self.max_gradient_norm = dead_after_tokens, max_gradient_norm
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu", bf16: bool | None = None):
+        self.config = config
+        self.sae = SparseAutoencoder(config.d_model, config.d_hidden, config.k, device=device).requires_grad_(False)
+        self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype))
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
-        self.since_fired = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens
-        self.firings = torch.zeros(n_features, dtype=torch.int64, device=device)  # tokens on which each fired
-        self.maximum = torch.zeros(n_features, device=device)  # largest activation of each since `forget_maximum`
+        self.since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens
+        self.fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens on which each fired
+        self.maximum = torch.zeros(config.d_hidden, device=device)  # largest activation since `forget_maximum`
         self.find_dead()
 
-    def initialize(self, x: Tensor, seed: int) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Start from random features around the first residuals x (B, D)."""
-        self.sae.initialize(self.sae.standardize(x)[0], seed)
+        self.sae.initialize(self.sae.standardize(x)[0], self.config.seed)
 
     def find_dead(self) -> Tensor:
         """Bring `self.dead`, the indices of the dead features, up to date. Waits for the device."""
-        self.dead = (self.since_fired >= self.dead_after_tokens).nonzero().squeeze(1)
+        self.dead = (self.since_fired >= self.config.dead_after_tokens).nonzero().squeeze(1)
         return self.dead
 
     def step(self, x: Tensor, learning_rate: float) -> Figures:
         """Train on residuals x (B, D)."""
-        sae = self.sae
-        z, _, _ = sae.standardize(x)
+        config, z = self.config, self.sae.standardize(x)[0]
         # Forward and backward
-        step = topk_step(
-            z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k,
-            self.dead[: self.auxk_features], self.k_aux, self.auxk_coefficient, self.bf16,
-        )  # fmt: skip
+        aux = AuxK(self.dead[: config.auxk_features], config.k_aux, config.auxk_coefficient)
+        step = topk_step(z, self.sae.weights, config.k, aux, self.bf16)
         # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
-        gradient_norm = self.adam.step(step, learning_rate, self.max_gradient_norm)
+        gradient_norm = self.adam.step(step, learning_rate, config.max_gradient_norm)
         # Remember what fired
-        indices, fired = step.indices.flatten(), step.values.flatten() > 0
-        self.since_fired.add_(len(x)).scatter_reduce_(0, indices, torch.where(fired, 0, NEVER), "amin")
-        self.firings.scatter_add_(0, indices, fired.long())
+        indices, fires = step.indices.flatten(), step.values.flatten() > 0
+        self.since_fired.add_(len(x)).scatter_reduce_(0, indices, torch.where(fires, 0, NEVER), "amin")
+        self.fired.scatter_add_(0, indices, fires.long())
         self.maximum.scatter_reduce_(0, indices, step.values.flatten(), "amax")
         return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm)
 
@@ -100,15 +125,8 @@ class Trainer:
         """All tensors that continuing needs, for `load`."""
         # W_enc feature by feature, as it lies in memory: no transposed copy on the device
         weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
-        return (
-            weights
-            | self.adam.state()
-            | {
-                "since_fired": self.since_fired,
-                "firings": self.firings,
-                "maximum": self.maximum,
-            }
-        )
+        counts = {"since_fired": self.since_fired, "fired": self.fired, "maximum": self.maximum}
+        return weights | self.adam.state() | counts
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises SAEError where a tensor is missing."""
@@ -120,3 +138,34 @@ class Trainer:
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
         self.find_dead()
+
+
+# ---- checkpoints ----
+
+
+def save_checkpoint(path: Path, trainer: Trainer, shaping: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Write all that continuing needs: the trainer's state, the log so far, and the settings that shape the run."""
+    settings = shaping | asdict(trainer.config)
+    del settings["learning_rate"]  # which may change: it is what one lowers after a loss that exploded
+    save_state(path, trainer.state(), {"settings": settings, "history": history})
+
+
+def load_checkpoint(path: Path, trainer: Trainer, shaping: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bring a trainer to where `save_checkpoint` was called; returns the log.
+
+    Raises UserError if the checkpoint is of other settings, SAEError if it is damaged.
+    """
+    tensors, metadata = load_state(path, "cpu")  # the trainer's own already fill the device
+    here = shaping | asdict(trainer.config)
+    changed = [
+        f"{name.upper()} ({there} there, {here.get(name)} here)"
+        for name, there in metadata["settings"].items()
+        if there != here.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run with another {', '.join(changed)}: choose another RUN_DIR, "
+            "or RESUME=False to start over in this one"
+        )
+    trainer.load(tensors)
+    return metadata["history"]

@@ -64,7 +64,8 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
     loss.backward()
 
     on_device = [p.T.contiguous().to(device).T if i == 0 else p.to(device) for i, p in enumerate(parameters)]
-    step = kernels.topk_step(z.to(device), *on_device, K, dead.to(device), K_AUX, 1 / 32, bf16=bf16)
+    aux = kernels.AuxK(dead.to(device), K_AUX, 1 / 32)
+    step = kernels.topk_step(z.to(device), kernels.Weights(*on_device), K, aux, bf16)
 
     assert step.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert step.normalized_mse.item() == pytest.approx(normalized_mse.item(), rel=1e-5)
@@ -79,7 +80,7 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
 def test_a_matrix_gradient_is_the_same_in_blocks(k_aux):
     parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
     z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
-    step = kernels.topk_step(z, *parameters, 3, dead, k_aux, 1 / 32)
+    step = kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, k_aux, 1 / 32))
     assert (step.W_dec.added is None) == (len(dead) > kernels.DENSE_AUXK * k_aux)
     for gradient in (step.W_enc, step.W_dec):
         blocks = [gradient.rows(start, min(start + 7, 100)) for start in range(0, 100, 7)]
@@ -99,8 +100,8 @@ def test_topk_finds_exactly_what_torch_finds(F, k):
 def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
     W_enc, b_enc, _, b_dec = random_parameters(64, 4096)
     centered = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) - b_dec
-    values, indices, _ = kernels.encode(centered, W_enc, b_enc, 16)
-    values_bf16, indices_bf16, _ = kernels.encode(centered, W_enc, b_enc, 16, bf16=True)
+    values, indices = kernels.encode(centered, W_enc, b_enc, 16)
+    values_bf16, indices_bf16 = kernels.encode(centered, W_enc, b_enc, 16, bf16=True)
     assert torch.equal(indices.sort(dim=1).values, indices_bf16.sort(dim=1).values)
     torch.testing.assert_close(values_bf16.sort(dim=1).values, values.sort(dim=1).values, rtol=1e-5, atol=1e-6)
 
@@ -108,10 +109,9 @@ def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
 def test_encoding_in_chunks_changes_nothing(monkeypatch):
     W_enc, b_enc, _, b_dec = random_parameters(64, 256)
     centered = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)) - b_dec
-    dead = torch.arange(10, 30)
-    whole = kernels.encode(centered, W_enc, b_enc, 16, dead)
+    whole = kernels.encode(centered, W_enc, b_enc, 16)
     monkeypatch.setitem(kernels.CHUNK_BYTES, ("cpu", torch.float32), 4 * 256 * 7)  # seven tokens at a time
-    for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16, dead), whole, strict=True):
+    for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16), whole, strict=True):
         torch.testing.assert_close(part, expected)
 
 
@@ -121,7 +121,7 @@ def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
     found = []
     for ratio in (0, 1000):
         monkeypatch.setattr(kernels, "DENSE_AUXK", ratio)
-        found.append(kernels.topk_step(z, *parameters, 3, dead, 7, 1 / 32))
+        found.append(kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, 7, 1 / 32)))
     sparse, dense = found
     assert sparse.W_enc.added is None is not dense.W_enc.added
     torch.testing.assert_close(dense.auxk, sparse.auxk)

@@ -1,5 +1,7 @@
 """The memory plan: what 7B needs on a 24 GB card, and that the parts are what is allocated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.kernels import topk_step
 from mistral_sae.sae.memory import MemoryPlan, free_memory, memory_plan
-from mistral_sae.sae.trainer import Trainer
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 CARD_24_GB = int(23.6 * 2**30 - 0.5e9)  # what a driver leaves of 24 GiB, less the CUDA context
 
@@ -30,21 +32,9 @@ def config_7b(monkeypatch):
     override([], config)
 
 
-def plan_of(config, spec, free, **changed):
-    options = {
-        "last_layer": config.TARGET_LAYER,
-        "model_dtype": "bfloat16",
-        "n_features": config.D_HIDDEN,
-        "k": config.K,
-        "auxk_features": config.AUXK_FEATURES,
-        "batch_size": config.BATCH_SIZE,
-        "buffer_tokens": config.BUFFER_TOKENS,
-        "moments_dtype": config.MOMENTS_DTYPE,
-        "rows_per_forward": config.ROWS_PER_FORWARD,
-        "context_length": config.CONTEXT_LENGTH,
-        "device": "cuda",
-    }
-    return memory_plan(spec, free=free, **options | changed)
+def plan_of(constants, spec, free, last_layer=16, model_dtype="bfloat16", **changed):
+    training = replace(TrainConfig.of(constants, spec.d_model), **changed)
+    return memory_plan(training, spec, last_layer=last_layer, model_dtype=model_dtype, device="cuda", free=free)
 
 
 def test_the_specs_of_the_tests_are_of_seven_billion_parameters():
@@ -66,7 +56,7 @@ def test_with_float32_moments_the_defaults_for_7b_do_not_fit(config_7b):
     assert not plan_of(config_7b, mistral_7b(32_768), CARD_24_GB, moments_dtype="float32").fits
 
 
-@pytest.mark.parametrize("changed", [{"n_features": 262_144}, {"buffer_tokens": 10**6}, {"rows_per_forward": 500}])
+@pytest.mark.parametrize("changed", [{"d_hidden": 262_144}, {"buffer_tokens": 10**6}, {"rows_per_forward": 500}])
 def test_what_a_run_could_lower_to_fit_is_in_the_plan(config_7b, changed):
     assert not plan_of(config_7b, mistral_7b(32_768), CARD_24_GB, **changed).fits
 
@@ -85,22 +75,13 @@ def test_a_plan_fits_only_with_some_memory_to_spare_in_training_and_in_evaluatio
 def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     """Up to what is not worth a line: a few numbers a feature and Adam's step count."""
     spec = lm.inspect(mistral_folder)
-    sizes = {"n_features": 512, "k": 8, "batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
+    sizes = {"d_hidden": 512, "k": 8, "batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
     sizes |= {"last_layer": 1, "context_length": 12, "model_dtype": "float32", "moments_dtype": moments}
     plan = plan_of(config_7b, spec, free=0, **sizes).training
-    trainer = Trainer(
-        spec.d_model,
-        512,
-        8,
-        k_aux=4,
-        auxk_coefficient=1 / 32,
-        dead_after_tokens=1000,
-        max_gradient_norm=1.0,
-        moments=getattr(torch, moments),
-    )
+    trainer = Trainer(TrainConfig(spec.d_model, 512, 8, moments_dtype=moments))
     sae = trainer.sae
     sae.initialize(torch.randn(64, spec.d_model), seed=0)
-    step = topk_step(torch.randn(64, spec.d_model), sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, 8)
+    step = topk_step(torch.randn(64, spec.d_model), sae.weights, 8)
     model = lm.load(mistral_folder, last_layer=1, dtype="float32", device="cpu")
     model_weights = {p.data_ptr(): p for p in model._backend._model.parameters()}
 

@@ -24,7 +24,7 @@ def made(z):
 
 
 def gradients_of(sae, z):
-    return topk_step(z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
+    return topk_step(z, sae.weights, sae.k)
 
 
 def batches():

@@ -310,44 +310,6 @@ def without_times(metrics):
     return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in metrics]
 
 
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-def test_a_trainer_that_loads_the_state_of_another_goes_on_like_it(tmp_path, moments):
-    def made():
-        options = {"k_aux": 8, "auxk_coefficient": 1 / 32, "dead_after_tokens": 50, "max_gradient_norm": 1.0}
-        return Trainer(16, 64, 4, moments=moments, **options)
-
-    x = torch.randn(6, 40, 16, generator=torch.Generator().manual_seed(0))
-    first, second = made(), made()
-    first.initialize(x[0], 0)
-    for batch in x[:3]:
-        first.step(batch, 1e-2)
-    assert len(first.find_dead())
-    files.save_state(tmp_path / "state.safetensors", first.state(), {})
-    second.load(files.load_state(tmp_path / "state.safetensors", "cpu")[0])
-    for trainer in (first, second):
-        for i, batch in enumerate(x[3:]):
-            torch.manual_seed(i)
-            trainer.step(batch, 1e-2)
-    assert all(torch.equal(a, b) for a, b in zip(first.state().values(), second.state().values(), strict=True))
-
-
-def test_a_trainer_keeps_the_largest_activation_of_each_feature_since_it_was_told_to_forget():
-    trainer = Trainer(16, 64, 4, k_aux=8, auxk_coefficient=1 / 32, dead_after_tokens=50, max_gradient_norm=1.0)
-    x = torch.randn(6, 40, 16, generator=torch.Generator().manual_seed(0))
-    trainer.initialize(x[0], 0)
-    for i, batch in enumerate(x):
-        if i == 3:
-            before = trainer.maximum.clone()
-            trainer.forget_maximum()
-            expected = torch.zeros(64)
-        seen = trainer.sae.encode(batch).dense(64).amax(dim=0)  # by the weights that the step begins with
-        trainer.step(batch, 1e-2)
-        if i >= 3:
-            expected = torch.maximum(expected, seen)
-    torch.testing.assert_close(trainer.maximum, expected, rtol=1e-4, atol=1e-5)
-    assert (before > trainer.maximum).any()
-
-
 def test_the_maxima_that_are_saved_are_those_of_the_last_part_of_the_run(
     finished, here, arguments, tmp_path, monkeypatch
 ):
