@@ -55,9 +55,7 @@ def memory_plan(
     model_bytes, moment_bytes = ELEMENT_BYTES[model_dtype], ELEMENT_BYTES[moments_dtype]
     weights = (2 * spec.d_model + 1) * n_features + spec.d_model
     tokens = rows_per_forward * context_length
-    # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
-    # width in its feed-forward layer three times over
-    forward = tokens * spec.d_model * (8 + 3 * 4) * model_bytes
+    forward = spec.forward_bytes(tokens, model_bytes)
     chunk = max(size for (where, _), size in CHUNK_BYTES.items() if where == kind)
     encoder = min(chunk, 4 * batch_size * n_features) * 2  # pre-activations and the selection's work space
     nominate = 2 * spec.d_model * n_features  # W_enc in bfloat16, in training
