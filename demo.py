@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mistral_sae.data import tokens as text
+from mistral_sae.data.tokens import Corpus, batches
 from mistral_sae.explain import examples, label_file
 from mistral_sae.explain.label_file import Explained
 from mistral_sae.loading import open_both
@@ -408,37 +408,18 @@ def statistics_of(model: lm.LanguageModel, loaded: LoadedSAE) -> features.Statis
     print(f"the autoencoder comes without its features' maxima: from {MAXIMUM_TOKENS:,} tokens, kept in {path}")
 
     def measure() -> features.Statistics:
-        rows = islice(rows_of(model, held_out=False), n_rows)
-        batches = text.batches(rows, config.ROWS_PER_FORWARD)
+        rows = islice(Corpus.of(config).rows(model.tokenizer, held_out=False), n_rows)
         n_batches = -(-n_rows // config.ROWS_PER_FORWARD)
-        return features.measure_statistics(model, loaded, tqdm(batches, total=n_batches, leave=False, delay=1))
+        parts = batches(rows, config.ROWS_PER_FORWARD)
+        return features.measure_statistics(model, loaded, tqdm(parts, total=n_batches, leave=False, delay=1))
 
     source = f"{config.DATA_PATH} {config.DATA_SPLIT} {config.TEXT_FIELD} {n_rows} x {config.CONTEXT_LENGTH}"
     return features.cached_statistics(path, model, loaded, source, measure)
 
 
-def rows_of(model: lm.LanguageModel, *, held_out: bool):
-    """Token rows (T) of one part of the corpus."""
-    documents = text.corpus(
-        config.DATA_PATH,
-        held_out=held_out,
-        held_out_fraction=config.HELD_OUT_FRACTION,
-        seed=config.SEED,
-        text_field=config.TEXT_FIELD,
-        split=config.DATA_SPLIT,
-    )
-    return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
-
-
 def held_out_rows(model: lm.LanguageModel) -> torch.Tensor:
     """SCAN_ROWS rows (R, T) of the held-out part, some way apart."""
-    apart = islice(rows_of(model, held_out=True), 0, None, config.EVALUATION_STRIDE)
-    rows = next(text.batches(apart, SCAN_ROWS), None)
-    if rows is None:
-        raise text.TextError(
-            "the held-out part has less text than one row: use more text, or a FEATURE_INDEX that is a number"
-        )
-    return rows
+    return Corpus.of(config).held_out_rows(model.tokenizer, SCAN_ROWS, config.EVALUATION_STRIDE)
 
 
 def encode_prompt(model: lm.LanguageModel) -> list[int]:

@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_sae.data import tokens as text
+from mistral_sae.data.tokens import Corpus, Skipped, prefetch
 from mistral_sae.explain import examples, label_file, offline, prompts, report, selection
 from mistral_sae.explain import pipeline as labelling
 from mistral_sae.explain.client import Client, DryRun, check_address, keys_of
@@ -71,7 +72,7 @@ def main() -> None:
         if aside:
             print(f"the explanations of earlier runs are in {aside}")
         label_file.write(path, every.values())
-        run = about_run(loaded, model, text.check(config.DATA_PATH), collection.tokens, collection.firings)
+        run = about_run(loaded, model, Corpus.of(config).check(), collection.tokens, collection.firings)
         records = examples.FeatureRecords(collection, list(every), model, loaded.sae)
         report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), every)
     print_results(labels, len(every), run_dir)
@@ -111,7 +112,8 @@ def scorers() -> list[str]:
 
 def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> tuple[Collection, bool]:
     """The examples of all features, those of RUN_DIR if they are of the same making, and whether they are new."""
-    print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
+    corpus = Corpus.of(config)
+    print(f"corpus    {corpus.check()}")
     layer, per_row, n_rows, wanted = loaded.metadata.residual_layer, config.CONTEXT_LENGTH - 1, rows_wanted(), windows()
     path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
     collection, why = examples.load_collection(path, made_from)
@@ -121,19 +123,9 @@ def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) 
     if why:
         print(why)
     print(f"looking for examples of all features in {n_rows * per_row:,} tokens")
-    skipped = text.Skipped()
-    documents = text.corpus(
-        config.DATA_PATH,
-        held_out=False,
-        held_out_fraction=config.HELD_OUT_FRACTION,
-        seed=config.SEED,
-        epochs=False,
-        text_field=config.TEXT_FIELD,
-        split=config.DATA_SPLIT,
-        skipped=skipped,
-    )
-    packed = text.pack_with_documents(documents, model.tokenizer, config.CONTEXT_LENGTH)
-    rows = islice(text.prefetch(islice(packed, 0, None, config.EXPLAIN_STRIDE), depth=1024), n_rows)
+    skipped = Skipped()
+    packed = corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
+    rows = islice(prefetch(islice(packed, 0, None, config.EXPLAIN_STRIDE), depth=1024), n_rows)
     with tqdm(total=n_rows * per_row, unit=" tokens", unit_scale=True) as progress:
         collection = collect(
             counted(rows, progress, per_row), model, loaded.sae, layer, wanted, rows_per_forward=config.ROWS_PER_FORWARD
@@ -164,10 +156,9 @@ def windows() -> Settings:
 
 def made_of(model: lm.LanguageModel, loaded: LoadedSAE) -> dict[str, Any]:
     """All that the examples depend on."""
-    names = ["DATA_PATH", "DATA_SPLIT", "TEXT_FIELD", "HELD_OUT_FRACTION", "SEED", "CONTEXT_LENGTH", "EXPLAIN_STRIDE"]
-    corpus = {name: getattr(config, name) for name in names}
-    corpus |= {"files": text.fingerprint(config.DATA_PATH), "rows": rows_wanted()}
-    return examples.inputs(model, loaded.sae, loaded.metadata.residual_layer, corpus, windows())
+    corpus = Corpus.of(config)
+    rows = {"files": corpus.fingerprint(), "stride": config.EXPLAIN_STRIDE, "rows": rows_wanted()}
+    return examples.inputs(model, loaded.sae, loaded.metadata.residual_layer, asdict(corpus) | rows, windows())
 
 
 def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any]:

@@ -18,13 +18,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_sae.data import tokens as text
 from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.data.tokens import Corpus, Skipped, prefetch, shuffle
 from mistral_sae.explain.plots import plot_training
 from mistral_sae.files import append_line, load_state, save_state, write_text
 from mistral_sae.model import language_model as lm
@@ -44,16 +43,18 @@ SHAPING += ["DEAD_AFTER_TOKENS", "MOMENTS_DTYPE", "SHUFFLE_ROWS", "BUFFER_TOKENS
 
 def main() -> None:
     """Plan, load, train, evaluate."""
-    run_dir, last_layer = Path(config.RUN_DIR), make_plan()
+    corpus = Corpus.of(config)
+    run_dir, last_layer = Path(config.RUN_DIR), make_plan(corpus)
     if config.DRY_RUN:
         return
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
     model = load_model(last_layer)
-    held_out = held_out_rows(model)
+    held_out = corpus.held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     trainer, history = start_or_resume(model, run_dir)
-    skipped = text.Skipped()
+    skipped = Skipped()
+    rows = corpus.rows(model.tokenizer, held_out=False, skipped=skipped)
     batches = shuffled_batches(
-        training_rows(model, skipped),
+        shuffle(prefetch(rows, depth=config.SHUFFLE_ROWS), config.SHUFFLE_ROWS, config.SEED),
         model,
         config.TARGET_LAYER,
         batch_size=config.BATCH_SIZE,
@@ -160,7 +161,7 @@ def exploded(step: int, normalized_mse: float, run_dir: Path) -> cli.Failed:
 # ---- plan ----
 
 
-def make_plan() -> int | None:
+def make_plan(corpus: Corpus) -> int | None:
     """Print what the run will do and need; raises UserError if it cannot.
 
     Returns the last layer to load: None, all of the model, where there is room for it beside the run.
@@ -189,7 +190,7 @@ def make_plan() -> int | None:
         if plan.fits:
             break
     print(f"layer     {config.TARGET_LAYER} of 0 to {spec.n_layers - 1} ({hook_name()})")
-    print(f"corpus    {text.check(config.DATA_PATH, config.TEXT_FIELD)}")
+    print(f"corpus    {corpus.check()}")
     print(f"tokens    {config.TRAIN_TOKENS:,} in {n_steps():,} steps of {config.BATCH_SIZE:,}")
     print(f"features  {config.D_HIDDEN:,}, of which {config.K} are active on a token")
     print(f"memory    on {device}, by part\n{plan}")
@@ -206,44 +207,12 @@ def n_steps() -> int:
     return config.TRAIN_TOKENS // config.BATCH_SIZE
 
 
-# ---- model and text ----
+# ---- model ----
 
 
 def load_model(last_layer: int | None = None) -> lm.LanguageModel:
     """The language model, or its embedding and layers 0 to `last_layer`."""
     return lm.load(config.MISTRAL_MODEL_PATH, last_layer=last_layer, device=config.DEVICE, dtype=config.DTYPE)
-
-
-def rows_of(model: lm.LanguageModel, *, held_out: bool, skipped: text.Skipped | None = None) -> Iterator[np.ndarray]:
-    """Token rows (T) of one part of the corpus."""
-    documents = text.corpus(
-        config.DATA_PATH,
-        held_out=held_out,
-        held_out_fraction=config.HELD_OUT_FRACTION,
-        seed=config.SEED,
-        text_field=config.TEXT_FIELD,
-        split=config.DATA_SPLIT,
-        skipped=skipped,
-    )
-    return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
-
-
-def training_rows(model: lm.LanguageModel, skipped: text.Skipped) -> Iterator[np.ndarray]:
-    """Token rows (T) of the training part, shuffled; read and tokenized ahead, in the background."""
-    ahead = text.prefetch(rows_of(model, held_out=False, skipped=skipped), depth=config.SHUFFLE_ROWS)
-    return text.shuffle(ahead, config.SHUFFLE_ROWS, config.SEED)
-
-
-def held_out_rows(model: lm.LanguageModel) -> Tensor:
-    """EVALUATION_ROWS rows (R, T) of the held-out part, some way apart."""
-    apart = islice(rows_of(model, held_out=True), 0, None, config.EVALUATION_STRIDE)
-    rows = next(text.batches(apart, config.EVALUATION_ROWS), None)
-    if rows is None:
-        raise text.TextError(
-            f"the held-out part has less text than one row of {config.CONTEXT_LENGTH} tokens: "
-            "use more text or raise HELD_OUT_FRACTION"
-        )
-    return rows
 
 
 def hook_name() -> str:

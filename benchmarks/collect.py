@@ -155,9 +155,9 @@ def standin(size: dict[str, Any]) -> dict[str, Any]:
     """Microseconds a token of each stage of the real chain on the stand-in, with an autoencoder as it starts out."""
     lm, settings = models.load(None, device="cpu"), Settings()
     sae = SparseAutoencoder(lm.d_model, 8192, 32)
-    documents = text.corpus("stdlib", held_out=True, held_out_fraction=0.05)
+    corpus = text.Corpus("stdlib", context_length=T)
     start = time.perf_counter()
-    rows = list(islice(text.pack_with_documents(documents, lm.tokenizer, T), size["standin_rows"]))
+    rows = list(islice(corpus.rows_with_documents(lm.tokenizer, held_out=True), size["standin_rows"]))
     seconds = {"reading and tokenizing": time.perf_counter() - start, "language model to layer 2": 0.0}
     seconds |= {"encoder": 0.0, "bookkeeping": 0.0}
     collector = Collector(sae.n_features, lm.vocab_size, settings, "cpu")

@@ -122,10 +122,7 @@ def export_tokenizer(folder: Path) -> None:
 
 def corpus() -> list[text.Document]:
     """The training part of the standard library, in one order."""
-    documents = text.corpus(
-        "stdlib", held_out=False, held_out_fraction=config.HELD_OUT_FRACTION, seed=config.SEED, epochs=False
-    )
-    return list(documents)
+    return list(text.Corpus.of(config).documents(held_out=False, epochs=False))
 
 
 def ours(folder: Path) -> dict[str, float]:
@@ -260,7 +257,11 @@ def peak_megabytes() -> float:
 def quality(sae: SparseAutoencoder) -> dict[str, float]:
     """How well it reconstructs train.py's held-out residuals."""
     model = train.load_model(last_layer=config.TARGET_LAYER)
-    parts = train.held_out_rows(model).split(config.ROWS_PER_FORWARD)
+    parts = (
+        text.Corpus.of(config)
+        .held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
+        .split(config.ROWS_PER_FORWARD)
+    )
     found = reconstruction(sae, (residuals_of(model, part, config.TARGET_LAYER) for part in parts))._asdict()
     return {name: found[name] for name in ("normalized_mse", "explained_variance", "l0", "silent_fraction")}
 

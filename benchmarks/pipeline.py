@@ -21,7 +21,7 @@ from benchmarks.machine import save
 from benchmarks.stages import REST, STEP, STEP_STAGES, Part, Stages
 from mistral_sae import cli
 from mistral_sae.data import activations
-from mistral_sae.data import tokens as text
+from mistral_sae.data.tokens import Corpus
 from mistral_sae.sae.trainer import Trainer
 
 SMOKE = ["TRAIN_TOKENS=10240", "BUFFER_TOKENS=4096", "D_HIDDEN=1024", "DEVICE=cpu"]
@@ -31,7 +31,7 @@ START = "start: plan, model, held-out text"
 RUN = [
     Part(train, "make_plan", START, whole=True),
     Part(train, "load_model", START, whole=True),
-    Part(train, "held_out_rows", START, whole=True),
+    Part(Corpus, "held_out_rows", START, whole=True),
     Part(train, "ablated", "evaluation", whole=True),
     Part(train, "start_or_resume", START, whole=True),
     Part(Trainer, "initialize", START, whole=True),
@@ -81,7 +81,7 @@ class Background:
 def profile() -> dict[str, Any]:
     """Run train.py's `main` and say how long it spent where."""
     stages, background = Stages(), Background()
-    load_model, prefetch, shuffled_batches = train.load_model, text.prefetch, train.shuffled_batches
+    load_model, prefetch, shuffled_batches = train.load_model, train.prefetch, train.shuffled_batches
 
     def load_model_counted(*args, **kwargs):
         model = load_model(*args, **kwargs)
@@ -98,7 +98,7 @@ def profile() -> dict[str, Any]:
         tempfile.TemporaryDirectory() as folder,
         patch.object(config, "RUN_DIR", folder),
         patch.object(train, "load_model", load_model_counted),
-        patch.object(text, "prefetch", prefetch_counted),
+        patch.object(train, "prefetch", prefetch_counted),
         patch.object(train, "shuffled_batches", batches_counted),
         stages.wrapping(RUN),
     ):

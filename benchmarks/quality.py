@@ -10,6 +10,7 @@ tokens.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -35,8 +36,7 @@ SEEDS = (0, 1, 2)
 
 def rows(model: lm.LanguageModel, held_out: bool, seed: int) -> Iterator:
     """Token rows of one part of the standard library."""
-    documents = text.corpus("stdlib", held_out=held_out, held_out_fraction=config.HELD_OUT_FRACTION, seed=seed)
-    return text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
+    return replace(text.Corpus.of(config), data_path="stdlib", seed=seed).rows(model.tokenizer, held_out=held_out)
 
 
 def residual_batches(model: lm.LanguageModel, seed: int) -> list[Tensor]:

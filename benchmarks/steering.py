@@ -32,6 +32,7 @@ import config
 import train
 from benchmarks.machine import save
 from mistral_sae import cli
+from mistral_sae.data.tokens import Corpus
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.checkpoint import LoadedSAE, load_sae
 from mistral_sae.steer import features, sweep
@@ -172,7 +173,7 @@ def main() -> None:
     if not sae_path.exists():
         train.main()
     model, loaded = train.load_model(), load_sae(sae_path)
-    rows_RT = train.held_out_rows(model)
+    rows_RT = Corpus.of(config).held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     to_mark, to_measure = (Texts(model, loaded, seeds) for seeds in (SEEDS_TO_MARK, SEEDS_TO_MEASURE))
     found = []
     chosen = islice(with_a_clear_class(model, loaded, rows_RT), FEATURES)

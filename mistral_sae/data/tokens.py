@@ -2,12 +2,14 @@
 
 The chain that a script writes, each stage an iterator over the one before:
 
-    docs = corpus(DATA_PATH, held_out=False, held_out_fraction=0.05, seed=SEED)
-    rows = pack(docs, tokenizer, CONTEXT_LENGTH)
+    corpus = Corpus.of(config)
+    rows = corpus.rows(tokenizer, held_out=False)
     for tokens_BT in prefetch(batches(rows, B), depth=8): ...
 
 B batch, T position.
 """
+
+from __future__ import annotations
 
 import hashlib
 import itertools
@@ -15,17 +17,17 @@ import queue
 import random
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from mistral_sae.data.readers import Document, TextError
 from mistral_sae.data.sources import Skipped, check, documents, fingerprint, fits_in_memory, stdlib_documents
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = [
+    "Corpus",
     "Document",
     "Row",
     "Skipped",
@@ -33,7 +35,6 @@ __all__ = [
     "Tokenizer",
     "batches",
     "check",
-    "corpus",
     "documents",
     "fingerprint",
     "is_held_out",
@@ -77,51 +78,95 @@ def is_held_out(document_id: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def corpus(
-    data_path: str,
-    *,
-    held_out: bool,
-    held_out_fraction: float,
-    seed: int = 0,
-    epochs: bool = True,
-    text_field: str = "text",
-    split: str = "train",
-    skipped: Skipped | None = None,
-) -> Iterator[Document]:
-    """The documents of one part of a corpus: the held-out ones once, the others epoch after epoch.
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus, its split into a training and a held-out part, and the length of its rows of tokens."""
 
-    "stdlib" and local corpora of up to `sources.IN_MEMORY` bytes are read once, kept in memory and
-    shuffled: the training part anew by (seed, epoch), the held-out part in one way whatever the seed, so
-    that runs are evaluated on the same text. A larger corpus or a hub stream comes in its own order in
-    every epoch. With `epochs` false the training part comes only once too. The order is a function of the
-    arguments and the corpus alone, so a run can be repeated and resumed.
+    data_path: str  # "stdlib", a file, a folder or the name of a dataset on the Hugging Face hub
+    split: str = "train"  # of a dataset on the hub
+    text_field: str = "text"
+    held_out_fraction: float = 0.05
+    seed: int = 0
+    context_length: int = 256  # T, tokens a row
 
-    `skipped` counts what the first epoch left out. Raises what `documents` raises, and TextError where the
-    part has no document.
-    """
+    @classmethod
+    def of(cls, constants: Any) -> Corpus:
+        """The corpus that constants such as DATA_PATH and CONTEXT_LENGTH of a module or other namespace describe."""
+        return cls(
+            data_path=constants.DATA_PATH,
+            split=constants.DATA_SPLIT,
+            text_field=constants.TEXT_FIELD,
+            held_out_fraction=constants.HELD_OUT_FRACTION,
+            seed=constants.SEED,
+            context_length=constants.CONTEXT_LENGTH,
+        )
 
-    def read(skipped: Skipped | None) -> Iterator[Document]:
-        found = False
-        for document in documents(data_path, text_field=text_field, split=split, skipped=skipped):
-            if is_held_out(document.id, held_out_fraction) == held_out:
-                found = True
-                yield document
-        if not found:
+    def check(self) -> str:
+        """A short description; a local corpus is read up to its first document. Raises TextError if it has none."""
+        return check(self.data_path, self.text_field)
+
+    def fingerprint(self) -> str:
+        """A hash of the names, sizes and times of the corpus's files; of a dataset on the hub its name."""
+        return fingerprint(self.data_path)
+
+    def documents(self, *, held_out: bool, epochs: bool = True, skipped: Skipped | None = None) -> Iterator[Document]:
+        """The documents of one part: the held-out ones once, the others epoch after epoch, or once without `epochs`.
+
+        A corpus of up to `IN_MEMORY` bytes is read once, kept in memory and shuffled: the training part by (seed,
+        epoch), the held-out part in one way whatever the seed, so that runs are evaluated on the same text. A larger
+        corpus or a dataset on the hub comes in its own order in every epoch. The order is a function of the corpus
+        and its settings alone, so a run can be repeated and resumed.
+
+        `skipped` counts what the first epoch left out. Raises TextError where there is nothing to read, where the part
+        has no document, and for damaged files.
+        """
+
+        def read(skipped: Skipped | None) -> Iterator[Document]:
+            found = False
+            for document in documents(self.data_path, text_field=self.text_field, split=self.split, skipped=skipped):
+                if is_held_out(document.id, self.held_out_fraction) == held_out:
+                    found = True
+                    yield document
+            if not found:
+                raise TextError(
+                    f"no document of {self.data_path!r} is in the {'held-out' if held_out else 'training'} part "
+                    f"at a held-out fraction of {self.held_out_fraction}: use more documents or another fraction"
+                )
+
+        in_memory = list(read(skipped)) if fits_in_memory(self.data_path) else None
+        for epoch in itertools.count():
+            if in_memory is None:
+                yield from read(skipped if epoch == 0 else None)
+            else:
+                order = list(range(len(in_memory)))
+                random.Random("held out" if held_out else f"{self.seed} {epoch}").shuffle(order)
+                yield from (in_memory[index] for index in order)
+            if held_out or not epochs:
+                return
+
+    def rows(
+        self, tokenizer: Tokenizer, *, held_out: bool, epochs: bool = True, skipped: Skipped | None = None
+    ) -> Iterator[np.ndarray]:
+        """Rows (T,) of token ids of one part, as `pack` makes them. Raises TextError as `documents` does."""
+        return pack(self.documents(held_out=held_out, epochs=epochs, skipped=skipped), tokenizer, self.context_length)
+
+    def rows_with_documents(
+        self, tokenizer: Tokenizer, *, held_out: bool, epochs: bool = True, skipped: Skipped | None = None
+    ) -> Iterator[Row]:
+        """The same rows, and of which document each of their tokens is."""
+        documents = self.documents(held_out=held_out, epochs=epochs, skipped=skipped)
+        return pack_with_documents(documents, tokenizer, self.context_length)
+
+    def held_out_rows(self, tokenizer: Tokenizer, n_rows: int, stride: int = 1) -> torch.Tensor:
+        """Every `stride`-th row of the held-out part, (R, T) with R up to `n_rows`. Raises TextError if it has none."""
+        apart = itertools.islice(self.rows(tokenizer, held_out=True), 0, None, stride)
+        rows = next(batches(apart, n_rows), None)
+        if rows is None:
             raise TextError(
-                f"no document of {data_path!r} is in the {'held-out' if held_out else 'training'} part "
-                f"at a held-out fraction of {held_out_fraction}: use more documents or another fraction"
+                f"the held-out part has less text than one row of {self.context_length} tokens: "
+                "use more text or raise HELD_OUT_FRACTION"
             )
-
-    in_memory = list(read(skipped)) if fits_in_memory(data_path) else None
-    for epoch in itertools.count():
-        if in_memory is None:
-            yield from read(skipped if epoch == 0 else None)
-        else:
-            order = list(range(len(in_memory)))
-            random.Random("held out" if held_out else f"{seed} {epoch}").shuffle(order)
-            yield from (in_memory[index] for index in order)
-        if held_out or not epochs:
-            return
+        return rows
 
 
 def pack(
@@ -187,10 +232,8 @@ def shuffle(rows: Iterable[np.ndarray], window: int, seed: int) -> Iterator[np.n
         yield from block
 
 
-def batches(rows: Iterable[np.ndarray], batch_size: int) -> Iterator["torch.Tensor"]:
+def batches(rows: Iterable[np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
     """Rows (T,) as LongTensors (B, T), B = `batch_size`; the last one may have fewer rows."""
-    import torch
-
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
         yield torch.from_numpy(np.stack(batch))

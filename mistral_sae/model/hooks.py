@@ -1,33 +1,30 @@
-"""Context managers that read the residual stream of one layer or edit it.
+"""Context managers that read the residual streams of layers or edit that of one.
 
-`lm` is a `mistral_sae.lm.LanguageModel`: `lm.block(layer)` is the module whose output is
-blocks.{layer}.hook_resid_post and `lm.span` holds (B, T, start) of the forward in progress. Both hold for a
-model of either backend, although blocks of mistral-inference give (B * T, D) and those of transformers (B, T,
-D).
+The residual after a layer is what SAE Lens calls blocks.{layer}.hook_resid_post. Both work on a model of either
+backend, although blocks of mistral-inference give (B * T, D) and those of transformers (B, T, D).
 
 Shapes: B rows, T positions, D model width.
 """
 
-from __future__ import annotations
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-    from mistral_sae.model.language_model import LanguageModel
+import torch
+from torch import Tensor, nn
 
 
 class HookError(RuntimeError):
     """A hook that never fired, or an edit that returned something else than a residual."""
 
 
-class Residual:
-    """Where `read_residual` leaves what it read."""
+class HookedModel(Protocol):
+    """What the hooks need of a language model."""
 
-    value: torch.Tensor | None = None  # (B, T, D), in the model's dtype
+    span: tuple[int, int, int]  # (B, T, start) of the forward in progress, start the position of its first token
+
+    def block(self, layer: int) -> nn.Module:
+        """The module whose output is the residual after `layer`."""
 
 
 class _Stop(Exception):
@@ -35,62 +32,78 @@ class _Stop(Exception):
 
 
 @contextmanager
-def read_residual(lm: LanguageModel, layer: int) -> Iterator[Residual]:
-    """Read the residual after `layer`; the forward stops there, and what follows it in the block is not run.
+def read_residuals(model: HookedModel, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """Read the residuals (B, T, D) after some layers, in the model's dtype; the forward stops after the last of them.
 
-        with read_residual(lm, 16) as residual:
-            lm.forward(tokens_BT)
-        residual.value  # (B, T, D)
+        with read_residuals(model, [8, 16]) as residuals:
+            model.forward(tokens_BT)  # what follows it in the block is not run
+        residuals[16]
 
-    An `edit_residual` of the same layer that was entered earlier is part of what is read. Raises HookError if
-    no forward ran through the layer.
+    An `edit_residual` of the same layer that was entered earlier is part of what is read. Raises HookError if no
+    forward ran through the layers.
     """
-    residual = Residual()
-    stop = _Stop()
+    residuals: dict[int, Tensor] = {}
+    stop, last = _Stop(), max(layers)
 
-    def read(module, args, output):
-        B, T, _ = lm.span
-        residual.value = output.view(B, T, -1)
-        raise stop
+    def reader(layer: int) -> Callable[..., None]:
+        def read(module: nn.Module, args: Any, output: Tensor) -> None:
+            B, T, _ = model.span
+            residuals[layer] = output.view(B, T, -1)
+            if layer == last:
+                raise stop
 
-    handle = lm.block(layer).register_forward_hook(read)
-    try:
-        yield residual
-    except _Stop as caught:
-        if caught is not stop:  # that of a reader further out
-            raise
-    finally:
-        handle.remove()
-        stop.__traceback__ = None  # a cycle through this frame, which would keep the callers' tensors alive
-    if residual.value is None:
-        raise HookError(f"the residual of layer {layer} was not read: no forward ran inside the with-block")
+        return read
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(model.block(layer).register_forward_hook(reader(layer)).remove)
+        try:
+            yield residuals
+        except _Stop as caught:
+            if caught is not stop:  # that of a reader further out
+                raise
+        finally:
+            stop.__traceback__ = None  # a cycle through this frame, which would keep the callers' tensors alive
+    if last not in residuals:
+        raise HookError(f"the residual of layer {last} was not read: no forward ran inside the with-block")
 
 
 @contextmanager
-def edit_residual(lm: LanguageModel, layer: int, edit: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[None]:
-    """Replace the residual after `layer` by `edit(residual_BTD, start)` in every forward inside the block.
+def edit_residual(
+    model: HookedModel, layer: int, edit: Callable[[Tensor], Tensor], *, first_position: int = 0
+) -> Iterator[None]:
+    """Replace the residual after `layer` by `edit(residual_BTD)` in every forward inside the block.
 
-    `start` is the position in the row of the first of the T positions: with a KV cache the prompt comes
-    first, with start 0, and then each new token alone, with T = 1 and start counting up. The result has the
-    shape of the residual and is brought to its dtype. Contexts on one layer apply in the order they were
-    entered. Raises HookError if the shape differs or if no forward ran through the layer, as when a generator
-    made inside the with-block is consumed after it.
+    Positions of a row before `first_position` are left as they are, and `edit` does not see them: 1 leaves out the
+    attention sink, the length of the prompt edits what is generated only. With a KV cache or without one the same
+    positions are edited. The result has the shape of what `edit` got and is brought to the model's dtype. Contexts on
+    one layer apply in the order they were entered.
+
+    Raises HookError if the shape differs or if no forward ran through the layer, as when a generator made inside the
+    with-block is consumed after it.
     """
     fired = False
 
-    def replace(module, args, output):
+    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         nonlocal fired
         fired = True
-        B, T, start = lm.span
-        before_BTD = output.view(B, T, -1)
-        after_BTD = edit(before_BTD, start)
+        B, T, start = model.span
+        kept = max(0, first_position - start)
+        if kept >= T:
+            return output
+        residual_BTD = output.view(B, T, -1)
+        before_BTD = residual_BTD[:, kept:]
+        after_BTD = edit(before_BTD)
         if after_BTD.shape != before_BTD.shape:
             raise HookError(
                 f"the edit of layer {layer} returned {tuple(after_BTD.shape)}, expected {tuple(before_BTD.shape)}"
             )
-        return after_BTD.to(output.dtype).reshape(output.shape)
+        after_BTD = after_BTD.to(output.dtype)
+        if kept:
+            after_BTD = torch.cat([residual_BTD[:, :kept], after_BTD], dim=1)
+        return after_BTD.reshape(output.shape)
 
-    handle = lm.block(layer).register_forward_hook(replace)
+    handle = model.block(layer).register_forward_hook(replace)
     try:
         yield
     finally:

@@ -1,20 +1,21 @@
 """A frozen Mistral and its tokenizer, from a mistral-inference or a Hugging Face folder.
 
-    lm = load("path/to/model", last_layer=16)
-    x_BTD = lm.residuals(tokens_BT, layer=16)
-
-Importing this module, and `inspect`, need no torch, so that a script can say what it will do before it loads
-anything.
+    model = load_model("path/to/model", last_layer=16)
+    x_BTD = model.residuals(tokens_BT, layer=16)
 
 Shapes: B rows, T positions, D model width, V vocabulary. Rows have equal length and never see each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from mistral_sae.model.folder import (
     MISTRAL_INFERENCE,
@@ -24,14 +25,10 @@ from mistral_sae.model.folder import (
     inspect,
     open_folder,
 )
-from mistral_sae.model.hooks import read_residual
+from mistral_sae.model.hooks import edit_residual, read_residuals
 from mistral_sae.model.tokenizer import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-__all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "inspect", "load"]
+__all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "inspect", "load_model"]
 
 STANDIN = Path(__file__).parent.parent / "standin"  # the bundled model
 UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
@@ -48,7 +45,7 @@ class Cache:
 
 
 class LanguageModel:
-    """A Mistral in evaluation mode, without gradients; `load` makes one.
+    """A Mistral in evaluation mode, without gradients; `load_model` makes one.
 
     Attributes:
         name: the folder's name.
@@ -81,20 +78,31 @@ class LanguageModel:
             )
         return self._backend.blocks[layer]
 
-    def forward(self, tokens_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) in float32, of token ids on any device. Raises ModelError.
 
         With a cache the tokens follow those that the cache has seen. Ids are checked against the vocabulary
         where that costs no wait for the GPU, that is if they come from the CPU.
         """
-        import torch
-
         hidden_BTD = self._run(tokens_BT, cache)
         self._check_whole()
         with torch.no_grad():
             return self._backend.head(hidden_BTD).float()
 
-    def unembed(self, x_ND: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(
+        self, tokens_BT: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Log-probabilities (B, T - 1, V) in float32 of the token after each position but the last.
+
+        With `replace` the residual (B, T - 1, D) after `layer` becomes `replace(residual)` at all positions but the
+        first of each row, the attention sink. Raises ModelError.
+        """
+        if layer is None or replace is None:
+            return self.forward(tokens_BT)[:, :-1].log_softmax(dim=-1)
+        with edit_residual(self, layer, replace, first_position=1):
+            return self.log_probabilities(tokens_BT)
+
+    def unembed(self, x_ND: Tensor) -> Tensor:
         """Logits (N, V) in float32 of vectors as if each were the residual after the last layer: the logit lens.
 
         Through the final norm and the output matrix, so the vectors' lengths play no part. With rows of a decoder it
@@ -102,8 +110,6 @@ class LanguageModel:
         2020, "interpreting GPT: the logit lens"). Computed in float32 whatever the model's dtype: bfloat16 has ties
         among the strongest ten. Raises ModelError unless the whole model is loaded.
         """
-        import torch
-
         self._check_whole()
         with torch.no_grad():
             x_ND = self._backend.norm(x_ND.to(self.device, torch.float32))
@@ -117,15 +123,15 @@ class LanguageModel:
                 "load it without last_layer"
             )
 
-    def residuals(self, tokens_BT: torch.Tensor, layer: int) -> torch.Tensor:
+    def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """The residual stream after `layer`, (B, T, D) in the model's dtype; later layers do not run."""
-        with read_residual(self, layer) as residual:
+        with read_residuals(self, [layer]) as residuals:
             self._run(tokens_BT, None)
-        return residual.value
+        return residuals[layer]
 
     def generate(
         self,
-        prompt_ids: list[int],
+        prompt_ids: Sequence[int],
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -138,32 +144,58 @@ class LanguageModel:
         `top_p` of the probability, the same ones for the same seed. Hooks must be in place while the iterator
         is consumed. Raises ModelError for an empty prompt, a negative temperature or a top_p outside (0, 1].
         """
-        import torch
+        for (id,) in self._next_tokens(prompt_ids, [seed], max_tokens, temperature, top_p, use_cache):
+            yield id
 
+    def sample(
+        self,
+        prompt_ids: Sequence[int],
+        seeds: Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> list[list[int]]:
+        """Continuations of one prompt, one for each seed, made in one batch: each as `generate` makes it."""
+        steps = list(self._next_tokens(prompt_ids, seeds, max_tokens, temperature, top_p, use_cache=True))
+        eos_id = self.tokenizer.eos_id
+        return [
+            list(itertools.takewhile(lambda id: id != eos_id, (ids[row] for ids in steps))) for row in range(len(seeds))
+        ]
+
+    def _next_tokens(
+        self,
+        prompt_ids: Sequence[int],
+        seeds: Sequence[int],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        use_cache: bool,
+    ) -> Iterator[list[int]]:
+        """The next token of each row, a step at a time, until all rows have had their EOS."""
         if not prompt_ids:
             raise ModelError("found an empty prompt: expected at least the BOS token")
         if temperature < 0 or not 0 < top_p <= 1:
             raise ModelError(f"found temperature {temperature} and top_p {top_p}: expected >= 0 and in (0, 1]")
-        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on all devices
-        cache = self.new_cache(1, len(prompt_ids) + max_tokens) if use_cache else None
-        ids, seen = list(prompt_ids), 0
+        # On the CPU, so that a seed means the same on all devices
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        cache = self.new_cache(len(seeds), len(prompt_ids) + max_tokens) if use_cache else None
+        tokens_BT, ended = torch.tensor([list(prompt_ids)] * len(seeds)), [False] * len(seeds)
         for _ in range(max_tokens):
-            logits_V = self.forward(torch.tensor([ids[seen:]]), cache)[0, -1].cpu()
-            seen = len(ids) if use_cache else 0
-            next_id = choose_token(logits_V, temperature, top_p, generator)
-            if next_id == self.tokenizer.eos_id:
+            logits_BV = self.forward(tokens_BT, cache)[:, -1].cpu()
+            ids = [choose_token(row, temperature, top_p, own) for row, own in zip(logits_BV, generators, strict=True)]
+            ended = [before or id == self.tokenizer.eos_id for before, id in zip(ended, ids, strict=True)]
+            if all(ended):
                 return
-            ids.append(next_id)
-            yield next_id
+            yield ids
+            next_B1 = torch.tensor(ids)[:, None]
+            tokens_BT = next_B1 if use_cache else torch.cat([tokens_BT, next_B1], dim=1)
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty KV cache for rows of up to `max_length` positions."""
         return Cache(self._backend.new_cache(batch_size, max_length), batch_size, max_length)
 
-    def _run(self, tokens_BT: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    def _run(self, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
         """Hidden states (B, T, D) after the last loaded layer; every forward comes through here."""
-        import torch
-
         if tokens_BT.ndim != 2 or not tokens_BT.numel():
             raise ModelError(f"found tokens of shape {tuple(tokens_BT.shape)}: expected (rows, positions)")
         if tokens_BT.device.type == "cpu":
@@ -189,7 +221,7 @@ class LanguageModel:
         return hidden_BTD
 
 
-def load(
+def load_model(
     path: str | Path | None, *, last_layer: int | None = None, device: Any = None, dtype: Any = None
 ) -> LanguageModel:
     """Load a model and its tokenizer; None is the bundled stand-in.
@@ -208,6 +240,9 @@ def load(
     return LanguageModel(spec, tokenizer, backend, last_layer, device, dtype)
 
 
+load = load_model
+
+
 def _backend(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Any:
     from mistral_sae.model import backends
 
@@ -216,9 +251,7 @@ def _backend(folder: ModelFolder, last_layer: int | None, device: torch.device, 
 
 
 def device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
-    """The torch device and dtype to use, found where they are None (see `load`). Raises ModelError."""
-    import torch
-
+    """The torch device and dtype to use, found where they are None (see `load_model`). Raises ModelError."""
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -243,10 +276,8 @@ def _check_layer(layer: int, name: str, n_layers: int) -> None:
         raise ModelError(f"found layer {layer}: expected 0 to {n_layers - 1}, as {name} has {n_layers} layers")
 
 
-def choose_token(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """The next token's id, by temperature and nucleus (Holtzman et al. 2020)."""
-    import torch
-
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities_V, ids_V = torch.softmax(logits_V / temperature, dim=-1).sort(descending=True)

@@ -4,20 +4,32 @@ Shapes: R rows, T positions, D model width, F features, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.data.activations import residuals_of
-from mistral_sae.model.hooks import edit_residual
-from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
 RARE = 1e-4  # a feature that fires on fewer tokens than one in ten thousand; evaluations have some ten thousand tokens
 LOGITS_BYTES = 2**28  # of logits at a time, which exist HELD_LOGITS times over
 HELD_LOGITS = 5  # log-probabilities clean and spliced, and what their divergence is computed through
+
+
+class Model(Protocol):
+    """What cross-entropy needs of a language model."""
+
+    device: torch.device
+    vocab_size: int
+
+    def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
+        """The residual stream after `layer`, (B, T, D)."""
+
+    def log_probabilities(
+        self, tokens_BT: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Next-token log-probabilities (B, T - 1, V), `layer`'s residuals replaced at all but the first position."""
 
 
 class Reconstruction(NamedTuple):
@@ -86,24 +98,23 @@ class Ablated(NamedTuple):
 
 
 @torch.no_grad()
-def ablated(lm: LanguageModel, rows_RT: Tensor, layer: int, rows_per_forward: int) -> Ablated:
+def ablated(model: Model, rows_RT: Tensor, layer: int, rows_per_forward: int) -> Ablated:
     """Splice the mean, then zero, into `layer`'s residuals and predict the rows' tokens."""
-    parts = _parts(lm, rows_RT, rows_per_forward)
-    mean = sum(residuals_of(lm, part, layer).double().sum(dim=0) for part in parts)
+    parts = _parts(model, rows_RT, rows_per_forward)
+    mean = sum(model.residuals(part, layer)[:, 1:].flatten(0, 1).double().sum(dim=0) for part in parts)
     mean = (mean / (len(rows_RT) * (rows_RT.shape[1] - 1))).float()
     losses = []
     for replace in (lambda x: mean.expand_as(x), torch.zeros_like):
         total = 0.0
         for tokens in parts:
-            with edit_residual(lm, layer, _from_second_position(replace)):
-                total += _negative_log_likelihood(_logprobs(lm, tokens), tokens)
+            total += _negative_log_likelihood(model.log_probabilities(tokens, layer, replace), tokens)
         losses.append(total / (len(rows_RT) * (rows_RT.shape[1] - 1)))
     return Ablated(*losses)
 
 
 @torch.no_grad()
 def cross_entropy(
-    lm: LanguageModel,
+    model: Model,
     sae: SparseAutoencoder,
     rows_RT: Tensor,
     layer: int,
@@ -114,12 +125,10 @@ def cross_entropy(
 
     `without` is what `ablated` gave for the same rows; it is measured where it is None.
     """
-    without = without or ablated(lm, rows_RT, layer, rows_per_forward)
+    without = without or ablated(model, rows_RT, layer, rows_per_forward)
     totals = torch.zeros(3, dtype=torch.float64)
-    for tokens in _parts(lm, rows_RT, rows_per_forward):
-        clean = _logprobs(lm, tokens)
-        with edit_residual(lm, layer, _from_second_position(sae)):
-            spliced = _logprobs(lm, tokens)
+    for tokens in _parts(model, rows_RT, rows_per_forward):
+        clean, spliced = model.log_probabilities(tokens), model.log_probabilities(tokens, layer, sae)
         divergence = F.kl_div(spliced, clean, log_target=True, reduction="sum").item()
         losses = (_negative_log_likelihood(logprobs, tokens) for logprobs in (clean, spliced))
         totals += torch.tensor([*losses, divergence])
@@ -135,26 +144,11 @@ def cross_entropy(
     )
 
 
-def _parts(lm: LanguageModel, rows_RT: Tensor, rows_per_forward: int) -> list[Tensor]:
+def _parts(model: Model, rows_RT: Tensor, rows_per_forward: int) -> list[Tensor]:
     """The rows, so many at a time that their logits have room."""
-    rows = max(1, min(rows_per_forward, LOGITS_BYTES // (4 * rows_RT.shape[1] * lm.vocab_size)))
-    return [part.to(lm.device) for part in rows_RT.split(rows)]
+    rows = max(1, min(rows_per_forward, LOGITS_BYTES // (4 * rows_RT.shape[1] * model.vocab_size)))
+    return [part.to(model.device) for part in rows_RT.split(rows)]
 
 
-def _logprobs(lm: LanguageModel, tokens_RT: Tensor) -> Tensor:
-    """Log-probabilities (R * (T - 1), V) of all but the first token of each row."""
-    return lm.forward(tokens_RT)[:, :-1].float().log_softmax(dim=-1).flatten(0, 1)
-
-
-def _negative_log_likelihood(logprobs: Tensor, tokens_RT: Tensor) -> float:
-    return F.nll_loss(logprobs, tokens_RT[:, 1:].flatten(), reduction="sum").item()
-
-
-def _from_second_position(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
-    """An edit for `hooks.edit_residual` that replaces all but the first position of each row."""
-
-    def edit(resid_RTD: Tensor, start: int) -> Tensor:
-        kept = 1 if start == 0 else 0
-        return torch.cat([resid_RTD[:, :kept], replace(resid_RTD[:, kept:]).to(resid_RTD.dtype)], dim=1)
-
-    return edit
+def _negative_log_likelihood(logprobs_RTV: Tensor, tokens_RT: Tensor) -> float:
+    return F.nll_loss(logprobs_RTV.flatten(0, 1), tokens_RT[:, 1:].flatten(), reduction="sum").item()

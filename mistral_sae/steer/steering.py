@@ -88,7 +88,7 @@ def steer(
         yield
         return
     edit = make_edit(loaded.sae, wanted, method, lm.device, exact=exact, directions_SD=directions_SD)
-    with edit_residual(lm, layer, _from(first_position, edit)):
+    with edit_residual(lm, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position):
         yield
 
 
@@ -166,19 +166,6 @@ def activations_of(sae: SparseAutoencoder, x: Tensor, features_S: Tensor) -> tup
     encoded = sae.encode(x)
     is_it = encoded.indices.unsqueeze(-1) == features_S
     return (encoded.values.unsqueeze(-1) * is_it).sum(dim=-2), encoded.std
-
-
-def _from(first_position: int, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
-    """An edit for `hooks.edit_residual` that is made in float32 and leaves earlier positions as they are."""
-
-    def from_there(resid_BTD: Tensor, start: int) -> Tensor:
-        kept = max(0, first_position - start)
-        if kept >= resid_BTD.shape[1]:
-            return resid_BTD
-        edited_BTD = edit(resid_BTD[:, kept:].float()).to(resid_BTD.dtype)
-        return torch.cat([resid_BTD[:, :kept], edited_BTD], dim=1) if kept else edited_BTD
-
-    return from_there
 
 
 # ---- what can be steered ----

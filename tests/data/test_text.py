@@ -6,7 +6,9 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +17,11 @@ import zstandard
 from mistral_sae.data import sources
 from mistral_sae.data import tokens as text
 from mistral_sae.data.tokens import (
+    Corpus,
     Skipped,
     TextError,
     batches,
     check,
-    corpus,
     documents,
     fingerprint,
     is_held_out,
@@ -342,7 +344,7 @@ def folder_of(tmp_path, count):
 def test_the_two_parts_share_no_document_and_lose_none(tmp_path):
     path = folder_of(tmp_path, 200)
     part = {
-        held_out: [d.id for d in corpus(path, held_out=held_out, held_out_fraction=0.2, epochs=False)]
+        held_out: [d.id for d in Corpus(path, held_out_fraction=0.2).documents(held_out=held_out, epochs=False)]
         for held_out in (True, False)
     }
     assert not set(part[True]) & set(part[False])
@@ -363,7 +365,7 @@ def test_a_small_corpus_goes_round_in_another_order_each_epoch_and_the_same_in_e
     path = folder_of(tmp_path, 50)
 
     def three_epochs(seed):
-        read = corpus(path, held_out=False, held_out_fraction=0.0, seed=seed)
+        read = Corpus(path, held_out_fraction=0.0, seed=seed).documents(held_out=False)
         return [[d.id for d in itertools.islice(read, 50)] for _ in range(3)]
 
     first, second, third = three_epochs(seed=1)
@@ -376,13 +378,13 @@ def test_a_small_corpus_goes_round_in_another_order_each_epoch_and_the_same_in_e
 def test_a_large_corpus_goes_round_in_its_own_order(tmp_path, monkeypatch):
     path = folder_of(tmp_path, 20)
     monkeypatch.setattr(sources, "IN_MEMORY", 10)
-    read = corpus(path, held_out=False, held_out_fraction=0.0, seed=1)
+    read = Corpus(path, held_out_fraction=0.0, seed=1).documents(held_out=False)
     assert [d.id for d in itertools.islice(read, 40)] == 2 * [f"a.jsonl:{i + 1}" for i in range(20)]
 
 
 def test_the_held_out_part_comes_once_and_the_same_for_every_seed(tmp_path):
     path = folder_of(tmp_path, 100)
-    by_seed = [[d.id for d in corpus(path, held_out=True, held_out_fraction=0.5, seed=s)] for s in (1, 2)]
+    by_seed = [[d.id for d in Corpus(path, held_out_fraction=0.5, seed=s).documents(held_out=True)] for s in (1, 2)]
     assert by_seed[0] == by_seed[1]
     assert len(set(by_seed[0])) == len(by_seed[0]) > 20
 
@@ -392,7 +394,7 @@ def test_what_is_skipped_is_counted_once_however_many_epochs(tmp_path, monkeypat
     monkeypatch.setattr(sources, "IN_MEMORY", in_memory)
     (tmp_path / "a.jsonl").write_bytes(lines("x", "y") + b"broken\n")
     skipped = Skipped()
-    read = corpus(str(tmp_path), held_out=False, held_out_fraction=0.0, skipped=skipped)
+    read = Corpus(str(tmp_path), held_out_fraction=0.0).documents(held_out=False, skipped=skipped)
     assert len(list(itertools.islice(read, 9))) == 9
     assert skipped.count == 1
 
@@ -402,9 +404,38 @@ def test_a_part_without_documents_is_an_error_and_no_endless_loop(tmp_path, monk
     monkeypatch.setattr(sources, "IN_MEMORY", in_memory)
     path = folder_of(tmp_path, 3)
     with pytest.raises(TextError, match=r"is in the training part at a held-out fraction of 1\.0"):
-        next(corpus(path, held_out=False, held_out_fraction=1.0))
+        next(Corpus(path, held_out_fraction=1.0).documents(held_out=False))
     with pytest.raises(TextError, match="is in the held-out part"):
-        next(corpus(path, held_out=True, held_out_fraction=0.0))
+        next(Corpus(path, held_out_fraction=0.0).documents(held_out=True))
+
+
+def test_a_corpus_is_made_of_the_constants_of_any_namespace(tmp_path):
+    constants = SimpleNamespace(
+        DATA_PATH=folder_of(tmp_path, 30),
+        DATA_SPLIT="validation",
+        TEXT_FIELD="body",
+        HELD_OUT_FRACTION=0.3,
+        SEED=4,
+        CONTEXT_LENGTH=12,
+    )
+    assert Corpus.of(constants) == Corpus(str(tmp_path), "validation", "body", 0.3, 4, 12)
+
+
+def test_held_out_rows_are_some_way_apart_and_full(tmp_path):
+    corpus = Corpus(folder_of(tmp_path, 30), held_out_fraction=0.5, context_length=8)
+    rows = np.stack(list(corpus.rows(Letters(), held_out=True)))
+    found = corpus.held_out_rows(Letters(), 3, stride=4).numpy()
+    assert np.array_equal(found, rows[[0, 4, 8]])
+    with pytest.raises(TextError, match="less text than one row of 10000 tokens"):
+        replace(corpus, context_length=10_000).held_out_rows(Letters(), 3)
+
+
+def test_rows_with_documents_are_the_rows_and_whose_tokens_they_hold(tmp_path):
+    corpus = Corpus(folder_of(tmp_path, 30), held_out_fraction=0.5, context_length=8)
+    whole = list(corpus.rows_with_documents(Letters(), held_out=False, epochs=False))
+    rows = list(corpus.rows(Letters(), held_out=False, epochs=False))
+    assert all(np.array_equal(row.tokens, tokens) for row, tokens in zip(whole, rows, strict=True))
+    assert not any(is_held_out(id, 0.5) for row in whole for id in row.documents)
 
 
 def test_the_fingerprint_changes_with_the_files_of_a_corpus(tmp_path):
@@ -638,7 +669,7 @@ def test_the_chain_from_a_folder_to_batches_is_the_same_in_every_run(tmp_path):
     path = folder_of(tmp_path, 30)
 
     def run(start_row):
-        docs = corpus(path, held_out=False, held_out_fraction=0.1, seed=3)
+        docs = Corpus(path, held_out_fraction=0.1, seed=3).documents(held_out=False)
         stream = prefetch(batches(pack(docs, Letters(), 16, start_row=start_row), 2), 4)
         found = [batch.tolist() for batch in itertools.islice(stream, 30)]
         stream.close()

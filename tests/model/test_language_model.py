@@ -257,6 +257,30 @@ def test_generation_stops_at_the_end_of_sequence_token(mistral_folder, monkeypat
     assert list(lm.generate([1, 50], 10)) == text[: text.index(text[4])]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_batch_of_samples_has_the_texts_that_are_generated_one_by_one(lm, temperature):
+    batch = lm.sample([1, 50, 60], [0, 7, 7], 10, temperature)
+    assert batch == [list(lm.generate([1, 50, 60], 10, temperature, seed=seed)) for seed in (0, 7, 7)]
+    assert (batch[0] == batch[1]) == (temperature == 0)
+
+
+def test_a_sample_ends_where_the_model_ends_it_and_the_others_go_on(mistral_folder, monkeypatch):
+    lm = load(mistral_folder, device="cpu")
+    whole = lm.sample([1, 50, 60], [0, 1], 10, 1.0)
+    monkeypatch.setattr(lm.tokenizer, "eos_id", whole[0][4])
+    assert lm.sample([1, 50, 60], [0, 1], 10, 1.0) == [whole[0][:4], whole[1]]
+
+
+def test_log_probabilities_are_of_the_next_token_and_spare_the_first_position(lm, tokens_BT):
+    plain = lm.log_probabilities(tokens_BT)
+    torch.testing.assert_close(plain, lm.forward(tokens_BT)[:, :-1].log_softmax(dim=-1))
+    shapes = []
+    replaced = lm.log_probabilities(tokens_BT, 1, lambda x: (shapes.append(x.shape), torch.zeros_like(x))[1])
+    assert shapes == [(3, 11, 32)]
+    assert torch.equal(replaced[:, 0], plain[:, 0])
+    assert (replaced[:, 1:] - plain[:, 1:]).abs().amax(dim=-1).min() > 0.01
+
+
 # Mistakes
 
 

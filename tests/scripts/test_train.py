@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import config
 from mistral_sae import files
-from mistral_sae.data import tokens as text
+from mistral_sae.data.tokens import Corpus
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae import memory
 from mistral_sae.sae.checkpoint import load_sae
@@ -218,8 +218,7 @@ def test_the_evaluation_is_of_the_saved_autoencoder_on_held_out_documents_alone(
     from mistral_sae.sae.evaluate import reconstruction
 
     model, sae = lm.load(mistral_folder, device="cpu"), load_sae(finished[0]).sae
-    documents = text.corpus(str(corpus), held_out=True, held_out_fraction=0.3)
-    rows = next(text.batches(text.pack(documents, model.tokenizer, 32), 10))
+    rows = Corpus(str(corpus), held_out_fraction=0.3, context_length=32).held_out_rows(model.tokenizer, 10)
     expected = reconstruction(sae, [model.residuals(rows, 1)[:, 1:].flatten(0, 1)])
     found = json.loads((finished[0] / "evaluation.json").read_text())
     assert found["normalized_mse"] == pytest.approx(expected.normalized_mse, rel=1e-4)
