@@ -23,14 +23,17 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus, batches
 from mistral_sae.explain import examples, label_file
 from mistral_sae.explain.label_file import Explained
+from mistral_sae.files import hash_of
 from mistral_sae.loading import open_both
 from mistral_sae.model import language_model as lm
+from mistral_sae.sae import features
 from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.sae.evaluate import reconstruction
-from mistral_sae.steer import chat, features, steering, sweep
+from mistral_sae.steer import chat, search, steering, sweep
 from mistral_sae.steer import display as screen
 from mistral_sae.steer.steering import SteeringError
 
@@ -131,8 +134,8 @@ def print_features(subject: Subject, coefficients: Coefficients, own: torch.Tens
             screen.print_line(console, f"feature {feature}", "no explanation (explain.py writes them)")
         screen.print_line(console, "  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
         if maximum > 0 and own.shape[1] > 1:
-            (promotion_V,) = features.promotion(subject.model, subject.loaded, {feature: maximum}, own)
-            up, down = features.extremes(subject.model, promotion_V, SHOWN)
+            (promotion_V,) = search.promotion(subject.model, subject.loaded, {feature: maximum}, own)
+            up, down = search.extremes(subject.model, promotion_V, SHOWN)
             screen.print_line(console, "  promotes", "  ".join(map(repr, up)))
             screen.print_line(console, "  suppresses", "  ".join(map(repr, down)))
 
@@ -162,7 +165,7 @@ def show_sweep(subject: Subject, coefficients: Coefficients) -> None:
         raise SteeringError("found SWEEP with COEFFICIENT None or 0, which has no sign: expected 1 or -1")
     if len(signs) == 1:  # several keep their proportions
         signs = {feature: -1.0 if c < 0 else 1.0 for feature, c in signs.items()}
-    others = dict(zip(features.other_features(subject.statistics, config.SEED, signs), signs.values(), strict=False))
+    others = dict(zip(search.other_features(subject.statistics, config.SEED, signs), signs.values(), strict=False))
     rows_SD = loaded.sae.W_dec[list(signs)]
     measure = partial(sweep.measure, model, loaded, list(signs), prompt_ids)
     texts = sweep.sample(model, prompt_ids, seeds, config.NEW_TOKENS, config.TEMPERATURE)
@@ -334,7 +337,7 @@ def parsed(words: str) -> int | str | dict:
 
 def most_visible(subject: Subject) -> int:
     """The feature that shows most in steered text, from a ranked list that is printed."""
-    moderate = features.moderate(subject.statistics)
+    moderate = subject.statistics.mid_density()
     firing = (subject.statistics.maximum_F > 0).nonzero().flatten().tolist()
     kinds = {
         "explained features that fire now and then": [f for f in moderate if f in subject.explanations],
@@ -345,7 +348,7 @@ def most_visible(subject: Subject) -> int:
     if not among:
         raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
     prompt_ids = encode_prompt(subject.model)
-    found = features.most_visible(
+    found = search.most_visible(
         subject.model, subject.loaded, subject.statistics, among, prompt_ids, config.TEMPERATURE
     )
     print(f"of the {kind}, some that fire most in text steered with them: on so many more of a hundred tokens")
@@ -356,7 +359,7 @@ def most_visible(subject: Subject) -> int:
 def look_up(subject: Subject, words: str) -> int:
     """The feature that matches words best, from a ranked list that is printed."""
     explanations = {feature: explained.text for feature, explained in subject.explanations.items()}
-    found = features.find(
+    found = search.find(
         words, subject.model, subject.loaded, subject.statistics, explanations, lambda: held_out_rows(subject.model)
     )
     if not found:
@@ -378,7 +381,7 @@ def look_up(subject: Subject, words: str) -> int:
     return found[0].feature
 
 
-def print_found(found: list[features.Found], best: features.Found, explanations: Mapping[int, str] = {}) -> None:
+def print_found(found: list[search.Found], best: search.Found, explanations: Mapping[int, str] = {}) -> None:
     """A ranked list: the features, by what they are ranked, and what they are."""
     console = Console(highlight=False)
     for each in found:
@@ -401,20 +404,26 @@ def read_explanations(loaded: LoadedSAE) -> dict[int, Explained]:
 
 def statistics_of(model: lm.LanguageModel, loaded: LoadedSAE) -> features.Statistics:
     """How often and strongly features fire: from training, or measured on text once and kept in RUN_DIR."""
-    if (known := features.statistics_in(loaded)) is not None:
+    known = features.saved_statistics(loaded.log_sparsity, loaded.maximum)
+    if known is not None:
         return known
-    path = Path(config.RUN_DIR) / "feature_statistics.safetensors"
+    path, layer = Path(config.RUN_DIR) / "feature_statistics.safetensors", loaded.metadata.residual_layer
     n_rows = max(1, MAXIMUM_TOKENS // config.CONTEXT_LENGTH)
+    made_from = {
+        "autoencoder": hash_of_sae(loaded.sae),
+        "model": hash_of(model.name, model.block(layer).state_dict()),
+        "layer": layer,
+        "text": f"{config.DATA_PATH} {config.DATA_SPLIT} {config.TEXT_FIELD} {n_rows} x {config.CONTEXT_LENGTH}",
+    }
     print(f"the autoencoder comes without its features' maxima: from {MAXIMUM_TOKENS:,} tokens, kept in {path}")
 
     def measure() -> features.Statistics:
         rows = islice(Corpus.of(config).rows(model.tokenizer, held_out=False), n_rows)
-        n_batches = -(-n_rows // config.ROWS_PER_FORWARD)
         parts = batches(rows, config.ROWS_PER_FORWARD)
-        return features.measure_statistics(model, loaded, tqdm(parts, total=n_batches, leave=False, delay=1))
+        bar = cli.Progress(parts, "maxima", -(-n_rows // config.ROWS_PER_FORWARD), leave=False)
+        return features.measure_statistics(loaded.sae, (residuals_of(model, tokens, layer) for tokens in bar))
 
-    source = f"{config.DATA_PATH} {config.DATA_SPLIT} {config.TEXT_FIELD} {n_rows} x {config.CONTEXT_LENGTH}"
-    return features.cached_statistics(path, model, loaded, source, measure)
+    return features.cached_statistics(path, made_from, measure)
 
 
 def held_out_rows(model: lm.LanguageModel) -> torch.Tensor:

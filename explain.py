@@ -39,7 +39,7 @@ from mistral_sae.explain.types import Completer, Label
 from mistral_sae.loading import open_both, where_it_is
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.checkpoint import LoadedSAE
-from mistral_sae.sae.geometry import decoder_geometry
+from mistral_sae.sae.features import decoder_geometry
 
 SHOWN_FEATURES = 10  # of a token of TEXT
 FEW_DOCUMENTS = 30  # below which a feature has hardly ten examples to explain it from

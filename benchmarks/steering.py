@@ -34,12 +34,12 @@ from benchmarks.machine import save
 from mistral_sae import cli
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.model import language_model as lm
+from mistral_sae.sae import features
 from mistral_sae.sae.checkpoint import LoadedSAE, load_sae
-from mistral_sae.steer import features, sweep
+from mistral_sae.steer import search, sweep
 from mistral_sae.steer.steering import steer
 
 FEATURES = 24
-RAREST, MOST_FREQUENT = 1e-4, 1e-2  # share of tokens a feature fires on
 CLEAR = 4.0  # standard deviations
 CLASS_SAMPLE = (12, 128)  # rows and positions of held-out text on which the classes are measured
 MARGIN = 0.2  # nats by which a marked strength stays below what is allowed: what is measured then are other texts
@@ -53,19 +53,19 @@ SHOWN = 5  # promoted tokens
 
 def candidates(loaded: LoadedSAE) -> list[int]:
     """The features in the range of frequencies, in a random order."""
-    found = features.statistics_in(loaded)
+    found = features.saved_statistics(loaded.log_sparsity, loaded.maximum)
     order = torch.randperm(len(found.density_F), generator=torch.Generator().manual_seed(config.SEED))
-    rare = (found.density_F >= RAREST) & (found.density_F <= MOST_FREQUENT) & (found.maximum_F > 0)
-    return order[rare[order]].tolist()
+    of_mid_density = set(found.mid_density())
+    return [feature for feature in order.tolist() if feature in of_mid_density]
 
 
 def with_a_clear_class(model: lm.LanguageModel, loaded: LoadedSAE, rows_RT: torch.Tensor) -> Iterator[dict[str, Any]]:
     """The candidates that promote a clear class of tokens, in their order, and what they promote."""
     (R, T), every = CLASS_SAMPLE, candidates(loaded)
-    for looked_at in range(0, len(every), features.AT_ONCE):
-        activations = {f: float(loaded.maximum[f]) for f in every[looked_at : looked_at + features.AT_ONCE]}
-        promotion_NV = features.promotion(model, loaded, activations, rows_RT[:R, :T])
-        clearness = features.clearness(promotion_NV).tolist()
+    for looked_at in range(0, len(every), search.AT_ONCE):
+        activations = {f: float(loaded.maximum[f]) for f in every[looked_at : looked_at + search.AT_ONCE]}
+        promotion_NV = search.promotion(model, loaded, activations, rows_RT[:R, :T])
+        clearness = search.clearness(promotion_NV).tolist()
         for i, (feature, clear, promotion_V) in enumerate(zip(activations, clearness, promotion_NV, strict=True)):
             if clear >= CLEAR:
                 yield {
@@ -73,7 +73,7 @@ def with_a_clear_class(model: lm.LanguageModel, loaded: LoadedSAE, rows_RT: torc
                     "density": 10 ** float(loaded.log_sparsity[feature]),
                     "maximum": activations[feature],
                     "clearness": clear,
-                    "promoted": features.extremes(model, promotion_V, SHOWN)[0],
+                    "promoted": search.extremes(model, promotion_V, SHOWN)[0],
                     "candidates_before": looked_at + i,
                 }
 

@@ -26,6 +26,7 @@ from mistral_sae.explain.types import Example, Feature
 from mistral_sae.files import SAEError, hash_of, load_metadata, load_state, save_state
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
+from mistral_sae.sae import features as sae_features
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import hash_of_sae
 
@@ -135,7 +136,6 @@ class FeatureRecords:
         )
         self._place = {feature: place for place, feature in enumerate(self.features)}
         self._texts = _Texts(lm.tokenizer)
-        self._norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1).clamp_min(1e-12)
         self._step = max(1, CHUNK_BYTES // (4 * max(sae.n_features, lm.vocab_size)))
         self._weights: list[tuple] = []  # of one chunk of the features
         self._weights_begin = -1  # its first one's place
@@ -236,41 +236,15 @@ class FeatureRecords:
         begin = self._place[feature] // self._step * self._step
         if begin != self._weights_begin:
             chunk = self.features[begin : begin + self._step]
-            nearest = _nearest(self._sae, self._norms, chunk)
+            W_dec, vocab_size = self._sae.W_dec, self._lm.tokenizer.vocab_size
             promoted, suppressed = (
                 [tuple((self._texts.one(id), logit) for id, logit in tokens) for tokens in each]
-                for each in _promoted(self._lm, self._sae, chunk)
+                for each in sae_features.logit_lens(self._lm.unembed, W_dec[chunk], TOKENS, vocab_size)
             )
+            nearest = sae_features.nearest(W_dec, chunk, NEIGHBORS)
             self._weights = list(zip(map(tuple, nearest), promoted, suppressed, strict=True))
             self._weights_begin = begin
         return self._weights[self._place[feature] - begin]
-
-
-@torch.no_grad()
-def _nearest(sae: SparseAutoencoder, norms_F: Tensor, features: list[int]) -> list[list[tuple[int, float]]]:
-    """For each feature the NEIGHBORS others of the largest cosine of decoder rows, and it."""
-    chosen = torch.tensor(features, device=norms_F.device)
-    cosines_CF = sae.W_dec[chosen] @ sae.W_dec.T / norms_F / norms_F[chosen].unsqueeze(1)
-    cosines_CF.scatter_(1, chosen.unsqueeze(1), -torch.inf)
-    return _pairs(cosines_CF.topk(min(NEIGHBORS, sae.n_features - 1), dim=1))
-
-
-@torch.no_grad()
-def _promoted(lm: LanguageModel, sae: SparseAutoencoder, features: list[int]) -> tuple[list, list]:
-    """For each feature the ids of the TOKENS tokens whose logits it raises most, and of those it lowers most.
-
-    A logit is taken from the mean over the vocabulary, which no probability depends on: 0 is a token that the feature
-    neither promotes nor suppresses.
-    """
-    logits_CV = lm.unembed(sae.W_dec[torch.tensor(features, device=sae.W_dec.device)])
-    logits_CV = logits_CV[:, : lm.tokenizer.vocab_size]  # some models' matrices are padded beyond it
-    logits_CV -= logits_CV.mean(dim=1, keepdim=True)
-    return _pairs(logits_CV.topk(TOKENS, dim=1)), _pairs(logits_CV.topk(TOKENS, dim=1, largest=False))
-
-
-def _pairs(best: Any) -> list[list[tuple[int, float]]]:
-    """(index, value) of what topk found, row by row."""
-    return [list(zip(i, v, strict=True)) for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
 def token_ids(tokens: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from mistral_sae.explain.report_data import (
 from mistral_sae.explain.report_figures import percent
 from mistral_sae.explain.types import INTERVALS, Feature, Label
 from mistral_sae.files import SAEError, one_line, write_atomically
-from mistral_sae.sae.geometry import Geometry
+from mistral_sae.sae.features import Geometry
 
 TEMPLATES = resources("mistral_sae.explain") / "templates"
 COEFFICIENT = 1.0  # of the lines of demo.py to copy: times the feature's maximum, the unit of its clamp
@@ -51,7 +51,7 @@ class Run(NamedTuple):
     evaluation: Mapping[str, float]  # evaluation.json
     metrics: Sequence[Mapping[str, float]]  # the records of metrics.jsonl
     density_F: Tensor | None  # share of the tokens on which each feature fires
-    geometry: Geometry | None  # of the decoder rows: geometry.decoder_geometry
+    geometry: Geometry | None  # of the decoder rows: features.decoder_geometry
 
 
 def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from mistral_sae.explain.report_data import ScoreSummary
-from mistral_sae.sae.evaluate import RARE
-from mistral_sae.sae.geometry import Geometry
+from mistral_sae.sae.features import RARE, Geometry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

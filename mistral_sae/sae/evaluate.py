@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.features import RARE, Counts
 
-RARE = 1e-4  # a feature that fires on fewer tokens than one in ten thousand; evaluations have some ten thousand tokens
 LOGITS_BYTES = 2**28  # of logits at a time, which exist HELD_LOGITS times over
 HELD_LOGITS = 5  # log-probabilities clean and spliced, and what their divergence is computed through
 
@@ -47,8 +47,7 @@ class Reconstruction(NamedTuple):
 @torch.no_grad()
 def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconstruction:
     """Measure over batches of residuals (B, D). Means and variances are over all of them, in float64."""
-    count, active = 0, 0.0
-    fired = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_dec.device)
+    counts = Counts(sae.n_features, sae.W_dec.device)
     errors = {"z": 0.0, "x": 0.0}
     sums, squares = {"z": 0.0, "x": 0.0}, {"z": 0.0, "x": 0.0}
     for batch in batches:
@@ -60,19 +59,17 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
             errors[space] += (true - found).double().square().sum().item()
             sums[space] += true.double().sum(dim=0)
             squares[space] += true.double().square().sum().item()
-        count += len(x)
-        active += (encoded.values > 0).sum().item()
-        fired += torch.bincount(encoded.indices[encoded.values > 0], minlength=sae.n_features)
+        counts.add(encoded.values, encoded.indices)
+    count, density = counts.tokens, counts.density_F()
     if not count:
         raise ValueError("there are no held-out residuals to evaluate on: raise EVALUATION_ROWS or HELD_OUT_FRACTION")
     unexplained = {s: errors[s] / (squares[s] - sums[s].square().sum().item() / count) for s in errors}
-    density = fired.double() / count
     return Reconstruction(
         tokens=count,
-        l0=active / count,
+        l0=counts.fired_F.sum().item() / count,
         normalized_mse=unexplained["z"],
         explained_variance=1 - unexplained["x"],
-        silent_fraction=(fired == 0).double().mean().item(),
+        silent_fraction=(density == 0).double().mean().item(),
         rare_fraction=(density < RARE).double().mean().item(),
         density=density.float(),
     )

@@ -6,7 +6,7 @@ import torch
 
 from mistral_sae.explain.report import Run
 from mistral_sae.explain.types import BINS, INTERVALS, Example, Feature, Judgement, Label, Score
-from mistral_sae.sae.geometry import decoder_geometry
+from mistral_sae.sae.features import decoder_geometry
 
 NAMES = (
     "self",

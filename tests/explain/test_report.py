@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from report_records import TOKENS, make_feature, make_label, make_run
 
 from mistral_sae.explain.report import TEMPLATES, TextToken, read_figures, write_report, write_text_page
@@ -17,7 +16,6 @@ from mistral_sae.explain.report_data import CHUNK, compressed, kind_of, main_sco
 from mistral_sae.explain.report_figures import percent, run_figures
 from mistral_sae.explain.types import Example, Feature, Judgement, Label, Score
 from mistral_sae.files import SAEError
-from mistral_sae.sae.geometry import decoder_geometry
 
 VOID = {"meta", "link", "input", "br", "img"}
 
@@ -66,42 +64,6 @@ def fires_on(*peaks):
     """A feature whose passages peak on the first of each pair, which the second follows; 'a' and 'b' are promoted."""
     passages = tuple(Example("d", 1, ("x", peak, then), (0.0, 1.0, 0.0)) for peak, then in peaks)
     return make_feature(1)._replace(top=passages[:2], spread=passages[2:], promoted=(("a", 2.0), ("b", 1.0)))
-
-
-# ---- the geometry of the decoder ----
-
-
-def test_directions_at_right_angles_along_the_axes_are_no_superposition():
-    geometry = decoder_geometry(torch.eye(8) * 3)
-    assert geometry.features == 8
-    assert geometry.nearest_N == (0.0,) * 8
-    assert geometry.participation == pytest.approx(1)
-    assert geometry.writers_D == (1,) * 8
-    assert geometry.effective_dimensions == pytest.approx(8)
-
-
-def test_random_directions_measure_as_random_directions_are_said_to():
-    geometry = decoder_geometry(torch.randn(3000, 128, generator=torch.Generator().manual_seed(0)))
-    assert geometry.median_nearest == pytest.approx(geometry.nearest_random, rel=0.03)
-    assert geometry.participation == pytest.approx(geometry.participation_random, rel=0.03)
-    assert geometry.effective_dimensions == pytest.approx(128, rel=0.05)
-
-
-def test_the_nearest_neighbour_is_the_same_in_parts_and_of_any_norm():
-    rows = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    expected = (unit @ unit.T - 2 * torch.eye(50)).amax(dim=1)
-    found = decoder_geometry(rows * torch.arange(1, 51).unsqueeze(1), rows=7)
-    torch.testing.assert_close(torch.tensor(found.nearest_N), expected)
-    assert found.writers_D == tuple((unit.abs() > 0.25).sum(dim=0).tolist())
-
-
-def test_features_that_never_fired_do_not_count_in_the_geometry():
-    rows = torch.eye(4)[[0, 1, 1, 2]]
-    fired = torch.tensor([True, True, False, True])
-    assert max(decoder_geometry(rows).nearest_N) == pytest.approx(1)
-    assert max(decoder_geometry(rows, fired).nearest_N) == pytest.approx(0)
-    assert decoder_geometry(rows, torch.tensor([True, False, False, False])) is None
 
 
 # ---- kinds, scores, numbers ----

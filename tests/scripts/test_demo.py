@@ -21,7 +21,8 @@ from mistral_sae.model import language_model as lm
 from mistral_sae.model.language_model import STANDIN
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
-from mistral_sae.steer import features, sweep
+from mistral_sae.sae.features import saved_statistics
+from mistral_sae.steer import search, sweep
 from mistral_sae.steer.display import BARS, level_of
 from mistral_sae.steer.steering import steer
 
@@ -36,7 +37,7 @@ SETTINGS = {
     "FEATURE_INDEX": 3,
     "COEFFICIENT": 4.0,
     "PROMPT": PROMPT,
-    "MAX_TOKENS": 12,
+    "NEW_TOKENS": 12,
     "SWEEP_SAMPLES": 2,
     "SWEEP_COEFFICIENTS": "(0.5, 2.0, 8.0)",
 }
@@ -210,7 +211,7 @@ def test_the_tokens_that_the_feature_fires_on_are_marked(demo, monkeypatch, run_
 
 
 def test_a_prompt_of_nothing_is_continued_too(demo):
-    assert demo(PROMPT="", MAX_TOKENS=1).code == 0
+    assert demo(PROMPT="", NEW_TOKENS=1).code == 0
 
 
 # ---- which feature ----
@@ -370,7 +371,7 @@ def test_both_kinds_of_model_folder_give_the_same_texts(demo, mistral_folder, hu
         ({"FEATURE_INDEX": "xylophone"}, "no feature for 'xylophone'"),
         ({"METHOD": "clmp"}, "METHOD is 'clmp': expected clamp, add, ablate or raw"),
         ({"POSITIONS": "prompt"}, "POSITIONS is 'prompt'"),
-        ({"MAX_TOKENS": 0}, "MAX_TOKENS is 0"),
+        ({"NEW_TOKENS": 0}, "NEW_TOKENS is 0"),
         ({"COEFFICIENT": "much"}, "COEFFICIENT must be of type float"),
         ({"SWEEP": 1, "METHOD": "ablate"}, "SWEEP is True: expected False with METHOD=ablate"),
         ({"SWEEP": 1, "STEERING_ON": False}, "SWEEP is True: expected False with STEERING_ON=False"),
@@ -425,9 +426,9 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     assert ran.code == 0, ran.err
     found = re.findall(r"^→? +(?:0\.5|2|8) +([\d.]+) +([\d.]+)", ran.out, re.M)
     model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
-    statistics = features.statistics_in(loaded)
+    statistics = saved_statistics(loaded.log_sparsity, loaded.maximum)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
-    others = dict(zip(features.other_features(statistics, 0, of), of.values(), strict=True))
+    others = dict(zip(search.other_features(statistics, 0, of), of.values(), strict=True))
     directions = sweep.random_directions(loaded.sae.W_dec[list(of)], 0)
     expected = []
     for signs, along in ((of, None), (of, directions), (others, None)):
@@ -456,7 +457,7 @@ runpy.run_path("demo.py", run_name="__main__")
 def test_ctrl_c_stops_a_reply_and_not_the_conversation(arguments, run_dir):
     environment = {name: value for name, value in os.environ.items() if name != "MISTRAL_MODEL_PATH"}
     process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, *arguments(CHAT=1, MAX_TOKENS=30_000, CHAT_CONTEXT=40_000)],
+        [sys.executable, "-c", LISTENING, *arguments(CHAT=1, NEW_TOKENS=30_000, CHAT_CONTEXT=40_000)],
         cwd=ROOT,
         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.PIPE,

@@ -4,13 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_steering import LAYER, D, F, autoencoder, loaded_of
+from test_steering import D, F, autoencoder, loaded_of
 
 from mistral_sae.model.language_model import load
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
-from mistral_sae.steer import features, sweep
-from mistral_sae.steer.features import Statistics
+from mistral_sae.sae.features import Statistics
+from mistral_sae.steer import search, sweep
 from mistral_sae.steer.steering import steer
 
 PROMPT = [1, 50, 60, 70]
@@ -48,88 +48,25 @@ def knows_tokens(lm, rows_RT, ids: list[int]) -> LoadedSAE:
     return LoadedSAE(sae, layer, torch.zeros(F), torch.full((F,), 3.0))
 
 
-# ---- how often and how strongly ----
-
-
-def test_statistics_are_those_of_encoding_every_token_but_the_first_ones(lm, loaded, rows_RT):
-    found = features.measure_statistics(lm, loaded, rows_RT.split(4))
-    dense = loaded.sae.encode(lm.residuals(rows_RT, LAYER)[:, 1:].flatten(0, 1)).dense(F)
-    torch.testing.assert_close(found.maximum_F, dense.amax(0))
-    torch.testing.assert_close(found.density_F, (dense > 0).float().mean(0))
-    assert found.tokens == 6 * 15
-
-
-def test_statistics_of_training_are_used_where_it_saved_them(loaded):
-    assert features.statistics_in(loaded) is None  # it has no firing frequencies
-    known = features.statistics_in(loaded._replace(log_sparsity=torch.full((F,), -2.0)))
-    torch.testing.assert_close(known.density_F, torch.full((F,), 0.01))
-    assert torch.equal(known.maximum_F, loaded.maximum)
-    assert features.statistics_in(loaded._replace(log_sparsity=torch.zeros(F), maximum=None)) is None
-
-
-def test_measured_statistics_are_kept_for_the_same_autoencoder_model_and_text(lm, loaded, tmp_path):
-    path, calls = tmp_path / "run" / "statistics.safetensors", []
-
-    def measure():
-        calls.append(1)
-        return Statistics(torch.rand(F), torch.rand(F), 100)
-
-    first = features.cached_statistics(path, lm, loaded, "text", measure)
-    again = features.cached_statistics(path, lm, loaded, "text", measure)
-    assert len(calls) == 1
-    assert torch.equal(first.maximum_F, again.maximum_F)
-    assert torch.equal(first.density_F, again.density_F)
-    assert again.tokens == 100
-
-    features.cached_statistics(path, lm, loaded, "another text", measure)
-    assert len(calls) == 2
-    features.cached_statistics(path, lm, loaded_of(autoencoder(seed=1)), "another text", measure)
-    assert len(calls) == 3
-    path.write_bytes(b"damaged")
-    features.cached_statistics(path, lm, loaded, "text", measure)
-    assert len(calls) == 4
-
-
-def test_measured_statistics_of_another_model_are_measured_again(lm, loaded, mistral_folder, tmp_path):
-    other = load(mistral_folder, device="cpu")
-    path, calls = tmp_path / "statistics.safetensors", []
-
-    def measure():
-        calls.append(1)
-        return Statistics(torch.rand(F), torch.rand(F), 100)
-
-    with torch.no_grad():
-        for parameter in other.block(LAYER).parameters():
-            parameter.mul_(1.01)
-    features.cached_statistics(path, lm, loaded, "text", measure)
-    features.cached_statistics(path, other, loaded, "text", measure)
-    assert len(calls) == 2
-    fewer = loaded_of(autoencoder())
-    fewer.sae.k = 2
-    features.cached_statistics(path, other, fewer, "text", measure)
-    assert len(calls) == 3
-
-
 def test_other_features_are_as_many_random_ones_that_fire_now_and_then():
     maximum, density = torch.ones(F), torch.full((F,), 0.5)
     density[[5, 9, 20]] = 0.001
     maximum[20] = 0.0
     statistics = Statistics(maximum, density, None)
-    assert features.moderate(statistics) == [5, 9]
-    assert {tuple(features.other_features(statistics, seed, [3])) for seed in range(20)} == {(5,), (9,)}
-    assert {tuple(features.other_features(statistics, seed, [3, 4])) for seed in range(20)} == {(5, 9), (9, 5)}
-    assert features.other_features(statistics, 0, [5]) == [9]
-    assert features.other_features(statistics, 0, [5, 9]) == []
-    assert features.other_features(statistics, 0, [3, 4, 5]) == []  # too few
+    assert {tuple(search.other_features(statistics, seed, [3])) for seed in range(20)} == {(5,), (9,)}
+    assert {tuple(search.other_features(statistics, seed, [3, 4])) for seed in range(20)} == {(5, 9), (9, 5)}
+    assert search.other_features(statistics, 0, [5]) == [9]
+    assert search.other_features(statistics, 0, [5, 9]) == []
+    assert search.other_features(statistics, 0, [3, 4, 5]) == []  # too few
 
 
 # ---- what a feature promotes ----
 
 
 def test_promotions_of_many_features_are_those_of_clamping_each_alone(lm, loaded, rows_RT, monkeypatch):
-    monkeypatch.setattr(features, "AT_ONCE", 2)
+    monkeypatch.setattr(search, "AT_ONCE", 2)
     activations = {3: 4.0, 7: 2.0, 30: -1.0}
-    found = features.promotion(lm, loaded, activations, rows_RT)
+    found = search.promotion(lm, loaded, activations, rows_RT)
     assert found.shape == (3, lm.vocab_size)
     plain = lm.forward(rows_RT)[:, 1:].mean((0, 1))
     for row, (feature, c) in zip(found, activations.items(), strict=True):
@@ -142,7 +79,7 @@ def test_the_extremes_are_the_tokens_with_the_highest_and_the_lowest_scores(lm):
     scores = torch.zeros(lm.vocab_size)
     scores[500], scores[600], scores[700], scores[800] = 2.0, 3.0, -5.0, -1.0
     names = {id: lm.tokenizer.strings([id])[0] for id in (500, 600, 700, 800)}
-    assert features.extremes(lm, scores, 2) == ([names[600], names[500]], [names[700], names[800]])
+    assert search.extremes(lm, scores, 2) == ([names[600], names[500]], [names[700], names[800]])
 
 
 # ---- words ----
@@ -160,8 +97,8 @@ def test_the_extremes_are_the_tokens_with_the_highest_and_the_lowest_scores(lm):
     ],
 )
 def test_words_are_alike_where_one_begins_with_the_other(a, b, alike):
-    assert features.are_alike(a, b) is alike
-    assert features.are_alike(b, a) is alike
+    assert search.are_alike(a, b) is alike
+    assert search.are_alike(b, a) is alike
 
 
 def test_explanations_are_ranked_by_the_words_they_share_with_the_query_rare_ones_first():
@@ -172,69 +109,69 @@ def test_explanations_are_ranked_by_the_words_they_share_with_the_query_rare_one
         4: "brackets",
         5: "Testing",
     }
-    scores = features.by_explanation("Exception test", explanations)
+    scores = search.by_explanation("Exception test", explanations)
     assert sorted(scores, key=scores.get, reverse=True)[0] == 3
     assert set(scores) == {1, 2, 3, 5}
     assert scores[1] > scores[2] == scores[5]  # two explanations have the one word, three the other
-    assert features.by_explanation("unicode", explanations) == {}
+    assert search.by_explanation("unicode", explanations) == {}
 
 
 def test_tokens_are_like_a_word_whatever_is_around_it(lm):
-    found = lm.tokenizer.strings(features.tokens_like(lm.tokenizer, "exception"))
+    found = lm.tokenizer.strings(search.tokens_like(lm.tokenizer, "exception"))
     assert {"Exception", " exception", ".exception", " exceptions", "(Exception"} <= set(found)
     assert not {"error", "\n", " ex", "e"} & set(found)
-    assert features.tokens_like(lm.tokenizer, "xylophone") == []
+    assert search.tokens_like(lm.tokenizer, "xylophone") == []
 
 
 def test_features_are_found_by_the_tokens_they_fire_on(lm, rows_RT):
     ids = [int(rows_RT[0, 3]), int(rows_RT[2, 8]), int(rows_RT[5, 9])]
     loaded = knows_tokens(lm, rows_RT, ids)
     for feature, id in enumerate(ids):
-        assert features.by_firing(lm, loaded, [id], rows_RT.split(2), 3)[0] == feature
+        assert search.by_firing(lm, loaded, [id], rows_RT.split(2), 3)[0] == feature
     after = int(rows_RT[2, 9])  # feature 1 fires right before it
-    assert features.by_firing(lm, loaded, [after], rows_RT.split(2), 3)[0] == 1
-    assert features.by_firing(lm, loaded, [4000], rows_RT.split(2), 3) == []
+    assert search.by_firing(lm, loaded, [after], rows_RT.split(2), 3)[0] == 1
+    assert search.by_firing(lm, loaded, [4000], rows_RT.split(2), 3) == []
 
 
 def test_of_features_that_match_equally_the_one_that_promotes_the_words_tokens_most_comes_first(lm, loaded, rows_RT):
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
     explanations = {feature: "an exception" for feature in (3, 7, 30, 31)} | {9: "brackets", 11: "an exception test"}
-    found = features.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
+    found = search.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
     found = [each for each in found if each.match]
     assert {each.feature for each in found} == {3, 7, 30, 31, 11}
     assert [each.strength for each in found] == sorted((each.strength for each in found), reverse=True)
-    ids = features.tokens_like(lm.tokenizer, "exception")
+    ids = search.tokens_like(lm.tokenizer, "exception")
     maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
-    promotion_NV = features.promotion(lm, loaded, maxima, features._text_of(lm))
-    expected = promotion_NV[:, ids].topk(features.CLASS, dim=1).values.mean(1)
+    promotion_NV = search.promotion(lm, loaded, maxima, search._text_of(lm))
+    expected = promotion_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1)
     assert [each.strength for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
-    both = features.find("exception test", lm, loaded, statistics, explanations, lambda: rows_RT)
+    both = search.find("exception test", lm, loaded, statistics, explanations, lambda: rows_RT)
     assert both[0].feature == 11
 
 
 def test_without_a_matching_explanation_features_are_found_by_tokens(lm, rows_RT):
     rows_RT = rows_RT.clone()
-    (id, *_) = features.tokens_like(lm.tokenizer, "exception")
+    (id, *_) = search.tokens_like(lm.tokenizer, "exception")
     rows_RT[1, 4] = id
     loaded = knows_tokens(lm, rows_RT, [id])
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
     for explanations in ({}, {5: "brackets"}):
-        found = features.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
+        found = search.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
         assert [each.feature for each in found] == [0]
         assert found[0].match == 0
-    assert features.find("xylophone", lm, loaded, statistics, {}, lambda: rows_RT) == []
+    assert search.find("xylophone", lm, loaded, statistics, {}, lambda: rows_RT) == []
 
 
 def test_features_found_by_tokens_come_after_those_whose_explanations_match(lm, rows_RT):
     rows_RT = rows_RT.clone()
-    (id, *_) = features.tokens_like(lm.tokenizer, "exception")
+    (id, *_) = search.tokens_like(lm.tokenizer, "exception")
     rows_RT[1, 4] = id
     loaded = knows_tokens(lm, rows_RT, [id])
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
-    found = features.find("exception", lm, loaded, statistics, {5: "an exception", 6: "brackets"}, lambda: rows_RT)
+    found = search.find("exception", lm, loaded, statistics, {5: "an exception", 6: "brackets"}, lambda: rows_RT)
     assert [(each.feature, each.match > 0) for each in found] == [(5, True), (0, False)]
     every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}  # then the explanations know best
-    found = features.find("exception", lm, loaded, statistics, every, lambda: rows_RT)
+    found = search.find("exception", lm, loaded, statistics, every, lambda: rows_RT)
     assert [each.feature for each in found] == [5]
 
 
@@ -244,16 +181,16 @@ def test_no_text_is_read_where_explanations_are_enough(lm, loaded):
 
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
     every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}
-    assert [each.feature for each in features.find("exception", lm, loaded, statistics, every, none)] == [5]
+    assert [each.feature for each in search.find("exception", lm, loaded, statistics, every, none)] == [5]
 
 
 def test_the_most_visible_feature_is_the_one_that_fires_most_in_text_steered_with_it(lm, loaded, monkeypatch):
-    monkeypatch.setattr(features, "TRIAL", (3, 10))
-    monkeypatch.setattr(features, "TRIED", 3)
+    monkeypatch.setattr(search, "TRIAL", (3, 10))
+    monkeypatch.setattr(search, "TRIED", 3)
     statistics = Statistics(4 * loaded.maximum, torch.full((F,), 0.001), None)
-    found = features.most_visible(lm, loaded, statistics, [3, 7, 11, 30, 40], PROMPT, 0.7)
+    found = search.most_visible(lm, loaded, statistics, [3, 7, 11, 30, 40], PROMPT, 0.7)
     assert len(found) == 3
-    clear = features._promoting(lm, loaded, statistics, [3, 7, 11, 30, 40], [])
+    clear = search._promoting(lm, loaded, statistics, [3, 7, 11, 30, 40], [])
     clearest = sorted(clear, key=lambda each: -each.strength)[:3]
     assert {each.feature for each in found} == {each.feature for each in clearest}
     own = [sweep.sample(lm, PROMPT, [seed], 10, 0.7)[0] for seed in range(3)]
@@ -272,4 +209,4 @@ def test_the_most_visible_feature_is_the_one_that_fires_most_in_text_steered_wit
 
 def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):
     statistics = Statistics(torch.zeros(F), torch.zeros(F), None)
-    assert features.find("exception", lm, loaded, statistics, {3: "an exception"}, lambda: rows_RT) == []
+    assert search.find("exception", lm, loaded, statistics, {3: "an exception"}, lambda: rows_RT) == []

@@ -9,21 +9,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mistral_sae.data.activations import residuals_of
-from mistral_sae.files import SAEError, hash_of, load_state, save_state
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
-from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
+from mistral_sae.sae.checkpoint import LoadedSAE
+from mistral_sae.sae.features import Statistics
 from mistral_sae.steer.steering import steer
 from mistral_sae.steer.sweep import is_fluent, measure, pooled, sample
 
-RARE, COMMON = 1e-4, 1e-2  # shares of tokens between which most features fire
 SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
 CLASS = 5  # tokens by which a class of promoted tokens is judged
 AT_ONCE = 64  # features whose promotions are measured in one forward
@@ -32,71 +30,9 @@ LOOKED_AT, TRIED = 192, 32  # features among which one is looked for that shows 
 TRIAL = (4, 32)  # texts of each, and tokens of a text
 
 
-class Statistics(NamedTuple):
-    """How often and how strongly each feature fires."""
-
-    maximum_F: Tensor  # largest activation, in the autoencoder's unit
-    density_F: Tensor  # share of tokens
-    tokens: int | None  # that were read to measure it; None if training did
-
-
-# ---- how often and how strongly ----
-
-
-def statistics_in(loaded: LoadedSAE) -> Statistics | None:
-    """What training measured and saved with the autoencoder; None if it saved no maxima."""
-    if loaded.maximum is None or loaded.log_sparsity is None:
-        return None
-    return Statistics(loaded.maximum, 10**loaded.log_sparsity, None)
-
-
-@torch.no_grad()
-def measure_statistics(lm: LanguageModel, loaded: LoadedSAE, batches: Iterable[Tensor]) -> Statistics:
-    """The same from rows of tokens (R, T), for an autoencoder that comes without. First positions are left out."""
-    sae, layer, tokens = loaded.sae, loaded.metadata.residual_layer, 0
-    maximum_F = torch.zeros(sae.n_features, device=sae.W_dec.device)
-    fired_F = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_dec.device)
-    for tokens_RT in batches:
-        encoded = sae.encode(residuals_of(lm, tokens_RT, layer))
-        indices, values = encoded.indices.flatten(), encoded.values.flatten()
-        maximum_F.scatter_reduce_(0, indices, values, "amax")
-        fired_F.scatter_add_(0, indices, (values > 0).long())
-        tokens += len(encoded.values)
-    return Statistics(maximum_F.cpu(), (fired_F.double() / max(1, tokens)).float().cpu(), tokens)
-
-
-def cached_statistics(
-    path: Path, lm: LanguageModel, loaded: LoadedSAE, text: str, measure: Callable[[], Statistics]
-) -> Statistics:
-    """`measure()`, kept in the file `path` for the next time with the same autoencoder, model and name of the text."""
-    layer = loaded.metadata.residual_layer
-    wanted = {
-        "autoencoder": hash_of_sae(loaded.sae),
-        "model": hash_of(lm.name, lm.block(layer).state_dict()),
-        "layer": layer,
-        "text": text,
-    }
-    try:
-        tensors, found = load_state(path, "cpu")
-        if found.get("of") == wanted:
-            return Statistics(tensors["maximum"], tensors["density"], found["tokens"])
-    except SAEError:  # not there, or damaged: measured again
-        pass
-    statistics = measure()
-    tensors = {"maximum": statistics.maximum_F, "density": statistics.density_F}
-    save_state(path, tensors, {"of": wanted, "tokens": statistics.tokens})
-    return statistics
-
-
-def moderate(statistics: Statistics) -> list[int]:
-    """The features that fire neither almost never nor all the time."""
-    is_it_F = (statistics.maximum_F > 0) & (statistics.density_F > RARE) & (statistics.density_F < COMMON)
-    return is_it_F.nonzero().flatten().tolist()
-
-
 def other_features(statistics: Statistics, seed: int, those: Collection[int]) -> list[int]:
-    """As many random moderate features as the given ones, none of which is among them; none if there are fewer."""
-    others = [feature for feature in moderate(statistics) if feature not in those]
+    """As many random features of middle density as the given ones, other than those; none if there are fewer."""
+    others = [feature for feature in statistics.mid_density() if feature not in those]
     return random.Random(seed).sample(others, len(those)) if len(others) >= len(those) else []
 
 
