@@ -17,7 +17,7 @@ import numpy as np
 from mistral_sae.explain import patterns, scoring
 from mistral_sae.explain.patterns import ANY, Place, Rule, core, places
 from mistral_sae.explain.prompts import MAX_WORDS, NO_PATTERN, visible
-from mistral_sae.explain.types import Example, Feature, Judgement, Label, without_examples
+from mistral_sae.explain.types import Example, Feature, Judgement, Label, Status, without_passages
 
 EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
@@ -31,7 +31,7 @@ Pair = tuple[tuple[str, str], tuple[str, str]]  # a target and a context
 class Findings(NamedTuple):
     """What was found of a feature."""
 
-    status: str  # "ok", "no pattern", "dead" or "rare", as in Label
+    status: Status  # "ok", "no pattern", "dead" or "rare", as in Label
     phrase: str  # at most MAX_WORDS words; "" unless the status is "ok"
     rules: tuple[Rule, ...]  # what the phrase says
 
@@ -69,7 +69,7 @@ def find(feature: Feature) -> Findings:
     """
     passages = [visible(passage) for passage in (*feature.top, *feature.spread)]
     if not passages:
-        return Findings(without_examples(feature)[0], "", ())
+        return Findings(without_passages(feature).status, "", ())
     candidates = tabulate(passages, feature)
     rules = _choose(candidates)
     if candidates.share(rules) < LEAST_SHARE:
@@ -173,7 +173,7 @@ def label(feature: Feature, found: Findings, other: Findings | None, *, seed: in
     """
     if found.status != "ok":
         is_seen = found.status == NO_PATTERN
-        reason = "no rule accounts for enough of its passages" if is_seen else without_examples(feature)[1]
+        reason = "no rule accounts for enough of its passages" if is_seen else without_passages(feature).reason
         return Label(feature.feature, "", EXPLAINER, found.status, {}, (), reason)
     questions = scoring.detection_questions(feature, seed)
     places_of = [places(question.passage) for question in questions]

@@ -15,11 +15,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, NamedTuple, TypeVar
 
 from mistral_sae.explain import answers, prompts, scoring
-from mistral_sae.explain.types import Completer, Feature, Judgement, Label, Request, Score, without_examples
+from mistral_sae.explain.types import (
+    STATUSES,
+    Completer,
+    Explanation,
+    Feature,
+    Judgement,
+    Label,
+    Request,
+    Score,
+    unexplained,
+    without_passages,
+)
 
 METHODS = ("detection", "fuzzing", "simulation")
 BASELINES = {"other_feature": "another feature's explanation", "top_token": "the top token"}
-UNANSWERED = ("stopped", "failed")  # statuses of what the next run asks anew
+UNANSWERED = tuple(status for status, outcome in STATUSES.items() if outcome.ask_again)
 BATCH = 8  # passages to judge in one request
 IN_FLIGHT = 64  # features at work at a time: each is in memory then, and has one request or some tens of them waiting
 TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
@@ -27,15 +38,6 @@ FEWEST_EXAMPLES = 2  # to which the examples are halved while the prompt is too 
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Explanation(NamedTuple):
-    """What a completer says a feature stands for."""
-
-    feature: int
-    status: str  # as in Label
-    text: str = ""  # "" unless the status is "ok"
-    reason: str = ""  # one line
 
 
 class Answer(NamedTuple):
@@ -53,8 +55,7 @@ async def explain(feature: Feature, completer: Completer) -> Explanation:
     are then those of what is left.
     """
     if not feature.top:
-        status, reason = without_examples(feature)
-        return Explanation(feature.feature, status, reason=reason)
+        return without_passages(feature)
     n_top, n_spread = min(TOP, len(feature.top)), min(SPREAD, len(feature.spread))
     while True:
         request = prompts.explain_request(feature, n_top, n_spread)
@@ -85,7 +86,7 @@ async def score(
     label's reason names the statuses, those of the baselines' requests too.
     """
     if explanation.status != "ok":
-        return _without_explanation(explanation, explainer)
+        return unexplained(explanation, explainer)
     strongest = prompts.quoted(scoring.strongest_token(feature))
     texts = {"own": explanation.text, "other_feature": other and other.text, "top_token": f"the token {strongest}"}
     distinct = list(dict.fromkeys(text for text in texts.values() if text))  # two that say the same are asked once
@@ -134,7 +135,7 @@ async def score_all(
 
     async def work(index: int) -> Label:
         if explanations[index].status != "ok":  # whose record need not be made
-            return _without_explanation(explanations[index], explainer)
+            return unexplained(explanations[index], explainer)
         baseline = explanations.get(other.get(index))
         return await score(
             load(index), explanations[index], baseline, completer, explainer=explainer, methods=methods, seed=seed
@@ -142,10 +143,6 @@ async def score_all(
 
     async for label in _as_they_come(work, explanations, in_flight):
         yield label
-
-
-def _without_explanation(explanation: Explanation, explainer: str) -> Label:
-    return Label(explanation.feature, "", explainer, explanation.status, {}, (), explanation.reason)
 
 
 def has_failed(label: Label) -> bool:

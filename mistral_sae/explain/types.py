@@ -1,9 +1,40 @@
-"""What is known of a feature, and what is asked of a language model about it. Plain values: no torch, no network."""
+"""The records of the explain room: features and their passages, requests and replies, explanations, scores and labels.
 
-from typing import Any, NamedTuple, Protocol
+Plain values: no torch, no network.
+"""
+
+from typing import Any, Literal, NamedTuple, Protocol
 
 INTERVALS = 4  # of a feature's activation range, (0, maximum], from which examples are drawn
 BINS = 50  # of its histogram, of equal width over the same range
+
+# What came of a request, or of a feature
+Status = Literal[
+    "ok", "no pattern", "dead", "rare", "refused", "filtered", "truncated", "overflow", "unparsed", "failed", "stopped"
+]
+
+
+class Outcome(NamedTuple):
+    """What a status means."""
+
+    meaning: str
+    is_failure: bool  # an answer is missing that should be there
+    ask_again: bool  # the next run may get another answer
+
+
+STATUSES: dict[Status, Outcome] = {
+    "ok": Outcome("answered", is_failure=False, ask_again=False),
+    "no pattern": Outcome("the explainer found no pattern", is_failure=False, ask_again=False),
+    "dead": Outcome("it never fired on the corpus", is_failure=False, ask_again=False),
+    "rare": Outcome("it fired only in documents kept for scoring", is_failure=False, ask_again=False),
+    "refused": Outcome("the model declined to answer", is_failure=True, ask_again=False),
+    "filtered": Outcome("the provider held the answer back", is_failure=True, ask_again=False),
+    "truncated": Outcome("the reply did not end, even with more room", is_failure=True, ask_again=False),
+    "overflow": Outcome("the prompt is longer than the model's context", is_failure=True, ask_again=False),
+    "unparsed": Outcome("two replies could not be read", is_failure=True, ask_again=False),
+    "failed": Outcome("the server did not answer, or not in time", is_failure=True, ask_again=True),
+    "stopped": Outcome("the budget ended before it was asked", is_failure=False, ask_again=True),
+}
 
 
 class Example(NamedTuple):
@@ -37,58 +68,14 @@ class Feature(NamedTuple):
     maximum: float  # its largest activation on the corpus; 0 for one that never fired
     histogram: tuple[int, ...]  # tokens in each of BINS bins of equal width over (0, maximum]
     promoted: tuple[tuple[str, float], ...]  # tokens whose logits it raises most, and the logits; strongest first
-    suppressed: tuple[tuple[str, float], ...]  # likewise, lowered
+    suppressed: tuple[tuple[str, float], ...]  # tokens whose logits it lowers most
     nearest: tuple[tuple[int, float], ...]  # features by cosine of the decoder rows, and the cosine
     coactive: tuple[tuple[int, float], ...]  # features by share of its tokens on which they fire too, and the share
-    top: tuple[Example, ...]  # the strongest passages, strongest first; at most one a document, as below
+    top: tuple[Example, ...]  # the strongest passages, strongest first; at most one a document, as in all five
     spread: tuple[Example, ...]  # a random choice from each interval of its range; with `top`, what to explain it from
     held_out: tuple[Example, ...]  # from each interval, of other documents than `top` and `spread`: what to score it on
-    random: tuple[Example, ...]  # passages of those other documents on which it does not fire; at most one a document
-    hard: tuple[Example, ...]  # likewise, of yet others, but with a token it fires on elsewhere or a near one firing
-
-
-def without_examples(feature: Feature) -> tuple[str, str]:
-    """The status of a feature that has no passage to be explained from, and the reason."""
-    if feature.maximum == 0:
-        return "dead", "it never fired on the corpus"
-    return "rare", "it fired in no document but those that explanations are scored on"
-
-
-class Judgement(NamedTuple):
-    """What a scorer said of one passage of a feature."""
-
-    method: str  # "detection" or "fuzzing"
-    kind: str  # the field of Feature that holds the passage: "held_out", "random" or "hard"
-    index: int  # its place there
-    truth: bool  # whether the feature fires in it (detection), or the marks are where it fires (fuzzing)
-    verdict: bool | None  # what the scorer said; None for no answer, which counts neither for nor against
-
-
-class Score(NamedTuple):
-    """How well an explanation predicts a feature on passages it was not made from, beside two baselines."""
-
-    value: float | None  # balanced accuracy (detection, fuzzing) or Pearson correlation (simulation); None: no answers
-    low: float | None  # 95 % bootstrap interval of `value`
-    high: float | None
-    other_feature: float | None  # `value` with another feature's explanation in its place
-    top_token: float | None  # `value` with an explanation that is just the token it is strongest on
-    answered: int  # items
-    unanswered: int  # items without an answer, or with one that could not be read
-    recall: tuple[float | None, ...] = ()  # detection: share of the passages of each interval that were found
-    r2: float | None = None  # simulation: share of the variance that the prediction explains
-    requests: tuple[tuple[str, int], ...] = ()  # those made for `value`, by what came of them: ("ok", 5), ...
-
-
-class Label(NamedTuple):
-    """One line of explanations.jsonl."""
-
-    feature: int
-    explanation: str  # at most 20 words; "" unless the status is "ok"
-    explainer: str  # "offline", "mistral" or the name of the model that was asked
-    status: str  # "ok", "no pattern", "unparsed", "dead" or "rare" (nothing to explain it from), or a Completion's
-    scores: dict[str, Score]  # by method: "detection", "fuzzing", "simulation"
-    judgements: tuple[Judgement, ...]
-    reason: str = ""  # one line: why the status is not "ok", or what went wrong although it is
+    random: tuple[Example, ...]  # passages of those other documents on which it does not fire
+    hard: tuple[Example, ...]  # the same, of yet others, with a token it fires on elsewhere or a near feature firing
 
 
 class Request(NamedTuple):
@@ -100,19 +87,84 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What came back."""
+    """What came back for a Request."""
 
-    # "ok"; "refused" by the model, "filtered" by the provider, "truncated" even with more room, "overflow" when the
-    # prompt is longer than the model's context, "failed" when the server did not answer in time or at all, "stopped"
-    # when the budget ended before it was asked
-    status: str
-    text: str  # the reply; for other states than "ok" what there is of it, or the reason in one line
+    status: Status
+    text: str  # the reply; for other statuses than "ok" what there is of it, or the reason in one line
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
 class Completer(Protocol):
-    """Whatever completes chats: a server (`client`), or the loaded model itself."""
+    """Whatever completes chats: a server, or the loaded model itself."""
 
     async def complete(self, request: Request) -> Completion:
-        """The completion of a request. One that fails is a status, not an exception."""
+        """Return the completion of a request. One that fails is a status, not an exception."""
+
+
+class Explanation(NamedTuple):
+    """What an explainer says a feature stands for."""
+
+    feature: int
+    status: Status
+    text: str = ""  # "" unless the status is "ok"
+    reason: str = ""  # one line
+
+
+class Question(NamedTuple):
+    """A passage that a scorer is asked about, with the right answer."""
+
+    id: str  # shown to the scorer; tells nothing
+    kind: str  # the field of Feature that holds the passage: "held_out", "random" or "hard"
+    index: int  # its place there
+    truth: bool  # whether the feature fires in it (detection), or the marks are where it fires (fuzzing)
+    passage: Example
+    marked: frozenset[int] = frozenset()  # fuzzing: indices of the tokens that are claimed to be active
+
+
+class Judgement(NamedTuple):
+    """What a scorer said of one passage of a feature; `kind`, `index` and `truth` as in Question."""
+
+    method: str  # "detection" or "fuzzing"
+    kind: str
+    index: int
+    truth: bool
+    verdict: bool | None  # None: no answer, which counts neither for nor against
+
+
+class Score(NamedTuple):
+    """How well an explanation predicts a feature on passages it was not made from, beside two baselines."""
+
+    value: float | None  # balanced accuracy (detection, fuzzing) or Pearson correlation (simulation); None: no answers
+    low: float | None = None  # 95 % bootstrap interval of `value`
+    high: float | None = None
+    other_feature: float | None = None  # `value` with another feature's explanation in its place
+    top_token: float | None = None  # `value` with an explanation that is just the token it is strongest on
+    answered: int = 0  # items
+    unanswered: int = 0  # items without an answer, or with one that could not be read
+    recall: tuple[float | None, ...] = ()  # detection: share of the passages of each interval that were found
+    r2: float | None = None  # simulation: share of the variance that the prediction explains
+    requests: tuple[tuple[Status, int], ...] = ()  # made for `value`, counted by status
+
+
+class Label(NamedTuple):
+    """One line of explanations.jsonl."""
+
+    feature: int
+    explanation: str  # at most 20 words; "" unless the status is "ok"
+    explainer: str  # "offline", "mistral" or the name of the model that was asked
+    status: Status
+    scores: dict[str, Score]  # by method: "detection", "fuzzing", "simulation"
+    judgements: tuple[Judgement, ...] = ()
+    reason: str = ""  # one line: why the status is not "ok", or what went wrong although it is
+
+
+def without_passages(feature: Feature) -> Explanation:
+    """Return the explanation of a feature that has no passage to be explained from: dead or rare."""
+    status: Status = "dead" if feature.maximum == 0 else "rare"
+    return Explanation(feature.feature, status, reason=STATUSES[status].meaning)
+
+
+def unexplained(explanation: Explanation, explainer: str) -> Label:
+    """Return the label of a feature whose explanation's status is not "ok"; it has no scores."""
+    return Label(explanation.feature, "", explainer, explanation.status, {}, (), explanation.reason)

@@ -243,9 +243,9 @@ def test_what_a_dry_run_answers_can_be_read(feature):
 
 
 def test_explaining_and_scoring_need_neither_torch_nor_a_network_library():
-    modules = ["prompts", "answers", "scoring", "patterns", "offline", "labelling", "records"]
+    modules = ["prompts", "answers", "scoring", "patterns", "offline", "pipeline", "types"]
     found = "[m for m in ('torch', 'openai', 'httpx') if m in sys.modules]"
-    code = f"import sys; from mistral_sae import {', '.join(modules)}; print({found})"
+    code = f"import sys; from mistral_sae.explain import {', '.join(modules)}; print({found})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
