@@ -69,6 +69,11 @@ class Metadata(NamedTuple):
         )
 
 
+def hook_name(layer: int) -> str:
+    """SAE Lens's name of the residual stream after a layer."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
 class LoadedSAE(NamedTuple):
     """An autoencoder and what its folder says about it."""
 

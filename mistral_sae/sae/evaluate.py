@@ -4,12 +4,14 @@ Shapes: R rows, T positions, D model width, F features, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mistral_sae.cli import Progress
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.features import RARE, Counts
 
@@ -22,6 +24,7 @@ class Model(Protocol):
 
     device: torch.device
     vocab_size: int
+    last_layer: int | None  # None if all of it is loaded
 
     def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """The residual stream after `layer`, (B, T, D)."""
@@ -87,64 +90,82 @@ class CrossEntropy(NamedTuple):
     kl: float  # KL(clean || with_sae), nats a token
 
 
-class Ablated(NamedTuple):
-    """Cross-entropy (nats a token) without the layer, to compare with: the same for every autoencoder."""
+class Evaluator:
+    """Measures autoencoders of one layer on held-out rows (R, T); what the layer itself is worth is measured once."""
 
-    mean: float
-    zero: float
+    def __init__(self, model: Model, rows_RT: Tensor, layer: int, rows_per_forward: int):
+        self.model, self.rows_RT, self.layer, self.rows_per_forward = model, rows_RT, layer, rows_per_forward
+        self.n_tokens = len(rows_RT) * (rows_RT.shape[1] - 1)
+
+    def __call__(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """The figures of `Reconstruction`, and of `CrossEntropy` if all of the model is loaded, by name."""
+        figures = self.reconstruction(sae)._asdict()
+        del figures["density"]
+        return figures if self.model.last_layer is not None else figures | self.cross_entropy(sae)._asdict()
+
+    def reconstruction(self, sae: SparseAutoencoder) -> Reconstruction:
+        """How well the autoencoder reconstructs the rows' residuals."""
+        return reconstruction(sae, (self._residuals(part) for part in self.rows_RT.split(self.rows_per_forward)))
+
+    @torch.no_grad()
+    def cross_entropy(self, sae: SparseAutoencoder) -> CrossEntropy:
+        """Replace the layer's residuals by their reconstruction and predict the rows' tokens."""
+        totals = torch.zeros(3, dtype=torch.float64)
+        for tokens in Progress(self._parts(), desc="cross-entropy", leave=False):
+            clean, spliced = (self.model.log_probabilities(tokens, self.layer, replace) for replace in (None, sae))
+            divergence = F.kl_div(spliced, clean, log_target=True, reduction="sum").item()
+            losses = (_negative_log_likelihood(logprobs, tokens) for logprobs in (clean, spliced))
+            totals += torch.tensor([*losses, divergence])
+        clean_loss, spliced_loss, kl = (totals / self.n_tokens).tolist()
+        mean, zero = self._ablated
+        return CrossEntropy(
+            ce_loss_clean=clean_loss,
+            ce_loss_with_sae=spliced_loss,
+            ce_loss_ablated=mean,
+            ce_loss_zero_ablated=zero,
+            ce_loss_recovered=(mean - spliced_loss) / (mean - clean_loss),
+            ce_loss_recovered_zero=(zero - spliced_loss) / (zero - clean_loss),
+            kl=kl,
+        )
+
+    @cached_property
+    @torch.no_grad()
+    def _ablated(self) -> tuple[float, float]:
+        """Cross-entropy with the mean, and with zero, in place of every residual."""
+        sums = [self._residuals(part).double().sum(dim=0) for part in self.rows_RT.split(self.rows_per_forward)]
+        mean = (torch.stack(sums).sum(dim=0) / self.n_tokens).float()
+        totals = torch.zeros(2, dtype=torch.float64)
+        for tokens in Progress(self._parts(), desc="cross-entropy without the layer", leave=False):
+            for i, replace in enumerate((mean.expand_as, torch.zeros_like)):
+                logprobs = self.model.log_probabilities(tokens, self.layer, replace)
+                totals[i] += _negative_log_likelihood(logprobs, tokens)
+        with_mean, with_zero = (totals / self.n_tokens).tolist()
+        return with_mean, with_zero
+
+    def _residuals(self, tokens_RT: Tensor) -> Tensor:
+        """Residuals (R * (T - 1), D) at all but the first position of each row."""
+        return self.model.residuals(tokens_RT, self.layer)[:, 1:].flatten(0, 1)
+
+    def _parts(self) -> list[Tensor]:
+        """The rows, so many at a time that their logits have room."""
+        room = LOGITS_BYTES // (4 * self.rows_RT.shape[1] * self.model.vocab_size)
+        parts = self.rows_RT.split(max(1, min(self.rows_per_forward, room)))
+        return [part.to(self.model.device) for part in parts]
 
 
-@torch.no_grad()
-def ablated(model: Model, rows_RT: Tensor, layer: int, rows_per_forward: int) -> Ablated:
-    """Splice the mean, then zero, into `layer`'s residuals and predict the rows' tokens."""
-    parts = _parts(model, rows_RT, rows_per_forward)
-    mean = sum(model.residuals(part, layer)[:, 1:].flatten(0, 1).double().sum(dim=0) for part in parts)
-    mean = (mean / (len(rows_RT) * (rows_RT.shape[1] - 1))).float()
-    losses = []
-    for replace in (lambda x: mean.expand_as(x), torch.zeros_like):
-        total = 0.0
-        for tokens in parts:
-            total += _negative_log_likelihood(model.log_probabilities(tokens, layer, replace), tokens)
-        losses.append(total / (len(rows_RT) * (rows_RT.shape[1] - 1)))
-    return Ablated(*losses)
-
-
-@torch.no_grad()
-def cross_entropy(
-    model: Model,
-    sae: SparseAutoencoder,
-    rows_RT: Tensor,
-    layer: int,
-    rows_per_forward: int,
-    without: Ablated | None = None,
-) -> CrossEntropy:
-    """Splice the reconstruction into `layer`'s residuals and predict the rows' tokens.
-
-    `without` is what `ablated` gave for the same rows; it is measured where it is None.
-    """
-    without = without or ablated(model, rows_RT, layer, rows_per_forward)
-    totals = torch.zeros(3, dtype=torch.float64)
-    for tokens in _parts(model, rows_RT, rows_per_forward):
-        clean, spliced = model.log_probabilities(tokens), model.log_probabilities(tokens, layer, sae)
-        divergence = F.kl_div(spliced, clean, log_target=True, reduction="sum").item()
-        losses = (_negative_log_likelihood(logprobs, tokens) for logprobs in (clean, spliced))
-        totals += torch.tensor([*losses, divergence])
-    clean, spliced, divergence = (totals / (len(rows_RT) * (rows_RT.shape[1] - 1))).tolist()
-    return CrossEntropy(
-        ce_loss_clean=clean,
-        ce_loss_with_sae=spliced,
-        ce_loss_ablated=without.mean,
-        ce_loss_zero_ablated=without.zero,
-        ce_loss_recovered=(without.mean - spliced) / (without.mean - clean),
-        ce_loss_recovered_zero=(without.zero - spliced) / (without.zero - clean),
-        kl=divergence,
-    )
-
-
-def _parts(model: Model, rows_RT: Tensor, rows_per_forward: int) -> list[Tensor]:
-    """The rows, so many at a time that their logits have room."""
-    rows = max(1, min(rows_per_forward, LOGITS_BYTES // (4 * rows_RT.shape[1] * model.vocab_size)))
-    return [part.to(model.device) for part in rows_RT.split(rows)]
+def summary(figures: dict[str, float]) -> str:
+    """The figures of a whole evaluation, in words, a line each."""
+    return f"""\
+on {figures["tokens"]:,} held-out tokens
+  normalized MSE           {figures["normalized_mse"]:.3f} (0 is perfect, 1 is predicting the mean)
+  explained variance       {figures["explained_variance"]:.3f}
+  active features a token  {figures["l0"]:.1f}
+  cross-entropy            {figures["ce_loss_clean"]:.3f} nats a token
+    through the features   {figures["ce_loss_with_sae"]:.3f}
+    without the layer      {figures["ce_loss_ablated"]:.3f} (its mean instead)
+  cross-entropy recovered  {figures["ce_loss_recovered"]:.1%}
+  dead features            {figures["dead_fraction"]:.1%}
+  rarely firing features   {figures["rare_fraction"]:.1%} (on fewer than one of these tokens in 10,000)"""
 
 
 def _negative_log_likelihood(logprobs_RTV: Tensor, tokens_RT: Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mistral_sae.cli import UserError
 from mistral_sae.files import SAEError, load_state, save_state
 from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.features import Counts
 from mistral_sae.sae.kernels import AuxK, bf16_pays, topk_step
 from mistral_sae.sae.optimizer import SAEAdam
 
@@ -89,8 +90,7 @@ class Trainer:
         self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype))
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
         self.since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens
-        self.fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens on which each fired
-        self.maximum = torch.zeros(config.d_hidden, device=device)  # largest activation since `forget_maximum`
+        self.counts = Counts(config.d_hidden, device)  # the maxima since `forget_maximum`
         self.find_dead()
 
     def initialize(self, x: Tensor) -> None:
@@ -111,21 +111,20 @@ class Trainer:
         # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
         gradient_norm = self.adam.step(step, learning_rate, config.max_gradient_norm)
         # Remember what fired
-        indices, fires = step.indices.flatten(), step.values.flatten() > 0
-        self.since_fired.add_(len(x)).scatter_reduce_(0, indices, torch.where(fires, 0, NEVER), "amin")
-        self.fired.scatter_add_(0, indices, fires.long())
-        self.maximum.scatter_reduce_(0, indices, step.values.flatten(), "amax")
+        silent = torch.where(step.values > 0, 0, NEVER).flatten()
+        self.since_fired.add_(len(x)).scatter_reduce_(0, step.indices.flatten(), silent, "amin")
+        self.counts.add(step.values, step.indices)
         return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm)
 
     def forget_maximum(self) -> None:
         """Measure the features' maxima from here on: earlier ones belong to other weights."""
-        self.maximum.zero_()
+        self.counts.maximum_F.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that continuing needs, for `load`."""
         # W_enc feature by feature, as it lies in memory: no transposed copy on the device
         weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
-        counts = {"since_fired": self.since_fired, "fired": self.fired, "maximum": self.maximum}
+        counts = {"since_fired": self.since_fired, "fired": self.counts.fired_F, "maximum": self.counts.maximum_F}
         return weights | self.adam.state() | counts
 
     def load(self, tensors: dict[str, Tensor]) -> None:

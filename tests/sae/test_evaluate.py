@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae import evaluate
 from mistral_sae.sae.autoencoder import SparseAutoencoder, normalize_rows
-from mistral_sae.sae.evaluate import cross_entropy, reconstruction
+from mistral_sae.sae.evaluate import Evaluator, reconstruction
 
 D, N_FEATURES, K = 32, 96, 6
 LAYER = 1
@@ -144,8 +144,12 @@ def test_no_residuals_are_an_error():
 # ---- cross-entropy ----
 
 
+def cross_entropy(model, sae, rows_RT, rows_per_forward=3):
+    return Evaluator(model, rows_RT, LAYER, rows_per_forward).cross_entropy(sae)
+
+
 def test_through_a_perfect_autoencoder_the_model_predicts_as_before(model, rows_RT):
-    found = cross_entropy(model, perfect_sae(), rows_RT, LAYER, 3)
+    found = cross_entropy(model, perfect_sae(), rows_RT)
     assert found.ce_loss_with_sae == pytest.approx(found.ce_loss_clean, abs=1e-4)
     assert found.kl == pytest.approx(0, abs=1e-5)
     assert abs(found.ce_loss_ablated - found.ce_loss_clean) > 0.01  # or what follows would mean nothing
@@ -154,7 +158,7 @@ def test_through_a_perfect_autoencoder_the_model_predicts_as_before(model, rows_
 
 
 def test_predicting_the_mean_recovers_nothing(model, rows_RT, x):
-    found = cross_entropy(model, constant_sae(x.mean(dim=0), "none"), rows_RT, LAYER, 3)
+    found = cross_entropy(model, constant_sae(x.mean(dim=0), "none"), rows_RT)
     assert found.ce_loss_with_sae == pytest.approx(found.ce_loss_ablated, abs=1e-5)
     assert found.ce_loss_recovered == pytest.approx(0, abs=1e-3)
     assert found.kl > 0.01
@@ -172,7 +176,7 @@ def logprobs_of(model, rows_RT, residual_RTD):
 @torch.no_grad()
 def test_the_cross_entropies_are_those_of_a_direct_computation_that_keeps_the_first_position(model, rows_RT, x):
     sae, clean_RTD = random_sae(), model.residuals(rows_RT, LAYER)
-    found = cross_entropy(model, sae, rows_RT, LAYER, 3)
+    found = cross_entropy(model, sae, rows_RT)
 
     def loss_of(replacement, first=1):
         edited = torch.cat([clean_RTD[:, :first], replacement.expand_as(clean_RTD)[:, first:]], dim=1)
@@ -199,7 +203,7 @@ def test_the_cross_entropies_are_those_of_a_direct_computation_that_keeps_the_fi
 
 
 def test_the_figures_do_not_depend_on_the_rows_at_a_time(model, rows_RT):
-    one, all_of_them = (cross_entropy(model, random_sae(), rows_RT, LAYER, rows) for rows in (1, 100))
+    one, all_of_them = (cross_entropy(model, random_sae(), rows_RT, rows) for rows in (1, 100))
     assert tuple(one) == pytest.approx(tuple(all_of_them), abs=1e-4)
 
 
@@ -207,15 +211,37 @@ def test_no_more_logits_exist_at_a_time_than_fit_the_bound(model, rows_RT, monke
     sizes = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda tokens: (sizes.append(len(tokens)), forward(tokens))[1])
-    cross_entropy(model, random_sae(), rows_RT, LAYER, 4)
+    cross_entropy(model, random_sae(), rows_RT, 4)
     assert max(sizes) == 4
     sizes.clear()
     monkeypatch.setattr(evaluate, "LOGITS_BYTES", 4 * 2 * rows_RT.shape[1] * model.vocab_size)
-    cross_entropy(model, random_sae(), rows_RT, LAYER, 4)
+    cross_entropy(model, random_sae(), rows_RT, 4)
     assert max(sizes) == 2
 
 
 def test_the_model_is_as_it_was_after_the_evaluation(model, rows_RT):
     before = model.forward(rows_RT)
-    cross_entropy(model, random_sae(), rows_RT, LAYER, 3)
+    cross_entropy(model, random_sae(), rows_RT)
     assert torch.equal(model.forward(rows_RT), before)
+
+
+def test_what_the_layer_is_worth_is_measured_once(model, rows_RT, monkeypatch):
+    replaced, log_probabilities = [], model.log_probabilities
+
+    def counted(tokens, *layer_and_replace):
+        replaced.extend([layer_and_replace] if layer_and_replace else [])
+        return log_probabilities(tokens, *layer_and_replace)
+
+    monkeypatch.setattr(model, "log_probabilities", counted)
+    evaluate_sae = Evaluator(model, rows_RT, LAYER, 7)
+    first = evaluate_sae(random_sae())
+    assert len(replaced) == 4  # as it is, through the autoencoder, its mean, zero
+    assert evaluate_sae(random_sae()) == first
+    assert len(replaced) == 6
+
+
+def test_part_of_a_model_gives_the_figures_of_reconstruction_alone(mistral_folder, rows_RT):
+    part = lm.load(mistral_folder, last_layer=LAYER, dtype="float32", device="cpu")
+    figures = Evaluator(part, rows_RT, LAYER, 3)(random_sae())
+    assert "normalized_mse" in figures
+    assert not any(name.startswith("ce_") for name in figures)

@@ -57,8 +57,8 @@ def test_decoder_rows_keep_unit_norm_and_dead_features_are_counted_in_tokens():
     trainer.step(x[:40], 1e-3)
     assert set(range(10)) <= set(trainer.find_dead().tolist())
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(F))
-    assert math.isclose(trainer.fired.sum().item(), 280 * K, rel_tol=0.05)
-    assert (trainer.fired[:10] == 0).all()
+    assert math.isclose(trainer.counts.fired_F.sum().item(), 280 * K, rel_tol=0.05)
+    assert (trainer.counts.fired_F[:10] == 0).all()
 
 
 def test_the_auxiliary_loss_revives_dead_features():
@@ -139,12 +139,12 @@ def test_a_trainer_keeps_the_largest_activation_of_each_feature_since_it_was_tol
     trainer.initialize(x[0])
     for i, batch in enumerate(x):
         if i == 3:
-            before = trainer.maximum.clone()
+            before = trainer.counts.maximum_F.clone()
             trainer.forget_maximum()
             expected = torch.zeros(64)
         seen = trainer.sae.encode(batch).dense(64).amax(dim=0)  # by the weights that the step begins with
         trainer.step(batch, 1e-2)
         if i >= 3:
             expected = torch.maximum(expected, seen)
-    torch.testing.assert_close(trainer.maximum, expected, rtol=1e-4, atol=1e-5)
-    assert (before > trainer.maximum).any()
+    torch.testing.assert_close(trainer.counts.maximum_F, expected, rtol=1e-4, atol=1e-5)
+    assert (before > trainer.counts.maximum_F).any()
