@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -44,6 +45,7 @@ from mistral_sae.model import language_model as lm
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.evaluate import reconstruction
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 from tools.weights import to_hf
 
 STEPS = 400
@@ -128,7 +130,8 @@ def corpus() -> list[text.Document]:
 def ours(folder: Path) -> dict[str, float]:
     """train.py's chain and loop."""
     model, documents = train.load_model(last_layer=config.TARGET_LAYER), corpus()
-    trainer, _ = train.start_or_resume(model, folder / "run")
+    training = TrainConfig.of(config, model.d_model)
+    trainer = Trainer(training, model.device)
     language_model = timed(model, "residuals")
 
     def run() -> None:
@@ -143,10 +146,10 @@ def ours(folder: Path) -> dict[str, float]:
             rows_per_forward=config.ROWS_PER_FORWARD,
             seed=config.SEED,
         )
-        for step, x in enumerate(islice(batches, train.n_steps())):
+        for step, x in enumerate(islice(batches, training.steps)):
             if step == 0:
-                trainer.initialize(x, config.SEED)
-            trainer.step(x, config.LEARNING_RATE * train.schedule(step, train.n_steps()))
+                trainer.initialize(x)
+            trainer.step(x, training.learning_rate_at(step))
             if (step + 1) % config.LOG_EVERY == 0:
                 trainer.find_dead()
 
@@ -183,10 +186,10 @@ def runner_of(folder: Path, documents: list[text.Document]) -> tuple[Any, Any]:
         store_batch_size_prompts=config.ROWS_PER_FORWARD,
         n_batches_in_buffer=config.BUFFER_TOKENS // (config.CONTEXT_LENGTH - 1),  # it counts rows
         lr=config.LEARNING_RATE,
-        lr_warm_up_steps=min(config.WARM_UP_STEPS, train.n_steps() // 2),
-        lr_decay_steps=int(config.DECAY_FRACTION * train.n_steps()),
+        lr_warm_up_steps=min(config.WARM_UP_STEPS, (config.TRAIN_TOKENS // config.BATCH_SIZE) // 2),
+        lr_decay_steps=int(config.DECAY_FRACTION * (config.TRAIN_TOKENS // config.BATCH_SIZE)),
         lr_end=0.0,
-        dead_feature_window=train.n_steps() + 1,
+        dead_feature_window=(config.TRAIN_TOKENS // config.BATCH_SIZE) + 1,
         seed=config.SEED,
         device="cpu",
         logger=LoggingConfig(log_to_wandb=False),
@@ -303,7 +306,7 @@ def main() -> None:
         name: {figure: statistics.median(one[figure] for one in found) for figure in found[0]}
         for name, found in rounds.items()
     }
-    tokens = train.n_steps() * config.BATCH_SIZE
+    tokens = (config.TRAIN_TOKENS // config.BATCH_SIZE) * config.BATCH_SIZE
     print(f"{tokens:,} tokens, layer {config.TARGET_LAYER}, F={config.D_HIDDEN}, K={config.K}, B={config.BATCH_SIZE}")
     for name, found in medians.items():
         found["tokens_per_second"] = tokens / found["seconds"]
@@ -317,8 +320,8 @@ def main() -> None:
     mistral_sae, sae_lens = medians.values()
     print(f"  {sae_lens['seconds'] / mistral_sae['seconds']:.1f} times the tokens a second of SAE Lens")
     if not smoke:
-        shaping = train.shaping_settings()
-        save("end_to_end", {"settings": shaping, "tokens": tokens, "medians": medians, "rounds": rounds})
+        settings = asdict(TrainConfig.of(config, train.load_model(last_layer=0).d_model))
+        save("end_to_end", {"settings": settings, "tokens": tokens, "medians": medians, "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,7 @@ from mistral_sae.model import backends
 from mistral_sae.model.folder import MISTRAL_INFERENCE, ModelFolder, shapes_of_params
 from mistral_sae.model.language_model import LanguageModel, ModelSpec
 from mistral_sae.sae import memory
-from mistral_sae.sae.trainer import Trainer
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 MISTRAL_7B = {  # params.json of v0.3
     "dim": 4096,
@@ -104,25 +105,15 @@ def random_residuals(batch: int, d_model: int) -> torch.Tensor:
     return torch.randn(batch, d_model, device=DEVICE, dtype=torch.bfloat16)
 
 
-def new_trainer(d_model: int, moments: torch.dtype) -> Trainer:
+def new_trainer(d_model: int, moments: str) -> Trainer:
     """A trainer with config.py's constants, on random residuals."""
-    trainer = Trainer(
-        d_model,
-        config.D_HIDDEN,
-        config.K,
-        k_aux=config.K_AUX,
-        auxk_coefficient=config.AUXK_COEFFICIENT,
-        auxk_features=config.AUXK_FEATURES,
-        dead_after_tokens=config.DEAD_AFTER_TOKENS,
-        max_gradient_norm=config.MAX_GRADIENT_NORM,
-        moments=moments,
-        device=DEVICE,
-    )
-    trainer.initialize(random_residuals(256, d_model), config.SEED)
+    training = replace(TrainConfig.of(config, d_model), moments_dtype=moments)
+    trainer = Trainer(training, DEVICE)
+    trainer.initialize(random_residuals(256, d_model))
     return trainer
 
 
-def floor(d_model: int, batch: int, moments: torch.dtype, bf16: bool) -> float:
+def floor(d_model: int, batch: int, moments: str, bf16: bool) -> float:
     """Seconds that no step can avoid."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     x = torch.randn(batch, d_model, device=DEVICE, dtype=dtype)
@@ -130,11 +121,13 @@ def floor(d_model: int, batch: int, moments: torch.dtype, bf16: bool) -> float:
     source = torch.empty(COPY_BYTES if DEVICE.type == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     bandwidth = 2 * len(source) / seconds(lambda: target.copy_(source))
-    per_weight = 3 * 4 + 4 * moments.itemsize  # weight read and written, gradient read, two moments read and written
+    per_weight = (
+        3 * 4 + 4 * getattr(torch, moments).itemsize
+    )  # weight read and written, gradient read, two moments read and written
     return seconds(lambda: x @ weight.T) + 2 * d_model * config.D_HIDDEN * per_weight / bandwidth
 
 
-def step(d_model: int, batch: int, moments: torch.dtype) -> dict[str, Any]:
+def step(d_model: int, batch: int, moments: str) -> dict[str, Any]:
     """The autoencoder's training step: time, with dead features too, its parts, and the floor beside it."""
     found = step_alone(d_model, batch, moments)  # when it returns, its memory is free
     found["floor"] = floor(d_model, batch, moments, found["bf16_product"])
@@ -146,7 +139,7 @@ def step(d_model: int, batch: int, moments: torch.dtype) -> dict[str, Any]:
     return found
 
 
-def step_alone(d_model: int, batch: int, moments: torch.dtype) -> dict[str, Any]:
+def step_alone(d_model: int, batch: int, moments: str) -> dict[str, Any]:
     """The same without the floor."""
     trainer, x = new_trainer(d_model, moments), random_residuals(batch, d_model)
 
@@ -214,7 +207,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model = random_model(params, config.TARGET_LAYER)
-    trainer = new_trainer(model.d_model, getattr(torch, config.MOMENTS_DTYPE))
+    trainer = new_trainer(model.d_model, config.MOMENTS_DTYPE)
     batches = shuffled_batches(
         text.prefetch(random_rows(model.vocab_size), depth=4 * config.ROWS_PER_FORWARD),
         model,
@@ -251,17 +244,10 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         f"{found['language_model_share']:.0%} (at {found['language_model_flops'] / 1e12:.3g} TFLOP/s)"
     )
     planned = memory.memory_plan(
+        replace(trainer.config, batch_size=batch),
         spec,
         last_layer=config.TARGET_LAYER,
         model_dtype="bfloat16",
-        n_features=config.D_HIDDEN,
-        k=config.K,
-        auxk_features=config.AUXK_FEATURES,
-        batch_size=batch,
-        buffer_tokens=config.BUFFER_TOKENS,
-        moments_dtype=config.MOMENTS_DTYPE,
-        rows_per_forward=config.ROWS_PER_FORWARD,
-        context_length=config.CONTEXT_LENGTH,
         device=DEVICE.type,
         free=0,
     )
@@ -327,9 +313,9 @@ def main() -> None:
     print(f"D={d_model}, F={config.D_HIDDEN}, K={config.K}, layer {config.TARGET_LAYER}, on {DEVICE.type}")
     results: dict[str, Any] = {}
     try:
-        for moments in (torch.float32, torch.bfloat16):
+        for moments in ("float32", "bfloat16"):
             for batch in batches:
-                name = f"step, B={batch}, moments in {str(moments).removeprefix('torch.')}"
+                name = f"step, B={batch}, moments in {moments}"
                 attempt(results, name, lambda batch=batch, moments=moments: step(d_model, batch, moments))
         for batch in batches:
             attempt(results, f"end to end, B={batch}", lambda batch=batch: end_to_end(params, batch))

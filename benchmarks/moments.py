@@ -11,7 +11,7 @@ import config
 from benchmarks.machine import save
 from benchmarks.quality import BATCH, DEAD_AFTER, DECAY, LAYER, LEARNING_RATE, STEPS, WARM_UP, F, K, residual_batches
 from mistral_sae.model import language_model as lm
-from mistral_sae.sae.trainer import Trainer
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 EVERY = 25  # steps a point of the curve
 
@@ -22,13 +22,10 @@ def main() -> None:
     torch.manual_seed(0)
     batches = residual_batches(lm.load(None, last_layer=LAYER), seed=0)
     curves = {}
-    for moments in (torch.float32, torch.bfloat16):
-        trainer = Trainer(
-            batches[0].shape[1], F, K,
-            k_aux=config.K_AUX, auxk_coefficient=config.AUXK_COEFFICIENT, dead_after_tokens=DEAD_AFTER,
-            max_gradient_norm=config.MAX_GRADIENT_NORM, moments=moments,
-        )  # fmt: skip
-        trainer.initialize(batches[0], seed=0)
+    for moments in ("float32", "bfloat16"):
+        sizes = {"k_aux": config.K_AUX, "dead_after_tokens": DEAD_AFTER}
+        trainer = Trainer(TrainConfig(batches[0].shape[1], F, K, moments_dtype=moments, **sizes))
+        trainer.initialize(batches[0])
         losses, curve = [], []
         for step, x in enumerate(batches):
             rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP, (STEPS - step) / DECAY)
@@ -36,9 +33,8 @@ def main() -> None:
             if (step + 1) % EVERY == 0:
                 trainer.find_dead()
                 curve.append({"tokens": (step + 1) * BATCH, "normalized_mse": sum(losses[-EVERY:]) / EVERY})
-        name = str(moments).removeprefix("torch.")
-        curves[name] = curve
-        print(name, *(f"{point['normalized_mse']:.4f}" for point in curve), flush=True)
+        curves[moments] = curve
+        print(moments, *(f"{point['normalized_mse']:.4f}" for point in curve), flush=True)
     save("moments", curves)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +23,8 @@ from benchmarks.stages import REST, STEP, STEP_STAGES, Part, Stages
 from mistral_sae import cli
 from mistral_sae.data import activations
 from mistral_sae.data.tokens import Corpus
-from mistral_sae.sae.trainer import Trainer
+from mistral_sae.sae.evaluate import Evaluator
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 SMOKE = ["TRAIN_TOKENS=10240", "BUFFER_TOKENS=4096", "D_HIDDEN=1024", "DEVICE=cpu"]
 SMOKE += ["EVALUATION_ROWS=4", "EVALUATIONS=2"]
@@ -32,14 +34,13 @@ RUN = [
     Part(train, "make_plan", START, whole=True),
     Part(train, "load_model", START, whole=True),
     Part(Corpus, "held_out_rows", START, whole=True),
-    Part(train, "ablated", "evaluation", whole=True),
     Part(train, "start_or_resume", START, whole=True),
     Part(Trainer, "initialize", START, whole=True),
     Part(activations, "residuals_of", "language model"),
     *STEP,
     Part(Trainer, "find_dead", "log"),
     Part(train, "append_line", "log"),
-    Part(train, "evaluate", "evaluation", whole=True),
+    Part(Evaluator, "__call__", "evaluation", whole=True),
     Part(train, "plot_training", "evaluation", whole=True),
     Part(train, "reconstruction", "checkpoints", whole=True),
     Part(train, "save", "checkpoints", whole=True),
@@ -104,9 +105,10 @@ def profile() -> dict[str, Any]:
     ):
         train.main()
     stages.stop()
+    training = TrainConfig.of(config, load_model(last_layer=0).d_model)
     return {
-        "settings": train.shaping_settings(),
-        "steps": train.n_steps(),
+        "settings": asdict(training),
+        "steps": training.steps,
         "seconds": {name: stages.seconds[name] for name in ORDER},
         "background_seconds": background.seconds,
     }

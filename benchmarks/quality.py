@@ -24,7 +24,7 @@ from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import reconstruction
-from mistral_sae.sae.trainer import Trainer
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 LAYER, F, K, BATCH, STEPS = config.TARGET_LAYER, 4096, 32, 1024, 500
 WARM_UP, DECAY = 50, 100  # steps
@@ -53,11 +53,9 @@ def ours(batches: Iterator[Tensor], seed: int) -> tuple[SparseAutoencoder, float
     trainer = None
     for step, x in enumerate(batches):
         if trainer is None:
-            trainer = Trainer(
-                x.shape[1], F, K,
-                k_aux=x.shape[1] // 2, auxk_coefficient=1 / 32, dead_after_tokens=DEAD_AFTER, max_gradient_norm=1.0,
-            )  # fmt: skip
-            trainer.initialize(x, seed)
+            sizes = {"k_aux": x.shape[1] // 2, "dead_after_tokens": DEAD_AFTER, "seed": seed}
+            trainer = Trainer(TrainConfig(x.shape[1], F, K, **sizes))
+            trainer.initialize(x)
         trainer.step(x, LEARNING_RATE * min(1, (step + 1) / WARM_UP, (STEPS - step) / DECAY))
         if step % 10 == 0:
             trainer.find_dead()

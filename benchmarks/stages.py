@@ -46,7 +46,7 @@ STEP = [
     Part(kernels, "inner_products", "inner products with chosen rows"),
     Part(kernels, "_parameter_gradients", "sort by feature"),
     Part(kernels.MatrixGradient, "rows", "weight gradients"),
-    Part(kernels, "_auxk", "AuxK", whole=True),
+    Part(kernels, "_with_auxk", "AuxK", whole=True),
     Part(SAEAdam, "step", "optimizer"),
 ]
 STEP_STAGES = [*dict.fromkeys(part.stage for part in STEP[1:]), STEP[0].stage]
