@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_sae.data.activations import residuals_of, shuffled_batches
-from mistral_sae.data.tokens import Corpus, Skipped, prefetch, shuffle
+from mistral_sae.data.documents import Skipped
+from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.explain.plots import plot_training
 from mistral_sae.files import append_line, load_state, save_state, write_text
 from mistral_sae.model import language_model as lm
