@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_sae.data.tokens import Corpus, Skipped, prefetch
+from mistral_sae.data.documents import Skipped
+from mistral_sae.data.tokens import Corpus, prefetch
 from mistral_sae.explain import examples, label_file, offline, prompts, report, selection
 from mistral_sae.explain import pipeline as labelling
 from mistral_sae.explain.client import Client, DryRun, check_address, keys_of

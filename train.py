@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from mistral_sae.data.activations import shuffled_batches
-from mistral_sae.data.tokens import Corpus, Skipped, prefetch, shuffle
+from mistral_sae.data.documents import Skipped
+from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.explain.plots import plot_training
 from mistral_sae.files import append_line, write_text
 from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load

@@ -39,8 +39,9 @@ import config
 import train
 from benchmarks.machine import save
 from mistral_sae import cli
-from mistral_sae.data import tokens as text
 from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.data.documents import Document
+from mistral_sae.data.tokens import Corpus, batches, pack, prefetch
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import load_sae
@@ -122,9 +123,9 @@ def export_tokenizer(folder: Path) -> None:
 # ---- the two ----
 
 
-def corpus() -> list[text.Document]:
+def corpus() -> list[Document]:
     """The training part of the standard library, in one order."""
-    return list(text.Corpus.of(config).documents(held_out=False, epochs=False))
+    return list(Corpus.of(config).documents(held_out=False, epochs=False))
 
 
 def ours(folder: Path) -> dict[str, float]:
@@ -136,9 +137,7 @@ def ours(folder: Path) -> dict[str, float]:
 
     def run() -> None:
         batches = shuffled_batches(
-            text.prefetch(
-                text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH), depth=4 * config.ROWS_PER_FORWARD
-            ),
+            prefetch(pack(documents, model.tokenizer, config.CONTEXT_LENGTH), depth=4 * config.ROWS_PER_FORWARD),
             model,
             config.TARGET_LAYER,
             batch_size=config.BATCH_SIZE,
@@ -164,7 +163,7 @@ def theirs(folder: Path) -> dict[str, float]:
     return figures | quality(load_sae(folder / "sae-lens").sae)
 
 
-def runner_of(folder: Path, documents: list[text.Document]) -> tuple[Any, Any]:
+def runner_of(folder: Path, documents: list[Document]) -> tuple[Any, Any]:
     """SAE Lens's runner, and its data set."""
     from datasets import Dataset
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
@@ -210,8 +209,8 @@ def check_input(folder: Path) -> dict[str, float]:
     runner, dataset = runner_of(folder, documents)
     store = ActivationsStore.from_config(runner.model, runner.cfg, override_dataset=dataset)
     model = train.load_model(last_layer=config.TARGET_LAYER)
-    rows = text.pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
-    tokens = next(text.batches(rows, config.ROWS_PER_FORWARD))
+    rows = pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
+    tokens = next(batches(rows, config.ROWS_PER_FORWARD))
     if not torch.equal(store.get_batch_tokens(), tokens):
         raise RuntimeError("SAE Lens sees other tokens: the export of the tokenizer is wrong")
     expected = residuals_of(model, tokens, config.TARGET_LAYER)
@@ -261,7 +260,7 @@ def quality(sae: SparseAutoencoder) -> dict[str, float]:
     """How well it reconstructs train.py's held-out residuals."""
     model = train.load_model(last_layer=config.TARGET_LAYER)
     parts = (
-        text.Corpus.of(config)
+        Corpus.of(config)
         .held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
         .split(config.ROWS_PER_FORWARD)
     )

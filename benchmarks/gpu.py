@@ -33,8 +33,8 @@ import config
 from benchmarks.machine import save
 from benchmarks.stages import STEP, STEP_STAGES, Stages
 from mistral_sae import cli
-from mistral_sae.data import tokens as text
 from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.data.tokens import prefetch
 from mistral_sae.model import backends
 from mistral_sae.model.folder import MISTRAL_INFERENCE, ModelFolder, shapes_of_params
 from mistral_sae.model.language_model import LanguageModel, ModelSpec
@@ -209,7 +209,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
     model = random_model(params, config.TARGET_LAYER)
     trainer = new_trainer(model.d_model, config.MOMENTS_DTYPE)
     batches = shuffled_batches(
-        text.prefetch(random_rows(model.vocab_size), depth=4 * config.ROWS_PER_FORWARD),
+        prefetch(random_rows(model.vocab_size), depth=4 * config.ROWS_PER_FORWARD),
         model,
         config.TARGET_LAYER,
         batch_size=batch,

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import config
 from benchmarks.machine import save
-from mistral_sae.data import tokens as text
 from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.data.tokens import Corpus, batches, shuffle
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import reconstruction
@@ -36,13 +36,13 @@ SEEDS = (0, 1, 2)
 
 def rows(model: lm.LanguageModel, held_out: bool, seed: int) -> Iterator:
     """Token rows of one part of the standard library."""
-    return replace(text.Corpus.of(config), data_path="stdlib", seed=seed).rows(model.tokenizer, held_out=held_out)
+    return replace(Corpus.of(config), data_path="stdlib", seed=seed).rows(model.tokenizer, held_out=held_out)
 
 
 def residual_batches(model: lm.LanguageModel, seed: int) -> list[Tensor]:
     """The residuals that all are trained on, (B, D) a step."""
     stream = shuffled_batches(
-        text.shuffle(rows(model, False, seed), config.SHUFFLE_ROWS, seed), model, LAYER,
+        shuffle(rows(model, False, seed), config.SHUFFLE_ROWS, seed), model, LAYER,
         batch_size=BATCH, buffer_tokens=config.BUFFER_TOKENS, rows_per_forward=config.ROWS_PER_FORWARD, seed=seed,
     )  # fmt: skip
     return list(tqdm(islice(stream, STEPS), total=STEPS, desc=f"residuals, seed {seed}", file=sys.stderr))
@@ -106,15 +106,15 @@ def main() -> None:
     model = lm.load(None, last_layer=LAYER)
     held_out = [
         residuals_of(model, part, LAYER)
-        for part in text.batches(islice(rows(model, True, 0), 0, None, config.EVALUATION_STRIDE), 16)
+        for part in batches(islice(rows(model, True, 0), 0, None, config.EVALUATION_STRIDE), 16)
     ]
     results = []
     for seed in SEEDS:
-        batches = residual_batches(model, seed)
+        stream = residual_batches(model, seed)
         trained = {
-            "mistral-sae": ours(iter(batches), seed),
-            "sae-lens": theirs(iter(batches), seed, SAE_LENS_LEARNING_RATE),
-            "sae-lens at our learning rate": theirs(iter(batches), seed, LEARNING_RATE),
+            "mistral-sae": ours(iter(stream), seed),
+            "sae-lens": theirs(iter(stream), seed, SAE_LENS_LEARNING_RATE),
+            "sae-lens at our learning rate": theirs(iter(stream), seed, LEARNING_RATE),
         }
         for name, (sae, dead_fraction) in trained.items():
             found = reconstruction(sae, held_out)

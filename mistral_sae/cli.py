@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,23 @@ class Failed(UserError):
     """A run that could not end well, for a reason that is said in one line. Exit code 1."""
 
     exit_code = 1
+
+
+# ---- words ----
+
+
+def one_line(error: Exception | str) -> str:
+    """The message of an error on one line, without its full stop and cut where it gets long."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def size_of(count: float) -> str:
+    """A number of bytes in words: 999 bytes, 1.5 kB, 20.0 GB."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(int(math.log10(count)) // 3, 4)
+    return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
 
 
 # ---- constants ----

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral_sae.cli import UserError
+from mistral_sae.cli import UserError, one_line
 
 STATE_KEY = "mistral_sae_state"  # the entry of a state file's header that holds its metadata
 
@@ -76,11 +76,6 @@ def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
         raise SAEError(
             f"found a damaged {path} ({one_line(error)}), expected safetensors: copy or download it again"
         ) from None
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from mistral_sae.data.tokens import is_held_out, stdlib_documents
+from mistral_sae.data.documents import documents
+from mistral_sae.data.tokens import is_held_out
 from mistral_sae.files import write_atomically
 from tools.weights import from_hf
 
@@ -190,9 +191,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
 
-    documents = list(stdlib_documents())
-    train = [d.text for d in documents if not is_held_out(d.id, HELD_OUT_FRACTION)]
-    held_out = [d.text for d in documents if is_held_out(d.id, HELD_OUT_FRACTION)]
+    corpus = list(documents("stdlib"))
+    train = [d.text for d in corpus if not is_held_out(d.id, HELD_OUT_FRACTION)]
+    held_out = [d.text for d in corpus if is_held_out(d.id, HELD_OUT_FRACTION)]
     if not (FOLDER / "tekken.json").exists():
         train_tokenizer(FOLDER / "tekken.json", train)
     tokenizer = Tekkenizer.from_file(FOLDER / "tekken.json")

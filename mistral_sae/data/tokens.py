@@ -1,4 +1,4 @@
-"""Text in, rows of tokens out: sources -> documents -> rows of tokens (B, T).
+"""Documents in, rows of tokens out.
 
 The chain that a script writes, each stage an iterator over the one before:
 
@@ -23,27 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-from mistral_sae.data.readers import Document, TextError
-from mistral_sae.data.sources import Skipped, check, documents, fingerprint, fits_in_memory, stdlib_documents
-
-__all__ = [
-    "Corpus",
-    "Document",
-    "Row",
-    "Skipped",
-    "TextError",
-    "Tokenizer",
-    "batches",
-    "check",
-    "documents",
-    "fingerprint",
-    "is_held_out",
-    "pack",
-    "pack_with_documents",
-    "prefetch",
-    "shuffle",
-    "stdlib_documents",
-]
+from mistral_sae.data.documents import Document, Skipped, TextError, check, documents, fingerprint, fits_in_memory
 
 # Seconds to wait at the end for the item under way, which may hang on the network; the thread is a daemon
 JOIN = 1.0
@@ -169,24 +149,19 @@ class Corpus:
         return rows
 
 
-def pack(
-    documents: Iterable[Document], tokenizer: Tokenizer, context_length: int, *, start_row: int = 0
-) -> Iterator[np.ndarray]:
+def pack(documents: Iterable[Document], tokenizer: Tokenizer, context_length: int) -> Iterator[np.ndarray]:
     """Rows (T,) of token ids, int64, T = `context_length`: full, without padding.
 
     Position 0 of each row is a BOS, and a BOS stands between two documents; where a document ends exactly
     at the end of a row, the BOS of the next row is the one between and is not doubled. A document that does
     not fit goes on in the next row: the rows without their first tokens, end to end, hold every token of
-    every document. Only the last row of a finite stream is left out, where it is not full.
-
-    `start_row` leaves out that many rows: a run that has used n rows goes on with row n of the same
-    documents. The text before it is read and tokenized again, at the speed of the tokenizer, since nothing
-    else tells where a row begins. A document is tokenized whole, because a cut could change its tokens.
+    every document. Only the last row of a finite stream is left out, where it is not full. A document is
+    tokenized whole, because a cut could change its tokens.
 
     Raises ValueError where a row has no room for text.
     """
-    rows = pack_with_documents(documents, tokenizer, context_length)
-    yield from (row.tokens for row in itertools.islice(rows, start_row, None))
+    for row in pack_with_documents(documents, tokenizer, context_length):
+        yield row.tokens
 
 
 def pack_with_documents(documents: Iterable[Document], tokenizer: Tokenizer, context_length: int) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mistral_sae.cli import one_line
 from mistral_sae.explain import report_figures
 from mistral_sae.explain.report_data import (
     INPUT_SHARE,
@@ -30,7 +31,7 @@ from mistral_sae.explain.report_data import (
 )
 from mistral_sae.explain.report_figures import percent
 from mistral_sae.explain.types import INTERVALS, Feature, Label
-from mistral_sae.files import SAEError, one_line, write_atomically
+from mistral_sae.files import SAEError, write_atomically
 from mistral_sae.sae.features import Geometry
 
 TEMPLATES = resources("mistral_sae.explain") / "templates"

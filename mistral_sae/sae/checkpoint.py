@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral_sae.files import SAEError, hash_of, one_line, opened, sync_folder, write_beside
+from mistral_sae.cli import one_line
+from mistral_sae.files import SAEError, hash_of, opened, sync_folder, write_beside
 from mistral_sae.model.language_model import LanguageModel, ModelSpec
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 

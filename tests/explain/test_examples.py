@@ -11,7 +11,8 @@ import torch
 from test_benchmarks import smoke
 
 from benchmarks.collect import operations
-from mistral_sae.data.tokens import Document, pack_with_documents
+from mistral_sae.data.documents import Document
+from mistral_sae.data.tokens import pack_with_documents
 from mistral_sae.explain import collect as collecting
 from mistral_sae.explain import scoring
 from mistral_sae.explain.collect import FINE_BINS, STRATA, Collector, Settings, collect, encode
