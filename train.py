@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.tokens import Corpus, Skipped, prefetch, shuffle
-from mistral_sae.explain.plots import plot_training
+from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, load_state, save_state, write_text
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae import memory
@@ -78,9 +78,10 @@ def main() -> None:
     if without_layer is None:
         model = load_model()
     print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
-    evaluation = evaluate(sae, held_out, model, without_layer) | {"dead_fraction": dead / sae.n_features}
+    evaluation, density_F = evaluate(sae, held_out, model, without_layer)
+    evaluation["dead_fraction"] = dead / sae.n_features
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    plot_training([*history[:-1], history[-1] | as_held_out(evaluation)], run_dir / "training.png")
+    plot_training(run_dir / "training.png", history, evaluation, density_F)
     print_results(evaluation, run_dir)
 
 
@@ -132,7 +133,7 @@ def train(
                     "tokens_per_second": len(figures) * config.BATCH_SIZE / (time.monotonic() - started),
                 }
                 if step in evaluate_at:
-                    record |= as_held_out(evaluate(trainer.sae, held_out, model, without_layer))
+                    record |= as_held_out(evaluate(trainer.sae, held_out, model, without_layer)[0])
                 history.append(record)
                 append_line(run_dir / "metrics.jsonl", record)
                 progress.set_postfix_str(f"normalized MSE {normalized_mse:.3f}, dead {len(trainer.dead)}")
@@ -225,15 +226,15 @@ def hook_name() -> str:
 
 def evaluate(
     sae: SparseAutoencoder, held_out: Tensor, model: lm.LanguageModel, without_layer: Ablated | None
-) -> dict[str, float]:
-    """Figures on held-out rows (R, T); those of cross-entropy only if all of the model is loaded."""
+) -> tuple[dict[str, float], Tensor]:
+    """Figures on held-out rows (R, T), those of cross-entropy only if all of the model is loaded; density (F) there."""
     parts = held_out.split(config.ROWS_PER_FORWARD)
     figures = reconstruction(sae, (residuals_of(model, part, config.TARGET_LAYER) for part in parts))._asdict()
-    del figures["density"]
+    density_F = figures.pop("density")
     if model.last_layer is None:
         sizes = config.TARGET_LAYER, config.ROWS_PER_FORWARD
         figures |= cross_entropy(model, sae, held_out, *sizes, without_layer)._asdict()
-    return figures
+    return figures, density_F
 
 
 def as_held_out(figures: dict[str, float]) -> dict[str, float]:
