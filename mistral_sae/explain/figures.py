@@ -74,19 +74,6 @@ def training_panels(history: Records, evaluation: Mapping[str, Any], density_F: 
     return panels
 
 
-def score_panels(scores: Sequence[ScoreSummary]) -> list[Panel]:
-    """The scores of the first method, and what it found by strength."""
-    panels = [_scores(scores[0])] if scores else []
-    if scores and any(value is not None for value in scores[0].recall):
-        panels.append(_recall(scores[0]))
-    return panels
-
-
-def geometry_panels(geometry: Geometry | None) -> list[Panel]:
-    """How near decoder rows come to each other, and how many features write to a dimension."""
-    return [] if geometry is None else [_cosines(geometry), _writers(geometry)]
-
-
 def _normalized_mse(history: Records) -> Panel:
     return _curves(
         "Normalized MSE",
@@ -146,23 +133,31 @@ def _density(density_F: Tensor) -> Panel:
     )
 
 
-def _scores(summary: ScoreSummary) -> Panel:
-    return _histogram(
-        "Scores",
-        "How well explanations tell where features fire on passages they were not made from; the lines are the means "
-        "of the same test with another feature's explanation, and with just the feature's top token, in its place.",
-        summary.values,
-        (min(0.0, *summary.values) if summary.method == "simulation" else 0.0, 1.0),
-        [(summary.other_feature, ":", "another feature's"), (summary.top_token, "--", "top token")],
-        xlabel=f"{summary.method} score",
-    )
+def score_panels(scores: Sequence[ScoreSummary]) -> list[Panel]:
+    """The scores of the first method, and the share of passages it found by strength."""
+    if not scores:
+        return []
+    first = scores[0]
+    panels = [
+        _histogram(
+            "Scores",
+            "How well explanations tell where features fire on passages they were not made from; the lines are the "
+            "means of the same test with another feature's explanation, and with just the feature's top token.",
+            first.values,
+            (min(0.0, *first.values) if first.method == "simulation" else 0.0, 1.0),
+            [(first.other_feature, ":", "another feature's"), (first.top_token, "--", "top token")],
+            xlabel=f"{first.method} score",
+        )
+    ]
+    if any(found is not None for found in first.recall):
+        panels.append(_recall([found or 0.0 for found in first.recall]))
+    return panels
 
 
-def _recall(summary: ScoreSummary) -> Panel:
+def _recall(found: Sequence[float]) -> Panel:
     def draw(axes: "Axes") -> None:
-        heights = [value or 0.0 for value in summary.recall]
-        names = [f"{100 * i // len(heights)} to {100 * (i + 1) // len(heights)}%" for i in range(len(heights))]
-        axes.bar_label(axes.bar(names, heights, color=CURVE, width=0.7), fmt="%.2f", padding=2)
+        names = [f"{100 * i // len(found)} to {100 * (i + 1) // len(found)}%" for i in range(len(found))]
+        axes.bar_label(axes.bar(names, found, color=CURVE, width=0.7), fmt="%.2f", padding=2)
         axes.set(xlabel="strength, as a share of the feature's maximum", ylabel="found", ylim=(0, 1.15))
 
     meaning = (
@@ -172,28 +167,30 @@ def _recall(summary: ScoreSummary) -> Panel:
     return Panel("Found, by strength", meaning, draw)
 
 
-def _cosines(geometry: Geometry) -> Panel:
-    return _histogram(
-        "Decoder cosines",
-        "How close each feature's decoder row comes to its nearest neighbour's: at 0 features would not interfere, at "
-        "the line they are packed as random directions are, near 1 two features say almost the same.",
-        geometry.nearest_N,
-        (min(0.0, *geometry.nearest_N), 1.0),
-        [(geometry.nearest_random, "--", "random directions")],
-        xlabel="cosine with the nearest other feature",
-    )
-
-
-def _writers(geometry: Geometry) -> Panel:
-    return _histogram(
-        "Features a dimension",
-        "How many features write to each dimension of the residual stream with more than an even share of their "
-        "length: one each would mean no superposition in this basis.",
-        geometry.writers_D,
-        (0, max(geometry.writers_D)),
-        xlabel="features that write to it",
-        ylabel="dimensions",
-    )
+def geometry_panels(geometry: Geometry | None) -> list[Panel]:
+    """How near decoder rows come to each other, and how many features write to a dimension."""
+    if geometry is None:
+        return []
+    return [
+        _histogram(
+            "Decoder cosines",
+            "How close each feature's decoder row comes to its nearest neighbour's: at 0 features would not interfere, "
+            "at the line they are packed as random directions are, near 1 two features say almost the same.",
+            geometry.nearest_N,
+            (min(0.0, *geometry.nearest_N), 1.0),
+            [(geometry.nearest_random, "--", "random directions")],
+            xlabel="cosine with the nearest other feature",
+        ),
+        _histogram(
+            "Features a dimension",
+            "How many features write to each dimension of the residual stream with more than an even share of their "
+            "length: one each would mean no superposition in this basis.",
+            geometry.writers_D,
+            (0, max(geometry.writers_D)),
+            xlabel="features that write to it",
+            ylabel="dimensions",
+        ),
+    ]
 
 
 def _points(history: Records, key: str) -> list[tuple[float, float]]:

@@ -26,15 +26,14 @@ from torch import Tensor
 
 from mistral_sae.explain import figures
 from mistral_sae.explain.scoring import METHODS, summarize_scores
-from mistral_sae.explain.types import INTERVALS, Example, Feature, Judgement, Label
+from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Judgement, Label
 from mistral_sae.files import SAEError, one_line, write_atomically
 from mistral_sae.sae.features import Geometry
 
 TEMPLATES = resources("mistral_sae.explain") / "templates"
 CHUNK = 32  # features: a third of a megabyte compressed, which a browser unpacks in some 20 ms
 NAMED_TOKENS = 5  # that a feature is found by: the most frequent among those it peaks on, the first of its logit lens
-INPUT_SHARE = 0.5  # of a feature's passages that peak on the same token: an input feature
-OUTPUT_SHARE = 0.25  # of its passages in which a token of its logit lens follows the peak: an output feature
+INPUT_SHARE, OUTPUT_SHARE = 0.5, 0.25  # TokenShares from which on a feature is an input, an output feature
 
 
 class Run(NamedTuple):
@@ -58,7 +57,7 @@ class TextToken(NamedTuple):
     """A token of the user's own text, and the features that fire on it."""
 
     text: str
-    features: Sequence[tuple[int, float]]  # index and activation
+    features: Sequence[tuple[int, float]]  # index and activation, strongest first
 
 
 # ---- the two pages ----
@@ -71,6 +70,7 @@ def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapp
     addressed as report.html#feature=1234.
     """
     scores = summarize_scores(label.scores for label in labels.values())
+    shares = {"input_share": INPUT_SHARE, "output_share": OUTPUT_SHARE}
     with tempfile.TemporaryFile() as chunks:
         index = pack(features, labels, chunks)
         chunks.seek(0)
@@ -83,9 +83,8 @@ def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapp
             "shown": len(index["feature"]),
             "explained": sum(map(bool, index["explanation"])),
             "trained_tokens": next((r["tokens"] for r in reversed(run.metrics) if "tokens" in r), None),
-            "input_share": INPUT_SHARE,
-            "output_share": OUTPUT_SHARE,
-            "index": compressed(index | {"chunk": CHUNK, "intervals": INTERVALS}).decode(),
+            **shares,
+            "index": compressed(index | shares | {"chunk": CHUNK, "intervals": INTERVALS}).decode(),
             "chunks": (line.decode().rstrip() for line in chunks),
         }
         _write(Path(path), "report", context)
@@ -102,18 +101,13 @@ def write_text_page(
     fired = {feature for token in tokens for feature, _ in token.features}
     known = {feature.feature: feature for feature in features if feature.feature in fired}
     data = {
-        "tokens": [[text, sorted(features, key=_strongest_first)] for text, features in tokens],
+        "tokens": tokens,
         "explanations": {f: labels[f].explanation for f in sorted(fired) if f in labels and labels[f].explanation},
         "maxima": {f: feature.maximum for f, feature in known.items()},
         "fires_on": {f: fires_on(feature) for f, feature in known.items()},
     }
     context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data).decode()}
     _write(Path(path), "text", context)
-
-
-def _strongest_first(feature: tuple[int, float]) -> tuple[float, int]:
-    index, activation = feature
-    return -activation, index
 
 
 def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -137,32 +131,22 @@ def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 # ---- features as data ----
 
 
-class FeatureKind(NamedTuple):
-    """Whether a feature has to do with the token it peaks on, or with the next one, as shares of its passages."""
+class TokenShares(NamedTuple):
+    """Which tokens a feature has to do with, as shares of the passages it is explained from."""
 
     same_token: float  # peak on its most frequent token, whatever the case and the space before it
-    predicted_next: float  # are followed, at the peak, by a token that its logit lens raises most
-
-    @property
-    def is_input(self) -> bool:
-        """True if it stands for a token."""
-        return self.same_token >= INPUT_SHARE
-
-    @property
-    def is_output(self) -> bool:
-        """True if it predicts the next token."""
-        return self.predicted_next >= OUTPUT_SHARE
+    predicted_next: float  # have a token after the peak that the feature raises in the logit lens
 
 
-def feature_kind(feature: Feature) -> FeatureKind:
-    """The kind of a feature, by the passages it is explained from; those that end at the peak have no next token."""
+def token_shares(feature: Feature) -> TokenShares:
+    """The shares by which a feature is an input feature, an output feature, both or neither."""
     passages = [(passage, passage.peak) for passage in (*feature.top, *feature.spread)]
     peaks = Counter(_bare(passage.tokens[peak]) for passage, peak in passages)
     followers = [passage.tokens[peak + 1] for passage, peak in passages if peak + 1 < len(passage.tokens)]
-    promoted = {token for token, _ in feature.promoted}
-    return FeatureKind(
+    raised = {token for token, _ in feature.promoted}
+    return TokenShares(
         same_token=max(peaks.values()) / len(passages) if passages else 0.0,
-        predicted_next=sum(token in promoted for token in followers) / len(followers) if followers else 0.0,
+        predicted_next=sum(token in raised for token in followers) / len(followers) if followers else 0.0,
     )
 
 
@@ -183,53 +167,49 @@ def main_score(label: Label | None) -> float | None:
 
 
 class IndexRow(NamedTuple):
-    """What the list knows of a feature."""
+    """A feature's line in the list, and what it is found by."""
 
     feature: int
     explanation: str
     density: float
     maximum: float
     score: float | None  # main_score
-    is_input: bool
-    is_output: bool
+    same_token: float  # as in TokenShares
+    predicted_next: float
     fires_on: list[str]
-    logit_lens: list[str]  # the tokens whose logits it raises most
+    logit_lens: list[str]  # the tokens that it raises most
 
 
 def index_row(feature: Feature, label: Label | None) -> IndexRow:
-    """A feature's line in the list."""
-    kind = feature_kind(feature)
-    return IndexRow(
-        feature=feature.feature,
-        explanation=label.explanation if label else "",
-        density=feature.density,
-        maximum=feature.maximum,
-        score=main_score(label),
-        is_input=kind.is_input,
-        is_output=kind.is_output,
-        fires_on=fires_on(feature),
-        logit_lens=[token for token, _ in feature.promoted[:NAMED_TOKENS]],
-    )
+    """What the list knows of a feature."""
+    raised = [token for token, _ in feature.promoted[:NAMED_TOKENS]]
+    explanation, score = label.explanation if label else "", main_score(label)
+    about = (feature.feature, explanation, feature.density, feature.maximum, score)
+    return IndexRow(*about, *token_shares(feature), fires_on(feature), raised)
 
 
 def feature_record(feature: Feature, label: Label | None) -> dict[str, Any]:
     """What the view of a feature shows besides. Of the passages to score it on, only those that a scorer judged."""
     judgements = label.judgements if label else ()
-    scores = {method: score._asdict() for method, score in label.scores.items()} if label else {}
     return {
         "feature": feature.feature,
         "histogram": feature.histogram,
-        "kind": feature_kind(feature),
         "promoted": feature.promoted,
         "suppressed": feature.suppressed,
         "nearest": feature.nearest,
         "coactive": feature.coactive,
         "top": [passage(example) for example in feature.top],
         "spread": [[*passage(example), example.interval(feature.maximum)] for example in feature.spread],
-        "label": label and label._asdict() | {"scores": scores, "judgements": None},
+        "label": label and label_record(label),
         "judged": [[j.method, f"{j.kind} {j.index}", j.truth, j.verdict] for j in judgements],
         "judged_passages": {f"{j.kind} {j.index}": _judged_passage(feature, j) for j in judgements},
     }
+
+
+def label_record(label: Label) -> dict[str, Any]:
+    """A label without its judgements, and what its status means."""
+    scores = {method: score._asdict() for method, score in label.scores.items()}
+    return label._asdict() | {"scores": scores, "judgements": None, "meaning": STATUSES[label.status].meaning}
 
 
 def passage(example: Example) -> list[Any]:

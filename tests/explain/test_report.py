@@ -16,10 +16,10 @@ from mistral_sae.explain.report import (
     TEMPLATES,
     TextToken,
     compressed,
-    feature_kind,
     main_score,
     pack,
     read_figures,
+    token_shares,
     write_report,
     write_text_page,
 )
@@ -80,22 +80,20 @@ def fires_on(*peaks):
 
 
 def test_an_input_feature_peaks_on_one_token_whatever_its_case_and_space():
-    assert feature_kind(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).same_token == pytest.approx(2 / 3)
-    assert feature_kind(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).is_input
-    assert not feature_kind(fires_on(("def", "q"), ("for", "q"), ("if", "q"))).is_input
+    assert token_shares(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).same_token == pytest.approx(2 / 3)
+    assert token_shares(fires_on(("def", "q"), ("for", "q"), ("if", "q"))).same_token == pytest.approx(1 / 3)
 
 
-def test_an_output_feature_is_followed_by_what_its_logit_lens_raises():
-    assert feature_kind(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).predicted_next == 0.5
-    assert feature_kind(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).is_output
-    assert not feature_kind(fires_on(("x", "q"), ("y", "q"), ("z", "q"), ("w", "q"))).is_output
+def test_an_output_feature_is_followed_by_what_it_raises_in_the_logit_lens():
+    assert token_shares(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).predicted_next == 0.5
+    assert token_shares(fires_on(("x", "q"), ("y", "q"), ("z", "q"), ("w", "q"))).predicted_next == 0
 
 
 def test_a_passage_that_ends_at_its_peak_says_nothing_of_what_comes_next():
     last = Example("d", 1, ("x", "y"), (0.0, 1.0))
     followed = fires_on(("x", "a"))
-    assert feature_kind(followed._replace(top=(*followed.top, last))).predicted_next == 1
-    assert feature_kind(make_feature(9)) == (0, 0)
+    assert token_shares(followed._replace(top=(*followed.top, last))).predicted_next == 1
+    assert token_shares(make_feature(9)) == (0, 0)
 
 
 def test_means_of_scores_leave_out_what_was_not_answered():
@@ -298,7 +296,7 @@ def test_the_figures_of_a_run_are_read_up_to_a_torn_line(tmp_path):
 
 
 def test_the_page_of_a_text_holds_its_tokens_and_the_explanations_of_what_fires(tmp_path):
-    tokens = [TextToken("def", ((4, 1.0), (3, 2.0))), TextToken(" x", ())]
+    tokens = [TextToken("def", ((3, 2.0), (4, 1.0))), TextToken(" x", ())]
     labels = {3: make_label(3), 5: make_label(5)}
     write_text_page(tmp_path / "text.html", make_run(), tokens, labels, [make_feature(3), make_feature(5)])
     data = Page(tmp_path / "text.html").data("text-data")

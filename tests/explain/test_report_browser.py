@@ -369,9 +369,9 @@ def test_a_feature_that_is_not_in_the_report_is_named_and_not_linked(browser, re
 
 def test_a_feature_without_an_explanation_says_why(browser, report):
     open_feature(browser, report, 18)
-    assert "The explainer saw no pattern in its passages. nothing in common" in text(browser)
+    assert "the explainer found no pattern: nothing in common" in text(browser)
     open_feature(browser, report, 19)
-    assert "It never fired on this corpus" in text(browser)
+    assert "it never fired on the corpus" in text(browser)
     open_feature(browser, report, 14)
     assert text(browser, "#feature h1") == "Not explained"
     assert not find_all(browser, "#feature .notice")

@@ -47,15 +47,16 @@ function matcher(query, scope) {
   };
 }
 
+const isInput = (i) => state.index.same_token[i] >= state.index.input_share;
+const isOutput = (i) => state.index.predicted_next[i] >= state.index.output_share;
+
 function filters() {
-  const { explanation, maximum, score, is_input, is_output } = state.index;
+  const { explanation, maximum, score } = state.index;
   const chosen = [];
   const add = (id, tests) => $(id).value && chosen.push(tests[$(id).value]);
   add("explained", { yes: (i) => explanation[i] !== "", no: (i) => explanation[i] === "" });
   add("alive", { alive: (i) => maximum[i] > 0, dead: (i) => !(maximum[i] > 0) });
-  add("kind", {
-    input: (i) => is_input[i], output: (i) => is_output[i], neither: (i) => !is_input[i] && !is_output[i],
-  });
+  add("kind", { input: isInput, output: isOutput, neither: (i) => !isInput(i) && !isOutput(i) });
   if ($("least").value) chosen.push((i) => score[i] !== null && score[i] >= Number($("least").value));
   if ($("search").value.trim()) chosen.push(matcher($("search").value, $("scope").value));
   return chosen;
@@ -148,30 +149,22 @@ function goTo(place, { focus = true } = {}) {
 
 // ---- a feature ----
 
-const STATUS = {
-  "no pattern": "The explainer saw no pattern in its passages.",
-  unparsed: "The explainer's answer could not be read.",
-  dead: "It never fired on this corpus, so there is nothing to explain.",
-  rare: "It fired too seldom: there is no passage to explain it from.",
-};
-
 function heading(record, i) {
-  const { label } = record, { is_input, is_output } = state.index;
+  const { label } = record, { same_token, predicted_next, maximum } = state.index;
   const tag = (...children) => h("span", { class: "tag" }, children);
-  const [same, predicted] = record.kind;
   return h("header", {},
     h("div", { class: "above" }, h("p", { class: "eyebrow" }, `Feature ${record.feature}`), neighbours(i)),
     label?.explanation
       ? h("h1", { tabindex: "-1" }, words(label.explanation))
       : h("h1", { tabindex: "-1", class: "unnamed" }, "Not explained"),
     label && label.status !== "ok" && h("p", { class: "notice" },
-      STATUS[label.status] ?? `Not explained: ${label.status}.`, label.reason && [" ", words(label.reason)]),
+      label.meaning, label.reason !== label.meaning && label.reason && [": ", words(label.reason)]),
     h("p", { class: "tags" },
       label?.explanation && tag("explained by ", words(label.explainer), label.explainer === "offline" && ", without a model"),
-      is_input[i] && tag("input feature"), is_output[i] && tag("output feature")),
-    state.index.maximum[i] > 0 && h("p", { class: "small" },
-      `${percent(same)} of its passages peak on one and the same token; `,
-      `in ${percent(predicted)} the token after the peak is one that it raises in the logit lens.`));
+      isInput(i) && tag("input feature"), isOutput(i) && tag("output feature")),
+    maximum[i] > 0 && h("p", { class: "small" },
+      `${percent(same_token[i])} of its passages peak on one and the same token; `,
+      `in ${percent(predicted_next[i])} the token after the peak is one that it raises in the logit lens.`));
 }
 
 /** Links to the features before and after it in the list. */
