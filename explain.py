@@ -35,6 +35,7 @@ from mistral_sae.explain.client import Client, DryRun, check_address, keys_of
 from mistral_sae.explain.collect import Collection, Settings, collect, encode
 from mistral_sae.explain.journal import Journal, locked
 from mistral_sae.explain.local_completer import LocalCompleter
+from mistral_sae.explain.scoring import summarize_scores
 from mistral_sae.explain.throttle import FREE, Prices
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.loading import open_both, where_it_is
@@ -409,7 +410,7 @@ def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> Non
     if vain := {status: count for status, count in asked.most_common() if status != "ok"}:
         counts = ", ".join(f"{count:,} {status}" for status, count in vain.items())
         print(f"of {asked.total():,} requests for the scores {counts}: what these asked for counts neither way")
-    for summary in report.summarize_scores(labels.values()):
+    for summary in summarize_scores(label.scores for label in labels.values()):
         print(
             f"  {summary.method:10} {figure(summary.value)}   another feature's explanation "
             f"{figure(summary.other_feature)}, its top token {figure(summary.top_token)}"

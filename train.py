@@ -25,7 +25,7 @@ from torch import Tensor
 from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
-from mistral_sae.explain.plots import plot_training
+from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, write_text
 from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load
 from mistral_sae.sae.checkpoint import Metadata, hook_name, save_sae
@@ -65,7 +65,8 @@ def main() -> None:
     if skipped.count:
         print(skipped.summary())
 
-    sae, dead_fraction = trainer.sae, len(trainer.find_dead()) / training.d_hidden
+    sae, density_F = trainer.sae, density(trainer, history)
+    dead_fraction = len(trainer.find_dead()) / training.d_hidden
     if model.last_layer is not None:
         del trainer, batches, model, evaluate  # with the moments this makes room for the whole model
         gc.collect()
@@ -73,7 +74,7 @@ def main() -> None:
     print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
     evaluation = evaluate(sae) | {"dead_fraction": dead_fraction}
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    plot_training([*history[:-1], history[-1] | as_held_out(evaluation)], run_dir / "training.png")
+    plot_training(run_dir / "training.png", history, evaluation, density_F)
     print(f"\n{summary(evaluation)}\n")
     print(f"autoencoder  {run_dir / 'sae'} (SAE Lens's format)")
     print(f"curves       {run_dir / 'training.png'}")
@@ -218,8 +219,7 @@ def save(trainer: Trainer, history: list[dict[str, Any]], model: LanguageModel, 
     """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
     layer = config.TARGET_LAYER
     metadata = Metadata(model.name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
-    density_F = trainer.counts.fired_F.double() / history[-1]["tokens"]
-    save_sae(run_dir / "sae", trainer.sae, metadata, density_F, trainer.counts.maximum_F)
+    save_sae(run_dir / "sae", trainer.sae, metadata, density(trainer, history), trainer.counts.maximum_F)
     save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history)
 
 

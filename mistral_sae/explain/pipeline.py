@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any, NamedTuple, TypeVar
 
 from mistral_sae.explain import answers, prompts, scoring
+from mistral_sae.explain.scoring import METHODS
 from mistral_sae.explain.types import (
     STATUSES,
     Completer,
@@ -28,7 +29,6 @@ from mistral_sae.explain.types import (
     without_passages,
 )
 
-METHODS = ("detection", "fuzzing", "simulation")
 BASELINES = {"other_feature": "another feature's explanation", "top_token": "the top token"}
 UNANSWERED = tuple(status for status, outcome in STATUSES.items() if outcome.ask_again)
 BATCH = 8  # passages to judge in one request

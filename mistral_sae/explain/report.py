@@ -4,38 +4,37 @@ Nothing is fetched: style, script and data are inside the file, and a Content-Se
 Everything that comes from a corpus or a model reaches the page through an autoescaped template or as text in the
 browser, never as markup.
 
+Features are in the page as chunks of CHUNK, which the browser unpacks when one is opened, and before them as an index
+to search, sort and filter in. All data is base64 of gzip of JSON.
+
 Shapes: F features, D model width.
 """
 
 import base64
+import gzip
 import hashlib
 import json
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
 from mistral_sae.cli import one_line
-from mistral_sae.explain import report_figures
-from mistral_sae.explain.report_data import (
-    INPUT_SHARE,
-    OUTPUT_SHARE,
-    compressed,
-    fires_on,
-    number,
-    pack,
-    summarize_scores,
-)
-from mistral_sae.explain.report_figures import percent
-from mistral_sae.explain.types import INTERVALS, Feature, Label
+from mistral_sae.explain import figures
+from mistral_sae.explain.scoring import METHODS, summarize_scores
+from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Judgement, Label
 from mistral_sae.files import SAEError, write_atomically
 from mistral_sae.sae.features import Geometry
 
 TEMPLATES = resources("mistral_sae.explain") / "templates"
-COEFFICIENT = 1.0  # of the lines of demo.py to copy: times the feature's maximum, the unit of its clamp
+CHUNK = 32  # features: a third of a megabyte compressed, which a browser unpacks in some 20 ms
+NAMED_TOKENS = 5  # that a feature is found by: the most frequent among those it peaks on, the first of its logit lens
+INPUT_SHARE, OUTPUT_SHARE = 0.5, 0.25  # TokenShares from which on a feature is an input, an output feature
 
 
 class Run(NamedTuple):
@@ -52,25 +51,17 @@ class Run(NamedTuple):
     evaluation: Mapping[str, float]  # evaluation.json
     metrics: Sequence[Mapping[str, float]]  # the records of metrics.jsonl
     density_F: Tensor | None  # share of the tokens on which each feature fires
-    geometry: Geometry | None  # of the decoder rows: features.decoder_geometry
+    geometry: Geometry | None  # of the decoder rows
 
 
-def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What train.py left of evaluation.json and metrics.jsonl in a folder: {} and [] where there is nothing.
+class TextToken(NamedTuple):
+    """A token of the user's own text, and the features that fire on it."""
 
-    Raises SAEError, one line, if one of them is damaged; a last line that is still being written is none.
-    """
-    evaluation, metrics = Path(run_dir) / "evaluation.json", Path(run_dir) / "metrics.jsonl"
-    path = evaluation
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path = metrics
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return figures, [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise SAEError(
-            f"found a damaged {path} ({one_line(error)}), expected what train.py writes: delete it or train again"
-        ) from None
+    text: str
+    features: Sequence[tuple[int, float]]  # index and activation, strongest first
+
+
+# ---- the two pages ----
 
 
 def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapping[int, Label]) -> None:
@@ -79,63 +70,195 @@ def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapp
     `features` is read once, one at a time, in any order; those without a label are shown as not explained. A feature is
     addressed as report.html#feature=1234.
     """
-    scores = summarize_scores(labels.values())
+    scores = summarize_scores(label.scores for label in labels.values())
+    shares = {"input_share": INPUT_SHARE, "output_share": OUTPUT_SHARE}
     with tempfile.TemporaryFile() as chunks:
         index = pack(features, labels, chunks)
         chunks.seek(0)
         context = {
             "run": run,
             "scores": scores,
-            "run_figures": report_figures.run_figures(run.metrics, run.evaluation, run.density_F),
-            "score_figures": report_figures.score_figures(scores),
-            "geometry_figures": report_figures.geometry_figures(run.geometry),
+            "training_panels": figures.training_panels(run.metrics, run.evaluation, run.density_F),
+            "score_panels": figures.score_panels(scores),
+            "geometry_panels": figures.geometry_panels(run.geometry),
             "shown": len(index["feature"]),
             "explained": sum(map(bool, index["explanation"])),
             "trained_tokens": next((r["tokens"] for r in reversed(run.metrics) if "tokens" in r), None),
-            "input_share": INPUT_SHARE,
-            "output_share": OUTPUT_SHARE,
-            "index": compressed(index | {"coefficient": COEFFICIENT, "intervals": INTERVALS}).decode(),
+            **shares,
+            "index": compressed(index | shares | {"chunk": CHUNK, "intervals": INTERVALS}).decode(),
             "chunks": (line.decode().rstrip() for line in chunks),
         }
         _write(Path(path), "report", context)
 
 
-class TextToken(NamedTuple):
-    """A token of the user's own text, and the features that fire on it."""
-
-    text: str
-    features: Sequence[tuple[int, float]]  # index and activation
-
-
 def write_text_page(
-    path: Path,
-    run: Run,
-    tokens: Sequence[TextToken],
-    labels: Mapping[int, Label],
-    features: Iterable[Feature],
-    report: str = "report.html",
+    path: Path, run: Run, tokens: Sequence[TextToken], labels: Mapping[int, Label], features: Iterable[Feature]
 ) -> None:
-    """Write the page of one text: its tokens, and the strongest features of each.
+    """Write the page of one text: its tokens, and the strongest features of each, which link into report.html.
 
-    `features` are those of its features whose records there are: they give the maximum that an activation is a share
-    of, and the tokens that name a feature without an explanation. `report` is the address of the report from the page,
-    which features link into.
+    `features` are the records of those that there are: they give the maximum that an activation is a share of, and the
+    tokens that name a feature without an explanation.
     """
     fired = {feature for token in tokens for feature, _ in token.features}
     known = {feature.feature: feature for feature in features if feature.feature in fired}
     data = {
-        "report": report,
-        "tokens": [[token.text, _strongest_first(token.features)] for token in tokens],
+        "tokens": tokens,
         "explanations": {f: labels[f].explanation for f in sorted(fired) if f in labels and labels[f].explanation},
-        "maxima": {f: number(feature.maximum) for f, feature in known.items()},
+        "maxima": {f: feature.maximum for f, feature in known.items()},
         "fires_on": {f: fires_on(feature) for f, feature in known.items()},
     }
     context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data).decode()}
-    _write(Path(path), "text", context | {"report": report})
+    _write(Path(path), "text", context)
 
 
-def _strongest_first(features: Sequence[tuple[int, float]]) -> list[tuple[int, float | None]]:
-    return [(feature, number(value)) for feature, value in sorted(features, key=lambda pair: (-pair[1], pair[0]))]
+def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What train.py left of evaluation.json and metrics.jsonl in a folder: {} and [] where there is nothing.
+
+    A last line without its end is left out: train.py may be writing it. Raises SAEError, one line, for a damaged file.
+    """
+    evaluation, metrics = Path(run_dir) / "evaluation.json", Path(run_dir) / "metrics.jsonl"
+    path = evaluation
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path = metrics
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return measured, [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise SAEError(
+            f"found a damaged {path} ({one_line(error)}), expected what train.py writes: delete it or train again"
+        ) from None
+
+
+# ---- features as data ----
+
+
+class TokenShares(NamedTuple):
+    """Which tokens a feature has to do with, as shares of the passages it is explained from."""
+
+    same_token: float  # peak on its most frequent token, whatever the case and the space before it
+    predicted_next: float  # have a token after the peak that the feature raises in the logit lens
+
+
+def token_shares(feature: Feature) -> TokenShares:
+    """The shares by which a feature is an input feature, an output feature, both or neither."""
+    passages = [(passage, passage.peak) for passage in (*feature.top, *feature.spread)]
+    peaks = Counter(_bare(passage.tokens[peak]) for passage, peak in passages)
+    followers = [passage.tokens[peak + 1] for passage, peak in passages if peak + 1 < len(passage.tokens)]
+    raised = {token for token, _ in feature.promoted}
+    return TokenShares(
+        same_token=max(peaks.values()) / len(passages) if passages else 0.0,
+        predicted_next=sum(token in raised for token in followers) / len(followers) if followers else 0.0,
+    )
+
+
+def _bare(token: str) -> str:
+    return token.strip().lower() or token
+
+
+def fires_on(feature: Feature) -> list[str]:
+    """The tokens that a feature's passages peak on, the most frequent first."""
+    peaks = Counter(passage.tokens[passage.peak] for passage in (*feature.top, *feature.spread))
+    return [token for token, _ in peaks.most_common(NAMED_TOKENS)]
+
+
+def main_score(label: Label | None) -> float | None:
+    """The score that features are ranked by: that of the first of METHODS that gave one."""
+    values = [label.scores[m].value for m in METHODS if label and m in label.scores]
+    return next((value for value in values if value is not None), None)
+
+
+class IndexRow(NamedTuple):
+    """A feature's line in the list, and what it is found by."""
+
+    feature: int
+    explanation: str
+    density: float
+    maximum: float
+    score: float | None  # main_score
+    same_token: float  # as in TokenShares
+    predicted_next: float
+    fires_on: list[str]
+    logit_lens: list[str]  # the tokens that it raises most
+
+
+def index_row(feature: Feature, label: Label | None) -> IndexRow:
+    """What the list knows of a feature."""
+    raised = [token for token, _ in feature.promoted[:NAMED_TOKENS]]
+    explanation, score = label.explanation if label else "", main_score(label)
+    about = (feature.feature, explanation, feature.density, feature.maximum, score)
+    return IndexRow(*about, *token_shares(feature), fires_on(feature), raised)
+
+
+def feature_record(feature: Feature, label: Label | None) -> dict[str, Any]:
+    """What the view of a feature shows besides. Of the passages to score it on, only those that a scorer judged."""
+    judgements = label.judgements if label else ()
+    return {
+        "feature": feature.feature,
+        "histogram": feature.histogram,
+        "promoted": feature.promoted,
+        "suppressed": feature.suppressed,
+        "nearest": feature.nearest,
+        "coactive": feature.coactive,
+        "top": [passage(example) for example in feature.top],
+        "spread": [[*passage(example), example.interval(feature.maximum)] for example in feature.spread],
+        "label": label and label_record(label),
+        "judged": [[j.method, f"{j.kind} {j.index}", j.truth, j.verdict] for j in judgements],
+        "judged_passages": {f"{j.kind} {j.index}": _judged_passage(feature, j) for j in judgements},
+    }
+
+
+def label_record(label: Label) -> dict[str, Any]:
+    """A label without its judgements, and what its status means."""
+    scores = {method: score._asdict() for method, score in label.scores.items()}
+    return label._asdict() | {"scores": scores, "judgements": None, "meaning": STATUSES[label.status].meaning}
+
+
+def passage(example: Example) -> list[Any]:
+    """Document, start, tokens, and the tokens that are active with their activations: most are not."""
+    active = [(i, value) for i, value in enumerate(example.activations) if value > 0]
+    return [example.document, example.start, example.tokens, [i for i, _ in active], [value for _, value in active]]
+
+
+def _judged_passage(feature: Feature, judgement: Judgement) -> list[Any] | None:
+    passages: tuple[Example, ...] = getattr(feature, judgement.kind)
+    return passage(passages[judgement.index]) if 0 <= judgement.index < len(passages) else None
+
+
+def pack(features: Iterable[Feature], labels: Mapping[int, Label], chunks: BinaryIO) -> dict[str, Any]:
+    """Write the chunks to a file, one a line, and return the index, a list for each column.
+
+    One chunk of features is held at a time.
+    """
+    rows: list[IndexRow] = []
+    pending: list[dict[str, Any]] = []
+    for feature in features:
+        label = labels.get(feature.feature)
+        rows.append(index_row(feature, label))
+        pending.append(feature_record(feature, label))
+        if len(pending) == CHUNK:
+            chunks.write(compressed(pending) + b"\n")
+            pending = []
+    if pending:
+        chunks.write(compressed(pending) + b"\n")
+    return {name: [getattr(row, name) for row in rows] for name in IndexRow._fields}
+
+
+def compressed(value: Any) -> bytes:
+    """base64 of gzip of JSON: characters that need no escaping anywhere in HTML."""
+    text = json.dumps(_rounded(value), separators=(",", ":"), allow_nan=False)  # ASCII: lone surrogates pass too
+    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0))
+
+
+def _rounded(value: Any) -> Any:
+    """The same with the three significant digits that the page shows; None for what is not finite: JSON has no NaN."""
+    if isinstance(value, float):
+        return float(f"{value:.3g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---- templates ----
 
 
 def _write(path: Path, page: str, context: dict[str, Any]) -> None:
@@ -149,7 +272,7 @@ def _write(path: Path, page: str, context: dict[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "fixed": _fixed}
+    environment.filters |= {"percent": figures.percent, "fixed": _fixed, "svg": figures.svg}
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", f"{page}.js"))
     policy = (
@@ -169,7 +292,7 @@ def _write_parts(path: Path, parts: Iterator[str]) -> None:
 
 def _fixed(value: float | None, digits: int) -> str:
     """A number with so many decimals and with thousands separated."""
-    return "none" if value is None else f"{value:,.{digits}f}"
+    return "none" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}"  # not -0.00
 
 
 def _hash(content: str) -> str:

@@ -9,6 +9,7 @@ Shapes: P passages, S resamples.
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ import numpy as np
 from mistral_sae.explain.prompts import visible
 from mistral_sae.explain.types import INTERVALS, Example, Feature, Judgement, Score
 
+METHODS = ("detection", "fuzzing", "simulation")
 RESAMPLES = 1000  # of the bootstrap
 LETTERS = "bcdfghjkmnpqrstvwxz"  # of ids: three of them make no word
 SLACK = 2  # tokens, counted from both ends together, by which wrong marks may miss the place they are to have
@@ -284,3 +286,45 @@ def _resampled(values_PN: np.ndarray, generator: np.random.Generator) -> np.ndar
 def _interval(values_S: np.ndarray) -> tuple[float, float]:
     low, high = np.nanpercentile(values_S, [2.5, 97.5])
     return float(low), float(high)
+
+
+# ---- over features ----
+
+
+class ScoreSummary(NamedTuple):
+    """One method's scores over the features that have one."""
+
+    method: str
+    features: int
+    value: float  # means over those features
+    other_feature: float | None
+    top_token: float | None
+    recall: tuple[float | None, ...]  # by interval of the activation, weakest first
+    values: tuple[float, ...]
+
+
+def summarize_scores(scores: Iterable[dict[str, Score]]) -> list[ScoreSummary]:
+    """Return a summary for each method that scored at least one feature; `scores` are those of each feature's label."""
+    by_method: dict[str, list[Score]] = {method: [] for method in METHODS}
+    for of_feature in scores:
+        for method, score in of_feature.items():
+            if score.value is not None:
+                by_method.setdefault(method, []).append(score)
+    return [
+        ScoreSummary(
+            method,
+            features=len(scored),
+            value=statistics.fmean(values),
+            other_feature=_mean([score.other_feature for score in scored]),
+            top_token=_mean([score.top_token for score in scored]),
+            recall=tuple(map(_mean, itertools.zip_longest(*(score.recall for score in scored)))),
+            values=tuple(values),
+        )
+        for method, scored in by_method.items()
+        if (values := [score.value for score in scored if score.value is not None])
+    ]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

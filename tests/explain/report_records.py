@@ -60,7 +60,7 @@ def example(rng, trigger, strength, document, length=WINDOW):
 
 
 def make_feature(index, n_features=1000, seed=0):
-    """A feature that fires on one token; each tenth is dead, each fifth promotes what follows its peaks."""
+    """A feature that fires on one token; each tenth is dead, each fifth raises what follows its peaks."""
     rng = random.Random(f"{seed} {index}")
     trigger = TOKENS[index % len(TOKENS)]
     nearest = tuple(((index + step) % n_features, round(0.6 / step, 3)) for step in range(1, 6))
@@ -117,8 +117,10 @@ def make_run(n_features=1000, d_model=64):
         for step in range(1, 60)
     ]
     metrics[29] |= {"held_out_normalized_mse": 0.19, "ce_loss_recovered": 0.95}
+    metrics[29] |= {"ce_loss_clean": 2.36, "ce_loss_with_sae": 2.65, "ce_loss_ablated": 7.9}
     evaluation = {"tokens": 32640, "l0": 32.0, "normalized_mse": 0.0964, "explained_variance": 0.9032}
-    evaluation |= {"ce_loss_recovered": 0.9816, "rare_fraction": 0.028, "dead_fraction": 0.0001}
+    evaluation |= {"ce_loss_clean": 2.36, "ce_loss_with_sae": 2.46, "ce_loss_ablated": 7.9, "ce_loss_recovered": 0.9816}
+    evaluation |= {"rare_fraction": 0.028, "dead_fraction": 0.0001}
     return Run(
         model="the bundled stand-in",
         layer=2,

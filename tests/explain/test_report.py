@@ -11,9 +11,19 @@ from pathlib import Path
 import pytest
 from report_records import TOKENS, make_feature, make_label, make_run
 
-from mistral_sae.explain.report import TEMPLATES, TextToken, read_figures, write_report, write_text_page
-from mistral_sae.explain.report_data import CHUNK, compressed, kind_of, main_score, pack, summarize_scores
-from mistral_sae.explain.report_figures import percent, run_figures
+from mistral_sae.explain.report import (
+    CHUNK,
+    TEMPLATES,
+    TextToken,
+    compressed,
+    main_score,
+    pack,
+    read_figures,
+    token_shares,
+    write_report,
+    write_text_page,
+)
+from mistral_sae.explain.scoring import summarize_scores
 from mistral_sae.explain.types import Example, Feature, Judgement, Label, Score
 from mistral_sae.files import SAEError
 
@@ -61,7 +71,7 @@ def write(tmp_path, n=40, run=None, labelled=True):
 
 
 def fires_on(*peaks):
-    """A feature whose passages peak on the first of each pair, which the second follows; 'a' and 'b' are promoted."""
+    """A feature whose passages peak on the first of each pair, which the second follows; it raises 'a' and 'b'."""
     passages = tuple(Example("d", 1, ("x", peak, then), (0.0, 1.0, 0.0)) for peak, then in peaks)
     return make_feature(1)._replace(top=passages[:2], spread=passages[2:], promoted=(("a", 2.0), ("b", 1.0)))
 
@@ -70,22 +80,20 @@ def fires_on(*peaks):
 
 
 def test_an_input_feature_peaks_on_one_token_whatever_its_case_and_space():
-    assert kind_of(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).same_token == pytest.approx(2 / 3)
-    assert kind_of(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).is_input
-    assert not kind_of(fires_on(("def", "q"), ("for", "q"), ("if", "q"))).is_input
+    assert token_shares(fires_on(("def", "q"), (" Def", "q"), ("if", "q"))).same_token == pytest.approx(2 / 3)
+    assert token_shares(fires_on(("def", "q"), ("for", "q"), ("if", "q"))).same_token == pytest.approx(1 / 3)
 
 
-def test_an_output_feature_is_followed_by_what_it_promotes():
-    assert kind_of(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).promoted_next == 0.5
-    assert kind_of(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).is_output
-    assert not kind_of(fires_on(("x", "q"), ("y", "q"), ("z", "q"), ("w", "q"))).is_output
+def test_an_output_feature_is_followed_by_what_it_raises_in_the_logit_lens():
+    assert token_shares(fires_on(("x", "a"), ("y", "q"), ("z", "q"), ("w", "b"))).predicted_next == 0.5
+    assert token_shares(fires_on(("x", "q"), ("y", "q"), ("z", "q"), ("w", "q"))).predicted_next == 0
 
 
 def test_a_passage_that_ends_at_its_peak_says_nothing_of_what_comes_next():
     last = Example("d", 1, ("x", "y"), (0.0, 1.0))
     followed = fires_on(("x", "a"))
-    assert kind_of(followed._replace(top=(*followed.top, last))).promoted_next == 1
-    assert kind_of(make_feature(9)) == (0, 0)
+    assert token_shares(followed._replace(top=(*followed.top, last))).predicted_next == 1
+    assert token_shares(make_feature(9)) == (0, 0)
 
 
 def test_means_of_scores_leave_out_what_was_not_answered():
@@ -95,7 +103,7 @@ def test_means_of_scores_leave_out_what_was_not_answered():
         Label(2, "x", "m", "ok", {"detection": Score(0.7, 0, 1, None, 0.6, 9, 0, (0.2, 0.4))}, ()),
         Label(3, "x", "m", "ok", {"detection": none}, ()),
     ]
-    (summary,) = summarize_scores(labels)
+    (summary,) = summarize_scores(label.scores for label in labels)
     assert (summary.method, summary.features, summary.value) == ("detection", 2, pytest.approx(0.8))
     assert (summary.other_feature, summary.top_token) == (0.5, 0.6)
     assert summary.recall == (0.2, pytest.approx(0.6))
@@ -108,19 +116,11 @@ def test_the_score_of_a_feature_is_the_first_that_has_a_value():
     assert main_score(None) is None
 
 
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0, "0%"), (0.000118, "0.012%"), (0.00101, "0.1%"), (0.5, "50%"), (0.98159, "98.2%"), (1, "100%")],
-)
-def test_shares_are_written_with_the_digits_that_matter(share, text):
-    assert percent(share) == text
-
-
 def test_what_is_not_finite_becomes_null_and_odd_characters_survive():
     feature = make_feature(1)._replace(maximum=math.inf, promoted=(("\ud800\x00</script>\u2028😀", math.nan),))
     chunks = io.BytesIO()
     index = pack([feature], {}, chunks)
-    assert index["maximum"] == [None]
+    assert unpack(compressed(index))["maximum"] == [None]
     assert unpack(chunks.getvalue())[0]["promoted"] == [["\ud800\x00</script>\u2028😀", None]]
     assert re.fullmatch(rb"[A-Za-z0-9+/=]+", compressed("</script>"))
 
@@ -140,11 +140,11 @@ def test_the_index_and_the_chunks_are_in_one_order(tmp_path):
         assert chunk[place % index["chunk"]]["feature"] == order[place]
 
 
-def test_the_index_finds_features_by_the_tokens_they_fire_on_and_promote():
+def test_the_index_finds_features_by_the_tokens_they_fire_on_and_those_of_their_logit_lens():
     feature, label = make_feature(5), make_label(5)
     index = pack([feature], {5: label}, io.BytesIO())
     assert index["fires_on"][0][0] == feature.top[0].tokens[feature.top[0].peak]
-    assert index["promotes"] == [[token for token, _ in feature.promoted[:5]]]
+    assert index["logit_lens"] == [[token for token, _ in feature.promoted[:5]]]
     assert index["score"] == [pytest.approx(label.scores["detection"].value, abs=5e-4)]
 
 
@@ -230,10 +230,10 @@ def test_the_run_is_shown_with_its_figures_and_what_they_mean(tmp_path):
     for words in ("blocks.2.hook_resid_post", "1,758 files", "1,500,000", "32.0", "0.096", "98.2%", "0.01%", "2.8%"):
         assert words in text
     titles = [e["text"] for e in Page(tmp_path / "report.html").all("strong")]
-    assert {"Normalized MSE", "Dead features", "Cross-entropy recovered", "Density", "Scores"} <= set(titles)
+    assert {"Normalized MSE", "Dead features", "Cross-entropy", "Density", "Scores"} <= set(titles)
     assert {"Found, by strength", "Decoder cosines", "Features a dimension"} <= set(titles)
     labels = [make_label(index) for index in range(40)]
-    (detection, *_) = summarize_scores(labels)
+    (detection, *_) = summarize_scores(label.scores for label in labels)
     assert f"the mean detection score is {detection.value:.2f}" in text
     assert f"with another feature's explanation in its place it is {detection.other_feature:.2f}" in text
 
@@ -253,13 +253,9 @@ def test_a_report_without_features_can_be_written(tmp_path):
     assert page.data("index")["feature"] == []
 
 
-def test_pictures_follow_the_page_and_their_ids_are_their_own(tmp_path):
-    page = write(tmp_path)
-    identities = [element["id"] for element in page.elements if "id" in element]
+def test_the_ids_of_a_page_are_its_own_whatever_pictures_are_on_it(tmp_path):
+    identities = [element["id"] for element in write(tmp_path).elements if "id" in element]
     assert len(identities) == len(set(identities))
-    for figure in run_figures(make_run().metrics, {}, make_run().density_F):
-        assert "var(--curve)" in figure.svg
-        assert not re.search(r"#[0-9a-f]{6}|style=|font-family", figure.svg)
 
 
 def test_what_a_run_is_called_is_text_and_no_markup(tmp_path):
@@ -300,7 +296,7 @@ def test_the_figures_of_a_run_are_read_up_to_a_torn_line(tmp_path):
 
 
 def test_the_page_of_a_text_holds_its_tokens_and_the_explanations_of_what_fires(tmp_path):
-    tokens = [TextToken("def", ((4, 1.0), (3, 2.0))), TextToken(" x", ())]
+    tokens = [TextToken("def", ((3, 2.0), (4, 1.0))), TextToken(" x", ())]
     labels = {3: make_label(3), 5: make_label(5)}
     write_text_page(tmp_path / "text.html", make_run(), tokens, labels, [make_feature(3), make_feature(5)])
     data = Page(tmp_path / "text.html").data("text-data")
@@ -308,7 +304,6 @@ def test_the_page_of_a_text_holds_its_tokens_and_the_explanations_of_what_fires(
     assert data["explanations"] == {"3": make_label(3).explanation}
     assert data["maxima"] == {"3": make_feature(3).maximum}
     assert data["fires_on"]["3"][0] == TOKENS[3]
-    assert data["report"] == "report.html"
 
 
 # ---- the style ----

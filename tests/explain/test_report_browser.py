@@ -268,7 +268,7 @@ def test_a_link_shows_all_of_a_feature(browser, report):
         f"{score.value:.2f} {score.low:.2f} to {score.high:.2f}",
         "24 of 25",
         f"{feature.maximum:.3g}",
-        "FEATURE_INDEX = 25\nCOEFFICIENT = ",
+        "python demo.py FEATURE_INDEX=25 COEFFICIENT=1.0",
         "75\u2013100% of the maximum",
         "detection: 22 of 23 right, 1 without an answer",
         "✗ wrongheld-out passage: fires, judged: does not fire",
@@ -281,7 +281,7 @@ def test_a_link_shows_all_of_a_feature(browser, report):
     assert len(find_all(browser, ".bar")) == 50
     shares = [text(browser, f".columns section:nth-child({n}) .number") for n in (1, 2, 3, 4)]
     assert shares == ["+3.00", "\u22123.00", "0.60", "54%"]
-    columns = ["Promotes", "Suppresses", "Nearest", "Fires together with"]
+    columns = ["Logit lens: raised", "Logit lens: lowered", "Nearest", "Fires together with"]
     assert [element.text for element in find_all(browser, ".columns h3")] == columns
     sizes = [len(section.find_elements(By.TAG_NAME, "li")) for section in find_all(browser, ".columns section")]
     assert sizes == [len(feature.promoted), len(feature.suppressed), 5, 5]
@@ -345,14 +345,12 @@ def test_spaces_and_line_breaks_can_be_seen(browser, report):
     assert browser.execute_script(content) == '"⏎"'
 
 
-def test_the_lines_of_the_demo_can_be_copied(browser, report):
+def test_the_command_that_steers_with_a_feature_can_be_copied(browser, report):
     open_feature(browser, report, 25)
     find(browser, ".code button").click()
     wait(browser, "return document.querySelector('.code button').textContent === 'Copied'")
     find(browser, "#search").send_keys(Keys.CONTROL, "v")
-    pasted = find(browser, "#search").get_property("value")
-    assert pasted.startswith("FEATURE_INDEX = 25")
-    assert "COEFFICIENT = " in pasted
+    assert find(browser, "#search").get_property("value") == "python demo.py FEATURE_INDEX=25 COEFFICIENT=1.0"
 
 
 def test_a_link_to_a_neighbour_opens_it(browser, report):
@@ -371,9 +369,9 @@ def test_a_feature_that_is_not_in_the_report_is_named_and_not_linked(browser, re
 
 def test_a_feature_without_an_explanation_says_why(browser, report):
     open_feature(browser, report, 18)
-    assert "The explainer saw no pattern in its passages. nothing in common" in text(browser)
+    assert "the explainer found no pattern: nothing in common" in text(browser)
     open_feature(browser, report, 19)
-    assert "It never fired on this corpus" in text(browser)
+    assert "it never fired on the corpus" in text(browser)
     open_feature(browser, report, 14)
     assert text(browser, "#feature h1") == "Not explained"
     assert not find_all(browser, "#feature .notice")

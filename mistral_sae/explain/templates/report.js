@@ -30,13 +30,13 @@ function terms(query) {
 }
 
 function matcher(query, scope) {
-  const { feature, explanation, fires_on, promotes } = state.index;
+  const { feature, explanation, fires_on, logit_lens } = state.index;
   const wanted = terms(query), inText = scope === "anywhere" || scope === "explanation";
   const tokensOf = {
-    anywhere: (i) => [...fires_on[i], ...promotes[i]],
+    anywhere: (i) => [...fires_on[i], ...logit_lens[i]],
     explanation: () => [],
     fires: (i) => fires_on[i],
-    promotes: (i) => promotes[i],
+    lens: (i) => logit_lens[i],
   }[scope];
   return (i) => {
     const text = inText ? explanation[i] : "", tokens = tokensOf(i);
@@ -47,15 +47,16 @@ function matcher(query, scope) {
   };
 }
 
+const isInput = (i) => state.index.same_token[i] >= state.index.input_share;
+const isOutput = (i) => state.index.predicted_next[i] >= state.index.output_share;
+
 function filters() {
-  const { explanation, maximum, score, is_input, is_output } = state.index;
+  const { explanation, maximum, score } = state.index;
   const chosen = [];
   const add = (id, tests) => $(id).value && chosen.push(tests[$(id).value]);
   add("explained", { yes: (i) => explanation[i] !== "", no: (i) => explanation[i] === "" });
   add("alive", { alive: (i) => maximum[i] > 0, dead: (i) => !(maximum[i] > 0) });
-  add("kind", {
-    input: (i) => is_input[i], output: (i) => is_output[i], neither: (i) => !is_input[i] && !is_output[i],
-  });
+  add("kind", { input: isInput, output: isOutput, neither: (i) => !isInput(i) && !isOutput(i) });
   if ($("least").value) chosen.push((i) => score[i] !== null && score[i] >= Number($("least").value));
   if ($("search").value.trim()) chosen.push(matcher($("search").value, $("scope").value));
   return chosen;
@@ -148,30 +149,22 @@ function goTo(place, { focus = true } = {}) {
 
 // ---- a feature ----
 
-const STATUS = {
-  "no pattern": "The explainer saw no pattern in its passages.",
-  unparsed: "The explainer's answer could not be read.",
-  dead: "It never fired on this corpus, so there is nothing to explain.",
-  rare: "It fired too seldom: there is no passage to explain it from.",
-};
-
 function heading(record, i) {
-  const { label } = record, { is_input, is_output } = state.index;
+  const { label } = record, { same_token, predicted_next, maximum } = state.index;
   const tag = (...children) => h("span", { class: "tag" }, children);
-  const [same, promoted] = record.kind;
   return h("header", {},
     h("div", { class: "above" }, h("p", { class: "eyebrow" }, `Feature ${record.feature}`), neighbours(i)),
     label?.explanation
       ? h("h1", { tabindex: "-1" }, words(label.explanation))
       : h("h1", { tabindex: "-1", class: "unnamed" }, "Not explained"),
     label && label.status !== "ok" && h("p", { class: "notice" },
-      STATUS[label.status] ?? `Not explained: ${label.status}.`, label.reason && [" ", words(label.reason)]),
+      label.meaning, label.reason !== label.meaning && label.reason && [": ", words(label.reason)]),
     h("p", { class: "tags" },
       label?.explanation && tag("explained by ", words(label.explainer), label.explainer === "offline" && ", without a model"),
-      is_input[i] && tag("input feature"), is_output[i] && tag("output feature")),
-    state.index.maximum[i] > 0 && h("p", { class: "small" },
-      `${percent(same)} of its passages peak on one and the same token; `,
-      `in ${percent(promoted)} the token after the peak is one that it promotes.`));
+      isInput(i) && tag("input feature"), isOutput(i) && tag("output feature")),
+    maximum[i] > 0 && h("p", { class: "small" },
+      `${percent(same_token[i])} of its passages peak on one and the same token; `,
+      `in ${percent(predicted_next[i])} the token after the peak is one that it raises in the logit lens.`));
 }
 
 /** Links to the features before and after it in the list. */
@@ -209,14 +202,14 @@ function histogram(bins, maximum) {
 }
 
 function steering(feature) {
-  const lines = h("pre", {}, `FEATURE_INDEX = ${feature}\nCOEFFICIENT = ${state.index.coefficient.toFixed(1)}`);
+  const command = h("pre", {}, `python demo.py FEATURE_INDEX=${feature} COEFFICIENT=1.0`);
   const button = h("button", { type: "button" }, "Copy");
   button.addEventListener("click", async () => {
-    button.textContent = (await copy(lines)) ? "Copied" : "Selected, press Ctrl-C";
+    button.textContent = (await copy(command)) ? "Copied" : "Selected, press Ctrl-C";
     setTimeout(() => (button.textContent = "Copy"), 2000);
   });
-  return h("section", { class: "steer" }, h("h2", {}, "Steer with it"), h("div", { class: "code" }, lines, button),
-    h("p", { class: "small" }, "Two lines of demo.py; the coefficient is in units of the feature's maximum."));
+  return h("section", { class: "steer" }, h("h2", {}, "Steer with it"), h("div", { class: "code" }, command, button),
+    h("p", { class: "small" }, "The coefficient is in units of the feature's maximum."));
 }
 
 /** Copy an element's text; where the clipboard is closed to the scripts of a file, through the selection. */
@@ -292,8 +285,8 @@ function connections(record) {
     return [name, value, shown(value)];
   };
   return h("section", {}, h("h2", {}, "What it is connected to"), h("div", { class: "columns" },
-    ranked("Promotes", "tokens whose logits it raises most", record.promoted.map(token)),
-    ranked("Suppresses", "tokens whose logits it lowers most", record.suppressed.map(token)),
+    ranked("Logit lens: raised", "tokens whose logits its decoder row raises most", record.promoted.map(token)),
+    ranked("Logit lens: lowered", "tokens whose logits it lowers most", record.suppressed.map(token)),
     ranked("Nearest", "features by the cosine of their decoder rows", record.nearest.map(feature(two))),
     ranked("Fires together with", "features, by the share of its tokens", record.coactive.map(feature(percent)))));
 }

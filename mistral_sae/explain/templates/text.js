@@ -3,7 +3,7 @@
 const MOST = 50; // features listed for the whole text
 
 async function startText() {
-  const { report, tokens, explanations, maxima, fires_on } = await unpack($("text-data").textContent);
+  const { tokens, explanations, maxima, fires_on } = await unpack($("text-data").textContent);
   const strongest = new Map(); // feature -> its largest activation in the text
   for (const [, features] of tokens) {
     for (const [feature, value] of features) strongest.set(feature, Math.max(value, strongest.get(feature) ?? 0));
@@ -50,7 +50,7 @@ async function startText() {
     return h("li", { "--share": share([feature, value]) },
       h("button", { type: "button", class: explanations[feature] ? "quiet" : "quiet unnamed",
         title: "Where in the text it fires", onclick: () => shade(feature) }, name),
-      h("span", { class: "numbers" }, h("a", { href: `${report}#feature=${feature}` }, `#${feature}`),
+      h("span", { class: "numbers" }, h("a", { href: `report.html#feature=${feature}` }, `#${feature}`),
         h("span", {}, figure(value)), h("span", {}, relative)));
   }
 
