@@ -65,7 +65,7 @@ def main() -> None:
     if skipped.count:
         print(skipped.summary())
 
-    sae, density_F = trainer.sae, density(trainer, history)
+    sae, density_F = trainer.sae, trainer.counts.density_F()
     dead_fraction = len(trainer.find_dead()) / training.d_hidden
     if model.last_layer is not None:
         del trainer, batches, model, evaluate  # with the moments this makes room for the whole model
@@ -219,7 +219,7 @@ def save(trainer: Trainer, history: list[dict[str, Any]], model: LanguageModel, 
     """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
     layer = config.TARGET_LAYER
     metadata = Metadata(model.name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
-    save_sae(run_dir / "sae", trainer.sae, metadata, density(trainer, history), trainer.counts.maximum_F)
+    save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.density_F(), trainer.counts.maximum_F)
     save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history)
 
 

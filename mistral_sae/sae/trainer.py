@@ -167,4 +167,5 @@ def load_checkpoint(path: Path, trainer: Trainer, shaping: dict[str, Any]) -> li
             "or RESUME=False to start over in this one"
         )
     trainer.load(tensors)
+    trainer.counts.tokens = metadata["history"][-1]["tokens"]
     return metadata["history"]
