@@ -175,7 +175,7 @@ def train(
                 progress.set_postfix_str(f"normalized MSE {record['normalized_mse']:.3f}, dead {record['dead']}")
                 figures = []
             if save_now:
-                save(trainer, history, evaluate.model, corpus, run_dir)
+                save(trainer, history, evaluate.model.name, corpus, run_dir)
             if not figures:  # neither the evaluation nor the checkpoint counts towards the next ones
                 started = time.monotonic()
 
@@ -215,10 +215,10 @@ def check_loss(losses: list[float], step: int, run_dir: Path) -> None:
     )
 
 
-def save(trainer: Trainer, history: list[dict[str, Any]], model: LanguageModel, corpus: Corpus, run_dir: Path) -> None:
+def save(trainer: Trainer, history: list[dict[str, Any]], model_name: str, corpus: Corpus, run_dir: Path) -> None:
     """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
     layer = config.TARGET_LAYER
-    metadata = Metadata(model.name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
+    metadata = Metadata(model_name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
     save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.density_F(), trainer.counts.maximum_F)
     save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history)
 

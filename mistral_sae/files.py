@@ -25,13 +25,13 @@ class SAEError(UserError):
     """A checkpoint that cannot be used. One line: what was found, what was expected, what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, sync it and rename it: a reader never sees half of one."""
     os.replace(write_beside(path, write), path)
     sync_folder(path.parent)
 
 
-def write_beside(path: Path, write: Callable[[Path], None]) -> Path:
+def write_beside(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` make a synced file beside `path` and return where; nothing stays behind if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -133,5 +133,5 @@ def hash_of(description: Any, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(repr(description).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

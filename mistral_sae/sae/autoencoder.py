@@ -47,6 +47,8 @@ class SparseAutoencoder(nn.Module):
     the encoder product touches a few features' rows.
     """
 
+    threshold: Tensor  # (F) of a JumpReLU autoencoder
+
     def __init__(
         self,
         d_model: int,

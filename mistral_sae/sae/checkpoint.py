@@ -13,7 +13,7 @@ import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mistral_sae.cli import one_line
 from mistral_sae.files import SAEError, hash_of, opened, sync_folder, write_beside
-from mistral_sae.model.language_model import LanguageModel, ModelSpec
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
@@ -84,7 +83,18 @@ class LoadedSAE(NamedTuple):
     maximum: Tensor | None = None  # (F) largest activation late in training, on the CPU; None in what others saved
 
 
-def check_model(loaded: LoadedSAE, model: LanguageModel | ModelSpec) -> None:
+class Model(Protocol):
+    """What `check_model` needs to know of a language model, loaded or not."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def d_model(self) -> int: ...  # noqa: D102
+    @property
+    def n_layers(self) -> int: ...  # noqa: D102
+
+
+def check_model(loaded: LoadedSAE, model: Model) -> None:
     """Raise SAEError unless the autoencoder has the width of the model, and the model its layer."""
     width, layer = loaded.sae.d_model, loaded.metadata.residual_layer
     if width != model.d_model or layer >= model.n_layers:
@@ -96,7 +106,7 @@ def check_model(loaded: LoadedSAE, model: LanguageModel | ModelSpec) -> None:
 
 
 def hash_of_sae(sae: SparseAutoencoder) -> str:
-    """By which an autoencoder is known again, whatever its folder is called."""
+    """SHA-256 of the autoencoder's sizes and weights."""
     config = (sae.d_model, sae.n_features, sae.k, sae.activation, sae.normalize, sae.center)
     return hash_of(config, sae.state_dict())
 
@@ -116,7 +126,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-# Save
+# ---- save ----
 
 
 def save_sae(
@@ -141,24 +151,16 @@ def save_sae(
 
     statistics = {}
     if sparsity_F is not None:
-        shape, low, high = tuple(sparsity_F.shape), *(bound.item() for bound in sparsity_F.aminmax())
-        if shape != (sae.n_features,) or not 0 <= low <= high <= 1:
-            raise SAEError(
-                f"found sparsity of shape {shape} from {low:.3g} to {high:.3g}, expected ({sae.n_features},) "
-                "and 0 to 1: pass firing frequencies, not their logarithms"
-            )
+        _check_statistic("sparsity", sparsity_F, sae.n_features, 1, "firing frequencies, not their logarithms")
         statistics["sparsity"] = torch.log10(sparsity_F.detach().float() + NEVER_FIRED)
     if maximum_F is not None:
-        shape, (low, high) = tuple(maximum_F.shape), (bound.item() for bound in maximum_F.aminmax())
-        if sparsity_F is None or shape != (sae.n_features,) or not 0 <= low <= high < float("inf"):
-            raise SAEError(
-                f"found maxima of shape {shape} from {low:.3g} to {high:.3g}, expected ({sae.n_features},), at least "
-                "0, and firing frequencies beside them: pass both"
-            )
+        _check_statistic("maxima", maximum_F, sae.n_features, torch.finfo().max, "finite activations")
+        if sparsity_F is None:
+            raise SAEError("found maxima without firing frequencies, expected both: pass sparsity_F")
         statistics["maximum"] = maximum_F
 
     # The slow part: everything is written next to whatever is there, which stays as it is.
-    new = {CFG: write_beside(folder / CFG, lambda path: path.write_text(cfg, encoding="utf-8"))}
+    new = {CFG: write_beside(folder / CFG, lambda path: path.write_bytes(cfg.encode()))}
     if statistics:
         new[SPARSITY] = write_beside(folder / SPARSITY, lambda path: save_file(_exported(statistics), path))
     new[WEIGHTS] = write_beside(folder / WEIGHTS, lambda path: save_file(_exported(tensors), path))
@@ -174,6 +176,15 @@ def save_sae(
         if name in new:
             os.replace(new[name], folder / name)
             sync_folder(folder)
+
+
+def _check_statistic(name: str, values_F: Tensor, n_features: int, highest: float, wanted: str) -> None:
+    low, high = (bound.item() for bound in values_F.aminmax())
+    if values_F.shape != (n_features,) or not 0 <= low <= high <= highest:
+        raise SAEError(
+            f"found {name} of shape {tuple(values_F.shape)} from {low:.3g} to {high:.3g}, expected ({n_features},) and "
+            f"0 to {highest:g}: pass {wanted}"
+        )
 
 
 def _exported(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,7 +223,7 @@ def _cfg(sae: SparseAutoencoder, metadata: Metadata) -> dict[str, Any]:
     return cfg
 
 
-# Load
+# ---- load ----
 
 
 def load_sae(source: str | Path, *, hook_name: str | None = None, device: torch.device | str = "cpu") -> LoadedSAE:
@@ -237,8 +248,9 @@ def load_sae(source: str | Path, *, hook_name: str | None = None, device: torch.
     shapes = _shapes(d_model, n_features, activation)
     with opened(weights) as file:
         _check_tensors(file, shapes, weights)
-        options = {"activation": activation, "normalize": normalize, "center": center, "device": device}
-        sae = SparseAutoencoder(d_model, n_features, k, **options)
+        sae = SparseAutoencoder(
+            d_model, n_features, k, activation=activation, normalize=normalize, center=center, device=device
+        )
         for name in shapes:
             # Copied in: W_enc stays the transposed view of an (F, D) block, and nothing maps the file.
             getattr(sae, name).data.copy_(file.get_tensor(name))
@@ -286,18 +298,17 @@ def _download(repository: str, subfolder: str) -> Path:
         ) from None
 
 
-REQUIRED = object()
+REQUIRED: Any = object()
+Field = TypeVar("Field")
 
 
-def _field(cfg: dict[str, Any], key: str, kind: type, where: Path, default: Any = REQUIRED) -> Any:
+def _field(cfg: dict[str, Any], key: str, kind: type[Field], where: Path, default: Any = REQUIRED) -> Field:
     """The entry `key` of a configuration, of type `kind`; `default` where it is missing or null."""
     found = cfg.get(key)
     if found is None and default is not REQUIRED:
         return default
     if key not in cfg:
         raise SAEError(f"found no {key} in {where}, expected one ({kind.__name__}): is it an SAE Lens checkpoint?")
-    if kind is float and type(found) is int:
-        found = float(found)
     if type(found) is not kind:  # not isinstance: True is no int here
         raise SAEError(f"found {key} = {found!r} in {where}, expected {kind.__name__}: copy the file again")
     return found
@@ -324,7 +335,7 @@ def _metadata(cfg: dict[str, Any], where: Path, hook_name: str | None) -> Metada
 def _activation(cfg: dict[str, Any], where: Path, n_features: int) -> tuple[str, int]:
     """The activation in SparseAutoencoder's terms, and K: F where every feature may be active."""
     lens_version = (cfg.get("metadata") or {}).get("sae_lens_version") or cfg.get("sae_lens_version")
-    is_of_2024 = int(re.match(r"\d*", str(lens_version))[0] or 0) < 6
+    is_of_2024 = int(str(lens_version).partition(".")[0] or 0) < 6 if lens_version else True
     architecture = _field(cfg, "architecture", str, where, "standard" if is_of_2024 else REQUIRED)
     function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     activation = ACTIVATIONS.get((architecture, str(function)))

@@ -22,6 +22,7 @@ HELD_LOGITS = 5  # log-probabilities clean and spliced, and what their divergenc
 class Model(Protocol):
     """What cross-entropy needs of a language model."""
 
+    name: str
     device: torch.device
     vocab_size: int
     last_layer: int | None  # None if all of it is loaded
@@ -52,7 +53,7 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
     """Measure over batches of residuals (B, D). Means and variances are over all of them, in float64."""
     counts = Counts(sae.n_features, sae.W_dec.device)
     errors = {"z": 0.0, "x": 0.0}
-    sums, squares = {"z": 0.0, "x": 0.0}, {"z": 0.0, "x": 0.0}
+    sums, squares = {s: torch.zeros(sae.d_model, dtype=torch.float64) for s in errors}, dict.fromkeys(errors, 0.0)
     for batch in batches:
         x = batch.float()
         encoded = sae.encode(x)
@@ -60,7 +61,7 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
         z, mean, std = sae.standardize(x)
         for space, true, found in (("x", x, x_hat), ("z", z, (x_hat - mean) / std)):
             errors[space] += (true - found).double().square().sum().item()
-            sums[space] += true.double().sum(dim=0)
+            sums[space] += true.double().sum(dim=0).cpu()
             squares[space] += true.double().square().sum().item()
         counts.add(encoded.values, encoded.indices)
     count, density = counts.tokens, counts.density_F()
@@ -136,8 +137,8 @@ class Evaluator:
         mean = (torch.stack(sums).sum(dim=0) / self.n_tokens).float()
         totals = torch.zeros(2, dtype=torch.float64)
         for tokens in Progress(self._parts(), desc="cross-entropy without the layer", leave=False):
-            for i, replace in enumerate((mean.expand_as, torch.zeros_like)):
-                logprobs = self.model.log_probabilities(tokens, self.layer, replace)
+            for i, constant in enumerate((mean, torch.zeros_like(mean))):
+                logprobs = self.model.log_probabilities(tokens, self.layer, constant.expand_as)
                 totals[i] += _negative_log_likelihood(logprobs, tokens)
         with_mean, with_zero = (totals / self.n_tokens).tolist()
         return with_mean, with_zero
