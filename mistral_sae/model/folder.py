@@ -1,30 +1,21 @@
-"""What a model's folder holds: layout, sizes, tensors. Reads headers only, imports nothing heavy."""
+"""What a model's folder holds: layout, sizes, tensors. Of the weights only the headers are read."""
 
 import json
-import struct
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mistral_sae.cli import UserError
+from safetensors import SafetensorError, safe_open
+
+from mistral_sae.cli import UserError, one_line
 
 MISTRAL_INFERENCE = "mistral-inference"
 TRANSFORMERS = "transformers"
 
-_REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
-# rope_theta, sliding_window and moe shape the model; the rest says nothing about its layers
-_KNOWN = {
-    *_REQUIRED,
-    "rope_theta",
-    "sliding_window",
-    "_sliding_window",
-    "moe",
-    "model_type",
-    "vision_encoder",
-} | {
-    "max_batch_size",
-    "max_seq_len",
-    "max_position_embeddings",
-}
+_REQUIRED = ["dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size"]
+# The first four shape the model, the others say nothing about its layers
+_OPTIONAL = ["rope_theta", "sliding_window", "_sliding_window", "moe", "model_type", "vision_encoder"]
+_OPTIONAL += ["max_batch_size", "max_seq_len", "max_position_embeddings"]
 _MODEL_TYPES = ("mistral", "mixtral")  # of a Hugging Face config.json
 
 
@@ -89,9 +80,11 @@ def open_folder(path: str | Path) -> ModelFolder:
     sharded = sorted(path.glob("model*.safetensors"))
     has_params, has_config = (path / "params.json").is_file(), (path / "config.json").is_file()
     if has_params and consolidated:
-        config, files, read = _read_json(path / "params.json"), consolidated, _sizes_of_params
+        config, files = _read_json(path / "params.json"), consolidated
+        sizes = _sizes_of_params(path, config)
     elif has_config and sharded:
-        config, files, read = _read_json(path / "config.json"), sharded, _sizes_of_config
+        config, files = _read_json(path / "config.json"), sharded
+        sizes = _sizes_of_config(path, config)
     elif not has_params and not has_config:
         raise ModelError(
             f"{path} holds no model: expected params.json and consolidated.safetensors (mistral-inference) "
@@ -102,37 +95,15 @@ def open_folder(path: str | Path) -> ModelFolder:
         found = f"only {pickled[0].name}, which is pickled and never read here" if pickled else "no weights"
         wanted = "consolidated.safetensors" if has_params else "model.safetensors"
         raise ModelError(f"{path} holds {found}: expected {wanted}; download or convert the weights as safetensors")
-    tensors = {}
-    for file in files:
-        tensors |= {name: (file, shape) for name, shape in _read_header(file).items()}
-    backend, d_model, n_layers, vocab_size = read(path, config)
-
-    counts = {"embedding": 0, "head": 0} | dict.fromkeys(range(n_layers), 0)
-    for name, (_, shape) in tensors.items():
-        part = _part(name)
-        if part in counts:
-            counts[part] += _product(shape)
-    if not counts["embedding"]:
-        raise ModelError(f"{path} has no token embedding in its weights: expected a whole {backend} model")
-    spec = ModelSpec(
-        _name(path),
-        backend,
-        d_model,
-        n_layers,
-        vocab_size,
-        counts["embedding"],
-        tuple(counts[layer] for layer in range(n_layers)),
-        counts["head"],
-        config.get("max_position_embeddings"),
-    )
-    return ModelFolder(path, spec, config, tensors)
+    tensors = {name: (file, shape) for file in files for name, shape in _shapes_in(file).items()}
+    return ModelFolder(path, _spec_of(path, config, sizes, tensors), config, tensors)
 
 
 def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of mistral-inference's tensors: embedding and layers 0..last_layer, or all."""
     D, hidden = params["dim"], params["hidden_dim"]
     q, kv = params["n_heads"] * params["head_dim"], params["n_kv_heads"] * params["head_dim"]
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "attention_norm": (D,),
         "attention.wq": (q, D),
         "attention.wk": (kv, D),
@@ -140,14 +111,14 @@ def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str
         "attention.wo": (D, q),
         "ffn_norm": (D,),
     }
-    feed_forward = {"w1": (hidden, D), "w2": (D, hidden), "w3": (hidden, D)}
+    feed_forward: dict[str, tuple[int, ...]] = {"w1": (hidden, D), "w2": (D, hidden), "w3": (hidden, D)}
     if moe := params.get("moe"):
         layer["feed_forward.gate"] = (moe["num_experts"], D)
         for expert in range(moe["num_experts"]):
             layer |= {f"feed_forward.experts.{expert}.{w}": shape for w, shape in feed_forward.items()}
     else:
         layer |= {f"feed_forward.{w}": shape for w, shape in feed_forward.items()}
-    shapes = {"tok_embeddings.weight": (params["vocab_size"], D)}
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (params["vocab_size"], D)}
     if last_layer is None:
         shapes |= {"norm.weight": (D,), "output.weight": (params["vocab_size"], D)}
     count = params["n_layers"] if last_layer is None else last_layer + 1
@@ -177,7 +148,7 @@ def _sizes_of_params(path: Path, params: dict[str, Any]) -> tuple[str, int, int,
     if missing:
         raise ModelError(f"{path}/params.json has no {', '.join(missing)}: expected mistral-inference's params.json")
     # A setting that is not understood here would change the residuals without a word
-    unknown = sorted(name for name, value in params.items() if name not in _KNOWN and value)
+    unknown = sorted(name for name, value in params.items() if value and name not in _REQUIRED + _OPTIONAL)
     if unknown:
         raise ModelError(
             f"{path}/params.json sets {', '.join(unknown)}: expected a model that mistral-inference 1.6 can "
@@ -196,18 +167,39 @@ def _sizes_of_config(path: Path, config: dict[str, Any]) -> tuple[str, int, int,
         raise ModelError(f"{path}/config.json has no {error}: expected a Mistral or Mixtral configuration") from None
 
 
+def _spec_of(
+    path: Path,
+    config: dict[str, Any],
+    sizes: tuple[str, int, int, int],
+    tensors: dict[str, tuple[Path, tuple[int, ...]]],
+) -> ModelSpec:
+    backend, d_model, n_layers, vocab_size = sizes
+    counts: dict[str | int | None, int] = {}
+    for name, (_, shape) in tensors.items():
+        counts[_part(name)] = counts.get(_part(name), 0) + math.prod(shape)
+    if not counts.get("embedding"):
+        raise ModelError(f"{path} has no token embedding in its weights: expected a whole {backend} model")
+    return ModelSpec(
+        _name(path),
+        backend,
+        d_model,
+        n_layers,
+        vocab_size,
+        counts["embedding"],
+        tuple(counts.get(layer, 0) for layer in range(n_layers)),
+        counts.get("head", 0),
+        config.get("max_position_embeddings"),
+    )
+
+
 def _part(name: str) -> str | int | None:
     """The part of the text model to which a tensor of either layout belongs, None for other tensors."""
     words = name.removeprefix("model.").split(".")
     if words[0] == "layers":
         return int(words[1])
     return {
-        "tok_embeddings": "embedding",
-        "embed_tokens": "embedding",
-        "norm": "head",
-        "output": "head",
-        "lm_head": "head",
-    }.get(words[0])
+        "tok_embeddings": "embedding", "embed_tokens": "embedding", "norm": "head", "output": "head", "lm_head": "head"
+    }.get(words[0])  # fmt: skip
 
 
 def _name(path: Path) -> str:
@@ -216,13 +208,6 @@ def _name(path: Path) -> str:
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -235,22 +220,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file: 8 bytes of header length, the header as JSON, the data."""
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, which must be whole."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            if length > size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        with safe_open(path, "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{path} is not a safetensors file ({error}): expected the model's weights; download it again"
+            f"{path} is cut short or no safetensors file ({one_line(error)}): expected the model's weights; "
+            "download it again"
         ) from None
-    if size < 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes: expected {8 + length + end}; it was cut short, download it again")
-    return shapes
