@@ -42,14 +42,6 @@ class ModelSpec(NamedTuple):
             return self.embedding_parameters + sum(self.layer_parameters) + self.head_parameters
         return self.embedding_parameters + sum(self.layer_parameters[: last_layer + 1])
 
-    def forward_bytes(self, tokens: int, element_bytes: int) -> int:
-        """About how many bytes a forward of so many tokens needs beside the weights, without the logits.
-
-        A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
-        width in its feed-forward layer three times over.
-        """
-        return tokens * self.d_model * (8 + 3 * 4) * element_bytes
-
 
 class ModelFolder(NamedTuple):
     """A folder whose layout is known."""
