@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,12 @@ from mistral_sae.cli import UserError, one_line
 MISTRAL_INFERENCE = "mistral-inference"
 TRANSFORMERS = "transformers"
 
-_REQUIRED = ["dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size"]
-# The first four shape the model, the others say nothing about its layers
+_SIZES = {
+    MISTRAL_INFERENCE: ["dim", "n_layers", "vocab_size"],
+    TRANSFORMERS: ["hidden_size", "num_hidden_layers", "vocab_size"],
+}
+# What a params.json holds. Of the optional ones the first four shape the model, the others say nothing about its layers
+_REQUIRED = [*_SIZES[MISTRAL_INFERENCE], "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps"]
 _OPTIONAL = ["rope_theta", "sliding_window", "_sliding_window", "moe", "model_type", "vision_encoder"]
 _OPTIONAL += ["max_batch_size", "max_seq_len", "max_position_embeddings"]
 _MODEL_TYPES = ("mistral", "mixtral")  # of a Hugging Face config.json
@@ -72,11 +77,9 @@ def open_folder(path: str | Path) -> ModelFolder:
     sharded = sorted(path.glob("model*.safetensors"))
     has_params, has_config = (path / "params.json").is_file(), (path / "config.json").is_file()
     if has_params and consolidated:
-        config, files = _read_json(path / "params.json"), consolidated
-        sizes = _sizes_of_params(path, config)
+        backend, files, config = MISTRAL_INFERENCE, consolidated, _read_params(path / "params.json")
     elif has_config and sharded:
-        config, files = _read_json(path / "config.json"), sharded
-        sizes = _sizes_of_config(path, config)
+        backend, files, config = TRANSFORMERS, sharded, _read_config(path / "config.json")
     elif not has_params and not has_config:
         raise ModelError(
             f"{path} holds no model: expected params.json and consolidated.safetensors (mistral-inference) "
@@ -88,7 +91,7 @@ def open_folder(path: str | Path) -> ModelFolder:
         wanted = "consolidated.safetensors" if has_params else "model.safetensors"
         raise ModelError(f"{path} holds {found}: expected {wanted}; download or convert the weights as safetensors")
     tensors = {name: (file, shape) for file in files for name, shape in _shapes_in(file).items()}
-    return ModelFolder(path, _spec_of(path, config, sizes, tensors), config, tensors)
+    return ModelFolder(path, _spec_of(path, backend, config, tensors), config, tensors)
 
 
 def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str, tuple[int, ...]]:
@@ -132,45 +135,55 @@ def check_tensors(folder: ModelFolder, last_layer: int | None) -> list[str]:
     return list(shapes)
 
 
-def _sizes_of_params(path: Path, params: dict[str, Any]) -> tuple[str, int, int, int]:
+def _read_params(path: Path) -> dict[str, Any]:
+    params = _read_json(path)
     model_type = params.get("model_type", "transformer")
     if model_type != "transformer":
-        raise ModelError(f"{path}/params.json is of a {model_type} model: expected a Mistral or Mixtral transformer")
-    missing = [name for name in _REQUIRED if name not in params]
-    if missing:
-        raise ModelError(f"{path}/params.json has no {', '.join(missing)}: expected mistral-inference's params.json")
+        raise ModelError(f"{path} is of a {model_type} model: expected a Mistral or Mixtral transformer")
+    _require(path, params, _REQUIRED)
     # A setting that is not understood here would change the residuals without a word
     unknown = sorted(name for name, value in params.items() if value and name not in _REQUIRED + _OPTIONAL)
     if unknown:
         raise ModelError(
-            f"{path}/params.json sets {', '.join(unknown)}: expected a model that mistral-inference 1.6 can "
+            f"{path} sets {', '.join(unknown)}: expected a model that mistral-inference 1.6 can "
             "run; use a Hugging Face copy of the model or another model"
         )
-    return MISTRAL_INFERENCE, params["dim"], params["n_layers"], params["vocab_size"]
+    return params
 
 
-def _sizes_of_config(path: Path, config: dict[str, Any]) -> tuple[str, int, int, int]:
-    model_type = config.get("model_type")
-    if model_type not in _MODEL_TYPES:
-        raise ModelError(f"{path}/config.json is of model type {model_type!r}: expected {' or '.join(_MODEL_TYPES)}")
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    if config.get("model_type") not in _MODEL_TYPES:
+        kinds = " or ".join(_MODEL_TYPES)
+        raise ModelError(f"{path} is of model type {config.get('model_type')!r}: expected {kinds}")
+    _require(path, config, _SIZES[TRANSFORMERS])
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return TRANSFORMERS, config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
-    except KeyError as error:
-        raise ModelError(f"{path}/config.json has no {error}: expected a Mistral or Mixtral configuration") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}): expected the model's configuration") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object: expected the model's configuration")
+    return content
+
+
+def _require(path: Path, config: dict[str, Any], names: list[str]) -> None:
+    if missing := [name for name in names if name not in config]:
+        raise ModelError(f"{path} has no {', '.join(missing)}: expected the configuration of a Mistral or Mixtral")
 
 
 def _spec_of(
-    path: Path,
-    config: dict[str, Any],
-    sizes: tuple[str, int, int, int],
-    tensors: dict[str, tuple[Path, tuple[int, ...]]],
+    path: Path, backend: str, config: dict[str, Any], tensors: dict[str, tuple[Path, tuple[int, ...]]]
 ) -> ModelSpec:
-    backend, d_model, n_layers, vocab_size = sizes
-    counts: dict[str | int | None, int] = {}
+    counts: Counter[str | int | None] = Counter()
     for name, (_, shape) in tensors.items():
-        counts[_part(name)] = counts.get(_part(name), 0) + math.prod(shape)
-    if not counts.get("embedding"):
+        counts[_part(name)] += math.prod(shape)
+    if not counts["embedding"]:
         raise ModelError(f"{path} has no token embedding in its weights: expected a whole {backend} model")
+    d_model, n_layers, vocab_size = (config[name] for name in _SIZES[backend])
     return ModelSpec(
         _name(path),
         backend,
@@ -178,8 +191,8 @@ def _spec_of(
         n_layers,
         vocab_size,
         counts["embedding"],
-        tuple(counts.get(layer, 0) for layer in range(n_layers)),
-        counts.get("head", 0),
+        tuple(counts[layer] for layer in range(n_layers)),
+        counts["head"],
         config.get("max_position_embeddings"),
     )
 
@@ -200,16 +213,6 @@ def _name(path: Path) -> str:
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}): expected the model's configuration") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object: expected the model's configuration")
-    return content
 
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
