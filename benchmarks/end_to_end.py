@@ -42,7 +42,7 @@ from mistral_sae import cli
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.documents import Document
 from mistral_sae.data.tokens import Corpus, batches, pack, prefetch
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import STANDIN, inspect, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.evaluate import reconstruction
@@ -64,7 +64,7 @@ def export(folder: Path) -> None:
     """Write the stand-in as a Hugging Face folder."""
     from transformers import MistralConfig
 
-    params = json.loads((lm.STANDIN / "params.json").read_text())
+    params = json.loads((STANDIN / "params.json").read_text())
     hf_config = MistralConfig(
         vocab_size=params["vocab_size"],
         hidden_size=params["dim"],
@@ -80,7 +80,7 @@ def export(folder: Path) -> None:
     )
     hf_config.architectures = ["MistralForCausalLM"]
     hf_config.save_pretrained(folder)
-    weights = to_hf(load_file(lm.STANDIN / "consolidated.safetensors"), params["head_dim"])
+    weights = to_hf(load_file(STANDIN / "consolidated.safetensors"), params["head_dim"])
     weights = {name: weight.float().contiguous() for name, weight in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     export_tokenizer(folder)
@@ -92,13 +92,13 @@ def export_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    tekken = json.loads((lm.STANDIN / "tekken.json").read_text())
+    tekken = json.loads((STANDIN / "tekken.json").read_text())
     names = bytes_to_unicode()
     n_special = tekken["config"]["default_num_special_tokens"]
     n_words = tekken["config"]["default_vocab_size"] - n_special
     words = [base64.b64decode(word["token_bytes"]) for word in tekken["vocab"][:n_words]]
     words = ["".join(names[byte] for byte in word) for word in words]
-    tokenizer = lm.load(None, last_layer=0, device="cpu").tokenizer
+    tokenizer = load_model(None, last_layer=0, device="cpu").tokenizer
     special = [tokenizer.token_bytes(id).decode() for id in range(n_special)]
     ids = {word: id for id, word in enumerate([*special, *words])}
     # tekken merges whichever neighbours make the word of the lowest rank, so every cut of a word is a merge
@@ -172,7 +172,7 @@ def runner_of(folder: Path, documents: list[Document]) -> tuple[Any, Any]:
     logging.getLogger("sae_lens").setLevel(logging.ERROR)  # it warns that a data set is given
     runner_config = LanguageModelSAERunnerConfig(
         sae=SAEConfig(
-            d_in=lm.inspect(lm.STANDIN).d_model, d_sae=config.D_HIDDEN, k=config.K, normalize_activations="layer_norm"
+            d_in=inspect(STANDIN).d_model, d_sae=config.D_HIDDEN, k=config.K, normalize_activations="layer_norm"
         ),
         model_name=str(folder / "hugging-face"),
         model_class_name="AutoModelForCausalLM",

@@ -10,7 +10,7 @@ import torch
 import config
 from benchmarks.machine import save
 from benchmarks.quality import BATCH, DEAD_AFTER, DECAY, LAYER, LEARNING_RATE, STEPS, WARM_UP, F, K, residual_batches
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 EVERY = 25  # steps a point of the curve
@@ -20,7 +20,7 @@ def main() -> None:
     """Train twice, save the curves."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    batches = residual_batches(lm.load(None, last_layer=LAYER), seed=0)
+    batches = residual_batches(load_model(None, last_layer=LAYER), seed=0)
     curves = {}
     for moments in ("float32", "bfloat16"):
         sizes = {"k_aux": config.K_AUX, "dead_after_tokens": DEAD_AFTER}

@@ -21,7 +21,7 @@ import config
 from benchmarks.machine import save
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.tokens import Corpus, batches, shuffle
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import LanguageModel, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import reconstruction
 from mistral_sae.sae.trainer import TrainConfig, Trainer
@@ -34,12 +34,12 @@ DEAD_AFTER = 200_000  # tokens; SAE Lens counts steps
 SEEDS = (0, 1, 2)
 
 
-def rows(model: lm.LanguageModel, held_out: bool, seed: int) -> Iterator:
+def rows(model: LanguageModel, held_out: bool, seed: int) -> Iterator:
     """Token rows of one part of the standard library."""
     return replace(Corpus.of(config), data_path="stdlib", seed=seed).rows(model.tokenizer, held_out=held_out)
 
 
-def residual_batches(model: lm.LanguageModel, seed: int) -> list[Tensor]:
+def residual_batches(model: LanguageModel, seed: int) -> list[Tensor]:
     """The residuals that all are trained on, (B, D) a step."""
     stream = shuffled_batches(
         shuffle(rows(model, False, seed), config.SHUFFLE_ROWS, seed), model, LAYER,
@@ -103,7 +103,7 @@ def theirs(batches: Iterator[Tensor], seed: int, learning_rate: float) -> tuple[
 def main() -> None:
     """Train, measure, save."""
     torch.set_num_threads(2)
-    model = lm.load(None, last_layer=LAYER)
+    model = load_model(None, last_layer=LAYER)
     held_out = [
         residuals_of(model, part, LAYER)
         for part in batches(islice(rows(model, True, 0), 0, None, config.EVALUATION_STRIDE), 16)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mistral_sae.files import SAEError
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load_model
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
 
 
@@ -15,20 +15,20 @@ def open_both(
     model_path: str | None,
     device: str | None,
     dtype: str | None,
-) -> tuple[LoadedSAE, lm.LanguageModel]:
+) -> tuple[LoadedSAE, LanguageModel]:
     """The autoencoder and the whole model, which fit each other. Prints what they are before the model is loaded.
 
     Args:
         sae_path: folder or hub name of the autoencoder; None for the one that train.py left in `run_dir`.
         hook_name: where the autoencoder belongs, if its folder says something else.
         model_path: the model's folder; None for the bundled stand-in.
-        device, dtype: as `lm.load` takes them.
+        device, dtype: as `load_model` takes them.
 
     Raises SAEError and ModelError.
     """
     source = where_it_is(sae_path, run_dir)
-    spec = lm.inspect(model_path or lm.STANDIN)
-    loaded = load_sae(source, hook_name=hook_name, device=lm.device_and_dtype(device, dtype)[0])
+    spec = inspect(model_path or STANDIN)
+    loaded = load_sae(source, hook_name=hook_name, device=device_and_dtype(device, dtype)[0])
     check_model(loaded, spec)
     metadata = loaded.metadata
     print(f"layer     {metadata.residual_layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
@@ -37,7 +37,7 @@ def open_both(
         print(
             f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
         )
-    return loaded, lm.load(model_path, device=device, dtype=dtype)
+    return loaded, load_model(model_path, device=device, dtype=dtype)
 
 
 def where_it_is(sae_path: str | None, run_dir: str) -> str | Path:

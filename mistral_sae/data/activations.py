@@ -4,21 +4,29 @@ Shapes: R rows a forward, T positions, D model width, B tokens a batch.
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mistral_sae.model.language_model import LanguageModel
+
+class ResidualModel(Protocol):
+    """What batches of residuals need of a language model."""
+
+    device: torch.device
+
+    def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
+        """The residual stream after `layer`, (B, T, D)."""
 
 
-def residuals_of(lm: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
+def residuals_of(model: ResidualModel, tokens_RT: Tensor, layer: int) -> Tensor:
     """Residuals of `layer` at all but the first position of each row, (R * (T - 1), D), row by row.
 
     The first position is the attention sink: its norm is up to a hundred times the others', and it says nothing.
     """
-    return lm.residuals(_sent(tokens_RT, lm.device), layer)[:, 1:].flatten(0, 1)
+    return model.residuals(_sent(tokens_RT, model.device), layer)[:, 1:].flatten(0, 1)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -28,7 +36,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def shuffled_batches(
     rows: Iterator[np.ndarray],
-    lm: LanguageModel,
+    model: ResidualModel,
     layer: int,
     *,
     batch_size: int,
@@ -61,41 +69,35 @@ def shuffled_batches(
     if rows_per_buffer < 1:
         raise ValueError(f"BUFFER_TOKENS must hold at least one row of {per_row} residuals: found {buffer_tokens}")
     number, offset = divmod(skip_batches * batch_size, rows_per_buffer * per_row)
-    rows = _resume(first, rows, number * rows_per_buffer)
+    rows = islice(chain([first], rows), number * rows_per_buffer, None)
     batch, filled = None, 0  # the batch that is being filled goes on in the next buffer
     while buffer := list(islice(rows, rows_per_buffer)):
-        tokens = torch.from_numpy(np.stack(buffer))
-        residuals = None
-        for start in range(0, len(tokens), rows_per_forward):
-            part = residuals_of(lm, tokens[start : start + rows_per_forward], layer)
-            if residuals is None:  # one allocation, filled in place: concatenating would need the memory twice
-                residuals = part.new_empty(len(tokens) * per_row, part.shape[1])
-            residuals[start * per_row : start * per_row + len(part)] = part
-        del part
-        generator = torch.Generator().manual_seed(_mix(seed, number))
-        order = torch.randperm(len(residuals), generator=generator)[offset:]
-        order = _sent(order, residuals.device)
+        residuals_ND = _residuals_of_buffer(torch.from_numpy(np.stack(buffer)), model, layer, rows_per_forward)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        order = torch.randperm(len(residuals_ND), generator=generator)[offset:]
+        order = _sent(order, residuals_ND.device)
         number, offset = number + 1, 0
         while len(order):
             if batch is None:
-                batch, filled = residuals.new_empty(batch_size, residuals.shape[1]), 0
+                batch, filled = residuals_ND.new_empty(batch_size, residuals_ND.shape[1]), 0
             taken, order = order[: batch_size - filled], order[batch_size - filled :]
-            torch.index_select(residuals, 0, taken, out=batch[filled : filled + len(taken)])
+            torch.index_select(residuals_ND, 0, taken, out=batch[filled : filled + len(taken)])
             filled += len(taken)
             if filled == batch_size:
                 yield batch
                 batch = None
+        del residuals_ND  # before the next buffer is made
 
 
-def _resume(first: np.ndarray, rows: Iterator[np.ndarray], skip: int) -> Iterator[np.ndarray]:
-    """The stream `first`, *rows without its first `skip` rows."""
-    if skip == 0:
-        yield first
-    else:
-        next(islice(rows, skip - 1, skip - 1), None)
-    yield from rows
-
-
-def _mix(seed: int, number: int) -> int:
-    """A seed of its own for each buffer."""
-    return (seed * 1_000_003 + number) % 2**63
+def _residuals_of_buffer(tokens_RT: Tensor, model: ResidualModel, layer: int, rows_per_forward: int) -> Tensor:
+    """Residuals of all rows; one allocation, filled in place: concatenating would need the memory twice."""
+    first, *parts = tokens_RT.split(rows_per_forward)
+    residuals = residuals_of(model, first, layer)
+    filled = len(residuals)
+    whole_ND = residuals.new_empty(len(tokens_RT) * (tokens_RT.shape[1] - 1), residuals.shape[1])
+    whole_ND[:filled] = residuals
+    for part in parts:
+        residuals = residuals_of(model, part, layer)
+        whole_ND[filled : filled + len(residuals)] = residuals
+        filled += len(residuals)
+    return whole_ND

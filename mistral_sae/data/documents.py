@@ -123,9 +123,7 @@ def check(data_path: str, text_field: str = "text") -> str:
     if data_path == "stdlib":
         python = f"{platform.python_implementation()} {platform.python_version()}"
         return f"standard library of {python}, {sum(1 for _ in documents(data_path)):,} files"
-    first = documents(data_path, text_field=text_field)
-    next(first)
-    first.close()
+    next(documents(data_path, text_field=text_field))
     kinds = " and ".join(sorted({_kind_of(path) for _, path in files}))
     size = size_of(sum(path.stat().st_size for _, path in files))
     return f"{len(files):,} file{'s' * (len(files) > 1)}, {size} of {kinds}"

@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
 
 
 def is_held_out(document_id: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part of its corpus.
+    """True if a document belongs to the held-out part of its corpus.
 
     A hash of the id decides, so the split needs no list, does not move when documents are added, and the part
     held out at a smaller fraction lies inside the part held out at a larger one.

@@ -1,10 +1,11 @@
-"""The two libraries that run a Mistral, behind the four things `LanguageModel` needs of them.
+"""The two libraries that run a Mistral, behind what `LanguageModel` needs of them.
 
-Each has `blocks`, the loaded layers; `run`, token ids to the final norm's output (its last loaded layer's,
-where only the first layers are loaded); `norm` and `head`, the last layer's output to logits, or None; and
-`new_cache`.
+mistral-inference calls xformers' `memory_efficient_attention`, which does not run on a CPU and whose compiled part
+loads only with the PyTorch it was built for. The function of that name below takes its place, through PyTorch's scaled
+dot product attention; of xformers only the descriptions of masks, which are plain Python, stay in use.
 
-Shapes: B rows, T positions, D model width.
+Shapes: B rows, T positions, D model width; in attention Q queries a row, K keys a row, H heads, E width of a head, S
+and N queries and keys of all rows.
 """
 
 from __future__ import annotations
@@ -13,20 +14,116 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from mistral_sae.model import attention
-from mistral_sae.model.folder import ModelError, ModelFolder, check_tensors
+from mistral_sae.model.folder import MISTRAL_INFERENCE, ModelError, ModelFolder, check_tensors
+
+
+class Backend(Protocol):
+    """A model, or its first layers, in one of the libraries."""
+
+    blocks: list[nn.Module]  # the loaded layers
+    norm: nn.Module | None  # the final norm; None where only the first layers are loaded
+    head: nn.Linear | None  # its output to logits; None likewise
+
+    def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
+        """The final norm's output (B, T, D), or the last loaded layer's, of rows that begin at position `start`."""
+
+    def new_cache(self, rows: int, length: int) -> Any:
+        """A KV cache for `run`."""
+
+
+def load_backend(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The model of a folder, or its embedding and layers 0..last_layer. Raises ModelError."""
+    kind = MistralInference if folder.spec.backend == MISTRAL_INFERENCE else Transformers
+    return kind(folder, last_layer, device, dtype)
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Let a library log nothing below an error: what it advises at load plays no part here."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class Transformers:
+    """A Mistral or Mixtral of a Hugging Face folder."""
+
+    def __init__(self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype):
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+        from transformers.utils import is_accelerate_available
+        from transformers.utils import logging as library
+
+        has_bars = library.is_progress_bar_enabled()
+        library.disable_progress_bar()
+        try:
+            with quiet("transformers"):  # it lists the layers that are left out on purpose
+                config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+                if last_layer is not None:
+                    # Layers beyond the configuration stay in the file, and so does the output matrix
+                    config.num_hidden_layers = last_layer + 1
+                loader: Any = AutoModelForCausalLM if last_layer is None else AutoModel
+                on_device = device.type != "cpu" and is_accelerate_available()
+                model, report = loader.from_pretrained(
+                    folder.path,
+                    config=config,
+                    dtype=dtype,
+                    device_map={"": device} if on_device else None,
+                    attn_implementation="sdpa",
+                    local_files_only=True,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # the report names the tensor, the error would not
+                    output_loading_info=True,
+                )
+        finally:
+            if has_bars:
+                library.enable_progress_bar()
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ModelError(f"{folder.path} has no tensor {missing[0]} ({len(missing)} missing): get the whole model")
+        if report["mismatched_keys"]:
+            name, found, expected = sorted(report["mismatched_keys"])[0]
+            raise ModelError(
+                f"{name} in {folder.path} has shape {tuple(found)}: expected {tuple(expected)} by "
+                "config.json, which belongs to another model or was edited"
+            )
+        model = model.to(device).eval().requires_grad_(False)
+        self._config = config
+        self._body = model if last_layer is not None else model.model
+        self.blocks = list(self._body.layers)
+        self.norm = None if last_layer is not None else self._body.norm
+        self.head = None if last_layer is not None else model.lm_head
+        # transformers 5.24 renamed it, and warns of the old name
+        renamed = "cache" in inspect.signature(self._body.forward).parameters
+        self._cache = "cache" if renamed else "past_key_values"
+
+    def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
+        """Hidden states (B, T, D); the cache knows where the rows begin."""
+        given = {self._cache: cache, "use_cache": cache is not None}
+        return self._body(input_ids=tokens_BT, **given).last_hidden_state
+
+    def new_cache(self, rows: int, length: int) -> Any:
+        """A KV cache, which grows as it is used."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._config)
 
 
 class MistralInference:
     """A model of a mistral-inference folder: dense, sliding-window or mixture-of-experts."""
 
     def __init__(self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype):
-        attention.install()
+        install_attention()
         from mistral_inference.args import TransformerArgs
         from mistral_inference.moe import MoeArgs
         from mistral_inference.transformer import Transformer
@@ -47,18 +144,22 @@ class MistralInference:
         model.load_state_dict(_read_tensors(folder, names, device, dtype), assign=True)
         self._model = model.eval().requires_grad_(False)
         self._args, self._device, self._dtype = args, device, dtype
-        self._windows = _windows(params)[: args.n_layers]
+        # The sliding window of each layer, None for full attention; a shorter list is a pattern
+        window = params.get("sliding_window") or params.get("_sliding_window")
+        pattern = window if isinstance(window, list) else [window]
+        self._windows = [pattern[layer % len(pattern)] for layer in range(args.n_layers)]
         # Mistral 7B v0.1, the one with a sliding window, has 10,000, which its params.json does not say
         self._theta = params.get("rope_theta") or (1e6 if self._windows[0] is None else 1e4)
-        self._rotary_table: torch.Tensor | None = None
+        self._rotary_table: Tensor | None = None
         self.blocks = list(model.layers.values())
         self.norm, self.head = model.norm, model.output
 
-    def run(self, tokens_BT: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
+    def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
         """Hidden states (B, T, D) of rows that begin at position `start`; `cache` is of `new_cache`."""
         B, T = tokens_BT.shape
+        views: list[Any]
         if cache is None:
-            view_of = {window: attention.CausalView(B, T, window) for window in set(self._windows)}
+            view_of = {window: CausalView(B, T, window) for window in set(self._windows)}
             views = [view_of[window] for window in self._windows]
         else:
             metadata = cache.get_input_metadata([T] * B)
@@ -69,8 +170,8 @@ class MistralInference:
             hidden = block(hidden, rotary, view)
         if cache is not None:
             cache.update_seqlens([T] * B)
-        if self._model.norm is not None:
-            hidden = self._model.norm(hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         return hidden.view(B, T, -1)
 
     def new_cache(self, rows: int, length: int) -> Any:
@@ -81,109 +182,107 @@ class MistralInference:
         heads, width = self._args.n_kv_heads, self._args.head_dim
         return BufferCache(len(windows), rows, length, heads, width, windows).to(self._device, self._dtype)
 
-    def _rotary(self, length: int) -> torch.Tensor:
+    def _rotary(self, length: int) -> Tensor:
         """Rotary factors (length, head_dim / 2), from a table that grows with the longest row seen."""
         from mistral_inference.rope import precompute_freqs_cis
 
         if self._rotary_table is None or len(self._rotary_table) < length:
             size = 1 << max(10, (length - 1).bit_length())
-            table = precompute_freqs_cis(self._args.head_dim, size, self._theta)
-            self._rotary_table = table.to(self._device)
+            self._rotary_table = precompute_freqs_cis(self._args.head_dim, size, self._theta).to(self._device)
         return self._rotary_table[:length]
 
 
-class Transformers:
-    """A Mistral or Mixtral of a Hugging Face folder."""
-
-    def __init__(self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype):
-        with _quiet_transformers():
-            from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-            from transformers.utils import is_accelerate_available
-
-            config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
-            if last_layer is not None:
-                # Layers beyond the configuration stay in the file, and so does the output matrix
-                config.num_hidden_layers = last_layer + 1
-            loader = AutoModelForCausalLM if last_layer is None else AutoModel
-            on_device = device.type != "cpu" and is_accelerate_available()
-            model, report = loader.from_pretrained(
-                folder.path,
-                config=config,
-                dtype=dtype,
-                device_map={"": device} if on_device else None,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # the report names the tensor, the error would not
-                output_loading_info=True,
-            )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ModelError(f"{folder.path} has no tensor {missing[0]} ({len(missing)} missing): get the whole model")
-        if report["mismatched_keys"]:
-            name, found, expected = sorted(report["mismatched_keys"])[0]
-            raise ModelError(
-                f"{name} in {folder.path} has shape {tuple(found)}: expected {tuple(expected)} by "
-                "config.json, which belongs to another model or was edited"
-            )
-        model = model.to(device).eval().requires_grad_(False)
-        self._config = config
-        self._body = model if last_layer is not None else model.model
-        self.blocks = list(self._body.layers)
-        self.norm: nn.Module | None = None if last_layer is not None else self._body.norm
-        self.head: nn.Module | None = None if last_layer is not None else model.lm_head
-        # transformers 5.24 renamed it, and warns of the old name
-        renamed = "cache" in inspect.signature(self._body.forward).parameters
-        self._cache = "cache" if renamed else "past_key_values"
-
-    def run(self, tokens_BT: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
-        """Hidden states (B, T, D); the cache knows where the rows begin."""
-        given = {self._cache: cache, "use_cache": cache is not None}
-        return self._body(input_ids=tokens_BT, **given).last_hidden_state
-
-    def new_cache(self, rows: int, length: int) -> Any:
-        """A KV cache, which grows as it is used."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self._config)
-
-
-def _windows(params: dict[str, Any]) -> list[int | None]:
-    """The sliding window of each layer, None for full attention; a shorter list is a pattern."""
-    window = params.get("sliding_window") or params.get("_sliding_window")
-    pattern = window if isinstance(window, list) else [window]
-    return [pattern[layer % len(pattern)] for layer in range(params["n_layers"])]
-
-
-def _read_tensors(
-    folder: ModelFolder, names: list[str], device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: ModelFolder, names: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """The named tensors and no others, straight to the device."""
-    from safetensors import safe_open
-
-    tensors = {}
     with ExitStack() as stack:
-        files = {}
-        for name in names:
-            path, _ = folder.tensors[name]
-            if path not in files:
-                files[path] = stack.enter_context(safe_open(path, "pt", device=str(device)))
-            tensors[name] = files[path].get_tensor(name).to(dtype)
-    return tensors
+        paths = {folder.tensors[name][0] for name in names}
+        files = {path: stack.enter_context(safe_open(path, "pt", device=str(device))) for path in paths}
+        return {name: files[folder.tensors[name][0]].get_tensor(name).to(dtype) for name in names}
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing a bar and from listing the layers that are left out on purpose."""
-    from transformers.utils import logging as library
+# ---- attention for mistral-inference ----
 
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, library.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            library.enable_progress_bar()
+
+def install_attention() -> None:
+    """Let mistral-inference use this module's attention, in this process; a second call changes nothing."""
+    with quiet("xformers"):  # it complains at import of compiled parts that are not used here
+        from mistral_inference import transformer_layers
+
+    transformer_layers.memory_efficient_attention = memory_efficient_attention
+
+
+class CausalView:
+    """What a block of mistral-inference needs of a cache when there is none: the causal mask.
+
+    Without it the block calls attention with no mask at all, so that every token sees every other, of other
+    rows too.
+    """
+
+    prefill = True
+
+    def __init__(self, rows: int, length: int, window: int | None):
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        mask = BlockDiagonalCausalMask.from_seqlens([length] * rows, device=torch.device("cpu"))
+        self.mask = mask if window is None else mask.make_local_attention(window)
+
+    def interleave_kv(self, key_NHE: Tensor, value_NHE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values as they are: nothing lies before them."""
+        return key_NHE, value_NHE
+
+    def update(self, key_NHE: Tensor, value_NHE: Tensor) -> None:
+        """Store nothing."""
+
+
+def memory_efficient_attention(query_1SHE: Tensor, key_1NHE: Tensor, value_1NHE: Tensor, attn_bias: Any) -> Tensor:
+    """Attention of flattened rows, each to its own keys only, (1, S, H, E) like the queries.
+
+    `attn_bias` is one of xformers' causal block-diagonal masks: prefill with or without a sliding window,
+    prefill after cached keys, and decoding over padded keys. Raises TypeError for any other mask, and for
+    none: that would be attention in both directions and across rows.
+    """
+    from xformers.ops.fmha import attn_bias as masks
+
+    to_bottom_right = masks.BlockDiagonalCausalFromBottomRightMask, masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
+    if not isinstance(attn_bias, (masks.BlockDiagonalCausalMask, *to_bottom_right)):
+        raise TypeError(f"found {type(attn_bias).__name__} as attention mask, expected a causal block-diagonal one")
+    from_bottom_right = not isinstance(attn_bias, masks.BlockDiagonalCausalMask)
+    window = getattr(attn_bias, "_window_size", None)
+    queries = list(attn_bias.q_seqinfo.intervals())
+    keys = list(attn_bias.k_seqinfo.intervals())
+    Q, K = queries[0][1] - queries[0][0], keys[0][1] - keys[0][0]
+    stride = attn_bias.k_seqinfo.seqstart_py[1]  # more than K where the keys are padded
+
+    if all(b - a == Q for a, b in queries) and all(b - a == K for a, b in keys):
+        # Rows of equal length, the only kind this project makes: all rows in one call
+        query_BQHE = query_1SHE.view(len(queries), Q, *query_1SHE.shape[2:])
+        key_BKHE = key_1NHE.view(len(keys), stride, *key_1NHE.shape[2:])[:, :K]
+        value_BKHE = value_1NHE.view(len(keys), stride, *value_1NHE.shape[2:])[:, :K]
+        out_BQHE = _attend(query_BQHE, key_BKHE, value_BKHE, K - Q if from_bottom_right else 0, window)
+        return out_BQHE.reshape(query_1SHE.shape)
+
+    outs = []
+    for (q0, q1), (k0, k1) in zip(queries, keys, strict=True):
+        offset = (k1 - k0) - (q1 - q0) if from_bottom_right else 0
+        outs.append(_attend(query_1SHE[:, q0:q1], key_1NHE[:, k0:k1], value_1NHE[:, k0:k1], offset, window))
+    return torch.cat(outs, dim=1)
+
+
+def _attend(query_BQHE: Tensor, key_BKHE: Tensor, value_BKHE: Tensor, offset: int, window: int | None) -> Tensor:
+    """Attention in which query i sees keys j with i + offset - window < j <= i + offset."""
+    Q, K = query_BQHE.shape[1], key_BKHE.shape[1]
+    query, key, value = (x.transpose(1, 2) for x in (query_BQHE, key_BKHE, value_BKHE))
+    if window is not None and window >= Q + offset:
+        window = None
+    if window is None and Q == K and offset == 0:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    elif window is None and Q == 1 and offset == K - 1:
+        out = F.scaled_dot_product_attention(query, key, value)
+    else:
+        last = torch.arange(Q, device=query.device)[:, None] + offset
+        position = torch.arange(K, device=query.device)
+        seen_QK = position <= last
+        if window is not None:
+            seen_QK &= position > last - window
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_QK)
+    return out.transpose(1, 2)

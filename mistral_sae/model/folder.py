@@ -1,30 +1,26 @@
-"""What a model's folder holds: layout, sizes, tensors. Reads headers only, imports nothing heavy."""
+"""What a model's folder holds: layout, sizes, tensors. Of the weights only the headers are read."""
 
 import json
-import struct
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mistral_sae.cli import UserError
+from safetensors import SafetensorError, safe_open
+
+from mistral_sae.cli import UserError, one_line
 
 MISTRAL_INFERENCE = "mistral-inference"
 TRANSFORMERS = "transformers"
 
-_REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
-# rope_theta, sliding_window and moe shape the model; the rest says nothing about its layers
-_KNOWN = {
-    *_REQUIRED,
-    "rope_theta",
-    "sliding_window",
-    "_sliding_window",
-    "moe",
-    "model_type",
-    "vision_encoder",
-} | {
-    "max_batch_size",
-    "max_seq_len",
-    "max_position_embeddings",
+_SIZES = {
+    MISTRAL_INFERENCE: ["dim", "n_layers", "vocab_size"],
+    TRANSFORMERS: ["hidden_size", "num_hidden_layers", "vocab_size"],
 }
+# What a params.json holds. Of the optional ones the first four shape the model, the others say nothing about its layers
+_REQUIRED = [*_SIZES[MISTRAL_INFERENCE], "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps"]
+_OPTIONAL = ["rope_theta", "sliding_window", "_sliding_window", "moe", "model_type", "vision_encoder"]
+_OPTIONAL += ["max_batch_size", "max_seq_len", "max_position_embeddings"]
 _MODEL_TYPES = ("mistral", "mixtral")  # of a Hugging Face config.json
 
 
@@ -50,14 +46,6 @@ class ModelSpec(NamedTuple):
         if last_layer is None:
             return self.embedding_parameters + sum(self.layer_parameters) + self.head_parameters
         return self.embedding_parameters + sum(self.layer_parameters[: last_layer + 1])
-
-    def forward_bytes(self, tokens: int, element_bytes: int) -> int:
-        """About how many bytes a forward of so many tokens needs beside the weights, without the logits.
-
-        A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
-        width in its feed-forward layer three times over.
-        """
-        return tokens * self.d_model * (8 + 3 * 4) * element_bytes
 
 
 class ModelFolder(NamedTuple):
@@ -89,9 +77,9 @@ def open_folder(path: str | Path) -> ModelFolder:
     sharded = sorted(path.glob("model*.safetensors"))
     has_params, has_config = (path / "params.json").is_file(), (path / "config.json").is_file()
     if has_params and consolidated:
-        config, files, read = _read_json(path / "params.json"), consolidated, _sizes_of_params
+        backend, files, config = MISTRAL_INFERENCE, consolidated, _read_params(path / "params.json")
     elif has_config and sharded:
-        config, files, read = _read_json(path / "config.json"), sharded, _sizes_of_config
+        backend, files, config = TRANSFORMERS, sharded, _read_config(path / "config.json")
     elif not has_params and not has_config:
         raise ModelError(
             f"{path} holds no model: expected params.json and consolidated.safetensors (mistral-inference) "
@@ -102,37 +90,15 @@ def open_folder(path: str | Path) -> ModelFolder:
         found = f"only {pickled[0].name}, which is pickled and never read here" if pickled else "no weights"
         wanted = "consolidated.safetensors" if has_params else "model.safetensors"
         raise ModelError(f"{path} holds {found}: expected {wanted}; download or convert the weights as safetensors")
-    tensors = {}
-    for file in files:
-        tensors |= {name: (file, shape) for name, shape in _read_header(file).items()}
-    backend, d_model, n_layers, vocab_size = read(path, config)
-
-    counts = {"embedding": 0, "head": 0} | dict.fromkeys(range(n_layers), 0)
-    for name, (_, shape) in tensors.items():
-        part = _part(name)
-        if part in counts:
-            counts[part] += _product(shape)
-    if not counts["embedding"]:
-        raise ModelError(f"{path} has no token embedding in its weights: expected a whole {backend} model")
-    spec = ModelSpec(
-        _name(path),
-        backend,
-        d_model,
-        n_layers,
-        vocab_size,
-        counts["embedding"],
-        tuple(counts[layer] for layer in range(n_layers)),
-        counts["head"],
-        config.get("max_position_embeddings"),
-    )
-    return ModelFolder(path, spec, config, tensors)
+    tensors = {name: (file, shape) for file in files for name, shape in _shapes_in(file).items()}
+    return ModelFolder(path, _spec_of(path, backend, config, tensors), config, tensors)
 
 
 def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of mistral-inference's tensors: embedding and layers 0..last_layer, or all."""
     D, hidden = params["dim"], params["hidden_dim"]
     q, kv = params["n_heads"] * params["head_dim"], params["n_kv_heads"] * params["head_dim"]
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "attention_norm": (D,),
         "attention.wq": (q, D),
         "attention.wk": (kv, D),
@@ -140,14 +106,14 @@ def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str
         "attention.wo": (D, q),
         "ffn_norm": (D,),
     }
-    feed_forward = {"w1": (hidden, D), "w2": (D, hidden), "w3": (hidden, D)}
+    feed_forward: dict[str, tuple[int, ...]] = {"w1": (hidden, D), "w2": (D, hidden), "w3": (hidden, D)}
     if moe := params.get("moe"):
         layer["feed_forward.gate"] = (moe["num_experts"], D)
         for expert in range(moe["num_experts"]):
             layer |= {f"feed_forward.experts.{expert}.{w}": shape for w, shape in feed_forward.items()}
     else:
         layer |= {f"feed_forward.{w}": shape for w, shape in feed_forward.items()}
-    shapes = {"tok_embeddings.weight": (params["vocab_size"], D)}
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (params["vocab_size"], D)}
     if last_layer is None:
         shapes |= {"norm.weight": (D,), "output.weight": (params["vocab_size"], D)}
     count = params["n_layers"] if last_layer is None else last_layer + 1
@@ -169,60 +135,29 @@ def check_tensors(folder: ModelFolder, last_layer: int | None) -> list[str]:
     return list(shapes)
 
 
-def _sizes_of_params(path: Path, params: dict[str, Any]) -> tuple[str, int, int, int]:
+def _read_params(path: Path) -> dict[str, Any]:
+    params = _read_json(path)
     model_type = params.get("model_type", "transformer")
     if model_type != "transformer":
-        raise ModelError(f"{path}/params.json is of a {model_type} model: expected a Mistral or Mixtral transformer")
-    missing = [name for name in _REQUIRED if name not in params]
-    if missing:
-        raise ModelError(f"{path}/params.json has no {', '.join(missing)}: expected mistral-inference's params.json")
+        raise ModelError(f"{path} is of a {model_type} model: expected a Mistral or Mixtral transformer")
+    _require(path, params, _REQUIRED)
     # A setting that is not understood here would change the residuals without a word
-    unknown = sorted(name for name, value in params.items() if name not in _KNOWN and value)
+    unknown = sorted(name for name, value in params.items() if value and name not in _REQUIRED + _OPTIONAL)
     if unknown:
         raise ModelError(
-            f"{path}/params.json sets {', '.join(unknown)}: expected a model that mistral-inference 1.6 can "
+            f"{path} sets {', '.join(unknown)}: expected a model that mistral-inference 1.6 can "
             "run; use a Hugging Face copy of the model or another model"
         )
-    return MISTRAL_INFERENCE, params["dim"], params["n_layers"], params["vocab_size"]
+    return params
 
 
-def _sizes_of_config(path: Path, config: dict[str, Any]) -> tuple[str, int, int, int]:
-    model_type = config.get("model_type")
-    if model_type not in _MODEL_TYPES:
-        raise ModelError(f"{path}/config.json is of model type {model_type!r}: expected {' or '.join(_MODEL_TYPES)}")
-    try:
-        return TRANSFORMERS, config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
-    except KeyError as error:
-        raise ModelError(f"{path}/config.json has no {error}: expected a Mistral or Mixtral configuration") from None
-
-
-def _part(name: str) -> str | int | None:
-    """The part of the text model to which a tensor of either layout belongs, None for other tensors."""
-    words = name.removeprefix("model.").split(".")
-    if words[0] == "layers":
-        return int(words[1])
-    return {
-        "tok_embeddings": "embedding",
-        "embed_tokens": "embedding",
-        "norm": "head",
-        "output": "head",
-        "lm_head": "head",
-    }.get(words[0])
-
-
-def _name(path: Path) -> str:
-    """The folder's name, or owner/model for a snapshot in the cache of the Hugging Face Hub."""
-    path = path.resolve()
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return path.name
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    if config.get("model_type") not in _MODEL_TYPES:
+        kinds = " or ".join(_MODEL_TYPES)
+        raise ModelError(f"{path} is of model type {config.get('model_type')!r}: expected {kinds}")
+    _require(path, config, _SIZES[TRANSFORMERS])
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -235,22 +170,58 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file: 8 bytes of header length, the header as JSON, the data."""
+def _require(path: Path, config: dict[str, Any], names: list[str]) -> None:
+    if missing := [name for name in names if name not in config]:
+        raise ModelError(f"{path} has no {', '.join(missing)}: expected the configuration of a Mistral or Mixtral")
+
+
+def _spec_of(
+    path: Path, backend: str, config: dict[str, Any], tensors: dict[str, tuple[Path, tuple[int, ...]]]
+) -> ModelSpec:
+    counts: Counter[str | int | None] = Counter()
+    for name, (_, shape) in tensors.items():
+        counts[_part(name)] += math.prod(shape)
+    if not counts["embedding"]:
+        raise ModelError(f"{path} has no token embedding in its weights: expected a whole {backend} model")
+    d_model, n_layers, vocab_size = (config[name] for name in _SIZES[backend])
+    return ModelSpec(
+        _name(path),
+        backend,
+        d_model,
+        n_layers,
+        vocab_size,
+        counts["embedding"],
+        tuple(counts[layer] for layer in range(n_layers)),
+        counts["head"],
+        config.get("max_position_embeddings"),
+    )
+
+
+def _part(name: str) -> str | int | None:
+    """The part of the text model to which a tensor of either layout belongs, None for other tensors."""
+    words = name.removeprefix("model.").split(".")
+    if words[0] == "layers":
+        return int(words[1])
+    return {
+        "tok_embeddings": "embedding", "embed_tokens": "embedding", "norm": "head", "output": "head", "lm_head": "head"
+    }.get(words[0])  # fmt: skip
+
+
+def _name(path: Path) -> str:
+    """The folder's name, or owner/model for a snapshot in the cache of the Hugging Face Hub."""
+    path = path.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, which must be whole."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            if length > size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        with safe_open(path, "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{path} is not a safetensors file ({error}): expected the model's weights; download it again"
+            f"{path} is cut short or no safetensors file ({one_line(error)}): expected the model's weights; "
+            "download it again"
         ) from None
-    if size < 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes: expected {8 + length + end}; it was cut short, download it again")
-    return shapes

@@ -17,14 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mistral_sae.model.folder import (
-    MISTRAL_INFERENCE,
-    ModelError,
-    ModelFolder,
-    ModelSpec,
-    inspect,
-    open_folder,
-)
+from mistral_sae.model.backends import Backend, load_backend
+from mistral_sae.model.folder import ModelError, ModelSpec, inspect, open_folder
 from mistral_sae.model.hooks import edit_residual, read_residuals
 from mistral_sae.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,13 +52,20 @@ class LanguageModel:
         token.
     """
 
-    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, backend: Any, last_layer: int | None, device, dtype):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: Tokenizer,
+        backend: Backend,
+        last_layer: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.name, self.d_model, self.n_layers = spec.name, spec.d_model, spec.n_layers
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
         self.tokenizer = tokenizer
         self.last_layer = last_layer
-        self.device: torch.device = device
-        self.dtype: torch.dtype = dtype
+        self.device, self.dtype = device, dtype
         self.span = (0, 0, 0)
         self._backend = backend
 
@@ -85,9 +86,9 @@ class LanguageModel:
         where that costs no wait for the GPU, that is if they come from the CPU.
         """
         hidden_BTD = self._run(tokens_BT, cache)
-        self._check_whole()
+        _, head = self._output()
         with torch.no_grad():
-            return self._backend.head(hidden_BTD).float()
+            return head(hidden_BTD).float()
 
     def log_probabilities(
         self, tokens_BT: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None
@@ -110,18 +111,20 @@ class LanguageModel:
         2020, "interpreting GPT: the logit lens"). Computed in float32 whatever the model's dtype: bfloat16 has ties
         among the strongest ten. Raises ModelError unless the whole model is loaded.
         """
-        self._check_whole()
+        norm, head = self._output()
         with torch.no_grad():
-            x_ND = self._backend.norm(x_ND.to(self.device, torch.float32))
-            parts = self._backend.head.weight.split(UNEMBEDDED)
+            x_ND = norm(x_ND.to(self.device, torch.float32))
+            parts = head.weight.split(UNEMBEDDED)
             return torch.cat([x_ND @ part_VD.float().T for part_VD in parts], dim=1)
 
-    def _check_whole(self) -> None:
-        if self._backend.head is None:
+    def _output(self) -> tuple[nn.Module, nn.Linear]:
+        """The final norm and the output matrix. Raises ModelError unless the whole model is loaded."""
+        if self._backend.norm is None or self._backend.head is None:
             raise ModelError(
                 f"{self.name} was loaded with last_layer={self.last_layer}: logits need the whole model; "
                 "load it without last_layer"
             )
+        return self._backend.norm, self._backend.head
 
     def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """The residual stream after `layer`, (B, T, D) in the model's dtype; later layers do not run."""
@@ -222,7 +225,11 @@ class LanguageModel:
 
 
 def load_model(
-    path: str | Path | None, *, last_layer: int | None = None, device: Any = None, dtype: Any = None
+    path: str | Path | None,
+    *,
+    last_layer: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer; None is the bundled stand-in.
 
@@ -236,39 +243,35 @@ def load_model(
         _check_layer(last_layer, spec.name, spec.n_layers)
     tokenizer = load_tokenizer(folder)
     device, dtype = device_and_dtype(device, dtype)
-    backend = _backend(folder, last_layer, device, dtype)
-    return LanguageModel(spec, tokenizer, backend, last_layer, device, dtype)
+    return LanguageModel(spec, tokenizer, load_backend(folder, last_layer, device, dtype), last_layer, device, dtype)
 
 
 load = load_model
 
 
-def _backend(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Any:
-    from mistral_sae.model import backends
-
-    kind = backends.MistralInference if folder.spec.backend == MISTRAL_INFERENCE else backends.Transformers
-    return kind(folder, last_layer, device, dtype)
-
-
-def device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(
+    device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
     """The torch device and dtype to use, found where they are None (see `load_model`). Raises ModelError."""
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ModelError(f"found device {device!r}: expected cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"found device {str(device)!r}: expected cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"found no CUDA device for {str(device)!r}: use cpu, or a PyTorch built for your GPU's driver")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)  # as tensors name it that are there
+    if found.type not in ("cpu", "cuda"):
+        raise ModelError(f"found device {str(found)!r}: expected cpu, cuda or cuda:0")
+    if found.type == "cuda":
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise ModelError(
+                f"found no CUDA device for {str(found)!r}: use cpu, or a PyTorch built for your GPU's driver"
+            )
+        found = torch.device("cuda", found.index or 0)  # as tensors name it that are there
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ModelError(f"found dtype {dtype!r}: expected float32, bfloat16 or float16")
-    return device, dtype
+        dtype = torch.bfloat16 if found.type == "cuda" else torch.float32
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    name = str(dtype).removeprefix("torch.")
+    if name not in kinds:
+        raise ModelError(f"found dtype {name}: expected {', '.join(kinds)}")
+    return found, kinds[name]
 
 
 def _check_layer(layer: int, name: str, n_layers: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import logging
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from mistral_sae.cli import one_line
+from mistral_sae.model.backends import quiet
 from mistral_sae.model.folder import TRANSFORMERS, ModelError, ModelFolder
 
 
@@ -22,7 +23,7 @@ class Tokenizer(ABC):
 
     bos_id: int
     eos_id: int
-    vocab_size: int
+    vocab_size: int  # special tokens included
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -58,8 +59,9 @@ class Tokenizer(ABC):
         try:
             return self._chat(messages)
         except Exception as error:  # each library has its own kinds, jinja2's and pydantic's among them
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"the chat format of this tokenizer does not take these messages: {reason}") from error
+            raise ModelError(
+                f"the chat format of this tokenizer does not take these messages: {one_line(error)}"
+            ) from error
 
     @abstractmethod
     def _token_bytes(self, id: int) -> bytes: ...
@@ -85,9 +87,8 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
 
             return _MistralCommon(MistralTokenizer.from_file(str(mistral[0])))
     except Exception as error:  # json, sentencepiece and tokenizers each raise their own
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"the tokenizer in {path} cannot be read ({reason}): get the model's tokenizer again"
+            f"the tokenizer in {path} cannot be read ({one_line(error)}): get the model's tokenizer again"
         ) from error
     wanted = "tokenizer.json" if folder.spec.backend == TRANSFORMERS else "tekken.json or tokenizer.model.v3"
     raise ModelError(f"{path} has no tokenizer: expected {wanted} beside the weights")
@@ -119,17 +120,14 @@ class _MistralCommon(Tokenizer):
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-        return self._instruct.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+        request: Any = ChatCompletionRequest.model_validate({"messages": messages})
+        return self._instruct.encode_chat_completion(request).tokens
 
 
 class _Transformers(Tokenizer):
     def __init__(self, tokenizer: Any):
         self._hf = tokenizer
-        self.bos_id, self.eos_id, self.vocab_size = (
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            len(tokenizer),
-        )
+        self.bos_id, self.eos_id, self.vocab_size = tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)
         if self.bos_id is None or self.eos_id is None:
             raise ValueError("it names no BOS or no EOS token")
         added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
@@ -163,13 +161,8 @@ class _Transformers(Tokenizer):
 def _transformers_tokenizer(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it advises at load on settings that play no part in encoding
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    finally:
-        logger.setLevel(level)
+    with quiet("transformers"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if type(tokenizer).__name__ == "MistralCommonBackend":  # transformers' own wrapper; this one needs what is inside
         return _MistralCommon(tokenizer.tokenizer)
     return _Transformers(tokenizer)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mistral_sae.data.activations import residuals_of, shuffled_batches
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import load_model
 
 T = 6  # 5 residuals a row
 D = 7
@@ -142,7 +142,7 @@ def test_no_more_than_a_buffer_and_a_batch_is_alive(batch_size, buffer_tokens):
 
 
 def test_the_residuals_are_those_of_the_language_model(mistral_folder, tokens_BT):
-    model = lm.load(mistral_folder, last_layer=1)
+    model = load_model(mistral_folder, last_layer=1)
     expected = model.residuals(tokens_BT, 1)[:, 1:].flatten(0, 1)
     torch.testing.assert_close(residuals_of(model, tokens_BT, 1), expected)
 

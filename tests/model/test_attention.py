@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from mistral_sae.model import attention
+from mistral_sae.model.backends import install_attention, memory_efficient_attention
 
 H, E = 2, 8
 
 
 @pytest.fixture(scope="module")
 def masks():
-    attention.install()
+    install_attention()
     from xformers.ops.fmha import attn_bias
 
     return attn_bias
@@ -60,7 +60,7 @@ def masks_to_try(masks):
 def test_attention_equals_softmax_over_the_spelled_out_mask(masks, case):
     name, mask = list(masks_to_try(masks).items())[case]
     query, key, value = random_qkv(mask.q_seqinfo.seqstart_py[-1], mask.k_seqinfo.seqstart_py[-1])
-    out = attention.memory_efficient_attention(query, key, value, mask)
+    out = memory_efficient_attention(query, key, value, mask)
     torch.testing.assert_close(
         out, by_hand(query, key, value, mask), rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}"
     )
@@ -69,10 +69,10 @@ def test_attention_equals_softmax_over_the_spelled_out_mask(masks, case):
 def test_padding_behind_the_keys_is_never_read(masks):
     mask = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1, 1], 8, [5, 5], device=torch.device("cpu"))
     query, key, value = random_qkv(2, 16)
-    before = attention.memory_efficient_attention(query, key, value, mask)
+    before = memory_efficient_attention(query, key, value, mask)
     for start in (5, 13):
         key[:, start : start + 3] = value[:, start : start + 3] = float("nan")
-    assert torch.equal(attention.memory_efficient_attention(query, key, value, mask), before)
+    assert torch.equal(memory_efficient_attention(query, key, value, mask), before)
 
 
 def test_attention_in_both_directions_is_refused(masks):
@@ -80,22 +80,22 @@ def test_attention_in_both_directions_is_refused(masks):
     both_ways = masks.BlockDiagonalMask.from_seqlens([4], device=torch.device("cpu"))
     for mask in (None, both_ways):
         with pytest.raises(TypeError, match="expected a causal block-diagonal one"):
-            attention.memory_efficient_attention(query, key, value, mask)
+            memory_efficient_attention(query, key, value, mask)
 
 
 def test_install_replaces_the_operator_and_may_run_twice(masks):
     from mistral_inference import transformer_layers
 
-    attention.install()
-    attention.install()
-    assert transformer_layers.memory_efficient_attention is attention.memory_efficient_attention
+    install_attention()
+    install_attention()
+    assert transformer_layers.memory_efficient_attention is memory_efficient_attention
 
 
-def test_only_install_touches_mistral_inference_and_xformers_stays_silent():
+def test_only_install_attention_imports_mistral_inference_and_xformers_stays_silent():
     code = (
-        "import sys, mistral_sae.model.attention as a, mistral_sae.model.language_model, mistral_sae.model.hooks\n"
+        "import sys, mistral_sae.model.backends as backends, mistral_sae.model.language_model\n"
         "assert 'mistral_inference' not in sys.modules and 'xformers' not in sys.modules\n"
-        "a.install()\n"
+        "backends.install_attention()\n"
         "import logging; logging.getLogger('xformers').warning('another warning')\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

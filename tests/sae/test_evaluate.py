@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import load_model
 from mistral_sae.sae import evaluate
 from mistral_sae.sae.autoencoder import SparseAutoencoder, normalize_rows
 from mistral_sae.sae.evaluate import Evaluator, reconstruction
@@ -15,7 +15,7 @@ LAYER = 1
 
 @pytest.fixture(scope="module")
 def model(mistral_folder):
-    return lm.load(mistral_folder, dtype="float32", device="cpu")
+    return load_model(mistral_folder, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_what_the_layer_is_worth_is_measured_once(model, rows_RT, monkeypatch):
 
 
 def test_part_of_a_model_gives_the_figures_of_reconstruction_alone(mistral_folder, rows_RT):
-    part = lm.load(mistral_folder, last_layer=LAYER, dtype="float32", device="cpu")
+    part = load_model(mistral_folder, last_layer=LAYER, dtype="float32", device="cpu")
     figures = Evaluator(part, rows_RT, LAYER, 3)(random_sae())
     assert "normalized_mse" in figures
     assert not any(name.startswith("ce_") for name in figures)

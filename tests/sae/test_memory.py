@@ -8,7 +8,7 @@ import torch
 import config
 from mistral_sae.cli import override
 from mistral_sae.data.activations import shuffled_batches
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import ModelSpec, inspect, load_model
 from mistral_sae.sae.kernels import topk_step
 from mistral_sae.sae.memory import MemoryPlan, free_memory, memory_plan
 from mistral_sae.sae.trainer import TrainConfig, Trainer
@@ -21,7 +21,7 @@ def mistral_7b(vocab_size):
     dim, hidden, kv = 4096, 14336, 8 * 128
     layer = 2 * dim * dim + 2 * kv * dim + 3 * hidden * dim + 2 * dim
     embedding = vocab_size * dim
-    return lm.ModelSpec("7b", "mistral-inference", dim, 32, vocab_size, embedding, (layer,) * 32, embedding + dim)
+    return ModelSpec("7b", "mistral-inference", dim, 32, vocab_size, embedding, (layer,) * 32, embedding + dim)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_plan_fits_only_with_some_memory_to_spare_in_training_and_in_evaluatio
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     """Up to what is not worth a line: a few numbers a feature and Adam's step count."""
-    spec = lm.inspect(mistral_folder)
+    spec = inspect(mistral_folder)
     sizes = {"d_hidden": 512, "k": 8, "batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
     sizes |= {"last_layer": 1, "context_length": 12, "model_dtype": "float32", "moments_dtype": moments}
     plan = plan_of(config_7b, spec, free=0, **sizes).training
@@ -82,7 +82,7 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     sae = trainer.sae
     sae.initialize(torch.randn(64, spec.d_model), seed=0)
     step = topk_step(torch.randn(64, spec.d_model), sae.weights, 8)
-    model = lm.load(mistral_folder, last_layer=1, dtype="float32", device="cpu")
+    model = load_model(mistral_folder, last_layer=1, dtype="float32", device="cpu")
     model_weights = {p.data_ptr(): p for p in model._backend._model.parameters()}
 
     def size(tensors):
@@ -98,8 +98,8 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
 
 
 def test_the_buffer_of_the_plan_holds_that_of_a_run(config_7b, mistral_folder):
-    spec = lm.inspect(mistral_folder)
-    model = lm.load(mistral_folder, last_layer=0, dtype="float32", device="cpu")
+    spec = inspect(mistral_folder)
+    model = load_model(mistral_folder, last_layer=0, dtype="float32", device="cpu")
     rows = iter(torch.randint(20, 4096, (40, 12)).numpy())
     options = {"batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
     batches = shuffled_batches(rows, model, 0, seed=0, **options)

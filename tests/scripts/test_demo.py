@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from test_steering import LAYER, D, F, autoencoder
 
 from mistral_sae.files import save_state
-from mistral_sae.model import language_model as lm
-from mistral_sae.model.language_model import STANDIN
+from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
 from mistral_sae.sae.features import saved_statistics
@@ -118,7 +117,7 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
     assert "clamp: 3 set to 4 times its maximum (4.8)\n" in ran.out
     assert "\x1b" not in ran.out
 
-    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     plain = list(model.generate(ids, 12))
     with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
@@ -164,7 +163,7 @@ def test_only_generated_tokens_are_steered_where_that_is_asked(demo):
 
 
 def test_the_marks_are_where_the_unsteered_model_finds_the_feature(demo, mistral_folder, run_dir):
-    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
         text = list(model.generate(ids, 12))
@@ -186,7 +185,7 @@ def test_exact_encodes_all_features(demo, mistral_folder, run_dir):
     sae = load_sae(run_dir).sae
     sae.b_enc.data[3] = 0.5  # in itself active, and silent wherever TopK has stronger ones
     save_sae(run_dir / "sae", sae, METADATA, torch.full((F,), 0.003), torch.linspace(1, 5, F))
-    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     texts = {}
     for exact in (False, True):
@@ -425,7 +424,7 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     ran = demo(SWEEP=1, FEATURE_INDEX=of if len(of) > 1 else 3, COEFFICIENT=of[3], TEMPERATURE=0.0)
     assert ran.code == 0, ran.err
     found = re.findall(r"^→? +(?:0\.5|2|8) +([\d.]+) +([\d.]+)", ran.out, re.M)
-    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     statistics = saved_statistics(loaded.log_sparsity, loaded.maximum)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     others = dict(zip(search.other_features(statistics, 0, of), of.values(), strict=True))
@@ -517,7 +516,7 @@ def test_a_conversation_is_steered_ends_with_its_input_and_its_commands_find_fea
     assert first["features"] == {"3": 4.0} != found["features"] == off["features"]
     assert [turn["on"] for turn in turns] == [True, True, False]
 
-    model, loaded = lm.load(mistral_folder, device="cpu"), load_sae(run_dir)
+    model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = model.tokenizer.chat([{"role": "user", "content": "def f"}])
     plain = model.tokenizer.decode(list(model.generate(ids, 12)))
     with steer(model, loaded, {3: 4 * loaded.maximum[3]}):

@@ -34,7 +34,7 @@ from mistral_sae.explain import label_file
 from mistral_sae.explain.client import Client
 from mistral_sae.explain.journal import locked
 from mistral_sae.explain.scoring import balanced_accuracy
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 
@@ -548,13 +548,13 @@ def test_what_a_server_does_not_take_is_said(here, arguments, served, run_dir):
 
 
 def test_a_second_run_is_refused_before_it_loads_its_model(here, arguments, run_dir, monkeypatch):
-    monkeypatch.setattr(lm, "load", None)
+    monkeypatch.setattr("mistral_sae.loading.load_model", None)
     with locked(run_dir):
         assert_refused(here(arguments(run_dir)), "found another run at work")
 
 
 def test_a_server_of_ones_own_wants_its_model_named(here, arguments, run_dir, monkeypatch):
-    monkeypatch.setattr(lm, "load", None)
+    monkeypatch.setattr("mistral_sae.loading.load_model", None)
     ran = here(arguments(run_dir, OPENAI_BASE_URL="http://127.0.0.1:9/v1"))
     assert_refused(ran, "OPENAI_MODEL is None: expected the server's name for its model")
     ran = here(arguments(run_dir, OPENAI_BASE_URL="127.0.0.1:9/v1", OPENAI_MODEL="x"))
@@ -850,7 +850,7 @@ def test_a_missing_autoencoder_names_train_py(here, arguments, tmp_path):
     ("made", "said"), [({"d_model": 48}, "width 48 and layer 1, and"), ({"layer": 3}, "width 32 and layer 3, and")]
 )
 def test_an_autoencoder_of_another_model_is_refused_in_one_line(here, arguments, tmp_path, monkeypatch, made, said):
-    monkeypatch.setattr(lm, "load", None)  # before the model is loaded
+    monkeypatch.setattr("mistral_sae.loading.load_model", None)  # before the model is loaded
     write_sae(tmp_path / "run/sae", **made)
     ran = here(arguments(tmp_path / "run"))
     assert_refused(ran, said)
@@ -877,7 +877,7 @@ def test_an_autoencoder_of_another_model_is_refused_in_one_line(here, arguments,
 def test_a_setting_that_no_run_can_use_is_refused_before_anything_is_loaded(
     here, arguments, run_dir, monkeypatch, changed, said
 ):
-    monkeypatch.setattr(lm, "load", None)
+    monkeypatch.setattr("mistral_sae.loading.load_model", None)
     assert_refused(here(arguments(run_dir, **changed)), said)
 
 
@@ -909,7 +909,7 @@ def test_the_loaded_model_gives_each_feature_a_true_status(here, arguments, tmp_
     def refuse(*arguments, **settings):
         raise AssertionError("what is in the journal is not generated again")
 
-    monkeypatch.setattr(lm.LanguageModel, "generate", refuse)
+    monkeypatch.setattr(LanguageModel, "generate", refuse)
     again = here(arguments(tmp_path / "run", **changed, MAX_FAILED_SHARE=1.0))
     assert (again.code, again.problems) == (0, [])
     assert labels_of(tmp_path / "run") == labels
