@@ -59,6 +59,29 @@ class Example(NamedTuple):
         """Which of the INTERVALS of (0, maximum] its strength lies in; 0 is the weakest."""
         return min(INTERVALS - 1, int(INTERVALS * self.strength / maximum)) if maximum > 0 else 0
 
+    @property
+    def text(self) -> str:
+        """The passage's text."""
+        return "".join(self.tokens)
+
+    def visible(self) -> "Example":
+        """Return the same passage without empty tokens: each goes to the token that completes its character.
+
+        A character whose bytes are spread over several tokens is the last one's text.
+        """
+        if all(self.tokens):
+            return self
+        tokens, activations, pending = [], [], 0.0
+        for token, activation in zip(self.tokens, self.activations, strict=True):
+            pending = max(pending, activation)
+            if token:
+                tokens.append(token)
+                activations.append(pending)
+                pending = 0.0
+        if tokens:
+            activations[-1] = max(activations[-1], pending)
+        return self._replace(tokens=tuple(tokens), activations=tuple(activations))
+
 
 class Feature(NamedTuple):
     """What a corpus and the model's output matrix show of one feature."""

@@ -197,7 +197,7 @@ def test_a_simulation_takes_more_of_one_kind_of_negatives_where_the_other_is_sho
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 10])
 def test_every_explained_feature_has_another_one_for_a_baseline(n):
     features = [7 * i for i in range(n)]
-    others = scoring.others(reversed(features))
+    others = scoring.other_features(reversed(features))
     assert sorted(others) == features
     if n > 1:
         assert all(other != feature for feature, other in others.items())
@@ -207,14 +207,14 @@ def test_every_explained_feature_has_another_one_for_a_baseline(n):
 
 
 def test_one_explained_feature_more_changes_the_baselines_of_hardly_any():
-    few = scoring.others(range(0, 200, 2))
+    few = scoring.other_features(range(0, 200, 2))
     for added in (1, 57, 199, 10_000):
-        more = scoring.others([*range(0, 200, 2), added])
+        more = scoring.other_features([*range(0, 200, 2), added])
         assert sum(more[feature] != other for feature, other in few.items()) == 1
 
 
 def test_a_baseline_is_of_any_other_feature_near_or_far():
-    distances = np.array([abs(other - feature) for feature, other in scoring.others(range(1000)).items()])
+    distances = np.array([abs(other - feature) for feature, other in scoring.other_features(range(1000)).items()])
     assert distances.mean() == pytest.approx(1000 / 3, rel=0.1)  # as of two places drawn evenly
     assert np.bincount(distances).max() < 10
 
