@@ -26,7 +26,7 @@ class Selection(NamedTuple):
 
     words: str
     how: str  # "all", "random", "densest" or "listed"
-    count: int = 0  # of "random" and "densest"
+    number: int = 0  # of "random" and "densest"
     listed: Sequence[int] = ()  # ascending
 
     def check(self, n_features: int) -> None:
@@ -44,7 +44,7 @@ class Selection(NamedTuple):
         if self.how == "all":
             return list(range(len(firings_F)))
         living = firings_F.nonzero().squeeze(1).tolist()
-        count = min(self.count, len(living))
+        count = min(self.number, len(living))
         if self.how == "random":
             return sorted(random.Random(seed).sample(living, count))
         return sorted(firings_F.topk(count).indices.tolist())

@@ -172,7 +172,7 @@ def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
     promoted = {core(token) for token, _ in feature.promoted}
     interval_P = np.array([passage.interval(feature.maximum) for passage in passages])
     weight_P = 1 / np.bincount(interval_P)[interval_P]
-    weight_P /= weight_P.sum()
+    weight_P = weight_P / weight_P.sum()
     parts_N = [parts for passage in passages for parts in parts_of(passage)]
     passage_N = np.repeat(np.arange(len(passages)), [len(passage.tokens) for passage in passages])
     activation_N = np.concatenate([passage.activations for passage in passages]) / feature.maximum
@@ -210,8 +210,7 @@ def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
         Rule(names[0][number // len(contexts)], names[1][number % len(contexts)], float(strength))
         for number, strength in zip(number_R, mass_R / held_R, strict=True)
     ]
-    mass_R /= weight_P[passage_N] @ activation_N
-    return Candidates(rules, weight_P, hits_PR, misses_PR, precision_R, mass_R)
+    return Candidates(rules, weight_P, hits_PR, misses_PR, precision_R, mass_R / (weight_P[passage_N] @ activation_N))
 
 
 def _choose(candidates: Candidates) -> list[Rule]:
@@ -310,15 +309,16 @@ def label(feature: Feature, found: Found, other: Found | None, *, seed: int = 0)
         unit = feature.maximum
         return judgements, [scoring.Simulated(q.passage.activations, [unit * v for v in values]) for q, values in pairs]
 
-    judgements, simulated = run(found.rules)
-    detection = scoring.verdict_score(judgements, seed)._replace(recall=scoring.recall(feature, judgements))
-    simulation = scoring.simulation_score(simulated, len(questions), seed)
-    baselines = {"top_token": (Rule(("core", core(scoring.strongest_token(feature))), ANY, 1.0),)}
-    if other:
-        baselines["other_feature"] = other.rules
-    for name, rules in baselines.items():
-        of_baseline, simulated = run(rules)
-        detection = detection._replace(**{name: scoring.balanced_accuracy(of_baseline)})
-        simulation = simulation._replace(**{name: scoring.correlation(simulated)[0]})
+    top_token = Rule(("core", core(scoring.strongest_token(feature))), ANY, 1.0)
+    (judgements, simulated), of_token = run(found.rules), run([top_token])
+    of_other = run(other.rules) if other else ((), ())
+    detection = scoring.verdict_score(judgements, seed)._replace(
+        recall=scoring.recall(feature, judgements),
+        other_feature=scoring.balanced_accuracy(of_other[0]),
+        top_token=scoring.balanced_accuracy(of_token[0]),
+    )
+    simulation = scoring.simulation_score(simulated, len(questions), seed)._replace(
+        other_feature=scoring.correlation(of_other[1])[0], top_token=scoring.correlation(of_token[1])[0]
+    )
     scores = {"detection": detection, "simulation": simulation}
     return Label(feature.feature, found.explanation.text, EXPLAINER, "ok", scores, tuple(judgements))

@@ -32,7 +32,7 @@ from mistral_sae.explain.types import (
     without_passages,
 )
 
-BASELINES = {"other_feature": "another feature's explanation", "top_token": "the top token"}
+BASELINES = {"other_feature": " of another feature's explanation", "top_token": " of the top token"}
 BATCH = 8  # passages to judge in one request
 IN_FLIGHT = 64  # features at work at a time: each is in memory then, and has one request or some tens of them waiting
 TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
@@ -107,13 +107,13 @@ async def score(
     reasons = [explanation.reason] if explanation.reason else []
     for method in methods:
         by_name = {name: found[method, text] for name, text in texts.items() if text}
-        own = by_name["own"]
-        scores[method] = own.score._replace(
-            **{name: by_name[name].score.value for name in BASELINES if name in by_name}
+        values = {name: scored.score.value for name, scored in by_name.items()}
+        scores[method] = by_name["own"].score._replace(
+            other_feature=values.get("other_feature"), top_token=values["top_token"]
         )
-        judgements += own.judgements
+        judgements += by_name["own"].judgements
         for name, scored in by_name.items():
-            requests, of = scored.score.requests, "" if name == "own" else f" of {BASELINES[name]}"
+            requests, of = scored.score.requests, BASELINES.get(name, "")
             total = sum(count for _, count in requests)
             reasons += [f"{method}{of}: {count} of {total} requests {each}" for each, count in requests if each != "ok"]
     return Label(feature.feature, explanation.text, explainer, "ok", scores, tuple(judgements), "; ".join(reasons))
@@ -190,7 +190,8 @@ def summary(labels: Collection[Label]) -> list[str]:
     asked: Counter[Status] = Counter()
     for score in (score for label in labels for score in label.scores.values()):
         asked.update(dict(score.requests))
-    unanswered = Counter({status: count for status, count in asked.items() if status != "ok"})
+    unanswered = asked.copy()
+    del unanswered["ok"]
     if unanswered:
         which = f"of {asked.total():,} requests for the scores {_counts(unanswered)}"
         lines.append(f"{which}: what these asked for counts neither way")

@@ -268,7 +268,8 @@ def read_activations(reply: str, n_tokens: int) -> list[int]:
         raise Unreadable('it has no JSON object with the key "active"')
     activations: dict[int, int] = {}
     for entry in entries:
-        position, activation = (entry.get(k) if isinstance(entry, dict) else None for k in ("position", "activation"))
+        fields = entry if isinstance(entry, dict) else {}
+        position, activation = fields.get("position", -1), fields.get("activation", -1)
         if isinstance(activation, bool) or position not in range(n_tokens) or activation not in range(LEVELS + 1):
             raise Unreadable(
                 f'an entry of "active" is not a position from 0 to {n_tokens - 1} and an activation from 0 to {LEVELS}'
@@ -332,7 +333,7 @@ def marks_for(texts: Iterable[str]) -> tuple[str, str]:
     Single ones, since the end of a text and the beginning of a longer mark could make up a mark between them.
     """
     used = set().union(*texts)
-    for before, after in MARKS:
+    for before, after in map(tuple, MARKS):
         if before not in used and after not in used:
             return before, after
     unused = (c for c in map(chr, itertools.count(0x2500)) if c not in used and c.isprintable())

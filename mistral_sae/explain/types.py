@@ -139,7 +139,7 @@ class Question(NamedTuple):
 
     id: str  # shown to the scorer; tells nothing
     kind: str  # the field of Feature that holds the passage: "held_out", "random" or "hard"
-    index: int  # its place there
+    index: int  # type: ignore[assignment]  # its place there (tuple.index is never called)
     truth: bool  # whether the feature fires in it (detection), or the marks are where it fires (fuzzing)
     passage: Example
     marked: frozenset[int] = frozenset()  # fuzzing: indices of the tokens that are claimed to be active
@@ -150,7 +150,7 @@ class Judgement(NamedTuple):
 
     method: str  # "detection" or "fuzzing"
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # as in Question
     truth: bool
     verdict: bool | None  # None: no answer, which counts neither for nor against
 
