@@ -285,7 +285,7 @@ def predict(rules: Sequence[Rule], parts_T: Sequence[Parts]) -> list[float]:
 
 
 def score_all(found: Mapping[int, Found], load: Callable[[int], Feature], *, seed: int = 0) -> Iterator[Label]:
-    """Yield the labels of features, each with the scores of its rules beside those of another feature's."""
+    """Yield the labels of features, each with the scores of its rules, and those of another feature's to compare."""
     others = scoring.other_features(index for index, each in found.items() if each.explanation.status == "ok")
     for index, each in found.items():
         other = others.get(index)

@@ -1,4 +1,4 @@
-"""Features and a completer -> labels: explain, repair, score, beside the baselines. No torch, no network.
+"""Features and a completer -> labels: explain, repair, score, compare with baselines. No torch, no network.
 
     explanations = {e.feature: e async for e in explain_all(indices, load, completer)}
     async for label in score_all(explanations, load, completer, explainer=model, seed=SEED): ...
@@ -35,7 +35,6 @@ from mistral_sae.explain.types import (
 BASELINES = {"other_feature": " of another feature's explanation", "top_token": " of the top token"}
 BATCH = 8  # passages to judge in one request
 IN_FLIGHT = 64  # features at work at a time: each is in memory then, and has one request or some tens of them waiting
-TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
 FEWEST_EXAMPLES = 2  # to which the examples are halved while the prompt is too long
 
 Item = TypeVar("Item")
@@ -65,7 +64,7 @@ async def explain(feature: Feature, completer: Completer) -> Explanation:
     """
     if not feature.top:
         return without_passages(feature)
-    n_top, n_spread = min(TOP, len(feature.top)), min(SPREAD, len(feature.spread))
+    n_top, n_spread = min(prompts.TOP, len(feature.top)), min(prompts.SPREAD, len(feature.spread))
     while True:
         request = prompts.explain_request(feature, n_top, n_spread)
         answer = await _ask(completer, request, prompts.read_explanation)
@@ -87,7 +86,7 @@ async def score(
     methods: Sequence[str] = METHODS,
     seed: int = 0,
 ) -> Label:
-    """Return the label of a feature: its explanation's scores beside those of `other` and of its top token.
+    """Return the label of a feature: its explanation's scores, and those of `other` and of its top token to compare.
 
     An explanation of another status than "ok" is not scored. What was asked in vain is counted in the scores, and the
     label's reason names the statuses, those of the baselines' requests too.

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from mistral_sae.explain.types import Example, Feature, Question, Request, Status
 
+TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
 MAX_WORDS = 20  # of an explanation
 LONGEST_LINE = 600  # characters of an explanation; what is longer is an essay
 LEVELS = 10  # activations are shown as integers up to this, which stands for the feature's maximum
@@ -97,7 +98,7 @@ ACTIVATIONS = _schema("activations", active={"type": "array", "items": _object(p
 # ---- an explanation ----
 
 
-def explain_request(feature: Feature, n_top: int = 10, n_spread: int = 12) -> Request:
+def explain_request(feature: Feature, n_top: int = TOP, n_spread: int = SPREAD) -> Request:
     """Ask for a feature's pattern and then its explanation; the reply is EXPLANATION's.
 
     Shown are its `n_top` strongest passages and `n_spread` from all over its range, taken evenly from `spread`, at most

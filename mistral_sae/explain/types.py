@@ -5,7 +5,7 @@ Plain values: no torch, no network.
 
 from typing import Any, Literal, NamedTuple, Protocol
 
-INTERVALS = 4  # of a feature's activation range, (0, maximum], from which examples are drawn
+INTERVALS = 4  # of a feature's activation range, (0, maximum], from each of which examples are taken
 BINS = 50  # of its histogram, of equal width over the same range
 
 # What came of a request, or of a feature
@@ -156,7 +156,7 @@ class Judgement(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How well an explanation predicts a feature on passages it was not made from, beside two baselines."""
+    """How well an explanation predicts a feature on passages it was not made from, with two baselines."""
 
     value: float | None  # balanced accuracy (detection, fuzzing) or Pearson correlation (simulation); None: no answers
     low: float | None = None  # 95 % bootstrap interval of `value`

@@ -1,10 +1,12 @@
-"""What is kept of earlier labels, and what lines of explanations.jsonl say."""
+"""SELECT, what is kept of earlier labels, and what lines of explanations.jsonl say."""
 
 import json
 
 import pytest
+import torch
 
-from mistral_sae.explain.labels import from_json, merge_labels, read_labels, to_json, write_labels
+from mistral_sae.cli import UserError
+from mistral_sae.explain.labels import from_json, merge_labels, parse_select, read_labels, to_json, write_labels
 from mistral_sae.explain.types import Judgement, Label, Score
 from mistral_sae.files import SAEError
 
@@ -108,3 +110,44 @@ def test_a_damaged_line_of_explanations_is_named(tmp_path):
     with pytest.raises(SAEError, match="line 2") as error:
         read_labels(path)
     assert "\n" not in str(error.value)
+
+
+FIRED = torch.tensor([5, 0, 9, 1, 0, 7])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5]),
+        (" Densest 2", [2, 5]),
+        ("densest 100", [0, 2, 3, 5]),
+        ("1-3", [1, 2, 3]),
+        ("[4, 1,4]", [1, 4]),
+        ("(3,)", [3]),
+        ("3, 0", [0, 3]),
+        (3, [3]),
+    ],
+)
+def test_select_names_features(words, expected):
+    selection = parse_select(words)
+    selection.check(6)
+    assert selection.choose(FIRED, seed=0) == expected
+
+
+def test_a_random_selection_follows_its_seed_and_leaves_out_dead_features():
+    chosen = [parse_select("random 3").choose(FIRED, seed) for seed in range(20)]
+    assert chosen[0] == parse_select("random 3").choose(FIRED, 0)
+    assert len(set(map(tuple, chosen))) > 1
+    assert all(len(each) == 3 and not {1, 4} & set(each) for each in chosen)
+
+
+@pytest.mark.parametrize("words", ["", "none", "random", "random 0", "3-1", "[3", "3 4", "-1", "densest -2"])
+def test_a_selection_that_names_nothing_is_refused(words):
+    with pytest.raises(UserError, match="expected all, random N"):
+        parse_select(words)
+
+
+@pytest.mark.parametrize("words", ["6", "0-6", "[1, 6]"])
+def test_a_feature_that_the_autoencoder_does_not_have_is_refused(words):
+    with pytest.raises(UserError, match="expected features from 0 to 5"):
+        parse_select(words).check(6)

@@ -484,10 +484,6 @@ def test_scoring_an_unexplained_feature_asks_nothing(features):
     assert (label.status, label.reason, fake.requests) == ("failed", "down", [])
 
 
-def test_the_passages_shown_are_as_many_as_a_prompt_is_made_for():
-    assert (pipeline.TOP, pipeline.SPREAD) == (10, 12)
-
-
 @pytest.mark.parametrize(
     ("status", "scores", "expected"),
     [
@@ -528,3 +524,19 @@ def test_what_has_no_explanation_is_not_loaded_to_be_labelled():
         return [label async for label in found]
 
     assert asyncio.run(work()) == [Label(3, "", "m", "stopped", {}, (), "the budget")]
+
+
+def test_the_summary_counts_statuses_requests_without_an_answer_and_means_of_scores():
+    some = Score(0.75, other_feature=0.5, top_token=-0.001, answered=4, requests=(("ok", 4), ("failed", 1)))
+    none = Score(None, unanswered=5, requests=(("refused", 2),))
+    labels = [
+        Label(1, "x", "m", "ok", {"detection": some}),
+        Label(2, "y", "m", "ok", {"detection": none}),
+        Label(3, "", "m", "dead", {}),
+    ]
+    assert pipeline.summary(labels) == [
+        "3 features: 2 ok, 1 dead; 1 of the ok ones lack a score",
+        "of 7 requests for the scores 2 refused, 1 failed: what these asked for counts neither way",
+        "  detection  0.75   another feature's explanation 0.50, its top token 0.00 (over 1 features)",
+    ]
+    assert pipeline.summary([labels[2]]) == ["1 features: 1 dead"]
