@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus, batches
-from mistral_sae.explain import examples, label_file
-from mistral_sae.explain.label_file import Explained
+from mistral_sae.explain import examples
+from mistral_sae.explain.labels import read_labels
+from mistral_sae.explain.types import Label
 from mistral_sae.files import hash_of
 from mistral_sae.loading import open_both
 from mistral_sae.model import language_model as lm
@@ -50,7 +51,7 @@ class Subject(NamedTuple):
     model: lm.LanguageModel
     loaded: LoadedSAE
     statistics: features.Statistics
-    explanations: dict[int, Explained]
+    explanations: dict[int, Label]
 
 
 Coefficients = dict[int, float | None]  # by feature, in METHOD's unit
@@ -128,8 +129,9 @@ def print_features(subject: Subject, coefficients: Coefficients, own: torch.Tens
         maximum, density = float(maximum_F[feature]), float(density_F[feature])
         explained = subject.explanations.get(feature)
         if explained:
-            score = "" if explained.detection is None else f", detection {explained.detection:.2f}"
-            screen.print_line(console, f"feature {feature}", f"{explained.text} ({explained.explainer}{score})")
+            detection = explained.scores.get("detection")
+            score = "" if detection is None or detection.value is None else f", detection {detection.value:.2f}"
+            screen.print_line(console, f"feature {feature}", f"{explained.explanation} ({explained.explainer}{score})")
         else:
             screen.print_line(console, f"feature {feature}", "no explanation (explain.py writes them)")
         screen.print_line(console, "  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
@@ -358,7 +360,7 @@ def most_visible(subject: Subject) -> int:
 
 def look_up(subject: Subject, words: str) -> int:
     """The feature that matches words best, from a ranked list that is printed."""
-    explanations = {feature: explained.text for feature, explained in subject.explanations.items()}
+    explanations = {feature: explained.explanation for feature, explained in subject.explanations.items()}
     found = search.find(
         words, subject.model, subject.loaded, subject.statistics, explanations, lambda: held_out_rows(subject.model)
     )
@@ -389,10 +391,11 @@ def print_found(found: list[search.Found], best: search.Found, explanations: Map
         screen.print_line(console, f"  {'→' if each is best else ' '} {each.feature:>6}  {each.strength:4.1f}", what)
 
 
-def read_explanations(loaded: LoadedSAE) -> dict[int, Explained]:
+def read_explanations(loaded: LoadedSAE) -> dict[int, Label]:
     """Those of RUN_DIR, unless the examples that they were made from say that they are of another autoencoder."""
     run_dir = Path(config.RUN_DIR)
-    explanations = label_file.read_explanations(run_dir / "explanations.jsonl")
+    labels = read_labels(run_dir / "explanations.jsonl").values()
+    explanations = {label.feature: label for label in labels if label.status == "ok"}
     if explanations and not examples.are_of(run_dir / "examples.safetensors", hash_of_sae(loaded.sae)):
         print(f"the explanations in {run_dir} are of another autoencoder: not used")
         return {}

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import asyncio
 import gc
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -29,15 +28,14 @@ from tqdm import tqdm
 
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch
-from mistral_sae.explain import examples, label_file, offline, prompts, report, selection
-from mistral_sae.explain import pipeline as labelling
+from mistral_sae.explain import examples, offline, pipeline, prompts, report
 from mistral_sae.explain.client import Client, DryRun, check_address, keys_of
 from mistral_sae.explain.collect import Collection, Settings, collect, encode
 from mistral_sae.explain.journal import Journal, locked
+from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
 from mistral_sae.explain.local_completer import LocalCompleter
-from mistral_sae.explain.scoring import summarize_scores
 from mistral_sae.explain.throttle import FREE, Prices
-from mistral_sae.explain.types import Completer, Label
+from mistral_sae.explain.types import Completer, Explanation, Label
 from mistral_sae.loading import open_both, where_it_is
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.checkpoint import LoadedSAE
@@ -53,7 +51,7 @@ def main() -> None:
     if explainer() == "openai":
         cli.expect("OPENAI_MODEL", config.OPENAI_MODEL, config.OPENAI_MODEL, "the server's name for its model")
         check_address(config.OPENAI_BASE_URL, config.OPENAI_API_KEY)
-    selected = selection.parse(config.SELECT)
+    selected = parse_select(config.SELECT)
     where_it_is(config.SAE_PATH, config.RUN_DIR)  # or a mistaken RUN_DIR would be made
     if config.TEXT is not None:
         return show_text(run_dir)
@@ -69,11 +67,10 @@ def main() -> None:
         if config.DRY_RUN:
             return
         path = run_dir / "explanations.jsonl"
-        answered = [feature for feature, each in labels.items() if each.status not in labelling.UNANSWERED]
-        every, aside = label_file.beside_earlier(path, labels, answered, of_other_examples=is_new)
-        if aside:
-            print(f"the explanations of earlier runs are in {aside}")
-        label_file.write(path, every.values())
+        every, moved_to = merge_labels(path, labels, of_other_examples=is_new)
+        if moved_to:
+            print(f"the explanations of earlier runs are in {moved_to}")
+        write_labels(path, every.values())
         run = about_run(loaded, model, Corpus.of(config).check(), collection.tokens, collection.firings)
         records = examples.FeatureRecords(collection, list(every), model, loaded.sae)
         report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), every)
@@ -298,15 +295,15 @@ def print_usage(client: Client) -> None:
 
 async def ask(records: examples.FeatureRecords, completer: Completer, who: str) -> dict[int, Label]:
     """Explain all, then score all. A budget that is reached ends it early: the features that were left say so."""
-    explanations: dict[int, labelling.Explanation] = {}
+    explanations: dict[int, Explanation] = {}
     labels: dict[int, Label] = {}
     load = records.__getitem__
     with bar(len(records), "explaining") as progress:
-        async for each in labelling.explain_all(records.features, load, completer, in_flight=config.CONCURRENCY):
+        async for each in pipeline.explain_all(records.features, load, completer, in_flight=config.CONCURRENCY):
             explanations[each.feature] = each
             advance(progress, completer)
     with bar(len(records), "scoring") as progress:
-        async for each in labelling.score_all(
+        async for each in pipeline.score_all(
             explanations,
             load,
             completer,
@@ -379,7 +376,7 @@ def show_text(run_dir: Path) -> None:
     ]
     path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
     are_ours = examples.are_of(path, made_from["autoencoder"])
-    labels = label_file.read(run_dir / "explanations.jsonl") if are_ours else {}
+    labels = read_labels(run_dir / "explanations.jsonl") if are_ours else {}
     collection, why = examples.load_collection(path, made_from)
     fired = sorted({feature for token in tokens for feature, _ in token.features})
     records = [] if collection is None else examples.FeatureRecords(collection, fired, model, sae)
@@ -394,42 +391,21 @@ def show_text(run_dir: Path) -> None:
 
 def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> None:
     """How many features have a label, how good the labels are, and where they are; Failed if too few have one."""
-    statuses = Counter(each.status for each in labels.values())
     beside = f", beside {n_labels - len(labels):,} of earlier runs" if n_labels > len(labels) else ""
     print(f"\nlabels    {run_dir / 'explanations.jsonl'}{beside}")
-    print(f"report    {run_dir / 'report.html'}")
-    unscored = sum(any(not score.answered for score in label.scores.values()) for label in labels.values())
-    print(
-        f"\n{len(labels):,} features: "
-        + ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
-        + (f"; {unscored:,} of the ok ones lack a score" if unscored else "")
-    )
-    asked = Counter()
-    for score in (score for label in labels.values() for score in label.scores.values()):
-        asked.update(dict(score.requests))
-    if vain := {status: count for status, count in asked.most_common() if status != "ok"}:
-        counts = ", ".join(f"{count:,} {status}" for status, count in vain.items())
-        print(f"of {asked.total():,} requests for the scores {counts}: what these asked for counts neither way")
-    for summary in summarize_scores(label.scores for label in labels.values()):
-        print(
-            f"  {summary.method:10} {figure(summary.value)}   another feature's explanation "
-            f"{figure(summary.other_feature)}, its top token {figure(summary.top_token)}"
-            + (f" (over {summary.features:,} features)" if summary.features < statuses["ok"] else "")
-        )
-    failed = [label for label in labels.values() if labelling.has_failed(label)]
+    print(f"report    {run_dir / 'report.html'}\n")
+    print(*pipeline.summary(labels.values()), sep="\n")
+    failed = [label for label in labels.values() if pipeline.has_failed(label)]
     if len(failed) > config.MAX_FAILED_SHARE * len(labels):
-        asked = (status for label in failed for score in label.scores.values() for status, _ in score.requests)
-        unanswered = "failed" in {*asked, *(label.status for label in failed)}
         raise cli.Failed(
             f"{len(failed):,} of {len(labels):,} features have no label or no score, more than MAX_FAILED_SHARE, "
             f"{config.MAX_FAILED_SHARE:.0%}: {run_dir / 'explanations.jsonl'} says why"
-            + ("; start again to ask anew what got no answer" if unanswered else "")
+            + (
+                "; start again to ask for what got no answer"
+                if any(map(pipeline.is_worth_asking_again, failed))
+                else ""
+            )
         )
-
-
-def figure(value: float | None) -> str:
-    """A mean score, if there is one: a feature that is explained alone has no other to be compared with."""
-    return "none" if value is None else f"{round(value, 2) + 0.0:.2f}"  # not -0.00
 
 
 if __name__ == "__main__":

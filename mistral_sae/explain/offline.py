@@ -1,83 +1,225 @@
-"""Explanations without a model: what a feature's own examples have in common, found by counting.
+"""Explanations without a model: rules of where a feature fires, found by counting in its own examples. Pure.
 
     found = {index: find(features[index]) for index in indices}
     for label in score_all(found, features.__getitem__, seed=SEED): ...
 
+A rule is a target (what the token is) in a context (where it stands), each a pair of a kind and a value:
+
+    targets    any, core "self" (a token without the spaces around it), token " self" (as it is), class "numbers"
+    contexts   any, after "(" (the token before, or the two before), continuing "sel" (a word), line "import" (whose
+               first word that is), starting (a line), in "comments", early (in a row of tokens), before "self"
+
 The rules that are found make the phrase, and the same rules, no more, make the predictor that is scored. They come from
 the explaining examples (`top` and `spread`) alone; negatives are the tokens of these on which the feature is silent.
 
-Shapes: P passages, N tokens of all of them, R candidate rules.
+Shapes: P passages, N tokens of all of them, R candidate rules, L pairs of a token and a rule that holds on it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from mistral_sae.explain import patterns, scoring
-from mistral_sae.explain.patterns import ANY, Place, Rule, core, places
-from mistral_sae.explain.prompts import MAX_WORDS, NO_PATTERN, visible
-from mistral_sae.explain.types import Example, Feature, Judgement, Label, Status, without_passages
+from mistral_sae.explain import scoring
+from mistral_sae.explain.prompts import MAX_WORDS, NO_PATTERN
+from mistral_sae.explain.types import Example, Explanation, Feature, Judgement, Label, unexplained, without_passages
 
 EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
 PRECISION = 0.5  # of the tokens on which a rule holds, the share on which the feature must fire
 LEAST_SHARE = 0.2  # of a feature's passages; rules that account for fewer are no pattern
 TRIED = 30  # rules that are looked at when the best ones do not fit into the phrase
+EARLY = 8  # positions of a row, its BOS not counted
 
-Pair = tuple[tuple[str, str], tuple[str, str]]  # a target and a context
+QUOTES = "\"'`"
+OPENS_OR_CLOSES = re.compile(rf"[{QUOTES}#\n]")  # a string or a comment
+MAY_OPEN = re.compile(r"(?<!\w)(?:[bfru]|[bf]r|r[bf])?\Z", re.IGNORECASE)  # what stands before a string's first quote
+WORD_END = re.compile(r"\w+\Z")
+SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase can be counted
+
+Part = tuple[str, str]  # a target or a context: its kind and its value
+ANY: Part = ("any", "")
 
 
-class Findings(NamedTuple):
-    """What was found of a feature."""
+class Rule(NamedTuple):
+    """A feature fires on `target` in `context`."""
 
-    status: Status  # "ok", "no pattern", "dead" or "rare", as in Label
-    phrase: str  # at most MAX_WORDS words; "" unless the status is "ok"
-    rules: tuple[Rule, ...]  # what the phrase says
+    target: Part
+    context: Part
+    strength: float  # mean activation there, as a share of the feature's maximum
+
+
+class Found(NamedTuple):
+    """A feature's explanation, and the rules that it says in words."""
+
+    explanation: Explanation
+    rules: tuple[Rule, ...] = ()
+
+
+class Parts(NamedTuple):
+    """All targets and contexts that hold for one token of a passage."""
+
+    targets: list[Part]  # ANY first, then from the general to the particular
+    contexts: list[Part]  # ANY first
+
+
+# ---- what can be said of a token ----
+
+
+def parts_of(passage: Example) -> list[Parts]:
+    """Return what holds for each token of a passage; all but "before" follows from the text up to the token."""
+    tokens, cores = passage.tokens, [core(token) for token in passage.tokens]
+    line, line_is_whole = "", False
+    quote = ""  # what opened the string, or the comment, that the text is in
+    word = ""  # that the text ends with
+    found = []
+    for i, token in enumerate(tokens):
+        continues = bool(word) and (token[:1].isalnum() or token[:1] == "_")
+        contexts = [ANY]
+        if i > 0:
+            contexts.append(("after", cores[i - 1]))
+        if i > 1:
+            contexts.append(("after", (tokens[i - 2] + tokens[i - 1]).strip(" ")))
+        if continues:
+            contexts.append(("continuing", word))
+        if line_is_whole:
+            contexts.append(("line", words[0]) if (words := line.split(None, 1)) else ("starting", ""))
+        if quote:
+            contexts.append(("in", "comments" if quote == "#" else "strings"))
+        if passage.start + i <= EARLY:
+            contexts.append(("early", ""))
+        if i + 1 < len(tokens):
+            contexts.append(("before", cores[i + 1]))
+        targets = [ANY, ("core", cores[i]), ("token", token), ("class", class_of(token, continues))]
+        found.append(Parts(targets, contexts))
+        if token:  # some have no text: a character of several tokens is part of the last
+            if OPENS_OR_CLOSES.search(token):
+                quote = _quote_after(token, quote, line)
+            end = WORD_END.search(token)
+            word = "" if end is None else word + token if end.start() == 0 else end[0]
+        line += token
+        if "\n" in token:
+            line, line_is_whole = token[token.rindex("\n") + 1 :], True
+    return found
+
+
+def core(token: str) -> str:
+    """Return a token without the spaces around it, unless it is nothing else."""
+    return token.strip(" ") or token
+
+
+@lru_cache(maxsize=2**16)
+def class_of(token: str, continues: bool) -> str:
+    """Return what kind of token it is, in plural; `continues` if it is part of a word that began before it."""
+    if not token.strip():
+        return "line breaks" if "\n" in token else "indentation"
+    if token.strip().isdigit():
+        return "numbers"
+    if re.fullmatch(r" *\w+ *", token):
+        return "word parts" if continues else "words"
+    return "words with punctuation" if re.search(r"\w", token) else "punctuation"
+
+
+def _quote_after(token: str, quote: str, line: str) -> str:
+    """What string or comment the text is in after a token, going by the line alone, as most languages would."""
+    for i, character in enumerate(token):
+        before = line + token[:i]
+        if character == "\n" or (quote in QUOTES and character == quote and before[-1:] != "\\"):
+            quote = ""
+        elif not quote and (character == "#" or (character in QUOTES and MAY_OPEN.search(before))):
+            quote = character
+    return quote
+
+
+# ---- finding rules ----
 
 
 class Candidates(NamedTuple):
     """The rules that hold on some token on which the feature fires, and where else they hold."""
 
-    pairs: list[Pair]
+    rules: list[Rule]
     weight_P: np.ndarray  # of the passages; those of each interval weigh the same together
     hits_PR: np.ndarray  # whether the rule holds on a token on which the feature fires
     misses_PR: np.ndarray  # whether it holds on one on which the feature is silent
     precision_R: np.ndarray  # share of the tokens on which it holds on which the feature fires
-    strength_R: np.ndarray  # mean activation on the tokens on which it holds, as a share of the maximum
     mass_R: np.ndarray  # share of all activation that is on the tokens on which it holds
 
-    def rule(self, r: int) -> Rule:
-        """A candidate as a rule."""
-        return Rule(*self.pairs[r], float(self.strength_R[r]))
-
     def share(self, rules: Sequence[Rule]) -> float:
-        """Weight of the passages in which one of the rules holds where the feature fires."""
-        columns = [self.pairs.index((rule.target, rule.context)) for rule in rules]
-        return float(self.weight_P @ self.hits_PR[:, columns].any(axis=1))
+        """Return the weight of the passages in which one of the rules holds where the feature fires."""
+        return float(self.weight_P @ self.hits_PR[:, [self.rules.index(rule) for rule in rules]].any(axis=1))
 
 
-def find(feature: Feature) -> Findings:
-    """The rules that together tell best where a feature fires.
+def find(feature: Feature) -> Found:
+    """Return the rules that together tell best where a feature fires, and what they say in words.
 
     Passages that are in `top` and in `spread` count twice: without that, held-out passages are told apart less well.
-
-    They are added one by one, the one with the most to gain first: the weight of the passages in which it newly holds
-    where the feature fires, less the share of those in which it newly holds where it is silent. Of two with as much to
-    gain, it is the one that holds on more of the activation. That ends when there is nothing to gain, or nothing that
-    fits into the phrase.
     """
-    passages = [visible(passage) for passage in (*feature.top, *feature.spread)]
+    passages = [passage.visible() for passage in (*feature.top, *feature.spread)]
     if not passages:
-        return Findings(without_passages(feature).status, "", ())
+        return Found(without_passages(feature))
     candidates = tabulate(passages, feature)
     rules = _choose(candidates)
     if candidates.share(rules) < LEAST_SHARE:
-        return Findings(NO_PATTERN, "", ())
-    return Findings("ok", patterns.phrase(rules, candidates.share), tuple(rules))
+        reason = "no rule accounts for enough of its passages"
+        return Found(Explanation(feature.feature, NO_PATTERN, reason=reason))
+    return Found(Explanation(feature.feature, "ok", phrase(rules, candidates.share)), tuple(rules))
+
+
+def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
+    """Count where the candidates hold. A context "before" is a candidate for the tokens that the feature promotes."""
+    promoted = {core(token) for token, _ in feature.promoted}
+    interval_P = np.array([passage.interval(feature.maximum) for passage in passages])
+    weight_P = 1 / np.bincount(interval_P)[interval_P]
+    weight_P = weight_P / weight_P.sum()
+    parts_N = [parts for passage in passages for parts in parts_of(passage)]
+    passage_N = np.repeat(np.arange(len(passages)), [len(passage.tokens) for passage in passages])
+    activation_N = np.concatenate([passage.activations for passage in passages]) / feature.maximum
+
+    targets, contexts = {ANY: 0}, {ANY: 0}  # those that hold where the feature fires, and their numbers
+    for n in np.flatnonzero(activation_N):
+        for target in parts_N[n].targets:
+            targets.setdefault(target, len(targets))
+        for context in parts_N[n].contexts:
+            if context[0] != "before" or context[1] in promoted:
+                contexts.setdefault(context, len(contexts))
+    pairs = [
+        (n, targets[target] * len(contexts) + contexts[context])
+        for n, parts in enumerate(parts_N)
+        for target in parts.targets
+        if target in targets
+        for context in parts.contexts
+        if context in contexts
+    ]
+    token_L, number_L = np.array(pairs).T
+    number_R = np.unique(number_L[activation_N[token_L] > 0])
+    is_candidate_L = np.isin(number_L, number_R)
+    token_L, r_L = token_L[is_candidate_L], np.searchsorted(number_R, number_L[is_candidate_L])
+
+    passage_L, fires_L = passage_N[token_L], activation_N[token_L] > 0
+    hits_PR, misses_PR = np.zeros((2, len(passages), len(number_R)), bool)
+    hits_PR[passage_L[fires_L], r_L[fires_L]] = True
+    misses_PR[passage_L[~fires_L], r_L[~fires_L]] = True
+    weight_L = weight_P[passage_L]
+    held_R = np.bincount(r_L, weight_L)
+    precision_R = np.bincount(r_L, weight_L * fires_L) / held_R
+    mass_R = np.bincount(r_L, weight_L * activation_N[token_L])
+    names = [*targets], [*contexts]
+    rules = [
+        Rule(names[0][number // len(contexts)], names[1][number % len(contexts)], float(strength))
+        for number, strength in zip(number_R, mass_R / held_R, strict=True)
+    ]
+    return Candidates(rules, weight_P, hits_PR, misses_PR, precision_R, mass_R / (weight_P[passage_N] @ activation_N))
 
 
 def _choose(candidates: Candidates) -> list[Rule]:
+    """Add rules one by one, the one with the most to gain first, while there is something to gain that fits the phrase.
+
+    The gain of a rule is the weight of the passages in which it newly holds where the feature fires, less the share of
+    those in which it newly holds where it is silent. Of two with as much to gain, it is the one that holds on more of
+    the activation.
+    """
     hits_PR, misses_PR = candidates.hits_PR, candidates.misses_PR
     covered_P, wrong_P = np.zeros((2, len(hits_PR)), bool)
     rules: list[Rule] = []
@@ -86,114 +228,97 @@ def _choose(candidates: Candidates) -> list[Rule]:
         gain_R = candidates.weight_P @ new_PR - (misses_PR & ~wrong_P[:, None]).mean(axis=0)
         gain_R[(new_PR.sum(axis=0) < SUPPORT) | (candidates.precision_R < PRECISION)] = 0
         order = np.lexsort((-candidates.mass_R, -gain_R.round(9)))[:TRIED]
-        r = next((r for r in order if gain_R[r] > 0 and _fits([*rules, candidates.rule(r)])), None)
+        r = next((r for r in order if gain_R[r] > 0 and _fits([*rules, candidates.rules[r]])), None)
         if r is None:
             return rules
-        rules.append(candidates.rule(r))
+        rules.append(candidates.rules[r])
         covered_P |= hits_PR[:, r]
         wrong_P |= misses_PR[:, r]
 
 
 def _fits(rules: Sequence[Rule]) -> bool:
-    return len(patterns.phrase(rules, lambda _: 0).split()) <= MAX_WORDS
+    return len(phrase(rules, lambda _: 0).split()) <= MAX_WORDS
 
 
-def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
-    """Count where the candidates hold. A context "before" is a candidate for the tokens that the feature promotes."""
-    promoted = {core(token) for token, _ in feature.promoted}
-    intervals_P = np.array([passage.interval(feature.maximum) for passage in passages])
-    weight_P = 1 / np.bincount(intervals_P)[intervals_P]
-    weight_P /= weight_P.sum()
-    owner_N = np.repeat(np.arange(len(passages)), [len(passage.tokens) for passage in passages])
-    activation_N = np.concatenate([passage.activations for passage in passages]) / feature.maximum
-    fires_N = activation_N > 0
-
-    places_N = [place for passage in passages for place in places(passage)]
-    target_ids: dict[tuple[str, str], int] = {ANY: 0}
-    context_ids: dict[tuple[str, str], int] = {ANY: 0}
-    for n in np.flatnonzero(fires_N):
-        for target in places_N[n].targets:
-            target_ids.setdefault(target, len(target_ids))
-        for context in places_N[n].contexts:
-            if context[0] != "before" or context[1] in promoted:
-                context_ids.setdefault(context, len(context_ids))
-
-    # Pairs as numbers, those of all tokens one after another (L), then the ones that hold where the feature fires
-    pairs_N = [_numbers(place, target_ids, context_ids) for place in places_N]
-    token_L = np.repeat(np.arange(len(pairs_N)), [len(pairs) for pairs in pairs_N])
-    pair_L = np.array([pair for pairs in pairs_N for pair in pairs])
-    number_R = np.unique(pair_L[fires_N[token_L]])
-    r_L = np.searchsorted(number_R, pair_L).clip(max=len(number_R) - 1)
-    is_candidate_L = number_R[r_L] == pair_L
-    token_L, r_L = token_L[is_candidate_L], r_L[is_candidate_L]
-    fires_L, owner_L, R = fires_N[token_L], owner_N[token_L], len(number_R)
-    hits_PR, misses_PR = np.zeros((2, len(passages), R), bool)
-    hits_PR[owner_L[fires_L], r_L[fires_L]] = True
-    misses_PR[owner_L[~fires_L], r_L[~fires_L]] = True
-    held_R = np.bincount(r_L, weight_P[owner_L], R)
-    precision_R = np.bincount(r_L, weight_P[owner_L] * fires_L, R) / held_R
-    mass_R = np.bincount(r_L, weight_P[owner_L] * activation_N[token_L], R)
-    strength_R, mass_R = mass_R / held_R, mass_R / (weight_P[owner_N] @ activation_N)
-    targets, contexts = list(target_ids), list(context_ids)
-    pairs = [(targets[number // len(contexts)], contexts[number % len(contexts)]) for number in number_R]
-    return Candidates(pairs, weight_P, hits_PR, misses_PR, precision_R, strength_R, mass_R)
+# ---- in words ----
 
 
-def _numbers(
-    place: Place, target_ids: dict[tuple[str, str], int], context_ids: dict[tuple[str, str], int]
-) -> list[int]:
-    contexts = [context_ids[context] for context in place.contexts if context in context_ids]
-    targets = [len(context_ids) * target_ids[target] for target in place.targets if target in target_ids]
-    return [target + context for target in targets for context in contexts]
+def phrase(rules: Sequence[Rule], share: Callable[[Sequence[Rule]], float]) -> str:
+    """Return rules in words, with the share of the feature's passages that those named together account for.
+
+    Rules are named together if they have the context in common, or the target and the kind of context: the phrase says
+    what the rules say and no more.
+    """
+    left, said = list(rules), []
+    while left:
+        (kind, value), (context_kind, _), _ = first = left[0]
+        is_text = kind in ("core", "token")
+        same_context = [r for r in left if r.context == first.context and r.target[0] in ("core", "token")]
+        same_target = [r for r in left if r.target == first.target and r.context[0] == context_kind]
+        together = same_context if is_text and len(same_context) >= len(same_target) else same_target
+        left = [r for r in left if r not in together]
+        what = ", ".join(dict.fromkeys(shown(r.target[1]) for r in together)) if is_text else value or "tokens"
+        contexts = dict.fromkeys(r.context[1] for r in together)
+        listed = " or ".join(contexts if context_kind == "in" else map(shown, contexts))
+        special = {"any": "", "line": f" on {listed} lines", "starting": " starting lines", "early": " early"}
+        where = special.get(context_kind, f" {context_kind} {listed}")
+        said.append(f"{what}{where} ({share(together):.0%})")
+    return "; ".join(said)
 
 
-def predict(rules: Sequence[Rule], places_T: Sequence[Place]) -> list[float]:
-    """The strength of the strongest rule that holds on each token, as a share of the maximum; 0 where none does."""
-    by_target: dict[tuple[str, str], list[Rule]] = {}
-    for rule in rules:
-        by_target.setdefault(rule.target, []).append(rule)
+def shown(token: str) -> str:
+    """Return a token in quotes as Python writes it, double ones where it can, but with SPACE for spaces."""
+    written = repr(token)
+    quote = written[0] if '"' in token else '"'
+    return f"{quote}{written[1:-1].replace(' ', SPACE)}{quote}"
+
+
+# ---- predictions and scores ----
+
+
+def predict(rules: Sequence[Rule], parts_T: Sequence[Parts]) -> list[float]:
+    """Return the strength of the strongest rule that holds on each token; 0 where none does."""
     return [
-        max([r.strength for target in targets for r in by_target.get(target, ()) if r.context in contexts], default=0.0)
-        for targets, contexts in places_T
+        max((rule.strength for rule in rules if rule.target in targets and rule.context in contexts), default=0.0)
+        for targets, contexts in parts_T
     ]
 
 
-def score_all(found: Mapping[int, Findings], load: Callable[[int], Feature], *, seed: int = 0) -> Iterator[Label]:
-    """The labels of features, each with the scores of its rules beside those of another feature's."""
-    other = scoring.others(index for index, each in found.items() if each.status == "ok")
+def score_all(found: Mapping[int, Found], load: Callable[[int], Feature], *, seed: int = 0) -> Iterator[Label]:
+    """Yield the labels of features, each with the scores of its rules, and those of another feature's to compare."""
+    others = scoring.other_features(index for index, each in found.items() if each.explanation.status == "ok")
     for index, each in found.items():
-        yield label(load(index), each, found.get(other.get(index)), seed=seed)
+        other = others.get(index)
+        yield label(load(index), each, None if other is None else found[other], seed=seed)
 
 
-def label(feature: Feature, found: Findings, other: Findings | None, *, seed: int = 0) -> Label:
-    """The label of a feature, scored by detection and by simulation on the passages that detection asks for.
+def label(feature: Feature, found: Found, other: Found | None, *, seed: int = 0) -> Label:
+    """Return the label of a feature, scored by detection and by simulation on the passages that detection asks for.
 
     As a detector, the predictor says that a feature fires in a passage if one of its rules holds there: which rules
     there are was settled on the explaining examples.
     """
-    if found.status != "ok":
-        is_seen = found.status == NO_PATTERN
-        reason = "no rule accounts for enough of its passages" if is_seen else without_passages(feature).reason
-        return Label(feature.feature, "", EXPLAINER, found.status, {}, (), reason)
+    if found.explanation.status != "ok":
+        return unexplained(found.explanation, EXPLAINER)
     questions = scoring.detection_questions(feature, seed)
-    places_of = [places(question.passage) for question in questions]
+    parts = [parts_of(question.passage) for question in questions]
 
     def run(rules: Sequence[Rule]) -> tuple[list[Judgement], list[scoring.Simulated]]:
-        predicted = [predict(rules, each) for each in places_of]
-        pairs = list(zip(questions, predicted, strict=True))
+        pairs = [(question, predict(rules, parts_T)) for question, parts_T in zip(questions, parts, strict=True)]
         judgements = [Judgement("detection", q.kind, q.index, q.truth, any(values)) for q, values in pairs]
         unit = feature.maximum
         return judgements, [scoring.Simulated(q.passage.activations, [unit * v for v in values]) for q, values in pairs]
 
-    judgements, simulated = run(found.rules)
-    detection = scoring.verdict_score(judgements, seed)._replace(recall=scoring.recall(feature, judgements))
-    simulation = scoring.simulation_score(simulated, len(questions), seed)
-    baselines = {"top_token": (Rule(("core", core(scoring.strongest_token(feature))), ANY, 1.0),)}
-    if other:
-        baselines["other_feature"] = other.rules
-    for name, rules in baselines.items():
-        of_baseline, simulated = run(rules)
-        detection = detection._replace(**{name: scoring.balanced_accuracy(of_baseline)})
-        simulation = simulation._replace(**{name: scoring.correlation(simulated)[0]})
+    top_token = Rule(("core", core(scoring.strongest_token(feature))), ANY, 1.0)
+    (judgements, simulated), of_token = run(found.rules), run([top_token])
+    of_other = run(other.rules) if other else ((), ())
+    detection = scoring.verdict_score(judgements, seed)._replace(
+        recall=scoring.recall(feature, judgements),
+        other_feature=scoring.balanced_accuracy(of_other[0]),
+        top_token=scoring.balanced_accuracy(of_token[0]),
+    )
+    simulation = scoring.simulation_score(simulated, len(questions), seed)._replace(
+        other_feature=scoring.correlation(of_other[1])[0], top_token=scoring.correlation(of_token[1])[0]
+    )
     scores = {"detection": detection, "simulation": simulation}
-    return Label(feature.feature, found.phrase, EXPLAINER, "ok", scores, tuple(judgements))
+    return Label(feature.feature, found.explanation.text, EXPLAINER, "ok", scores, tuple(judgements))

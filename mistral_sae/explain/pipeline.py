@@ -1,4 +1,4 @@
-"""Features and a completer -> labels: explain, repair, score, beside the baselines. No torch, no network.
+"""Features and a completer -> labels: explain, repair, score, compare with baselines. No torch, no network.
 
     explanations = {e.feature: e async for e in explain_all(indices, load, completer)}
     async for label in score_all(explanations, load, completer, explainer=model, seed=SEED): ...
@@ -11,29 +11,30 @@ goes wrong with one feature is a status; an exception of the completer's ends th
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from mistral_sae.explain import answers, prompts, scoring
+from mistral_sae.explain import prompts, scoring
 from mistral_sae.explain.scoring import METHODS
 from mistral_sae.explain.types import (
     STATUSES,
     Completer,
+    Example,
     Explanation,
     Feature,
     Judgement,
     Label,
+    Question,
     Request,
     Score,
+    Status,
     unexplained,
     without_passages,
 )
 
-BASELINES = {"other_feature": "another feature's explanation", "top_token": "the top token"}
-UNANSWERED = tuple(status for status, outcome in STATUSES.items() if outcome.ask_again)
+BASELINES = {"other_feature": " of another feature's explanation", "top_token": " of the top token"}
 BATCH = 8  # passages to judge in one request
 IN_FLIGHT = 64  # features at work at a time: each is in memory then, and has one request or some tens of them waiting
-TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
 FEWEST_EXAMPLES = 2  # to which the examples are halved while the prompt is too long
 
 Item = TypeVar("Item")
@@ -41,11 +42,18 @@ Result = TypeVar("Result")
 
 
 class Answer(NamedTuple):
-    """What was read in a reply, or why there is none."""
+    """What was read in a reply, or why nothing was."""
 
-    status: str  # a Completion's, or "unparsed"
+    status: Status
     value: Any = None  # None unless the status is "ok"
     reason: str = ""  # one line
+
+
+class Scored(NamedTuple):
+    """What one explanation got from one scorer."""
+
+    score: Score
+    judgements: list[Judgement]
 
 
 async def explain(feature: Feature, completer: Completer) -> Explanation:
@@ -56,18 +64,16 @@ async def explain(feature: Feature, completer: Completer) -> Explanation:
     """
     if not feature.top:
         return without_passages(feature)
-    n_top, n_spread = min(TOP, len(feature.top)), min(SPREAD, len(feature.spread))
+    n_top, n_spread = min(prompts.TOP, len(feature.top)), min(prompts.SPREAD, len(feature.spread))
     while True:
         request = prompts.explain_request(feature, n_top, n_spread)
-        answer = await _ask(completer, request, answers.read_explanation)
+        answer = await _ask(completer, request, prompts.read_explanation)
         if answer.status != "overflow" or n_top + n_spread <= FEWEST_EXAMPLES:
             break
         n_top, n_spread = max(1, n_top // 2), max(min(1, n_spread), n_spread // 2)
-    if answer.status != "ok":
-        return Explanation(feature.feature, answer.status, reason=answer.reason)
     if answer.value == prompts.NO_PATTERN:
         return Explanation(feature.feature, prompts.NO_PATTERN, reason="the explainer found none")
-    return Explanation(feature.feature, "ok", answer.value, answer.reason)
+    return Explanation(feature.feature, answer.status, answer.value or "", answer.reason)
 
 
 async def score(
@@ -80,30 +86,34 @@ async def score(
     methods: Sequence[str] = METHODS,
     seed: int = 0,
 ) -> Label:
-    """The label of a feature: its explanation's scores beside those of `other` and of the token it is strongest on.
+    """Return the label of a feature: its explanation's scores, and those of `other` and of its top token to compare.
 
     An explanation of another status than "ok" is not scored. What was asked in vain is counted in the scores, and the
     label's reason names the statuses, those of the baselines' requests too.
     """
     if explanation.status != "ok":
         return unexplained(explanation, explainer)
-    strongest = prompts.quoted(scoring.strongest_token(feature))
-    texts = {"own": explanation.text, "other_feature": other and other.text, "top_token": f"the token {strongest}"}
-    distinct = list(dict.fromkeys(text for text in texts.values() if text))  # two that say the same are asked once
-    scorers = {"detection": _detect, "fuzzing": _fuzz, "simulation": _simulate}
-    outcomes = await _all(scorers[method](feature, text, completer, seed) for method in methods for text in distinct)
+    texts = {
+        "own": explanation.text,
+        "other_feature": other.text if other else "",
+        "top_token": f"the token {prompts.quoted(scoring.strongest_token(feature))}",
+    }
+    distinct = list(dict.fromkeys(filter(None, texts.values())))  # two that say the same are asked once
+    outcomes = await _all(_scored(method, feature, text, completer, seed) for method in methods for text in distinct)
     found = dict(zip(itertools.product(methods, distinct), outcomes, strict=True))
     scores: dict[str, Score] = {}
     judgements: list[Judgement] = []
     reasons = [explanation.reason] if explanation.reason else []
     for method in methods:
-        own = found[method, explanation.text]
-        values = {name: found[method, text].score.value for name, text in texts.items() if text and name != "own"}
-        scores[method] = own.score._replace(**values)
-        judgements += own.judgements
-        for name, text in texts.items():
-            requests = found[method, text].score.requests if text else ()
-            total, of = sum(count for _, count in requests), "" if name == "own" else f" of {BASELINES[name]}"
+        by_name = {name: found[method, text] for name, text in texts.items() if text}
+        values = {name: scored.score.value for name, scored in by_name.items()}
+        scores[method] = by_name["own"].score._replace(
+            other_feature=values.get("other_feature"), top_token=values["top_token"]
+        )
+        judgements += by_name["own"].judgements
+        for name, scored in by_name.items():
+            requests, of = scored.score.requests, BASELINES.get(name, "")
+            total = sum(count for _, count in requests)
             reasons += [f"{method}{of}: {count} of {total} requests {each}" for each, count in requests if each != "ok"]
     return Label(feature.feature, explanation.text, explainer, "ok", scores, tuple(judgements), "; ".join(reasons))
 
@@ -111,7 +121,7 @@ async def score(
 async def explain_all(
     features: Iterable[int], load: Callable[[int], Feature], completer: Completer, *, in_flight: int = IN_FLIGHT
 ) -> AsyncIterator[Explanation]:
-    """Explanations of features as they come; `load` gives a feature's record when its turn has come."""
+    """Yield explanations of features as they come; `load` gives a feature's record when its turn has come."""
 
     async def work(index: int) -> Explanation:
         return await explain(load(index), completer)
@@ -130,136 +140,157 @@ async def score_all(
     seed: int = 0,
     in_flight: int = IN_FLIGHT,
 ) -> AsyncIterator[Label]:
-    """Labels as they come, exactly one for each explanation."""
-    other = scoring.others(index for index, explanation in explanations.items() if explanation.status == "ok")
+    """Yield labels as they come, exactly one for each explanation."""
+    others = scoring.other_features(index for index, explanation in explanations.items() if explanation.status == "ok")
 
     async def work(index: int) -> Label:
-        if explanations[index].status != "ok":  # whose record need not be made
-            return unexplained(explanations[index], explainer)
-        baseline = explanations.get(other.get(index))
+        explanation, other = explanations[index], others.get(index)
+        if explanation.status != "ok":  # whose record need not be made
+            return unexplained(explanation, explainer)
+        baseline = None if other is None else explanations[other]
         return await score(
-            load(index), explanations[index], baseline, completer, explainer=explainer, methods=methods, seed=seed
+            load(index), explanation, baseline, completer, explainer=explainer, methods=methods, seed=seed
         )
 
     async for label in _as_they_come(work, explanations, in_flight):
         yield label
 
 
+# ---- what came of it ----
+
+
 def has_failed(label: Label) -> bool:
-    """Whether a label lacks its explanation, or most answers to one of its scorers, for other reasons than a budget's.
+    """Return whether a label lacks its explanation, or most answers to one of its scorers, though the budget sufficed.
 
     A feature without passages to be explained from, or without a pattern, as the explainer says, lacks nothing.
     """
-    if label.status != "ok":
-        return label.status not in (prompts.NO_PATTERN, "dead", "rare", "stopped")
     in_vain = (score.requests for score in label.scores.values() if score.answered < score.unanswered)
-    return any(status not in ("ok", "stopped") for requests in in_vain for status, _ in requests)
+    return any(STATUSES[status].is_failure for status in [label.status, *_statuses(in_vain)])
 
 
-class _Outcome(NamedTuple):
-    """What one explanation got from one scorer."""
-
-    score: Score
-    judgements: list[Judgement]
-
-
-async def _detect(feature: Feature, explanation: str, completer: Completer, seed: int) -> _Outcome:
-    questions = scoring.detection_questions(feature, seed)
-    ids = scoring.opaque_ids(feature, seed, "detection", len(questions))
-
-    def request(batch: Sequence[tuple[str, scoring.Question]]) -> Request:
-        return prompts.detection_request(explanation, [(id, question.passage) for id, question in batch])
-
-    outcome = await _judge("detection", [list(zip(ids, questions, strict=True))], request, completer, seed)
-    return outcome._replace(score=outcome.score._replace(recall=scoring.recall(feature, outcome.judgements)))
+def is_worth_asking_again(label: Label) -> bool:
+    """Return whether the next run may get an answer that this label lacks."""
+    requests = (score.requests for score in label.scores.values())
+    return any(STATUSES[status].ask_again for status in [label.status, *_statuses(requests)])
 
 
-async def _fuzz(feature: Feature, explanation: str, completer: Completer, seed: int) -> _Outcome:
-    rounds = scoring.fuzzing_questions(feature, seed)
-    ids = iter(scoring.opaque_ids(feature, seed, "fuzzing", sum(map(len, rounds))))
-
-    def request(batch: Sequence[tuple[str, scoring.Question]]) -> Request:
-        marked = [prompts.Marked(id, question.passage, question.marked) for id, question in batch]
-        return prompts.fuzzing_request(explanation, marked)
-
-    with_ids = [[(next(ids), question) for question in questions] for questions in rounds]
-    return await _judge("fuzzing", with_ids, request, completer, seed)
+def _statuses(requests: Iterable[Iterable[tuple[Status, int]]]) -> list[Status]:
+    return [status for each in requests for status, _ in each]
 
 
-async def _simulate(feature: Feature, explanation: str, completer: Completer, seed: int) -> _Outcome:
-    passages = scoring.simulation_passages(feature)
-
-    async def one(passage: Any) -> Answer:
-        def read(reply: str) -> list[int]:
-            return answers.read_activations(reply, len(passage.tokens))
-
-        return await _ask(completer, prompts.simulation_request(explanation, passage), read)
-
-    found = await _all(one(passage) for passage in passages)
-    unit = feature.maximum / prompts.LEVELS
-    simulated = [
-        scoring.Simulated(passage.activations, [unit * level for level in answer.value])
-        for passage, answer in zip(passages, found, strict=True)
-        if answer.status == "ok"
+def summary(labels: Collection[Label]) -> list[str]:
+    """Return lines for people: labels by status, requests for scores that got no answer, and mean scores."""
+    statuses = Counter(label.status for label in labels)
+    unscored = sum(any(not score.answered for score in label.scores.values()) for label in labels)
+    lines = [
+        f"{len(labels):,} features: {_counts(statuses)}"
+        + (f"; {unscored:,} of the ok ones lack a score" if unscored else "")
     ]
-    score = scoring.simulation_score(simulated, len(passages), seed)
-    return _Outcome(score._replace(requests=_by_status(found)), [])
+    asked: Counter[Status] = Counter()
+    for score in (score for label in labels for score in label.scores.values()):
+        asked.update(dict(score.requests))
+    unanswered = asked.copy()
+    del unanswered["ok"]
+    if unanswered:
+        which = f"of {asked.total():,} requests for the scores {_counts(unanswered)}"
+        lines.append(f"{which}: what these asked for counts neither way")
+    for each in scoring.summarize_scores(label.scores for label in labels):
+        lines.append(
+            f"  {each.method:10} {_figure(each.value)}   another feature's explanation "
+            f"{_figure(each.other_feature)}, its top token {_figure(each.top_token)}"
+            + (f" (over {each.features:,} features)" if each.features < statuses["ok"] else "")
+        )
+    return lines
+
+
+def _counts(statuses: Counter[Status]) -> str:
+    return ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
+
+
+def _figure(value: float | None) -> str:
+    """A mean score, if there is one: a feature that is explained alone has no other to be compared with."""
+    return "none" if value is None else f"{round(value, 2) + 0.0:.2f}"  # not -0.00
+
+
+# ---- requests ----
+
+
+async def _scored(method: str, feature: Feature, explanation: str, completer: Completer, seed: int) -> Scored:
+    if method == "detection":
+        questions = scoring.detection_questions(feature, seed)
+        scored = await _judge(method, [questions], explanation, completer, seed)
+        return scored._replace(score=scored.score._replace(recall=scoring.recall(feature, scored.judgements)))
+    if method == "fuzzing":
+        return await _judge(method, scoring.fuzzing_questions(feature, seed), explanation, completer, seed)
+    return await _simulate(feature, explanation, completer, seed)
 
 
 async def _judge(
-    method: str,
-    rounds: Sequence[Sequence[tuple[str, scoring.Question]]],
-    request: Callable[[Sequence[tuple[str, scoring.Question]]], Request],
-    completer: Completer,
-    seed: int,
-) -> _Outcome:
-    """Verdicts on questions, each with its id, in batches that mix no rounds."""
+    method: str, rounds: Sequence[Sequence[Question]], explanation: str, completer: Completer, seed: int
+) -> Scored:
+    """Ask for verdicts in batches that mix no rounds, smaller ones where they are too long for the model."""
+    make_request = prompts.detection_request if method == "detection" else prompts.fuzzing_request
 
-    async def ask(batch: list[tuple[str, scoring.Question]]) -> list[Answer]:
-        ids = {id for id, _ in batch}
-        answer = await _ask(completer, request(batch), lambda reply: answers.read_verdicts(reply, ids))
+    async def ask(batch: Sequence[Question]) -> list[Answer]:
+        ids = {question.id for question in batch}
+        request = make_request(explanation, batch)
+        answer = await _ask(completer, request, lambda reply: prompts.read_verdicts(reply, ids))
         if answer.status == "overflow" and len(batch) > 1:
-            return [each for half in await _all(map(ask, scoring.halves(batch))) for each in half]
+            half = len(batch) // 2
+            return [*itertools.chain(*await _all(map(ask, (batch[:half], batch[half:]))))]
         return [answer]
 
     batches = [batch for questions in rounds for batch in scoring.batches(questions, BATCH)]
-    found = [answer for each in await _all(map(ask, batches)) for answer in each]
-    verdicts = {id: verdict for answer in found if answer.status == "ok" for id, verdict in answer.value.items()}
+    answers = list(itertools.chain(*await _all(map(ask, batches))))
+    verdicts = {id: verdict for answer in answers if answer.status == "ok" for id, verdict in answer.value.items()}
     judgements = [
-        Judgement(method, question.kind, question.index, question.truth, verdicts.get(id))
+        Judgement(method, question.kind, question.index, question.truth, verdicts.get(question.id))
         for questions in rounds
-        for id, question in questions
+        for question in questions
     ]
-    return _Outcome(scoring.verdict_score(judgements, seed)._replace(requests=_by_status(found)), judgements)
+    return Scored(scoring.verdict_score(judgements, seed)._replace(requests=_by_status(answers)), judgements)
+
+
+async def _simulate(feature: Feature, explanation: str, completer: Completer, seed: int) -> Scored:
+    async def ask(passage: Example) -> Answer:
+        request = prompts.simulation_request(explanation, passage)
+        return await _ask(completer, request, lambda reply: prompts.read_activations(reply, len(passage.tokens)))
+
+    passages = scoring.simulation_passages(feature)
+    answers = await _all(map(ask, passages))
+    unit = feature.maximum / prompts.LEVELS
+    simulated = [
+        scoring.Simulated(passage.activations, [unit * level for level in answer.value])
+        for passage, answer in zip(passages, answers, strict=True)
+        if answer.status == "ok"
+    ]
+    score = scoring.simulation_score(simulated, len(passages), seed)
+    return Scored(score._replace(requests=_by_status(answers)), [])
 
 
 async def _ask(completer: Completer, request: Request, read: Callable[[str], Any]) -> Answer:
     """What `read` finds in the reply, or in that to one repair request; the status of whichever has none."""
-    completion, problems = await completer.complete(request), []
+    problems: list[prompts.Unreadable] = []
+    completion = await completer.complete(request)
     while completion.status == "ok":
         try:
             return Answer("ok", read(completion.text))
-        except answers.Unreadable as error:
+        except prompts.Unreadable as error:
             problems.append(error)
         if len(problems) == 2:
             break
         completion = await completer.complete(prompts.repair_request(request, completion.text, str(problems[0])))
     for problem in reversed(problems):
-        if isinstance(problem, answers.TooLong):
-            return Answer("ok", answers.cut(problem.explanation), f"cut to {prompts.MAX_WORDS} words: {problem}")
-    if completion.status == "truncated":
-        return Answer("truncated", reason=_line(f"the reply does not end: {completion.text}"))
-    if completion.status != "ok":
-        return Answer(completion.status, reason=_line(completion.text))
-    return Answer("unparsed", reason=f"{problems[-1]}, in two attempts")
+        if isinstance(problem, prompts.TooLong):
+            return Answer("ok", prompts.cut(problem.explanation), f"cut to {prompts.MAX_WORDS} words: {problem}")
+    if completion.status == "ok":
+        return Answer("unparsed", reason=f"{problems[-1]}, in two attempts")
+    text = f"the reply does not end: {completion.text}" if completion.status == "truncated" else completion.text
+    return Answer(completion.status, reason=" ".join(text.split())[:300])
 
 
-def _by_status(found: Iterable[Answer]) -> tuple[tuple[str, int], ...]:
-    return tuple(Counter(answer.status for answer in found).items())
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]
+def _by_status(answers: Iterable[Answer]) -> tuple[tuple[Status, int], ...]:
+    return tuple(Counter(answer.status for answer in answers).items())
 
 
 async def _all(work: Iterable[Awaitable[Result]]) -> list[Result]:
@@ -282,7 +313,7 @@ async def _as_they_come(
     done: set[asyncio.Future[Result]] = set()
     try:
         while True:
-            while len(running) < most and (item := next(waiting, None)) is not None:
+            for item in itertools.islice(waiting, most - len(running)):
                 running.add(asyncio.ensure_future(work(item)))
             if not running:
                 return

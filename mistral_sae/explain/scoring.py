@@ -1,22 +1,22 @@
-"""How well an explanation, or a predictor, foretells a feature: what is asked, and what the answers are worth.
+"""How well an explanation predicts where a feature fires: the questions asked, and scores of the answers. Pure.
 
-What is asked is drawn at random from a seed and the feature's index, and resamples from the seed alone, so that a run
-that starts again draws the same. All passages are of documents that the explanation was not made from.
+Questions are chosen at random from a seed and the feature's index, and bootstrap samples from the seed alone, so that a
+run that starts again makes the same. All passages are of documents that the explanation was not made from.
 
-Shapes: P passages, S resamples.
+Shapes: P passages, S bootstrap samples.
 """
 
 import itertools
 import math
 import random
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mistral_sae.explain.prompts import visible
-from mistral_sae.explain.types import INTERVALS, Example, Feature, Judgement, Score
+from mistral_sae.explain.prompts import evenly
+from mistral_sae.explain.types import INTERVALS, Example, Feature, Judgement, Question, Score
 
 METHODS = ("detection", "fuzzing", "simulation")
 RESAMPLES = 1000  # of the bootstrap
@@ -27,16 +27,6 @@ ACTIVE_SIMULATED, SILENT_SIMULATED = 4, 4  # passages a simulation asks for
 Item = TypeVar("Item")
 
 
-class Question(NamedTuple):
-    """A passage to be judged; `truth` is what a scorer should say."""
-
-    kind: str  # as in Judgement
-    index: int
-    truth: bool
-    passage: Example
-    marked: frozenset[int] = frozenset()  # fuzzing: tokens that are claimed to be active
-
-
 class Simulated(NamedTuple):
     """A passage's activations as they are and as they were predicted, in the same units."""
 
@@ -44,64 +34,64 @@ class Simulated(NamedTuple):
     predicted: Sequence[float]
 
 
+# ---- what is asked ----
+
+
 def detection_questions(feature: Feature, seed: int) -> list[Question]:
-    """As many passages in which the feature fires as passages in which it does not, shuffled.
+    """Return as many passages in which the feature fires as passages in which it does not, shuffled.
 
     The former from all its intervals; the latter half random and half hard, as far as there are hard ones. The number
     of each in a batch is left to chance, so that it tells nothing.
     """
     count = min(len(feature.held_out), len(feature.random) + len(feature.hard))
-    chosen = {"held_out": count} | _silent(feature, count)
+    chosen = {"held_out": count} | _silent_counts(feature, count)
     questions = [
-        Question(kind, index, kind == "held_out", visible(getattr(feature, kind)[index]))
+        Question("", kind, index, kind == "held_out", getattr(feature, kind)[index].visible())
         for kind, n in chosen.items()
-        for index in _of_each_part(range(len(getattr(feature, kind))), n)
+        for index in evenly(range(len(getattr(feature, kind))), n)
     ]
     _generator(feature, seed, "detection").shuffle(questions)
-    return questions
+    return _with_ids(questions, opaque_ids(feature, seed, "detection", len(questions)))
 
 
 def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
-    """Two rounds over the passages in which the feature fires, marked rightly in one and wrongly in the other.
+    """Return two rounds over the passages in which the feature fires, marked rightly in one and wrongly in the other.
 
     Wrong marks are the right ones moved as a whole, to silent tokens, near to where the peak of another of the passages
-    is, so that their places tell nothing. Which round has the right marks of a passage is drawn, and no
-    request should mix rounds: marks of one passage side by side would give each other away. A passage in which the
-    marks fit nowhere else is left out.
+    is, so that their places tell nothing. Which round has the right marks of a passage is random, and no request should
+    mix rounds: marks of one passage side by side would give each other away. A passage in which the marks fit nowhere
+    else is left out.
     """
     generator = _generator(feature, seed, "fuzzing")
-    rounds: list[list[Question]] = [[], []]
-    passages = [visible(passage) for passage in feature.held_out]
+    rounds: tuple[list[Question], list[Question]] = ([], [])
+    passages = [passage.visible() for passage in feature.held_out]
     for index, passage in enumerate(passages):
         active = frozenset(i for i, activation in enumerate(passage.activations) if activation > 0)
-        shift = _shift(passage, active, passages[:index] + passages[index + 1 :], generator)
+        shift = _shift_of_marks(passage, active, passages[:index] + passages[index + 1 :], generator)
         if shift is None:
             continue
         moved = frozenset(i + shift for i in active)
-        questions = [
-            Question("held_out", index, True, passage, active),
-            Question("held_out", index, False, passage, moved),
+        pair = [
+            Question("", "held_out", index, True, passage, active),
+            Question("", "held_out", index, False, passage, moved),
         ]
+        generator.shuffle(pair)
+        for questions, question in zip(rounds, pair, strict=True):
+            questions.append(question)
+    for questions in rounds:
         generator.shuffle(questions)
-        for questions_of_round, question in zip(rounds, questions, strict=True):
-            questions_of_round.append(question)
-    for questions_of_round in rounds:
-        generator.shuffle(questions_of_round)
-    return rounds
+    ids = opaque_ids(feature, seed, "fuzzing", sum(map(len, rounds)))
+    return [_with_ids(rounds[0], ids), _with_ids(rounds[1], ids[len(rounds[0]) :])]
 
 
-def simulation_passages(
-    feature: Feature, active: int = ACTIVE_SIMULATED, silent: int = SILENT_SIMULATED
-) -> list[Example]:
-    """Passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
-    chosen = {"held_out": active} | _silent(feature, silent)
-    return [
-        visible(passage) for kind, count in chosen.items() for passage in _of_each_part(getattr(feature, kind), count)
-    ]
+def simulation_passages(feature: Feature) -> list[Example]:
+    """Return passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
+    chosen = {"held_out": ACTIVE_SIMULATED} | _silent_counts(feature, SILENT_SIMULATED)
+    return [passage.visible() for kind, count in chosen.items() for passage in evenly(getattr(feature, kind), count)]
 
 
 def opaque_ids(feature: Feature, seed: int, method: str, count: int) -> list[str]:
-    """As many different ids, which tell nothing of what they stand for."""
+    """Return `count` different ids, which tell nothing of what they stand for."""
     generator = _generator(feature, seed, f"ids of {method}")
     ids: dict[str, None] = {}
     while len(ids) < count:
@@ -110,39 +100,20 @@ def opaque_ids(feature: Feature, seed: int, method: str, count: int) -> list[str
 
 
 def batches(items: Sequence[Item], most: int) -> list[list[Item]]:
-    """The items in their order, in as few batches of at most `most` as there can be, about equal in size."""
+    """Return the items in their order, in as few batches of at most `most` as there can be, about equal in size."""
     count = math.ceil(len(items) / most)
     edges = [i * len(items) // count for i in range(count + 1)] if count else []
     return [list(items[start:end]) for start, end in itertools.pairwise(edges)]
 
 
-def halves(items: list[Item]) -> list[list[Item]]:
-    """A list in two parts."""
-    return [items[: len(items) // 2], items[len(items) // 2 :]]
-
-
-def verdict_score(judgements: Sequence[Judgement], seed: int) -> Score:
-    """The score of verdicts, as yet without baselines and recall."""
-    answered = sum(j.verdict is not None for j in judgements)
-    low, high = accuracy_interval(judgements, seed) or (None, None)
-    return Score(balanced_accuracy(judgements), low, high, None, None, answered, len(judgements) - answered)
-
-
-def simulation_score(simulated: Sequence[Simulated], asked: int, seed: int) -> Score:
-    """The score of those of the `asked` passages that were simulated, as yet without baselines."""
-    r, r2 = correlation(simulated)
-    low, high = correlation_interval(simulated, seed) or (None, None)
-    return Score(r, low, high, None, None, len(simulated), asked - len(simulated), r2=r2)
-
-
 def strongest_token(feature: Feature) -> str:
-    """The token on which a feature is strongest; a baseline's explanation is just this."""
-    passage = visible(feature.top[0])
+    """Return the token on which a feature is strongest; a baseline's explanation is just this."""
+    passage = feature.top[0].visible()
     return passage.tokens[passage.peak]
 
 
-def others(explained: Iterable[int]) -> dict[int, int | None]:
-    """For each explained feature another one, whose explanation is its baseline: the next in a fixed random order.
+def other_features(explained: Iterable[int]) -> dict[int, int | None]:
+    """Return for each feature another one, whose explanation is its baseline: the next in a fixed random order.
 
     So one that is added changes the baseline of one other. None if it is the only one.
     """
@@ -153,70 +124,11 @@ def others(explained: Iterable[int]) -> dict[int, int | None]:
     }
 
 
-def balanced_accuracy(judgements: Sequence[Judgement]) -> float | None:
-    """The mean of the shares of true and of false items that were answered rightly; None if one kind has no answers."""
-    right = [
-        [j.verdict == truth for j in judgements if j.verdict is not None and j.truth == truth]
-        for truth in (True, False)
-    ]
-    return sum(sum(each) / len(each) for each in right) / 2 if all(right) else None
+def _with_ids(questions: Sequence[Question], ids: Sequence[str]) -> list[Question]:
+    return [question._replace(id=id) for question, id in zip(questions, ids, strict=False)]
 
 
-def accuracy_interval(judgements: Sequence[Judgement], seed: int) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of `balanced_accuracy`, None where that is None.
-
-    Resampled are passages, with all that was said of each, and those that activate the feature apart from the others.
-    """
-    if balanced_accuracy(judgements) is None:
-        return None
-    groups: dict[bool, dict[tuple[str, int], np.ndarray]] = {True: {}, False: {}}
-    for j in judgements:  # of each passage: right and all answers to true items, right and all answers to false items
-        passage = groups[j.kind == "held_out"].setdefault((j.kind, j.index), np.zeros(4))
-        if j.verdict is not None:
-            passage[0 if j.truth else 2] += j.verdict == j.truth
-            passage[1 if j.truth else 3] += 1
-    generator = np.random.default_rng(seed)
-    sums_S4 = sum(_resampled(np.stack(list(group.values())), generator) for group in groups.values() if group)
-    with np.errstate(invalid="ignore"):
-        values_S = (sums_S4[:, 0] / sums_S4[:, 1] + sums_S4[:, 2] / sums_S4[:, 3]) / 2
-    return _interval(values_S)  # without resamples that happened to have no answers of one kind
-
-
-def recall(feature: Feature, judgements: Sequence[Judgement]) -> tuple[float | None, ...]:
-    """Detection: of the passages from each interval that were judged, the share that was found; None without any."""
-    found: list[list[bool]] = [[] for _ in range(INTERVALS)]
-    for j in judgements:
-        if j.kind == "held_out" and j.verdict is not None:
-            found[feature.held_out[j.index].interval(feature.maximum)].append(j.verdict)
-    return tuple(sum(each) / len(each) if each else None for each in found)
-
-
-def correlation(simulated: Sequence[Simulated]) -> tuple[float | None, float | None]:
-    """Pearson's r of the predicted activations with the true ones, over the tokens of all passages, and R2.
-
-    R2 is 1 - |true - predicted|^2 / |true - mean(true)|^2. A prediction that is the same everywhere has r = 0. Both are
-    None where the truth is the same everywhere.
-    """
-    moments_6 = sum((_moments(each) for each in simulated), np.zeros(6))
-    r, r2 = _r_and_r2(moments_6[None])
-    return (None, None) if np.isnan(r[0]) else (float(r[0]), float(r2[0]))
-
-
-def correlation_interval(simulated: Sequence[Simulated], seed: int) -> tuple[float, float] | None:
-    """The 95 % bootstrap interval of Pearson's r; None where that is None.
-
-    Resampled are passages, and those in which the feature fires apart from the others. Of few passages the bootstrap
-    makes too little: with 8 of them the interval covers the truth in 80 to 85 % of cases.
-    """
-    if correlation(simulated)[0] is None:
-        return None
-    groups = ([_moments(each) for each in simulated if any(each.true) == fires] for fires in (True, False))
-    generator = np.random.default_rng(seed)
-    sums_S6 = sum(_resampled(np.stack(group), generator) for group in groups if group)
-    return _interval(_r_and_r2(sums_S6)[0])
-
-
-def _silent(feature: Feature, count: int) -> dict[str, int]:
+def _silent_counts(feature: Feature, count: int) -> dict[str, int]:
     """How many of `count` passages in which a feature does not fire are of each kind: half, or what there is."""
     hard = min(len(feature.hard), max(count // 2, count - len(feature.random)))
     return {"random": count - hard, "hard": hard}
@@ -226,14 +138,9 @@ def _generator(feature: Feature, seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed} {feature.feature} {purpose}")
 
 
-def _of_each_part(items: Sequence[Item], count: int) -> list[Item]:
-    """The middle items of `count` equal parts, or all if there are fewer: of a sorted list, neither end is certain."""
-    if len(items) <= count:
-        return list(items)
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-
-def _shift(passage: Example, active: frozenset[int], others: Sequence[Example], generator: random.Random) -> int | None:
+def _shift_of_marks(
+    passage: Example, active: frozenset[int], others: Sequence[Example], generator: random.Random
+) -> int | None:
     """By how much to move the marks of a passage so that they are on silent tokens; None if they fit nowhere else.
 
     The peak comes near to the place that another's peak has, counted from both ends together: so it is the peak of a
@@ -243,48 +150,133 @@ def _shift(passage: Example, active: frozenset[int], others: Sequence[Example], 
     """
     n_tokens = len(passage.tokens)
     shifts = [s for s in range(-min(active), n_tokens - max(active)) if all(i + s not in active for i in active)]
-    places = [(other.peak, len(other.tokens) - 1 - other.peak) for other in others]
-    distances = [
-        min((abs(at - before) + abs(n_tokens - 1 - at - after) for before, after in places), default=0)
-        for at in (passage.peak + s for s in shifts)
-    ]
     if not shifts:
         return None
+    peaks = [(other.peak, len(other.tokens) - 1 - other.peak) for other in others]
+    distances = [
+        min((abs(at - before) + abs(n_tokens - 1 - at - after) for before, after in peaks), default=0)
+        for at in (passage.peak + s for s in shifts)
+    ]
     near = [s for s, distance in zip(shifts, distances, strict=True) if distance <= min(distances) + SLACK]
-    own = unmarked_twins(passage, active)
-    gaps = [abs(unmarked_twins(passage, frozenset(i + s for i in active)) - own) for s in near]
+    repeated = _repeated_unmarked(passage, active)
+    gaps = [abs(_repeated_unmarked(passage, frozenset(i + s for i in active)) - repeated) for s in near]
     return generator.choice([s for s, gap in zip(near, gaps, strict=True) if gap == min(gaps)])
 
 
-def unmarked_twins(passage: Example, marked: frozenset[int]) -> int:
+def _repeated_unmarked(passage: Example, marked: frozenset[int]) -> int:
     """How many of the marked tokens stand in the passage without a mark, too, whatever spaces are around them."""
     unmarked = {token.strip() for i, token in enumerate(passage.tokens) if i not in marked}
     return sum(passage.tokens[i].strip() in unmarked for i in marked)
 
 
-def _moments(each: Simulated) -> np.ndarray:
-    x, y = np.asarray(each.true, dtype=float), np.asarray(each.predicted, dtype=float)
-    assert x.shape == y.shape, (x.shape, y.shape)
-    return np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+# ---- what the answers are worth ----
 
 
-def _r_and_r2(moments_S6: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def verdict_score(judgements: Sequence[Judgement], seed: int) -> Score:
+    """Return the balanced accuracy of verdicts, without baselines and recall."""
+    answered = sum(j.verdict is not None for j in judgements)
+    groups = _counts(judgements)
+    low, high = _interval(_accuracy, groups, seed)
+    return Score(_value(_accuracy, groups), low, high, answered=answered, unanswered=len(judgements) - answered)
+
+
+def simulation_score(simulated: Sequence[Simulated], asked: int, seed: int) -> Score:
+    """Return the correlation of those of the `asked` passages that were simulated, without baselines.
+
+    Of few passages the bootstrap makes too little: with 8 of them the interval covers the truth in 80 to 85 % of cases.
+    """
+    r, r2 = correlation(simulated)
+    low, high = _interval(_r, _moments(simulated), seed)
+    return Score(r, low, high, answered=len(simulated), unanswered=asked - len(simulated), r2=r2)
+
+
+def balanced_accuracy(judgements: Sequence[Judgement]) -> float | None:
+    """Return the mean of the shares of true and of false items answered rightly; None if one kind has no answers."""
+    return _value(_accuracy, _counts(judgements))
+
+
+def correlation(simulated: Sequence[Simulated]) -> tuple[float | None, float | None]:
+    """Return Pearson's r of the predicted activations with the true ones, over the tokens of all passages, and R2.
+
+    R2 is 1 - |true - predicted|^2 / |true - mean(true)|^2. A prediction that is the same everywhere has r = 0. Both are
+    None where the truth is the same everywhere.
+    """
+    groups = _moments(simulated)
+    return _value(_r, groups), _value(_r2, groups)
+
+
+def recall(feature: Feature, judgements: Sequence[Judgement]) -> tuple[float | None, ...]:
+    """Return for each interval the share of its judged passages that detection found; None without any."""
+    found: list[list[bool]] = [[] for _ in range(INTERVALS)]
+    for j in judgements:
+        if j.kind == "held_out" and j.verdict is not None:
+            found[feature.held_out[j.index].interval(feature.maximum)].append(j.verdict)
+    return tuple(sum(each) / len(each) if each else None for each in found)
+
+
+# Scores are statistics of sums over passages: a row for each, in two groups, those that activate the feature first
+Groups = Sequence[Sequence[np.ndarray]]
+Statistic = Callable[[np.ndarray], np.ndarray]  # of sums (S, N): (S), nan where it is not defined
+
+
+def _counts(judgements: Sequence[Judgement]) -> Groups:
+    """For each passage: right and all answers to true items, right and all answers to false items."""
+    groups: dict[bool, dict[tuple[str, int], np.ndarray]] = {True: {}, False: {}}
+    for j in judgements:
+        passage = groups[j.kind == "held_out"].setdefault((j.kind, j.index), np.zeros(4))
+        if j.verdict is not None:
+            passage[0 if j.truth else 2] += j.verdict == j.truth
+            passage[1 if j.truth else 3] += 1
+    return [list(group.values()) for group in groups.values()]
+
+
+def _accuracy(sums_S4: np.ndarray) -> np.ndarray:
+    right_true, true, right_false, false = sums_S4.T
+    return (right_true / true + right_false / false) / 2
+
+
+def _moments(simulated: Sequence[Simulated]) -> Groups:
+    """For each passage: tokens, and sums of x, y, xx, yy and xy, for x the true and y the predicted activations."""
+    groups: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for each in simulated:
+        x, y = np.asarray(each.true, dtype=float), np.asarray(each.predicted, dtype=float)
+        assert x.shape == y.shape, (x.shape, y.shape)
+        moments = np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+        groups[bool(x.any())].append(moments)
+    return list(groups.values())
+
+
+def _r(moments_S6: np.ndarray) -> np.ndarray:
     n, x, y, xx, yy, xy = moments_S6.T
+    var_x, var_y, covariance = xx - x * x / n, yy - y * y / n, xy - x * y / n
+    r = np.where(var_y > 1e-9 * yy, covariance / np.sqrt(var_x * var_y), 0.0)
+    return np.where(var_x > 1e-9 * xx, r, np.nan)  # else it varies only by rounding
+
+
+def _r2(moments_S6: np.ndarray) -> np.ndarray:
+    n, x, _, xx, yy, xy = moments_S6.T
+    var_x = xx - x * x / n
+    return np.where(var_x > 1e-9 * xx, 1 - (xx - 2 * xy + yy) / var_x, np.nan)
+
+
+def _value(statistic: Statistic, groups: Groups) -> float | None:
+    rows = list(itertools.chain(*groups))
     with np.errstate(invalid="ignore", divide="ignore"):
-        var_x, var_y, covariance = xx - x * x / n, yy - y * y / n, xy - x * y / n
-        varies = var_x > 1e-9 * xx  # not only by rounding
-        r = np.where(var_y > 1e-9 * yy, covariance / np.sqrt(var_x * var_y), 0.0)
-        return np.where(varies, r, np.nan), np.where(varies, 1 - (xx - 2 * xy + yy) / var_x, np.nan)
+        value = float(statistic(np.sum(rows, axis=0, keepdims=True))[0]) if rows else math.nan
+    return None if math.isnan(value) else value
 
 
-def _resampled(values_PN: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Sums over passages drawn with replacement, (S, N)."""
-    P = len(values_PN)
-    return generator.multinomial(P, np.full(P, 1 / P), size=RESAMPLES) @ values_PN
-
-
-def _interval(values_S: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanpercentile(values_S, [2.5, 97.5])
+def _interval(statistic: Statistic, groups: Groups, seed: int) -> tuple[float | None, float | None]:
+    """The 95 % bootstrap interval. Passages are resampled whole, as many of each group as there are."""
+    if _value(statistic, groups) is None:
+        return None, None
+    generator = np.random.default_rng(seed)
+    sums_SN = sum(
+        generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=RESAMPLES) @ np.stack(group)
+        for group in filter(None, groups)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = np.nanpercentile(statistic(np.asarray(sums_SN)), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -5,7 +5,7 @@ Plain values: no torch, no network.
 
 from typing import Any, Literal, NamedTuple, Protocol
 
-INTERVALS = 4  # of a feature's activation range, (0, maximum], from which examples are drawn
+INTERVALS = 4  # of a feature's activation range, (0, maximum], from each of which examples are taken
 BINS = 50  # of its histogram, of equal width over the same range
 
 # What came of a request, or of a feature
@@ -58,6 +58,29 @@ class Example(NamedTuple):
     def interval(self, maximum: float) -> int:
         """Which of the INTERVALS of (0, maximum] its strength lies in; 0 is the weakest."""
         return min(INTERVALS - 1, int(INTERVALS * self.strength / maximum)) if maximum > 0 else 0
+
+    @property
+    def text(self) -> str:
+        """The passage's text."""
+        return "".join(self.tokens)
+
+    def visible(self) -> "Example":
+        """Return the same passage without empty tokens: each goes to the token that completes its character.
+
+        A character whose bytes are spread over several tokens is the last one's text.
+        """
+        if all(self.tokens):
+            return self
+        tokens, activations, pending = [], [], 0.0
+        for token, activation in zip(self.tokens, self.activations, strict=True):
+            pending = max(pending, activation)
+            if token:
+                tokens.append(token)
+                activations.append(pending)
+                pending = 0.0
+        if tokens:
+            activations[-1] = max(activations[-1], pending)
+        return self._replace(tokens=tuple(tokens), activations=tuple(activations))
 
 
 class Feature(NamedTuple):
@@ -116,7 +139,7 @@ class Question(NamedTuple):
 
     id: str  # shown to the scorer; tells nothing
     kind: str  # the field of Feature that holds the passage: "held_out", "random" or "hard"
-    index: int  # its place there
+    index: int  # type: ignore[assignment]  # its place there (tuple.index is never called)
     truth: bool  # whether the feature fires in it (detection), or the marks are where it fires (fuzzing)
     passage: Example
     marked: frozenset[int] = frozenset()  # fuzzing: indices of the tokens that are claimed to be active
@@ -127,13 +150,13 @@ class Judgement(NamedTuple):
 
     method: str  # "detection" or "fuzzing"
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # as in Question
     truth: bool
     verdict: bool | None  # None: no answer, which counts neither for nor against
 
 
 class Score(NamedTuple):
-    """How well an explanation predicts a feature on passages it was not made from, beside two baselines."""
+    """How well an explanation predicts a feature on passages it was not made from, with two baselines."""
 
     value: float | None  # balanced accuracy (detection, fuzzing) or Pearson correlation (simulation); None: no answers
     low: float | None = None  # 95 % bootstrap interval of `value`

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from synthetic_features import WORDS, make_feature, on
 
-from mistral_sae.explain import offline, patterns
-from mistral_sae.explain.patterns import ANY, Rule
+from mistral_sae.explain import offline
+from mistral_sae.explain.offline import ANY, Rule
 from mistral_sae.explain.types import Example
 
 
@@ -27,8 +27,8 @@ def passage(text_tokens, start=20):
     return Example("d", start, tuple(text_tokens), (0.0,) * len(text_tokens))
 
 
-def names(places, kind):
-    return [[value for k, value in place.contexts if k == kind] for place in places]
+def names(parts, kind):
+    return [[value for k, value in each.contexts if k == kind] for each in parts]
 
 
 # What can be said of a token
@@ -36,15 +36,15 @@ def names(places, kind):
 
 def test_contexts_say_where_a_token_stands():
     tokens = ["\n", "def", " area", "_of", "(self", "):", " #", " why", "\n", "    ", '"', "a", "'b", '"', " c"]
-    places = patterns.places(passage(tokens))
-    assert all(place.contexts[0] == place.targets[0] == ANY for place in places)
-    assert names(places, "after")[4] == ["_of", "area_of"]
-    assert names(places, "continuing")[3:5] == [["area"], []]
-    assert names(places, "line")[2:5] == [["def"]] * 3
-    assert [i for i, starting in enumerate(names(places, "starting")) if starting] == [1, 9, 10]
-    assert names(places, "in") == [[]] * 7 + [["comments"]] * 2 + [[]] * 2 + [["strings"]] * 3 + [[]]
-    assert names(places, "before")[6] == ["why"]
-    assert [i for i, early in enumerate(names(patterns.places(passage(tokens, start=5)), "early")) if early] == [
+    parts = offline.parts_of(passage(tokens))
+    assert all(each.contexts[0] == each.targets[0] == ANY for each in parts)
+    assert names(parts, "after")[4] == ["_of", "area_of"]
+    assert names(parts, "continuing")[3:5] == [["area"], []]
+    assert names(parts, "line")[2:5] == [["def"]] * 3
+    assert [i for i, starting in enumerate(names(parts, "starting")) if starting] == [1, 9, 10]
+    assert names(parts, "in") == [[]] * 7 + [["comments"]] * 2 + [[]] * 2 + [["strings"]] * 3 + [[]]
+    assert names(parts, "before")[6] == ["why"]
+    assert [i for i, early in enumerate(names(offline.parts_of(passage(tokens, start=5)), "early")) if early] == [
         0,
         1,
         2,
@@ -54,9 +54,9 @@ def test_contexts_say_where_a_token_stands():
 
 def test_a_word_goes_on_in_the_next_token_but_not_over_a_line_break():
     tokens = ["Tab", "", "le", "\n", "row", "  ", "x", "_1", "(2", "3"]
-    where = names(patterns.places(passage(tokens)), "continuing")
+    where = names(offline.parts_of(passage(tokens)), "continuing")
     assert where == [[], [], ["Tab"], [], [], [], [], ["x"], [], ["2"]]
-    classes = [dict(place.targets[1:])["class"] for place in patterns.places(passage(tokens))]
+    classes = [dict(each.targets[1:])["class"] for each in offline.parts_of(passage(tokens))]
     assert classes[2] == "word parts"
     assert classes[4] == "words"
 
@@ -83,7 +83,7 @@ def test_a_comment_ends_with_its_line_and_a_string_with_its_quote_or_its_line():
         "\n",
         "f",
     ]
-    where = [values[0] if values else "" for values in names(patterns.places(passage(tokens)), "in")]
+    where = [values[0] if values else "" for values in names(offline.parts_of(passage(tokens)), "in")]
     assert where == ["", *["comments"] * 4, "", *["strings"] * 5, "", "", "", "", "", "strings", "strings", ""]
 
 
@@ -91,10 +91,10 @@ def test_a_comment_ends_with_its_line_and_a_string_with_its_quote_or_its_line():
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_a_string_may_have_a_prefix_and_an_apostrophe_is_none(prefix, quote):
     tokens = ["x", " =", f" {prefix}{quote}", "a", quote, " +", " b", " don't", " c"]
-    where = names(patterns.places(passage(tokens)), "in")
+    where = names(offline.parts_of(passage(tokens)), "in")
     assert where == [[]] * 3 + [["strings"]] * 2 + [[]] * 4
     apart = [" =", f" {prefix}", f"{quote}a", quote, "b", f"x{prefix}", f"{quote}c"]
-    assert names(patterns.places(passage(apart)), "in") == [[]] * 3 + [["strings"]] + [[]] * 3
+    assert names(offline.parts_of(passage(apart)), "in") == [[]] * 3 + [["strings"]] + [[]] * 3
 
 
 @pytest.mark.parametrize(
@@ -110,16 +110,16 @@ def test_a_string_may_have_a_prefix_and_an_apostrophe_is_none(prefix, quote):
     ],
 )
 def test_every_token_is_of_one_class(token, continues, expected):
-    assert patterns.class_of(token, continues) == expected
+    assert offline.class_of(token, continues) == expected
 
 
 @pytest.mark.parametrize("token", [" a b", "\n\t", '"""', "it's", "\"'", "\u00a0\\n", "\x00"])
 def test_a_token_in_a_phrase_has_no_white_space_and_is_told_from_others(token):
-    shown = patterns.shown(token)
+    shown = offline.shown(token)
     assert len(shown.split()) == 1
     assert shown.isprintable()
     assert shown[0] == shown[-1]
-    assert shown != patterns.shown(token + " ")
+    assert shown != offline.shown(token + " ")
 
 
 # What is found
@@ -127,9 +127,9 @@ def test_a_token_in_a_phrase_has_no_white_space_and_is_told_from_others(token):
 
 def test_a_token_is_found_and_its_context_if_it_has_one():
     bare = offline.find(make_feature(0, on(" self")))
-    assert bare.phrase == '"self" (100%)'
+    assert bare.explanation.text == '"self" (100%)'
     after = offline.find(make_feature(1, fires_on_self_after_parenthesis))
-    assert after.phrase == '"self" after "(" (100%)'
+    assert after.explanation.text == '"self" after "(" (100%)'
     assert [rule[:2] for rule in after.rules] == [(("core", "self"), ("after", "("))]
 
 
@@ -138,24 +138,24 @@ def test_several_tokens_of_one_context_are_named_together():
         return 2.0 if tokens[i] in (" self", " name", " x") else 0.0
 
     found = offline.find(make_feature(2, fires, [*WORDS, *(f" w{i}" for i in range(100))]))
-    (phrase,) = found.phrase.split("; ")
+    (phrase,) = found.explanation.text.split("; ")
     assert phrase.endswith("(100%)")
     assert {'"self"', '"name"', '"x"'} == set(phrase[: -len(" (100%)")].split(", "))
 
 
 def test_a_feature_of_comments_and_one_of_what_comes_next_are_found():
     comments = offline.find(make_feature(3, fires_in_comments, [*WORDS, " #", " the"]))
-    assert comments.phrase == "tokens in comments (100%)"
-    foretelling = offline.find(make_feature(4, fires_before_items))
-    assert foretelling.phrase == 'tokens before "items" (100%)'
+    assert comments.explanation.text == "tokens in comments (100%)"
+    before = offline.find(make_feature(4, fires_before_items))
+    assert before.explanation.text == 'tokens before "items" (100%)'
 
 
 def test_what_comes_next_is_no_evidence_unless_the_feature_promotes_it():
     feature = make_feature(4, fires_before_items)._replace(promoted=((" if", 1.0),))
-    assert "before" not in offline.find(feature).phrase
+    assert "before" not in offline.find(feature).explanation.text
 
 
-def test_a_feature_without_rhyme_or_reason_has_no_pattern():
+def test_a_feature_of_unrelated_tokens_has_no_pattern():
     generator = random.Random(0)
     words = [f" w{i}" for i in range(4000)]
     lone = [
@@ -163,7 +163,7 @@ def test_a_feature_without_rhyme_or_reason_has_no_pattern():
     ]
     feature = make_feature(5, on(" self"))
     found = offline.find(feature._replace(top=tuple(lone[:10]), spread=tuple(lone[10:]), maximum=3.0))
-    assert (found.status, found.phrase, found.rules) == ("no pattern", "", ())
+    assert (found.explanation[1:3], found.rules) == (("no pattern", ""), ())
     label = offline.label(feature, found, None)
     assert (label.status, label.explanation, label.scores) == ("no pattern", "", {})
     assert label.reason
@@ -190,17 +190,17 @@ def test_a_phrase_has_at_most_twenty_words_however_much_there_is_to_say():
 
     feature = make_feature(6, on(" self"))._replace(top=tuple(map(example, range(40))), spread=(), maximum=2.0)
     found = offline.find(feature)
-    assert 15 < len(found.phrase.split()) <= 20
+    assert 15 < len(found.explanation.text.split()) <= 20
     assert 3 < len(found.rules) < 12
     for rule in found.rules:
-        assert patterns.shown(rule.context[1]) in found.phrase
+        assert offline.shown(rule.context[1]) in found.explanation.text
 
 
 def test_only_the_explaining_examples_are_looked_at():
     feature = make_feature(1, fires_on_self_after_parenthesis)
     assert offline.find(feature) == offline.find(feature._replace(held_out=(), random=(), hard=(), nearest=((1, 0.5),)))
     other = make_feature(2, on(" 1"))
-    assert offline.find(feature._replace(top=other.top, spread=other.spread)).phrase == '"1" (100%)'
+    assert offline.find(feature._replace(top=other.top, spread=other.spread)).explanation.text == '"1" (100%)'
 
 
 def test_all_intervals_count_the_same_however_many_passages_they_have():
@@ -208,8 +208,8 @@ def test_all_intervals_count_the_same_however_many_passages_they_have():
     weak = [Example(f"w{n}", 20, (" a", " y", " b"), (0.0, 1.0, 0.0)) for n in range(2)]
     feature = make_feature(0, on(" self"))._replace(top=tuple(strong), spread=tuple(weak), maximum=8.0)
     candidates = offline.tabulate([*strong, *weak], feature)
-    share = candidates.share([Rule(("core", "y"), ANY, 0.0)])
-    assert share == pytest.approx(0.5)
+    rules = [rule for rule in candidates.rules if rule[:2] == (("core", "y"), ANY)]
+    assert candidates.share(rules) == pytest.approx(0.5)
 
 
 # The predictor
@@ -217,16 +217,16 @@ def test_all_intervals_count_the_same_however_many_passages_they_have():
 
 def test_the_predictor_says_what_the_phrase_says():
     rules = [Rule(("core", "self"), ("after", "("), 0.5), Rule(("class", "numbers"), ANY, 0.25)]
-    places = patterns.places(passage(["(", "self", " self", " 12", "("]))
-    assert offline.predict(rules, places) == [0.0, 0.5, 0.0, 0.25, 0.0]
-    assert patterns.phrase(rules, lambda _: 0.5) == '"self" after "(" (50%); numbers (50%)'
+    parts = offline.parts_of(passage(["(", "self", " self", " 12", "("]))
+    assert offline.predict(rules, parts) == [0.0, 0.5, 0.0, 0.25, 0.0]
+    assert offline.phrase(rules, lambda _: 0.5) == '"self" after "(" (50%); numbers (50%)'
 
 
 def test_rules_of_one_target_share_their_contexts_and_no_other_rule_is_implied():
     rules = [Rule(("core", "a"), ("after", "x"), 1), Rule(("core", "b"), ("after", "y"), 1)]
-    assert patterns.phrase(rules, lambda _: 1) == '"a" after "x" (100%); "b" after "y" (100%)'
+    assert offline.phrase(rules, lambda _: 1) == '"a" after "x" (100%); "b" after "y" (100%)'
     rules = [Rule(ANY, ("after", "x"), 1), Rule(ANY, ("after", "y"), 1), Rule(ANY, ("in", "comments"), 1)]
-    assert patterns.phrase(rules, lambda _: 1) == 'tokens after "x" or "y" (100%); tokens in comments (100%)'
+    assert offline.phrase(rules, lambda _: 1) == 'tokens after "x" or "y" (100%); tokens in comments (100%)'
 
 
 def test_strengths_are_mean_activations_as_shares_of_the_maximum():

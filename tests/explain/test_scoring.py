@@ -26,6 +26,14 @@ def judgements(right_true, wrong_true, right_false, wrong_false, unanswered=0):
     return found
 
 
+def accuracy_interval(judgements, seed):
+    return scoring.verdict_score(judgements, seed)[1:3]
+
+
+def correlation_interval(simulated, seed):
+    return scoring.simulation_score(simulated, len(simulated), seed)[1:3]
+
+
 # What is asked
 
 
@@ -197,7 +205,7 @@ def test_a_simulation_takes_more_of_one_kind_of_negatives_where_the_other_is_sho
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 10])
 def test_every_explained_feature_has_another_one_for_a_baseline(n):
     features = [7 * i for i in range(n)]
-    others = scoring.others(reversed(features))
+    others = scoring.other_features(reversed(features))
     assert sorted(others) == features
     if n > 1:
         assert all(other != feature for feature, other in others.items())
@@ -207,14 +215,14 @@ def test_every_explained_feature_has_another_one_for_a_baseline(n):
 
 
 def test_one_explained_feature_more_changes_the_baselines_of_hardly_any():
-    few = scoring.others(range(0, 200, 2))
+    few = scoring.other_features(range(0, 200, 2))
     for added in (1, 57, 199, 10_000):
-        more = scoring.others([*range(0, 200, 2), added])
+        more = scoring.other_features([*range(0, 200, 2), added])
         assert sum(more[feature] != other for feature, other in few.items()) == 1
 
 
 def test_a_baseline_is_of_any_other_feature_near_or_far():
-    distances = np.array([abs(other - feature) for feature, other in scoring.others(range(1000)).items()])
+    distances = np.array([abs(other - feature) for feature, other in scoring.other_features(range(1000)).items()])
     assert distances.mean() == pytest.approx(1000 / 3, rel=0.1)  # as of two places drawn evenly
     assert np.bincount(distances).max() < 10
 
@@ -247,24 +255,24 @@ def test_without_answers_of_both_kinds_there_is_no_score():
 
 
 def test_the_interval_is_that_of_the_binomial_for_many_independent_passages():
-    low, high = scoring.accuracy_interval(judgements(280, 120, 360, 40), seed=0)
+    low, high = accuracy_interval(judgements(280, 120, 360, 40), seed=0)
     spread = 1.96 * np.sqrt((0.7 * 0.3 + 0.9 * 0.1) / 400) / 2
     assert (low, high) == pytest.approx((0.8 - spread, 0.8 + spread), abs=0.006)
-    assert scoring.accuracy_interval(judgements(280, 120, 360, 40), seed=0) == (low, high)
-    assert scoring.accuracy_interval(judgements(280, 120, 360, 40), seed=1) != (low, high)
+    assert accuracy_interval(judgements(280, 120, 360, 40), seed=0) == (low, high)
+    assert accuracy_interval(judgements(280, 120, 360, 40), seed=1) != (low, high)
 
 
 def test_both_judgements_of_a_passage_are_resampled_together():
     fuzzing = [
         Judgement("fuzzing", "held_out", i, truth, (i % 2 == 0) == truth) for i in range(40) for truth in (True, False)
     ]
-    low, high = scoring.accuracy_interval(fuzzing, seed=0)  # passages are all right or all wrong: 40 items, not 80
+    low, high = accuracy_interval(fuzzing, seed=0)  # passages are all right or all wrong: 40 items, not 80
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 40), rel=0.15)
 
 
 def test_passages_that_activate_the_feature_are_resampled_apart_from_the_others():
     """As many of each are asked, by design: with all true items right and half of the false, only the latter vary."""
-    low, high = scoring.accuracy_interval(judgements(6, 0, 3, 3), seed=0)
+    low, high = accuracy_interval(judgements(6, 0, 3, 3), seed=0)
     draws = np.random.default_rng(0).binomial(6, 0.5, size=10_000) / 6
     assert (low, high) == pytest.approx(tuple(0.5 + np.percentile(draws, [2.5, 97.5]) / 2))
 
@@ -314,11 +322,11 @@ def test_the_interval_of_a_correlation_is_that_of_fisher_for_many_independent_pa
         Simulated([x], [y]) for x, y in zip(truth, 0.6 * truth + 0.8 * generator.normal(size=400), strict=True)
     ]
     r, _ = scoring.correlation(simulated)
-    low, high = scoring.correlation_interval(simulated, seed=0)
+    low, high = correlation_interval(simulated, seed=0)
     expected = np.tanh(np.arctanh(r) + np.array([-1, 1]) * 1.96 / np.sqrt(400 - 3))
     assert (low, high) == pytest.approx(tuple(expected), abs=0.02)
-    assert scoring.correlation_interval(simulated, seed=0) == (low, high)
-    assert scoring.correlation_interval(simulated, seed=1) != (low, high)
+    assert correlation_interval(simulated, seed=0) == (low, high)
+    assert correlation_interval(simulated, seed=1) != (low, high)
 
 
 def test_passages_are_resampled_whole():
@@ -326,7 +334,7 @@ def test_passages_are_resampled_whole():
     truth = generator.normal(size=100)
     few = [Simulated([x], [y]) for x, y in zip(truth, truth + generator.normal(size=100), strict=True)]
     repeated = [Simulated(each.true * 50, each.predicted * 50) for each in few]
-    assert scoring.correlation_interval(repeated, 0) == pytest.approx(scoring.correlation_interval(few, 0))
+    assert correlation_interval(repeated, 0) == pytest.approx(correlation_interval(few, 0))
 
 
 def test_simulated_passages_that_are_active_are_resampled_apart_from_the_silent():
@@ -335,6 +343,6 @@ def test_simulated_passages_that_are_active_are_resampled_apart_from_the_silent(
     both = [active] * 4 + [silent] * 4
     r, _ = scoring.correlation(both)
     assert 0 < r < 1
-    assert scoring.correlation_interval(both, seed=0) == pytest.approx((r, r))
-    assert scoring.correlation_interval(both[:4], seed=0) == pytest.approx((scoring.correlation(both[:4])[0],) * 2)
-    assert scoring.correlation_interval(both[4:], seed=0) is None
+    assert correlation_interval(both, seed=0) == pytest.approx((r, r))
+    assert correlation_interval(both[:4], seed=0) == pytest.approx((scoring.correlation(both[:4])[0],) * 2)
+    assert correlation_interval(both[4:], seed=0) == (None, None)

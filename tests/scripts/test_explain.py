@@ -30,9 +30,9 @@ from openai_server import LASTING, TRANSIENT, TRUNCATED, Raw, Server, random_fau
 
 import config
 from mistral_sae.cli import override
-from mistral_sae.explain import label_file
 from mistral_sae.explain.client import Client
 from mistral_sae.explain.journal import locked
+from mistral_sae.explain.labels import from_json
 from mistral_sae.explain.scoring import balanced_accuracy
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -144,7 +144,7 @@ def run_dir(finished, tmp_path):
 
 
 def labels_of(run_dir):
-    return [label_file.from_json(line) for line in (run_dir / "explanations.jsonl").read_text().splitlines()]
+    return [from_json(line) for line in (run_dir / "explanations.jsonl").read_text().splitlines()]
 
 
 def contents_of(folder):

@@ -1,11 +1,12 @@
-"""What is kept of earlier labels, and what lines of explanations.jsonl say."""
+"""SELECT, what is kept of earlier labels, and what lines of explanations.jsonl say."""
 
 import json
 
 import pytest
+import torch
 
-from mistral_sae.explain import label_file
-from mistral_sae.explain.label_file import Explained, beside_earlier, from_json, read_explanations, to_json
+from mistral_sae.cli import UserError
+from mistral_sae.explain.labels import from_json, merge_labels, parse_select, read_labels, to_json, write_labels
 from mistral_sae.explain.types import Judgement, Label, Score
 from mistral_sae.files import SAEError
 
@@ -46,46 +47,46 @@ def failed(feature):
 
 def test_labels_stand_beside_earlier_ones_and_an_answer_is_not_replaced_by_none(tmp_path):
     path = tmp_path / "explanations.jsonl"
-    label_file.write(path, [ok(1, text="old"), ok(2, text="old"), failed(5), ok(9, text="old")])
+    write_labels(path, [ok(1, text="old"), ok(2, text="old"), failed(5), ok(9, text="old")])
     labels = {2: failed(2), 4: ok(4), 5: ok(5), 9: ok(9)}
-    found, aside = beside_earlier(path, labels, [4, 5, 9], of_other_examples=False)
+    found, moved_to = merge_labels(path, labels, of_other_examples=False)
     assert list(found.values()) == [ok(1, text="old"), ok(2, text="old"), ok(4), ok(5), ok(9)]
-    assert aside is None
+    assert moved_to is None
     assert path.exists()
 
 
 def test_scores_by_other_scorers_stay_where_the_explanation_is_the_same(tmp_path):
     path, unanswered = tmp_path / "explanations.jsonl", SCORE._replace(value=None, answered=0)
-    label_file.write(path, [SCORED])
+    write_labels(path, [SCORED])
     again = SCORED._replace(scores={"fuzzing": unanswered, "simulation": SCORE}, judgements=())
-    found, _ = beside_earlier(path, {3: again}, [3], of_other_examples=False)
+    found, _ = merge_labels(path, {3: again}, of_other_examples=False)
     assert found[3] == SCORED._replace(scores={"fuzzing": SCORE, "simulation": SCORE, "detection": SCORE})
     other = again._replace(explanation="another")
-    assert beside_earlier(path, {3: other}, [3], of_other_examples=False)[0] == {3: other}
+    assert merge_labels(path, {3: other}, of_other_examples=False)[0] == {3: other}
 
 
 @pytest.mark.parametrize(("explainer", "of_other_examples"), [("another", False), ("m", True)])
-def test_what_another_explainer_or_other_examples_made_is_set_aside_and_never_overwritten(
+def test_what_another_explainer_or_other_examples_made_is_set_moved_to_and_never_overwritten(
     tmp_path, explainer, of_other_examples
 ):
     path = tmp_path / "explanations.jsonl"
     for number in (1, 2):
-        label_file.write(path, [ok(1, explainer), ok(2, explainer)])
+        write_labels(path, [ok(1, explainer), ok(2, explainer)])
         before = path.read_bytes()
-        found, aside = beside_earlier(path, {1: ok(1)}, [1], of_other_examples=of_other_examples)
-        assert aside == tmp_path / f"explanations-{number}.jsonl"
-        assert aside.read_bytes() == before
+        found, moved_to = merge_labels(path, {1: ok(1)}, of_other_examples=of_other_examples)
+        assert moved_to == tmp_path / f"explanations-{number}.jsonl"
+        assert moved_to.read_bytes() == before
         assert found == ({1: ok(1)} if of_other_examples else {1: ok(1), 2: ok(2, explainer)})
 
 
-def test_a_file_that_holds_something_else_is_set_aside_and_named_by_who_only_reads_it(tmp_path):
+def test_a_file_that_holds_something_else_is_set_moved_to_and_named_by_who_only_reads_it(tmp_path):
     path = tmp_path / "explanations.jsonl"
-    assert beside_earlier(path, {1: ok(1)}, [1], of_other_examples=True) == ({1: ok(1)}, None)
+    assert merge_labels(path, {1: ok(1)}, of_other_examples=True) == ({1: ok(1)}, None)
     path.write_text("nonsense\n")
     with pytest.raises(SAEError, match="expected a label"):
-        label_file.read(path)
-    _, aside = beside_earlier(path, {1: ok(1)}, [1], of_other_examples=False)
-    assert aside.read_text() == "nonsense\n"
+        read_labels(path)
+    _, moved_to = merge_labels(path, {1: ok(1)}, of_other_examples=False)
+    assert moved_to.read_text() == "nonsense\n"
 
 
 def line(feature, explanation, status="ok", scores=None):
@@ -93,17 +94,60 @@ def line(feature, explanation, status="ok", scores=None):
     return json.dumps(record | {"scores": scores or {}})
 
 
-def test_explanations_are_read_the_last_of_a_feature_counts_and_failures_do_not(tmp_path):
+def test_a_file_of_other_tools_with_the_five_keys_alone_is_read_and_the_last_line_of_a_feature_counts(tmp_path):
     path = tmp_path / "explanations.jsonl"
-    assert read_explanations(path) == {}
-    lines = [line(3, "old"), line(4, "", "no pattern"), line(3, "new", scores={"detection": {"value": 0.8}})]
-    path.write_text("\n".join(lines) + '\n{"feature": 5, "expl')  # in the writing
-    assert read_explanations(path) == {3: Explained("new", "offline", 0.8)}
+    assert read_labels(path) == {}
+    lines = [line(3, "old"), line(4, "", "no pattern"), line(3, "new", scores={"detection": {"value": 0.8, "more": 1}})]
+    path.write_text("\n".join(lines))
+    found = read_labels(path)
+    assert found[3] == Label(3, "new", "offline", "ok", {"detection": Score(0.8)})
+    assert found[4] == Label(4, "", "offline", "no pattern", {})
 
 
 def test_a_damaged_line_of_explanations_is_named(tmp_path):
     path = tmp_path / "explanations.jsonl"
     path.write_text("\n".join([line(3, "one"), "{nonsense", line(4, "two")]))
     with pytest.raises(SAEError, match="line 2") as error:
-        read_explanations(path)
+        read_labels(path)
     assert "\n" not in str(error.value)
+
+
+FIRED = torch.tensor([5, 0, 9, 1, 0, 7])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5]),
+        (" Densest 2", [2, 5]),
+        ("densest 100", [0, 2, 3, 5]),
+        ("1-3", [1, 2, 3]),
+        ("[4, 1,4]", [1, 4]),
+        ("(3,)", [3]),
+        ("3, 0", [0, 3]),
+        (3, [3]),
+    ],
+)
+def test_select_names_features(words, expected):
+    selection = parse_select(words)
+    selection.check(6)
+    assert selection.choose(FIRED, seed=0) == expected
+
+
+def test_a_random_selection_follows_its_seed_and_leaves_out_dead_features():
+    chosen = [parse_select("random 3").choose(FIRED, seed) for seed in range(20)]
+    assert chosen[0] == parse_select("random 3").choose(FIRED, 0)
+    assert len(set(map(tuple, chosen))) > 1
+    assert all(len(each) == 3 and not {1, 4} & set(each) for each in chosen)
+
+
+@pytest.mark.parametrize("words", ["", "none", "random", "random 0", "3-1", "[3", "3 4", "-1", "densest -2"])
+def test_a_selection_that_names_nothing_is_refused(words):
+    with pytest.raises(UserError, match="expected all, random N"):
+        parse_select(words)
+
+
+@pytest.mark.parametrize("words", ["6", "0-6", "[1, 6]"])
+def test_a_feature_that_the_autoencoder_does_not_have_is_refused(words):
+    with pytest.raises(UserError, match="expected features from 0 to 5"):
+        parse_select(words).check(6)

@@ -6,10 +6,9 @@ import re
 import pytest
 from synthetic_features import make_feature, on
 
-from mistral_sae.explain import pipeline as labelling
-from mistral_sae.explain import prompts
-from mistral_sae.explain.pipeline import Explanation, explain, explain_all, score, score_all
-from mistral_sae.explain.types import Completion, Label, Score
+from mistral_sae.explain import pipeline, prompts
+from mistral_sae.explain.pipeline import explain, explain_all, score, score_all
+from mistral_sae.explain.types import Completion, Explanation, Label, Score
 
 TOKENS = [" self", " name", " x", " 1", " return", " if"]
 RIGHT = re.compile(r'the token \\?" (\w+)\\?"')
@@ -55,7 +54,7 @@ def perfect(request):
     if title == "explanation":
         active = re.findall(r'"( ?[^"]*)" (\d+)(?:,|$)', "".join(re.findall(r"active: (.*)", content(request))))
         token = max((t for t, _ in active), key=[t for t, _ in active].count)
-        return json.dumps({"pattern": "p", "explanation": f'the token "{token}"'})
+        return json.dumps({"pattern": "p", "pattern_found": True, "explanation": f'the token "{token}"'})
     token = explained_token(request)
     if title == "activations":
         tokens = re.findall(r'^(\d+) (".*")$', content(request), re.MULTILINE)
@@ -127,7 +126,7 @@ def features():
 # Scores
 
 
-def test_one_who_understands_a_right_explanation_scores_one_beside_chance_for_anothers(features):
+def test_a_judge_who_understands_scores_one_on_its_own_explanation_and_chance_on_anothers(features):
     labels = run_all(Fake(perfect), features)
     assert sorted(labels) == sorted(features)
     for index, label in labels.items():
@@ -144,7 +143,7 @@ def test_one_who_understands_a_right_explanation_scores_one_beside_chance_for_an
     assert sum(label.scores["detection"].other_feature for label in labels.values()) / len(labels) < 0.65
 
 
-def test_one_who_guesses_scores_a_half_and_no_correlation():
+def test_a_judge_who_guesses_scores_a_half_and_no_correlation():
     features = {index: make_feature(index, on(TOKENS[index % len(TOKENS)])) for index in range(24)}
     labels = run_all(Fake(guessing(0)), features).values()
     for method, expected in (("detection", 0.5), ("fuzzing", 0.5), ("simulation", 0.0)):
@@ -154,7 +153,7 @@ def test_one_who_guesses_scores_a_half_and_no_correlation():
         assert sum(label.scores[method].low <= expected <= label.scores[method].high for label in labels) >= 14
 
 
-def test_one_who_always_says_yes_scores_a_half(features):
+def test_a_judge_who_always_says_yes_scores_a_half(features):
     def yes(request, reply):
         return reply.replace("false", "true")
 
@@ -259,7 +258,7 @@ def test_an_explanation_that_stays_too_long_is_cut_and_says_so(features):
 
 
 def test_no_pattern_is_a_status_and_is_not_scored(features):
-    fake = Fake(lambda request: '{"pattern": "none", "explanation": "No pattern."}')
+    fake = Fake(lambda request: '{"pattern": "none", "pattern_found": false, "explanation": ""}')
     label = run_all(fake, {0: features[0]})[0]
     assert (label.status, label.explanation, label.scores) == ("no pattern", "", {})
     assert len(fake.requests) == 1
@@ -485,10 +484,6 @@ def test_scoring_an_unexplained_feature_asks_nothing(features):
     assert (label.status, label.reason, fake.requests) == ("failed", "down", [])
 
 
-def test_the_passages_shown_are_as_many_as_a_prompt_is_made_for():
-    assert (labelling.TOP, labelling.SPREAD) == (10, 12)
-
-
 @pytest.mark.parametrize(
     ("status", "scores", "expected"),
     [
@@ -515,17 +510,33 @@ def test_a_label_fails_without_its_explanation_or_without_most_answers_to_a_scor
         return Score(None, None, None, None, None, answered, 5 - answered, requests=requests)
 
     label = Label(1, "x", "m", status, {method: score(requests) for method, requests in scores.items()}, ())
-    assert labelling.has_failed(label) == expected
+    assert pipeline.has_failed(label) == expected
 
 
 def test_what_has_no_explanation_is_not_loaded_to_be_labelled():
     def load(index):
         raise AssertionError("its record is not wanted")
 
-    explanations = {3: labelling.Explanation(3, "stopped", reason="the budget")}
+    explanations = {3: Explanation(3, "stopped", reason="the budget")}
 
     async def work():
-        found = labelling.score_all(explanations, load, None, explainer="m")
+        found = pipeline.score_all(explanations, load, None, explainer="m")
         return [label async for label in found]
 
     assert asyncio.run(work()) == [Label(3, "", "m", "stopped", {}, (), "the budget")]
+
+
+def test_the_summary_counts_statuses_requests_without_an_answer_and_means_of_scores():
+    some = Score(0.75, other_feature=0.5, top_token=-0.001, answered=4, requests=(("ok", 4), ("failed", 1)))
+    none = Score(None, unanswered=5, requests=(("refused", 2),))
+    labels = [
+        Label(1, "x", "m", "ok", {"detection": some}),
+        Label(2, "y", "m", "ok", {"detection": none}),
+        Label(3, "", "m", "dead", {}),
+    ]
+    assert pipeline.summary(labels) == [
+        "3 features: 2 ok, 1 dead; 1 of the ok ones lack a score",
+        "of 7 requests for the scores 2 refused, 1 failed: what these asked for counts neither way",
+        "  detection  0.75   another feature's explanation 0.50, its top token 0.00 (over 1 features)",
+    ]
+    assert pipeline.summary([labels[2]]) == ["1 features: 1 dead"]

@@ -1,0 +1,162 @@
+"""Which features get a label, and explanations.jsonl: the label of one feature a line, of this run and earlier ones.
+
+labels, moved_to = merge_labels(path, labels, of_other_examples=False)
+write_labels(path, labels.values())
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mistral_sae.cli import UserError
+from mistral_sae.explain.types import STATUSES, Judgement, Label, Score
+from mistral_sae.files import SAEError, write_text
+
+# ---- which features ----
+
+
+class Selection(NamedTuple):
+    """What SELECT says, before it is known which features there are."""
+
+    words: str
+    how: str  # "all", "random", "densest" or "listed"
+    number: int = 0  # of "random" and "densest"
+    listed: Sequence[int] = ()  # ascending
+
+    def check(self, n_features: int) -> None:
+        """Raise UserError where features are listed that the autoencoder does not have."""
+        if self.listed and self.listed[-1] >= n_features:
+            raise UserError(f"SELECT is {self.words!r}: expected features from 0 to {n_features - 1}")
+
+    def choose(self, firings_F: Tensor, seed: int) -> list[int]:
+        """Return the features, ascending; `firings_F` (F) says on how many tokens each fires.
+
+        Dead ones are chosen only if they are listed, or with all.
+        """
+        if self.how == "listed":
+            return list(self.listed)
+        if self.how == "all":
+            return list(range(len(firings_F)))
+        living = firings_F.nonzero().squeeze(1).tolist()
+        count = min(self.number, len(living))
+        if self.how == "random":
+            return sorted(random.Random(seed).sample(living, count))
+        return sorted(firings_F.topk(count).indices.tolist())
+
+
+def parse_select(words: str) -> Selection:
+    """Return what SELECT says. Raises UserError for words that say nothing."""
+    words = str(words)
+    text = words.strip().lower()
+    if text == "all":
+        return Selection(words, "all")
+    if (match := re.fullmatch(r"(random|densest)\s+(\d+)", text)) and int(match[2]):
+        return Selection(words, match[1], int(match[2]))
+    if (match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", text)) and int(match[1]) <= int(match[2]):
+        return Selection(words, "listed", listed=range(int(match[1]), int(match[2]) + 1))
+    numbers = r"\d+(\s*,\s*\d+)*\s*,?"
+    if re.fullmatch(rf"{numbers}|\[\s*{numbers}\s*\]|\(\s*{numbers}\s*\)", text):
+        return Selection(words, "listed", listed=sorted({int(number) for number in re.findall(r"\d+", text)}))
+    raise UserError(
+        f"SELECT is {words!r}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
+    )
+
+
+# ---- explanations.jsonl ----
+
+
+def write_labels(path: Path, labels: Iterable[Label]) -> None:
+    """Write the file, whole or not at all."""
+    write_text(path, "".join(to_json(label) + "\n" for label in labels))
+
+
+def read_labels(path: Path) -> dict[int, Label]:
+    """Return the labels by feature; none where there is no such file. Of a feature with several lines the last counts.
+
+    A line needs feature, explanation, explainer, scores and status; what else a label has may be missing, and more may
+    be there. Raises SAEError for a line that is no label.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    labels = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            label = from_json(line)
+        except ValueError as error:
+            raise SAEError(f"{path}, line {number}: {error}; remove it or run explain.py again") from None
+        labels[label.feature] = label
+    return labels
+
+
+def to_json(label: Label) -> str:
+    """Return a line of explanations.jsonl, without the line break."""
+    record = label._asdict() | {
+        "scores": {method: score._asdict() for method, score in label.scores.items()},
+        "judgements": [list(judgement) for judgement in label.judgements],
+    }
+    return json.dumps(record, allow_nan=False)
+
+
+def from_json(line: str) -> Label:
+    """Return the label in a line of explanations.jsonl. Raises ValueError if it is none."""
+    try:
+        record = json.loads(line)
+        record["scores"] = {method: _score(fields) for method, fields in record["scores"].items()}
+        record["judgements"] = tuple(Judgement(*fields) for fields in record.get("judgements", ()))
+        STATUSES[record["status"]]  # one of them
+        return _from_fields(Label, record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"found {line[:60]!r} ({error}), expected a label as explain.py writes them") from None
+
+
+def _score(fields: dict[str, Any]) -> Score:
+    lists = {"recall": tuple(fields.get("recall", ())), "requests": tuple(map(tuple, fields.get("requests", ())))}
+    return _from_fields(Score, fields | lists)
+
+
+def _from_fields(kind: Any, fields: dict[str, Any]) -> Any:
+    return kind(**{name: fields[name] for name in kind._fields if name in fields})
+
+
+def merge_labels(
+    path: Path, labels: Mapping[int, Label], *, of_other_examples: bool
+) -> tuple[dict[int, Label], Path | None]:
+    """Return this run's labels with those that earlier ones left in the file, and where the old file was moved, if so.
+
+    A label that is "ok" stays where this run got no answer, and so do the scores of an explanation that is the same, by
+    scorers that were not asked or not answered this time. The old file is moved where its labels are
+    `of_other_examples`, of which none stays, where some that another explainer made are replaced, and where it holds
+    something else.
+    """
+    try:
+        earlier = read_labels(path)
+    except SAEError:
+        earlier, of_other_examples = {}, True
+    ok = {feature: label for feature, label in earlier.items() if label.status == "ok"}
+    answered = {feature for feature, label in labels.items() if not STATUSES[label.status].ask_again}
+    replaces_others = any(ok[feature].explainer != labels[feature].explainer for feature in ok.keys() & answered)
+    moved_to = None
+    if path.exists() and (of_other_examples or replaces_others):
+        numbered = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
+        moved_to = path.rename(next(free for free in numbered if not free.exists()))
+    if of_other_examples:
+        return dict(labels), moved_to
+    kept = {feature: label for feature, label in ok.items() if feature not in answered}
+    merged = {feature: _with_earlier_scores(label, ok.get(feature)) for feature, label in labels.items()}
+    return dict(sorted({**earlier, **merged, **kept}.items())), moved_to
+
+
+def _with_earlier_scores(label: Label, earlier: Label | None) -> Label:
+    """A label with the scores that an earlier one of the same explanation has beyond it."""
+    if earlier is None or (earlier.explanation, earlier.explainer) != (label.explanation, label.explainer):
+        return label
+    answered = {method for method, score in label.scores.items() if score.answered}
+    kept = {method: score for method, score in earlier.scores.items() if score.answered and method not in answered}
+    judgements = [each for each in label.judgements if each.method not in kept]
+    judgements += [each for each in earlier.judgements if each.method in kept]
+    return label._replace(scores=label.scores | kept, judgements=tuple(judgements))
