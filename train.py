@@ -27,7 +27,7 @@ from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, write_text
-from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load
+from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load_model
 from mistral_sae.sae.checkpoint import Metadata, hook_name, save_sae
 from mistral_sae.sae.evaluate import Evaluator, reconstruction, summary
 from mistral_sae.sae.memory import free_memory, memory_plan
@@ -43,7 +43,7 @@ def main() -> None:
     if config.DRY_RUN:
         return
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
-    model = load_model(last_layer)
+    model = open_model(last_layer)
     held_out = corpus.held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     evaluate = Evaluator(model, held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)
     trainer = Trainer(training, model.device)
@@ -70,7 +70,7 @@ def main() -> None:
     if model.last_layer is not None:
         del trainer, batches, model, evaluate  # with the moments this makes room for the whole model
         gc.collect()
-        evaluate = Evaluator(load_model(), held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)
+        evaluate = Evaluator(open_model(), held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)
     print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
     evaluation = evaluate(sae) | {"dead_fraction": dead_fraction}
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
@@ -112,9 +112,9 @@ def make_plan(corpus: Corpus) -> tuple[TrainConfig, int | None]:
     return training, last_layer
 
 
-def load_model(last_layer: int | None = None) -> LanguageModel:
+def open_model(last_layer: int | None = None) -> LanguageModel:
     """The language model, or its embedding and layers 0 to `last_layer`."""
-    return load(config.MISTRAL_MODEL_PATH, last_layer=last_layer, device=config.DEVICE, dtype=config.DTYPE)
+    return load_model(config.MISTRAL_MODEL_PATH, last_layer=last_layer, device=config.DEVICE, dtype=config.DTYPE)
 
 
 def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dict[str, Any]]:

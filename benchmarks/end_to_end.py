@@ -130,7 +130,7 @@ def corpus() -> list[Document]:
 
 def ours(folder: Path) -> dict[str, float]:
     """train.py's chain and loop."""
-    model, documents = train.load_model(last_layer=config.TARGET_LAYER), corpus()
+    model, documents = train.open_model(last_layer=config.TARGET_LAYER), corpus()
     training = TrainConfig.of(config, model.d_model)
     trainer = Trainer(training, model.device)
     language_model = timed(model, "residuals")
@@ -208,7 +208,7 @@ def check_input(folder: Path) -> dict[str, float]:
     documents = corpus()
     runner, dataset = runner_of(folder, documents)
     store = ActivationsStore.from_config(runner.model, runner.cfg, override_dataset=dataset)
-    model = train.load_model(last_layer=config.TARGET_LAYER)
+    model = train.open_model(last_layer=config.TARGET_LAYER)
     rows = pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
     tokens = next(batches(rows, config.ROWS_PER_FORWARD))
     if not torch.equal(store.get_batch_tokens(), tokens):
@@ -258,7 +258,7 @@ def peak_megabytes() -> float:
 
 def quality(sae: SparseAutoencoder) -> dict[str, float]:
     """How well it reconstructs train.py's held-out residuals."""
-    model = train.load_model(last_layer=config.TARGET_LAYER)
+    model = train.open_model(last_layer=config.TARGET_LAYER)
     parts = (
         Corpus.of(config)
         .held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
@@ -319,7 +319,7 @@ def main() -> None:
     mistral_sae, sae_lens = medians.values()
     print(f"  {sae_lens['seconds'] / mistral_sae['seconds']:.1f} times the tokens a second of SAE Lens")
     if not smoke:
-        settings = asdict(TrainConfig.of(config, train.load_model(last_layer=0).d_model))
+        settings = asdict(TrainConfig.of(config, train.open_model(last_layer=0).d_model))
         save("end_to_end", {"settings": settings, "tokens": tokens, "medians": medians, "rounds": rounds})
 
 

@@ -32,7 +32,7 @@ SMOKE += ["EVALUATION_ROWS=4", "EVALUATIONS=2"]
 START = "start: plan, model, held-out text"
 RUN = [
     Part(train, "make_plan", START, whole=True),
-    Part(train, "load_model", START, whole=True),
+    Part(train, "open_model", START, whole=True),
     Part(Corpus, "held_out_rows", START, whole=True),
     Part(train, "start_or_resume", START, whole=True),
     Part(Trainer, "initialize", START, whole=True),
@@ -82,10 +82,10 @@ class Background:
 def profile() -> dict[str, Any]:
     """Run train.py's `main` and say how long it spent where."""
     stages, background = Stages(), Background()
-    load_model, prefetch, shuffled_batches = train.load_model, train.prefetch, train.shuffled_batches
+    open_model, prefetch, shuffled_batches = train.open_model, train.prefetch, train.shuffled_batches
 
-    def load_model_counted(*args, **kwargs):
-        model = load_model(*args, **kwargs)
+    def open_model_counted(*args, **kwargs):
+        model = open_model(*args, **kwargs)
         model.tokenizer.encode = background.encode(model.tokenizer.encode)
         return model
 
@@ -98,14 +98,14 @@ def profile() -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(config, "RUN_DIR", folder),
-        patch.object(train, "load_model", load_model_counted),
+        patch.object(train, "open_model", open_model_counted),
         patch.object(train, "prefetch", prefetch_counted),
         patch.object(train, "shuffled_batches", batches_counted),
         stages.wrapping(RUN),
     ):
         train.main()
     stages.stop()
-    training = TrainConfig.of(config, load_model(last_layer=0).d_model)
+    training = TrainConfig.of(config, open_model(last_layer=0).d_model)
     return {
         "settings": asdict(training),
         "steps": training.steps,

@@ -172,7 +172,7 @@ def main() -> None:
     sae_path = Path(config.RUN_DIR) / "sae"
     if not sae_path.exists():
         train.main()
-    model, loaded = train.load_model(), load_sae(sae_path)
+    model, loaded = train.open_model(), load_sae(sae_path)
     rows_RT = Corpus.of(config).held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     to_mark, to_measure = (Texts(model, loaded, seeds) for seeds in (SEEDS_TO_MARK, SEEDS_TO_MEASURE))
     found = []

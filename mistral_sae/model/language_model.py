@@ -270,7 +270,7 @@ def device_and_dtype(
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     name = str(dtype).removeprefix("torch.")
     if name not in kinds:
-        raise ModelError(f"found dtype {name}: expected {', '.join(kinds)}")
+        raise ModelError(f"found dtype {name}: expected float32, bfloat16 or float16")
     return found, kinds[name]
 
 

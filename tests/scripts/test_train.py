@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import config
 from mistral_sae import files
 from mistral_sae.data.tokens import Corpus
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae import memory
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.memory import memory_plan
@@ -213,7 +213,7 @@ def test_the_evaluation_has_the_keys_of_the_contract_and_values_that_fit_togethe
 def test_the_evaluation_is_of_the_saved_autoencoder_on_held_out_documents_alone(finished, mistral_folder, corpus):
     from mistral_sae.sae.evaluate import reconstruction
 
-    model, sae = lm.load(mistral_folder, device="cpu"), load_sae(finished[0]).sae
+    model, sae = load_model(mistral_folder, device="cpu"), load_sae(finished[0]).sae
     rows = Corpus(str(corpus), held_out_fraction=0.3, context_length=32).held_out_rows(model.tokenizer, 10)
     expected = reconstruction(sae, [model.residuals(rows, 1)[:, 1:].flatten(0, 1)])
     found = json.loads((finished[0] / "evaluation.json").read_text())
@@ -244,7 +244,7 @@ def test_sae_lens_loads_the_run_and_finds_the_same_features(finished, mistral_fo
         theirs = sae_lens.SAE.load_from_disk(finished[0] / "sae", device="cpu")
     ours = load_sae(finished[0]).sae
     tokens = torch.randint(20, 4096, (4, 32), generator=torch.Generator().manual_seed(0))
-    x = lm.load(mistral_folder, last_layer=1, device="cpu").residuals(tokens, 1)[:, 1:].flatten(0, 1)
+    x = load_model(mistral_folder, last_layer=1, device="cpu").residuals(tokens, 1)[:, 1:].flatten(0, 1)
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(x).dense(128), theirs.encode(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
@@ -253,7 +253,7 @@ def test_sae_lens_loads_the_run_and_finds_the_same_features(finished, mistral_fo
     assert (metadata.prepend_bos, metadata.context_size) == (True, 32)
 
 
-@pytest.mark.skipif(not (lm.STANDIN / "consolidated.safetensors").exists(), reason="the stand-in has no weights")
+@pytest.mark.skipif(not (STANDIN / "consolidated.safetensors").exists(), reason="the stand-in has no weights")
 def test_a_few_steps_run_on_the_stand_in_and_the_standard_library(here, tmp_path):
     few = {"TRAIN_TOKENS": 2048, "BATCH_SIZE": 256, "D_HIDDEN": 512, "K": 8, "BUFFER_TOKENS": 2000, "DEVICE": "cpu"}
     few |= {"CONTEXT_LENGTH": 64, "EVALUATION_ROWS": 4, "EVALUATIONS": 1, "LOG_EVERY": 1, "RUN_DIR": tmp_path / "run"}
@@ -476,7 +476,7 @@ SAVED_AS = {"split": "DATA_SPLIT"}
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(here, arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(lm, "load", None)
+    monkeypatch.setattr("mistral_sae.model.language_model.load_model", None)
     ran = here(arguments(tmp_path / "run", DRY_RUN=1))
     assert (ran.code, ran.err) == (0, "")
     for part in (
@@ -508,7 +508,7 @@ def test_layers_above_the_target_stay_out_where_they_have_no_room(here, argument
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(lm, "load", None)
+    monkeypatch.setattr("mistral_sae.model.language_model.load_model", None)
     ran = here(arguments(tmp_path / "run", D_HIDDEN=10**11))
     assert_refused(ran, "more memory than is free: lower D_HIDDEN")
     assert list(tmp_path.iterdir()) == []
@@ -546,7 +546,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, argume
     ],
 )
 def test_a_setting_that_no_run_can_use_is_refused_in_one_line(here, arguments, tmp_path, monkeypatch, changed, said):
-    monkeypatch.setattr(lm, "load", None)  # before anything is loaded
+    monkeypatch.setattr("mistral_sae.model.language_model.load_model", None)  # before anything is loaded
     assert_refused(here(arguments(tmp_path / "run", **changed)), said)
     assert list(tmp_path.iterdir()) == []
 
