@@ -8,10 +8,12 @@ again.
 """
 
 import base64
+import itertools
 import json
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -185,51 +187,67 @@ def load_state(path: Path, model: torch.nn.Module, optimizers: list) -> int:
         return int(file.metadata()["step"])
 
 
-def main() -> None:
-    """Tokenizer, tokens, training, export."""
-    work = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/make-standin")
-    work.mkdir(parents=True, exist_ok=True)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-
+def read_corpus() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The library's files as token ids, to train on and held out; makes the tokenizer if there is none."""
     corpus = list(documents("stdlib"))
     train = [d.text for d in corpus if not is_held_out(d.id, HELD_OUT_FRACTION)]
     held_out = [d.text for d in corpus if is_held_out(d.id, HELD_OUT_FRACTION)]
     if not (FOLDER / "tekken.json").exists():
         train_tokenizer(FOLDER / "tekken.json", train)
     tokenizer = Tekkenizer.from_file(FOLDER / "tekken.json")
-    train_tokens, held_out_tokens = encode(tokenizer, train), encode(tokenizer, held_out)
+    train_tokens = encode(tokenizer, train)
     count = sum(map(len, train_tokens))
     characters = sum(map(len, train)) / count
     print(f"{len(train)} files, {count:,} tokens ({characters:.2f} characters a token); {len(held_out)} files held out")
-    held_out_rows = torch.from_numpy(rows_of_epoch(held_out_tokens, 0))
+    return train_tokens, encode(tokenizer, held_out)
 
-    model = new_model()
+
+def new_optimizers(model: MistralForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, Adam for the rest."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
     muon = torch.optim.Muon(matrices, lr=LEARNING_RATE_MUON, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=LEARNING_RATE_ADAM, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizers = [muon, adam]
-    rates = [LEARNING_RATE_MUON, LEARNING_RATE_ADAM]
+    return [muon, adam]
+
+
+def batches(train_tokens: list[np.ndarray], step: int) -> Iterator[torch.Tensor]:
+    """The rows (ROWS, CONTEXT + 1) of each step from `step` on, every epoch in an order of its own."""
+    steps_an_epoch = sum(map(len, train_tokens)) // CONTEXT // ROWS - 1
+    for epoch in itertools.count(step // steps_an_epoch):
+        rows = rows_of_epoch(train_tokens, epoch)
+        rows = rows[np.random.default_rng((SEED, epoch, 1)).permutation(len(rows))]
+        for number in range(step % steps_an_epoch, steps_an_epoch):
+            yield torch.from_numpy(rows[number * ROWS : (number + 1) * ROWS])
+        step = 0
+
+
+@torch.no_grad()
+def held_out_loss(model: MistralForCausalLM, rows: torch.Tensor) -> float:
+    """Mean cross-entropy (nats a token) of held-out rows."""
+    parts = [losses(model, model.model, part) * len(part) for part in rows.split(ROWS)]
+    return (sum(parts) / len(rows)).item()
+
+
+def main() -> None:
+    """Tokenizer, tokens, training, export."""
+    work = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/make-standin")
+    work.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    train_tokens, held_out_tokens = read_corpus()
+    count, held_out_rows = sum(map(len, train_tokens)), torch.from_numpy(rows_of_epoch(held_out_tokens, 0))
+
+    model = new_model()
+    optimizers, rates = new_optimizers(model), [LEARNING_RATE_MUON, LEARNING_RATE_ADAM]
     state, curve_file = work / "state.safetensors", work / "curve.jsonl"
     step = load_state(state, model, optimizers) if state.exists() else 0
     curve = [json.loads(line) for line in curve_file.read_text().splitlines()] if curve_file.exists() else []
     curve = [point for point in curve if point["step"] <= step]
     body = torch.compile(model.model)
 
-    def held_out_loss(rows: torch.Tensor) -> float:
-        with torch.no_grad():
-            parts = [losses(model, model.model, part) * len(part) for part in rows.split(ROWS)]
-        return (sum(parts) / len(rows)).item()
-
-    steps_an_epoch = sum(map(len, train_tokens)) // CONTEXT // ROWS - 1
-    epoch, rows, recent, started = -1, None, [], time.monotonic()
-    while step < STEPS:
-        if step // steps_an_epoch != epoch:
-            epoch = step // steps_an_epoch
-            rows = rows_of_epoch(train_tokens, epoch)
-            rows = torch.from_numpy(rows[np.random.default_rng((SEED, epoch, 1)).permutation(len(rows))])
-        offset = step % steps_an_epoch * ROWS
-        loss = losses(model, body, rows[offset : offset + ROWS])
+    recent, started = [], time.monotonic()
+    for rows in itertools.islice(batches(train_tokens, step), STEPS - step):
+        loss = losses(model, body, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
@@ -248,7 +266,7 @@ def main() -> None:
                 "step": step,
                 "tokens": step * ROWS * CONTEXT,
                 "train_loss": round(float(np.mean(recent[-200:])), 4),
-                "held_out_loss": round(held_out_loss(rows_to_score), 4),
+                "held_out_loss": round(held_out_loss(model, rows_to_score), 4),
             }
             curve.append(point)
             write_atomically(curve_file, lambda p: p.write_text("".join(json.dumps(c) + "\n" for c in curve)))
