@@ -30,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "legend.fontsize": 9,
     "legend.frameon": False,
+    "legend.handlelength": 1.4,
     "svg.fonttype": "none",
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED)
 BINS = 50  # of a histogram
@@ -156,7 +157,7 @@ def score_panels(scores: Sequence[ScoreSummary]) -> list[Panel]:
 
 def _recall(found: Sequence[float]) -> Panel:
     def draw(axes: "Axes") -> None:
-        names = [f"{100 * i // len(found)} to {100 * (i + 1) // len(found)}%" for i in range(len(found))]
+        names = [f"{100 * i // len(found)}\N{EN DASH}{100 * (i + 1) // len(found)}%" for i in range(len(found))]
         axes.bar_label(axes.bar(names, found, color=CURVE, width=0.7), fmt="%.2f", padding=2)
         axes.set(xlabel="strength, as a share of the feature's maximum", ylabel="found", ylim=(0, 1.15))
 
