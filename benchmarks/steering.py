@@ -3,9 +3,9 @@
     python -m benchmarks.steering [NAME=value ...]
 
 The features: in a random order (SEED), the first FEATURES that fire on 0.01 % to 1 % of tokens and raise a clear class
-of tokens when steered. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of five
-tokens by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature does to
-generated text, which is what is measured then.
+of tokens when steered. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of
+five tokens by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature
+does to generated text, which is what is measured then.
 
 For each feature, texts from several prompts are sampled at growing strengths, and the strongest at which they are
 still fluent is marked, by demo.py's own rule (`sweep.is_fluent`) with a margin. At that strength, on texts of other
