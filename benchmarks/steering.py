@@ -2,10 +2,10 @@
 
     python -m benchmarks.steering [NAME=value ...]
 
-The features: in a random order (SEED), the first FEATURES that fire on 0.01 % to 1 % of tokens and promote a clear
-class of tokens. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of five
-tokens by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature does to
-generated text, which is what is measured then.
+The features: in a random order (SEED), the first FEATURES that fire on 0.01 % to 1 % of tokens and raise a clear class
+of tokens when steered. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of
+five tokens by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature
+does to generated text, which is what is measured then.
 
 For each feature, texts from several prompts are sampled at growing strengths, and the strongest at which they are
 still fluent is marked, by demo.py's own rule (`sweep.is_fluent`) with a margin. At that strength, on texts of other
@@ -20,7 +20,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import train
 from benchmarks.machine import save
 from mistral_sae import cli
 from mistral_sae.data.tokens import Corpus
-from mistral_sae.model import language_model as lm
+from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae import features
 from mistral_sae.sae.checkpoint import LoadedSAE, load_sae
 from mistral_sae.steer import search, sweep
@@ -45,10 +45,11 @@ CLASS_SAMPLE = (12, 128)  # rows and positions of held-out text on which the cla
 MARGIN = 0.2  # nats by which a marked strength stays below what is allowed: what is measured then are other texts
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # times the maximum
 PROMPTS = ("import os\nimport sys\n\ndef main(", 'class Parser:\n    """', "    def test_", "    # The")
-STRENGTHS_AT_ONCE = 4  # in a batch
+STRENGTHS_AT_ONCE = 4  # before it is seen whether stronger ones are needed
 SEEDS_TO_MARK, SEEDS_TO_MEASURE = range(16), range(100, 116)  # of each prompt's texts
 MAX_TOKENS, TEMPERATURE = 40, 0.7
-SHOWN = 5  # promoted tokens
+SHOWN = 5  # raised tokens
+AT_ONCE = 64  # candidates whose classes are measured together
 
 
 def candidates(loaded: LoadedSAE) -> list[int]:
@@ -59,21 +60,21 @@ def candidates(loaded: LoadedSAE) -> list[int]:
     return [feature for feature in order.tolist() if feature in of_mid_density]
 
 
-def with_a_clear_class(model: lm.LanguageModel, loaded: LoadedSAE, rows_RT: torch.Tensor) -> Iterator[dict[str, Any]]:
-    """The candidates that promote a clear class of tokens, in their order, and what they promote."""
+def with_a_clear_class(model: LanguageModel, loaded: LoadedSAE, rows_RT: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """The candidates that raise a clear class of tokens when steered, in their order, and what they raise."""
     (R, T), every = CLASS_SAMPLE, candidates(loaded)
-    for looked_at in range(0, len(every), search.AT_ONCE):
-        activations = {f: float(loaded.maximum[f]) for f in every[looked_at : looked_at + search.AT_ONCE]}
-        promotion_NV = search.promotion(model, loaded, activations, rows_RT[:R, :T])
-        clearness = search.clearness(promotion_NV).tolist()
-        for i, (feature, clear, promotion_V) in enumerate(zip(activations, clearness, promotion_NV, strict=True)):
+    for looked_at in range(0, len(every), AT_ONCE):
+        activations = {f: float(loaded.maximum[f]) for f in every[looked_at : looked_at + AT_ONCE]}
+        change_NV = search.logit_changes(model, loaded, activations, rows_RT[:R, :T])
+        clearness = search.clearness(change_NV).tolist()
+        for i, (feature, clear, change_V) in enumerate(zip(activations, clearness, change_NV, strict=True)):
             if clear >= CLEAR:
                 yield {
                     "feature": feature,
                     "density": 10 ** float(loaded.log_sparsity[feature]),
                     "maximum": activations[feature],
                     "clearness": clear,
-                    "promoted": search.extremes(model, promotion_V, SHOWN)[0],
+                    "raised": search.extremes(model, change_V, SHOWN)[0],
                     "candidates_before": looked_at + i,
                 }
 
@@ -81,39 +82,38 @@ def with_a_clear_class(model: lm.LanguageModel, loaded: LoadedSAE, rows_RT: torc
 class Texts:
     """Samples from all prompts under one edit or another, and what is found in them."""
 
-    def __init__(self, model: lm.LanguageModel, loaded: LoadedSAE, seeds: range):
-        self._model, self._loaded, self._seeds = model, loaded, seeds
-        self._prompts = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in PROMPTS]
-        self._own = [self._sampled(number, 1) for number in range(len(self._prompts))]
-
-    def _sampled(self, number: int, n_strengths: int) -> list[list[int]]:
-        """Continuations of a prompt, one for each seed, so many times over."""
-        seeds = [1000 * number + seed for seed in self._seeds] * n_strengths
-        return sweep.sample(self._model, self._prompts[number], seeds, MAX_TOKENS, TEMPERATURE)
+    def __init__(self, model: LanguageModel, loaded: LoadedSAE, seeds: range):
+        prompts = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in PROMPTS]
+        self._trials = [
+            sweep.Trials(model, loaded, ids, [1000 * number + seed for seed in seeds], MAX_TOKENS, TEMPERATURE)
+            for number, ids in enumerate(prompts)
+        ]
+        self._own = [trials.unsteered([0]).texts for trials in self._trials]
 
     def own(self, feature: int) -> sweep.Measured:
         """Of the unsteered model."""
-        pairs = zip(self._prompts, self._own, strict=True)
-        found = [sweep.measure(self._model, self._loaded, [feature], ids, texts, nullcontext()) for ids, texts in pairs]
+        found = [
+            sweep.measure(trials.model, trials.loaded, [feature], trials.prompt_ids, texts)
+            for trials, texts in zip(self._trials, self._own, strict=True)
+        ]
         return sweep.pooled([each for texts in found for each in texts])
 
     def steered(
         self, feature: int, strengths: Sequence[float], directions_SD: torch.Tensor | None = None
     ) -> list[sweep.Measured]:
         """With the feature clamped to so many times its maximum, or the same along other directions, by strength."""
-        n = len(self._seeds)
-        c_B = float(self._loaded.maximum[feature]) * torch.tensor(strengths).repeat_interleave(n)
-
-        def edit() -> AbstractContextManager:
-            return steer(self._model, self._loaded, {feature: c_B}, directions_SD=directions_SD)
-
         by_strength: list[list[sweep.Measured]] = [[] for _ in strengths]
-        for number, ids in enumerate(self._prompts):
-            with edit():
-                texts = self._sampled(number, len(strengths))
-            found = sweep.measure(self._model, self._loaded, [feature], ids, texts, edit())
-            for i, each in enumerate(by_strength):
-                each += found[i * n : (i + 1) * n]
+        for trials in self._trials:
+            maximum = float(trials.loaded.maximum[feature])
+
+            def edit(
+                strengths_B: list[float], trials: sweep.Trials = trials, maximum: float = maximum
+            ) -> AbstractContextManager:
+                coefficients = {feature: maximum * torch.tensor(strengths_B)}
+                return steer(trials.model, trials.loaded, coefficients, directions_SD=directions_SD)
+
+            for found, trial in zip(by_strength, trials.steered(strengths, edit, lambda _: [feature]), strict=True):
+                found += trial.measured
         return [sweep.pooled(each) for each in by_strength]
 
 
@@ -192,7 +192,7 @@ def line(each: dict[str, Any]) -> str:
     if each["strength"] is not None:
         rates = "  ".join(f"{name} {each[name]['rate']:.2%}" for name in ("own", "random_direction", "steered"))
         text += f"  {rates}  +{each['steered']['cross_entropy'] - each['own']['cross_entropy']:.2f} nats"
-    return text + f"  {'  '.join(map(repr, each['promoted']))}"
+    return text + f"  {'  '.join(map(repr, each['raised']))}"
 
 
 if __name__ == "__main__":

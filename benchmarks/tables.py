@@ -122,9 +122,7 @@ def collect(result: dict[str, Any]) -> str:
 def steering(result: dict[str, Any]) -> str:
     """What clamping features does to text, beside a random direction: of all features together, and of each."""
     found, features = result["results"]["summary"], result["results"]["features"]
-    rows = [
-        ["feature promotes", "fires on", "set to", "its rate, own text", "random direction", "clamped", "nats more"]
-    ]
+    rows = [["feature raises", "fires on", "set to", "its rate, own text", "random direction", "clamped", "nats more"]]
 
     def row(name: str, density: str, strength: str, rates: dict[str, float], cost: float) -> list[str]:
         shown = (f"{rates[kind]:.2%}" for kind in ("own", "random_direction", "steered"))
@@ -133,15 +131,13 @@ def steering(result: dict[str, Any]) -> str:
     name = f"**{found['features']} features, median**"
     rows.append(row(name, "", f"{found['median_strength']:g} x", found["median_rates"], found["cost"]["median"]))
     for each in features:
-        promoted = " ".join(f"`{token.strip()}`" for token in each["promoted"] if token.strip(" \n`|")).replace(
-            "|", "\\|"
-        )
+        raised = " ".join(f"`{token.strip()}`" for token in each["raised"] if token.strip(" \n`|")).replace("|", "\\|")
         if each["strength"] is None:
-            rows.append([promoted, f"{each['density']:.2%}", "none fluent", "", "", "", ""])
+            rows.append([raised, f"{each['density']:.2%}", "none fluent", "", "", "", ""])
             continue
         rates = {kind: each[kind]["rate"] for kind in ("own", "random_direction", "steered")}
         cost = each["steered"]["cross_entropy"] - each["own"]["cross_entropy"]
-        rows.append(row(promoted, f"{each['density']:.2%}", f"{each['strength']:g} x", rates, cost))
+        rows.append(row(raised, f"{each['density']:.2%}", f"{each['strength']:g} x", rates, cost))
     return _table(rows)
 
 

@@ -2,14 +2,16 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mistral_sae.cli import UserError
 from mistral_sae.files import append_line
 from mistral_sae.model.language_model import LanguageModel, ModelError
+from mistral_sae.steer.steering import Coefficient, Edit, Subject
 
 HELP = """\
 /feature 12         steer with feature 12; with words, the feature that matches them best; or {12: 2, 40: -1}
@@ -20,59 +22,156 @@ HELP = """\
 /help               this list
 /quit               end, as Ctrl-D does; Ctrl-C stops a reply"""
 
-
-@dataclass(frozen=True)
-class Steering:
-    """What the commands change."""
-
-    coefficients: dict[int, float | None]  # by feature, in the method's unit
-    method: str
-    on: bool = True
-    both: bool = False
-
-
 # What follows /feature, and the coefficient so far -> coefficients by feature
-Find = Callable[[str, float | None], dict[int, float | None]]
+Choose = Callable[[str, Coefficient], Mapping[int, Coefficient]]
+
+
+class Sampling(NamedTuple):
+    """How replies are generated."""
+
+    max_tokens: int
+    temperature: float
+    seed: int  # of the first turn; each later one counts it up
 
 
 class CommandError(UserError):
-    """A command that is none, or that cannot be carried out: one line."""
+    """A command that does not exist or cannot be carried out: one line."""
 
 
-def obey(command: str, steering: Steering, find: Find) -> Steering:
-    """The steering after a command. Raises CommandError."""
-    name, _, argument = command.strip().partition(" ")
-    argument = argument.strip()
-    if name in ("/feature", "/coefficient", "/method") and not argument:
-        raise CommandError(f"{name} needs a value: /help shows examples")
-    if name == "/feature":
-        return replace(steering, coefficients=find(argument, next(iter(steering.coefficients.values()))), on=True)
-    if name == "/coefficient":
-        if len(steering.coefficients) > 1:
+class Conversation:
+    """A conversation with a model that commands steer; every turn is added to a transcript.
+
+    Args:
+        edit: what the first replies are steered with.
+        choose: finds the features that /feature means; what it raises is printed.
+        context: tokens the model is given at most, with the reply to come.
+        transcript: JSONL file.
+        is_instruct: use the tokenizer's chat format.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        edit: Edit,
+        choose: Choose,
+        *,
+        context: int,
+        sampling: Sampling,
+        transcript: Path,
+        is_instruct: bool,
+    ):
+        self.edit, self.is_on, self.shows_both = edit, True, False
+        self._subject, self._choose, self._sampling = subject, choose, sampling
+        self._transcript, self._is_instruct, self._turn = transcript, is_instruct, 0
+        self.history = History(subject.model, is_instruct, context - sampling.max_tokens)
+
+    def run(self) -> None:
+        """Read lines and commands from the standard input until it ends, and answer. Ctrl-C stops a reply."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  lines can then be edited
+        print(self.describe())
+        while True:
+            try:
+                line = input("\nyou> ").strip()
+                if line == "/quit":
+                    return
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.say(line)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n/quit or Ctrl-D ends the conversation")
+            except UserError as error:
+                print(f"error: {error}")
+
+    def describe(self) -> str:
+        """One line about the steering."""
+        edit = self.edit.describe(self._subject)
+        both = "; each reply without steering, too" if self.shows_both else ""
+        return f"steering: {edit}{both}" if self.is_on else f"steering is off ({edit})"
+
+    def command(self, line: str) -> None:
+        """Carry out a command and print what holds from now on; one that fails changes nothing. Raises UserError."""
+        name, _, argument = line.strip().partition(" ")
+        argument, edit = argument.strip(), self.edit
+        if name == "/help":
+            print(HELP)
+            return
+        if name in ("/feature", "/coefficient", "/method") and not argument:
+            raise CommandError(f"{name} needs a value: /help shows examples")
+        if name == "/feature":
+            first = next(iter(edit.coefficients.values()))
+            edit = replace(edit, coefficients=self._choose(argument, first))
+        elif name == "/coefficient":
+            edit = replace(edit, coefficients=dict.fromkeys(edit.coefficients, self._coefficient(argument)))
+        elif name == "/method":
+            edit = replace(edit, method=argument)
+        elif name not in ("/on", "/off", "/both"):
+            raise CommandError(f"there is no command {name}: /help lists them")
+        edit.in_units_of_steer(self._subject)  # raises for what cannot be steered
+        self.edit = edit
+        if name == "/both":
+            self.shows_both = not self.shows_both
+        else:
+            self.is_on = name != "/off"
+        print(self.describe())
+
+    def _coefficient(self, argument: str) -> float | None:
+        if len(self.edit.coefficients) > 1:
             raise CommandError("each of several features has its own coefficient: expected /feature {12: 2, 40: -1}")
         try:
-            coefficient = None if argument.lower() == "none" else float(argument)
+            return None if argument.lower() == "none" else float(argument)
         except ValueError:
             raise CommandError(f"found coefficient {argument!r}: expected a number or None") from None
-        return replace(steering, coefficients=dict.fromkeys(steering.coefficients, coefficient), on=True)
-    if name == "/method":
-        return replace(steering, method=argument, on=True)
-    if name in ("/on", "/off"):
-        return replace(steering, on=name == "/on")
-    if name == "/both":
-        return replace(steering, both=not steering.both)
-    raise CommandError(f"there is no command {name}: /help lists them")
+
+    def say(self, line: str) -> str:
+        """Print the model's reply to a line as it comes, and return it. Raises CommandError if the line is too long."""
+        ids = self.history.prompt(line)
+        record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "turn": self._turn, "user": line}
+        record |= {"features": dict(self.edit.coefficients), "method": self.edit.method, "on": self.is_on}
+        if self.shows_both and self.is_on:
+            print("without steering>")
+            record["unsteered_reply"], record["unsteered_stopped"] = self._reply(ids, nullcontext())
+            print("with steering>")
+        reply, stopped = self._reply(ids, self.edit.context(self._subject, len(ids)) if self.is_on else nullcontext())
+        if reply.strip():  # chat formats take no empty turn
+            self.history.add(line, reply)
+        append_line(self._transcript, record | {"reply": reply, "stopped": stopped})
+        self._turn += 1
+        return reply
+
+    def _reply(self, ids: list[int], edit: AbstractContextManager) -> tuple[str, bool]:
+        """Print a reply as it comes; the reply, and whether Ctrl-C stopped it."""
+        model, parts, stopped = self._subject.model, [""], False
+        max_tokens, temperature, seed = self._sampling
+        generated = model.generate(ids, max_tokens, temperature, seed=seed + self._turn)
+        try:
+            with edit:
+                for part in pieces(model, generated):
+                    if self._is_instruct and not any(parts):
+                        part = part.lstrip(" ")  # the space before a text of sentencepiece
+                    parts.append(part)
+                    print(part, end="", flush=True)
+        except KeyboardInterrupt:
+            stopped = True
+            print(" (stopped)", end="")
+        print()
+        return "".join(parts), stopped
 
 
 class History:
     """The turns so far, and the prompt they make.
 
     In the chat format of the model's tokenizer, or, for a model that has none, as one text in which each line of the
-    user's is followed by what the model made of it. Turns that no longer fit are forgotten, the oldest first.
+    user's is followed by what the model made of it. Turns that no longer fit into `room` tokens are forgotten, the
+    oldest first.
     """
 
-    def __init__(self, lm: LanguageModel, is_instruct: bool, context: int, max_tokens: int):
-        self._lm, self._is_instruct, self._room = lm, is_instruct, context - max_tokens
+    def __init__(self, model: LanguageModel, is_instruct: bool, room: int):
+        self._model, self._is_instruct, self._room = model, is_instruct, room
         self._turns: list[tuple[str, str]] = []  # what the user wrote, the reply
 
     def prompt(self, line: str) -> list[int]:
@@ -92,7 +191,7 @@ class History:
         self._turns.append((line, reply))
 
     def _format(self, line: str) -> list[int]:
-        tokenizer = self._lm.tokenizer
+        tokenizer = self._model.tokenizer
         if not self._is_instruct:
             text = "".join(f"{said}\n{reply}\n" for said, reply in self._turns) + f"{line}\n"
             return [tokenizer.bos_id, *tokenizer.encode(text)]
@@ -102,103 +201,18 @@ class History:
         return tokenizer.chat([*messages, {"role": "user", "content": line}])
 
 
-def has_chat_format(lm: LanguageModel) -> bool:
+def has_chat_format(model: LanguageModel) -> bool:
     """Whether the model's tokenizer has a chat format."""
     try:
-        lm.tokenizer.chat([{"role": "user", "content": "Hello"}])
+        model.tokenizer.chat([{"role": "user", "content": "Hello"}])
     except ModelError:
         return False
     return True
 
 
-def converse(
-    lm: LanguageModel,
-    steering: Steering,
-    *,
-    steered: Callable[[Steering, int], AbstractContextManager],
-    find: Find,
-    describe: Callable[[Steering], str],
-    is_instruct: bool,
-    context: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    transcript: Path,
-) -> None:
-    """Read lines and commands from the standard input until it ends, and reply. Ctrl-C stops a reply.
-
-    Args:
-        steered: the steering and the length of the prompt -> the edit to generate under.
-        find: the features that /feature means.
-        describe: one line about the steering; raises ValueError for one that cannot be, and which is not taken over.
-        is_instruct: use the tokenizer's chat format.
-        context: tokens of a conversation, with the reply to come.
-        transcript: JSONL to which every turn is added.
-    """
-    with suppress(ImportError):
-        import readline  # noqa: F401  lines can then be edited
-    history = History(lm, is_instruct, context, max_tokens)
-    turn = 0
-    print(describe(steering))
-    while True:
-        try:
-            line = input("\nyou> ").strip()
-            if line == "/quit":
-                return
-            if line == "/help":
-                print(HELP)
-            elif line.startswith("/"):
-                wanted = obey(line, steering, find)
-                print(describe(wanted))
-                steering = wanted
-            elif line:
-                ids = history.prompt(line)
-                sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed + turn}
-                record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "turn": turn, "user": line}
-                record |= {"features": steering.coefficients, "method": steering.method, "on": steering.on}
-                if steering.both and steering.on:
-                    print("without steering>")
-                    plain, record["unsteered_stopped"] = reply_to(lm, ids, nullcontext(), is_instruct, sampling)
-                    record["unsteered_reply"] = plain
-                    print("with steering>")
-                edit = steered(steering, len(ids)) if steering.on else nullcontext()
-                reply, stopped = reply_to(lm, ids, edit, is_instruct, sampling)
-                if reply.strip():  # chat formats take no empty turn
-                    history.add(line, reply)
-                append_line(transcript, record | {"reply": reply, "stopped": stopped})
-                turn += 1
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n/quit or Ctrl-D ends the conversation")
-        except ValueError as error:  # CommandError, and what choosing or steering raises
-            print(f"error: {error}")
-
-
-def reply_to(
-    lm: LanguageModel, ids: list[int], edit: AbstractContextManager, is_instruct: bool, sampling: dict
-) -> tuple[str, bool]:
-    """Print a reply as it comes; the reply, and whether Ctrl-C stopped it."""
-    parts: list[str] = []
-    stopped = False
-    try:
-        with edit:
-            for part in pieces(lm, lm.generate(ids, **sampling)):
-                if is_instruct and not any(parts):
-                    part = part.lstrip(" ")  # the space before a text of sentencepiece
-                parts.append(part)
-                print(part, end="", flush=True)
-    except KeyboardInterrupt:
-        stopped = True
-        print(" (stopped)", end="")
-    print()
-    return "".join(parts), stopped
-
-
-def pieces(lm: LanguageModel, ids: Iterator[int]) -> Iterator[str]:
+def pieces(model: LanguageModel, ids: Iterator[int]) -> Iterator[str]:
     """The texts of tokens as they come; characters whose bytes are spread over several come with the last."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for id in ids:
-        yield decoder.decode(lm.tokenizer.token_bytes(id))
+        yield decoder.decode(model.tokenizer.token_bytes(id))
     yield decoder.decode(b"", final=True)

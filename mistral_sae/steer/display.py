@@ -1,6 +1,6 @@
 """Two texts side by side on a terminal, their tokens marked by how strongly a feature fires on them.
 
-On a terminal marks are colours and an underline, elsewhere a bar under the character. Nothing here knows a model.
+On a terminal marks are colours and an underline, elsewhere a bar under the character.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mistral_sae.steer.sweep import Measured
+
 # By level: 0 is silent. Underlined too, for terminals without colour and readers who see none
 STYLES = ("", "underline", "underline black on #ffe8a3", "underline black on #ffb84d", "underline black on #ff7a45")
 BARS = " ▁▃▅▇"
 TAB = 4  # columns
 SEPARATOR = " │ "
+NAME = 19  # columns of a name before its value
 
 
 class Mark(NamedTuple):
@@ -92,15 +95,18 @@ def _print_row(console: Console, row: Sequence[Sequence[Mark]], width: int, has_
     console.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
-def table(title: str, headings: Sequence[str], rows: Iterable[tuple[bool, Sequence[str], str]]) -> Table:
-    """Figures under their headings and a text beside them, cut at the screen's width, a row each; True marks a row."""
+def sweep_table(title: str, rows: Sequence[tuple[str, Measured, str]], marked: str | None) -> Table:
+    """A table of edits: their names, figures, and a text as far as the screen's width goes; one may be marked."""
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
-    for heading in ("", *headings):
+    for heading in ("", "coef.", "nats", "KL", "repeated", "fires", "mean"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    for is_marked, figures, text in rows:
-        style = "bold" if is_marked else None
-        shown.add_row("→" if is_marked else "", *figures, Text(repr(text)[1:-1]), style=style)
+    for name, m, text in rows:
+        nats = (f"{m.cross_entropy:.2f}", f"{m.kl:.2f}")
+        features = (f"{m.repetition:.0%}", f"{m.rate:.1%}", f"{m.activation:.2f}")
+        is_marked = name == marked
+        arrow, style = ("→", "bold") if is_marked else ("", None)
+        shown.add_row(arrow, name, *nats, *features, Text(repr(text)[1:-1]), style=style)
     return shown
 
 
@@ -116,6 +122,6 @@ def legend(console: Console) -> Text:
 
 def print_line(console: Console, name: str, value: str) -> None:
     """A name and as much of its value as the screen's width takes."""
-    line = Text(f"{name:<13} {value}")
+    line = Text(f"{name:<{NAME}} {value}")
     line.truncate(max(console.width, 40), overflow="ellipsis")
     console.print(line, no_wrap=True, crop=False)

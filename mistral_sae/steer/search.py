@@ -1,76 +1,155 @@
-"""Which feature to steer with: what is known of features, and which of them match words.
+"""Which feature to steer with: by number, by words, or one whose effect shows in text.
 
 Shapes: R rows, T positions, N features that are looked at, F features, V vocabulary.
 """
 
+import ast
 import math
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from mistral_sae.cli import Progress
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.sae.checkpoint import LoadedSAE
-from mistral_sae.sae.features import Statistics
-from mistral_sae.steer.steering import steer
-from mistral_sae.steer.sweep import is_fluent, measure, pooled, sample
+from mistral_sae.steer.display import print_line
+from mistral_sae.steer.steering import Coefficient, Edit, Explanation, SteeringError, Subject, check_coefficients, steer
+from mistral_sae.steer.sweep import LOGITS_BYTES, MOST_NATS, MOST_REPETITION, Trial, Trials, firing_rates, is_fluent
 
 SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
-CLASS = 5  # tokens by which a class of promoted tokens is judged
-AT_ONCE = 64  # features whose promotions are measured in one forward
-SAMPLE = (4, 32)  # rows and positions of the text on which the promotions of candidates are measured
-LOOKED_AT, TRIED = 192, 32  # features among which one is looked for that shows in text
-TRIAL = (4, 32)  # texts of each, and tokens of a text
+CLASS = 5  # tokens by which a class of raised tokens is judged
+CANDIDATES = 64  # features by words whose effect on the words' tokens is measured
+SAMPLE = (4, 32)  # rows and positions of the text on which it is measured
+SCAN_ROWS, SCAN_AT_ONCE = 48, 16  # rows of text that are read to find features by their tokens
+LOOKED_AT, TRIED = 128, 12  # features among which one is looked for that shows in text
+LOOKED_AT_TOKENS = 24  # of the text on which those are measured, after the prompt
+LISTED = 3  # features of a printed list
+
+Rows = Callable[[int], Tensor]  # so many rows of text (R, T)
 
 
-def other_features(statistics: Statistics, seed: int, those: Collection[int]) -> list[int]:
-    """As many random features of middle density as the given ones, other than those; none if there are fewer."""
-    others = [feature for feature in statistics.mid_density() if feature not in those]
-    return random.Random(seed).sample(others, len(those)) if len(others) >= len(those) else []
+# ---- what the user asked for ----
 
 
-# ---- what a feature promotes ----
+def choose(wanted: int | str | dict, coefficient: Coefficient, subject: Subject, rows: Rows) -> dict[int, Coefficient]:
+    """The features that FEATURE_INDEX means and their coefficients; words are looked up, and a list printed.
+
+    Raises SteeringError.
+    """
+    wanted = parse(wanted) if isinstance(wanted, str) else wanted
+    if isinstance(wanted, str):
+        wanted = _look_up(wanted, subject, rows)
+    if not isinstance(wanted, dict):
+        wanted = {wanted: coefficient}
+    if not wanted:
+        raise SteeringError("found no feature in FEATURE_INDEX: expected one or more, as in {12: 2, 40: -1}")
+    check_coefficients(subject.loaded.sae, wanted, "clamp")
+    return wanted
 
 
-def extremes(lm: LanguageModel, scores_V: Tensor, count: int) -> tuple[list[str], list[str]]:
-    """The tokens with the highest scores and those with the lowest, most extreme first."""
-    order = scores_V.argsort(descending=True).tolist()
-    highest, lowest = order[:count], order[: -count - 1 : -1]
-    return [lm.tokenizer.strings([id])[0] for id in highest], [lm.tokenizer.strings([id])[0] for id in lowest]
+def parse(words: str) -> int | str | dict:
+    """The number or the dictionary that is written there, or the words themselves. Raises SteeringError."""
+    try:
+        value = ast.literal_eval(words)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
+        value = None
+    if type(value) is int or isinstance(value, dict):
+        return value
+    if words.lstrip()[:1] in tuple("{[(") or isinstance(value, float):
+        raise SteeringError(f"found FEATURE_INDEX {words!r}: expected a number, words or several as {{12: 2, 40: -1}}")
+    return words
+
+
+def _look_up(words: str, subject: Subject, rows: Rows) -> int:
+    """The feature that matches words best, from a ranked list that is printed."""
+    found = find(words, subject, rows)
+    if not found:
+        raise SteeringError(
+            f"found no feature for {words!r}: expected words or parts of words that the model's text has"
+        )
+    by_words, by_tokens = [each for each in found if each.match], [each for each in found if not each.match]
+    explained = len(subject.explanations)
+    if by_words:
+        how = f"by explanation, of which {len(by_words):,} of {explained:,} match"
+    elif explained:
+        how = f"none of {explained:,} explanations matches: by tokens fired on"
+    else:
+        how = "no explanations of it (explain.py writes them): by tokens fired on"
+    print(f"features for {words!r}, {how}; the number: by how much the words' tokens are raised when steered")
+    _print_found(by_words[:LISTED], found[0], subject.explanations)
+    if by_words and by_tokens:
+        print("and by tokens fired on, with no explanation that matches")
+    _print_found(by_tokens[:LISTED], found[0], {})
+    return found[0].feature
+
+
+def _print_found(found: "list[Found]", best: "Found", explanations: Mapping[int, Explanation]) -> None:
+    for each in found:
+        explanation = explanations.get(each.feature)
+        what = explanation.text if explanation else "raises " + "  ".join(map(repr, each.raised))
+        _print_ranked(each is best, each.feature, f"{each.strength:4.1f}", what)
+
+
+def _print_ranked(is_best: bool, feature: int, figure: str, what: str) -> None:
+    print_line(Console(highlight=False), f"  {'→' if is_best else ' '} {feature:>6}  {figure}", what)
+
+
+# ---- what a feature raises when it is clamped ----
 
 
 @torch.no_grad()
-def promotion(lm: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, float], tokens_RT: Tensor) -> Tensor:
+def logit_changes(
+    model: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, float], tokens_RT: Tensor, what: str = "features"
+) -> Tensor:
     """How far clamping each feature raises each token's logit (N, V), in standard deviations over the vocabulary.
 
     Measured: the mean change over the positions of some text (R, T), through the layers above, which the logit lens
-    leaves out. `activations` are {feature: what it is clamped to}; each is clamped alone.
+    leaves out. `activations` are {feature: what it is clamped to}; each is clamped alone. `what` names the bar.
     """
-    R, plain_RTV = len(tokens_RT), lm.forward(tokens_RT)[:, 1:]
-    plain_V = plain_RTV.mean(dim=(0, 1))
-    parts = []
-    features = list(activations)
-    for some in (features[i : i + AT_ONCE] for i in range(0, len(features), AT_ONCE)):
-        with steer(lm, loaded, _alone({feature: activations[feature] for feature in some}, R)):
-            logits_NTV = lm.forward(tokens_RT.repeat(len(some), 1))[:, 1:]
-        parts.append(logits_NTV.unflatten(0, (len(some), R)).mean(dim=(1, 2)) - plain_V)
+    (R, T), plain_V = tokens_RT.shape, model.forward(tokens_RT)[:, 1:].mean(dim=(0, 1))
+    at_once = max(1, LOGITS_BYTES // (4 * R * T * model.vocab_size))
+    features, parts = list(activations), []
+    with Progress(total=len(features), desc=what, unit=" features", leave=False) as bar:
+        for some in (features[i : i + at_once] for i in range(0, len(features), at_once)):
+            with steer(model, loaded, each_alone([feature for feature in some for _ in range(R)], activations)):
+                logits_NTV = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:]
+            parts.append(logits_NTV.unflatten(0, (len(some), R)).mean(dim=(1, 2)) - plain_V)
+            bar.update(len(some))
     change_NV = torch.cat(parts)
     return ((change_NV - change_NV.mean(dim=1, keepdim=True)) / change_NV.std(dim=1, keepdim=True)).cpu()
 
 
-def clearness(promotion_NV: Tensor) -> Tensor:
-    """How clear the class of tokens is that each feature promotes (N): the mean of its CLASS highest promotions."""
-    return promotion_NV.topk(CLASS, dim=1).values.mean(dim=1)
+def each_alone(of_row: Sequence[int], values: Mapping[int, float]) -> dict[int, Tensor]:
+    """Coefficients by which each row of a batch has one feature clamped, and the others' left as they are."""
+    return {
+        feature: torch.tensor([values[feature] if own == feature else math.nan for own in of_row])
+        for feature in dict.fromkeys(of_row)
+    }
 
 
-# ---- features by words ----
+def clearness(change_NV: Tensor) -> Tensor:
+    """How clear the class of tokens is that each feature raises (N): the mean of its CLASS highest changes."""
+    return change_NV.topk(CLASS, dim=1).values.mean(dim=1)
+
+
+def extremes(model: LanguageModel, scores_V: Tensor, count: int) -> tuple[list[str], list[str]]:
+    """The tokens with the highest scores and those with the lowest, most extreme first."""
+    order = scores_V.argsort(descending=True).tolist()
+    highest, lowest = order[:count], order[: -count - 1 : -1]
+    return [model.tokenizer.strings([id])[0] for id in highest], [model.tokenizer.strings([id])[0] for id in lowest]
+
+
+# ---- by words ----
 
 
 def words_of(text: str) -> list[str]:
@@ -90,7 +169,7 @@ def by_explanation(query: str, explanations: Mapping[int, str]) -> dict[int, flo
     n of which have the word. So a rare word counts for more than a frequent one, and all of them for more than some.
     """
     words = {feature: set(words_of(text)) for feature, text in explanations.items()}
-    scores: Counter[int] = Counter()
+    scores: defaultdict[int, float] = defaultdict(float)
     for wanted in set(words_of(query)):
         having = [feature for feature, own in words.items() if any(are_alike(wanted, word) for word in own)]
         for feature in having:
@@ -106,9 +185,7 @@ def tokens_like(tokenizer: Tokenizer, query: str) -> list[int]:
 
 
 @torch.no_grad()
-def by_firing(
-    lm: LanguageModel, loaded: LoadedSAE, ids: Sequence[int], batches: Iterable[Tensor], count: int
-) -> list[int]:
+def by_tokens(model: LanguageModel, loaded: LoadedSAE, ids: Sequence[int], rows_RT: Tensor, count: int) -> list[int]:
     """The features that tell some tokens apart best: those that fire on them, or right before them, and not elsewhere.
 
     By F1 of firing on a token of rows (R, T) as a prediction that it, or the one after it, is among `ids`.
@@ -117,8 +194,8 @@ def by_firing(
     wanted = torch.tensor(ids)
     fired_F = torch.zeros(sae.n_features)
     right_2F, there_2 = torch.zeros(2, sae.n_features), torch.zeros(2, 1)
-    for tokens_RT in batches:
-        encoded = sae.encode(residuals_of(lm, tokens_RT[:, :-1], layer))  # each with a token after it
+    for tokens_RT in Progress(rows_RT.split(SCAN_AT_ONCE), "reading text", unit=" batches", leave=False):
+        encoded = sae.encode(residuals_of(model, tokens_RT[:, :-1], layer))  # each with a token after it
         is_active = (encoded.values > 0).cpu()
         indices = encoded.indices.cpu()
         fired_F += torch.bincount(indices[is_active], minlength=sae.n_features)
@@ -132,97 +209,132 @@ def by_firing(
 
 
 class Found(NamedTuple):
-    """A feature that was looked for."""
+    """A feature that was found by words."""
 
     feature: int
-    match: float  # of its explanation with the words, as `by_explanation` scores it; 0 for one found otherwise
-    # Mean of its CLASS highest promotions, of the words' tokens where there are words; of `most_visible` on how many
-    # more in a hundred tokens it fires in steered text than in the model's own
-    strength: float
-    promoted: list[str]  # the tokens it promotes most
+    match: float  # of its explanation with the words, as `by_explanation` scores it; 0 for one found by tokens
+    strength: float  # mean change of the CLASS tokens among the words' that it raises most; of all, if there are none
+    raised: list[str]  # the tokens it raises most when steered
 
 
-def find(
-    query: str,
-    lm: LanguageModel,
-    loaded: LoadedSAE,
-    statistics: Statistics,
-    explanations: Mapping[int, str],
-    rows: Callable[[], Tensor],
-) -> list[Found]:
+def find(query: str, subject: Subject, rows: Rows) -> list[Found]:
     """Features for words, best first: those whose explanations match, then those that fire on the words' tokens.
 
-    The latter are looked for in `rows()` (R, T), some text, unless an explanation matches and every feature has one. Of
-    features that match equally well, first the one that promotes the words' tokens most. Empty where no explanation
+    The latter are looked for in rows of text, unless an explanation matches and every feature has one. Of features that
+    match equally well, first the one that raises the words' tokens most when steered. Empty where no explanation
     matches and no token of the vocabulary does, or none of the features fires on it.
     """
-    ids, matches = tokens_like(lm.tokenizer, query), by_explanation(query, explanations)
-    candidates = sorted(matches, key=matches.__getitem__, reverse=True)[:AT_ONCE]
+    model, loaded, statistics, explanations = subject
+    ids = tokens_like(model.tokenizer, query)
+    matches = by_explanation(query, {feature: each.text for feature, each in explanations.items()})
+    candidates = sorted(matches, key=matches.__getitem__, reverse=True)[:CANDIDATES]
     if ids and not (matches and len(explanations) == loaded.sae.n_features):
-        by_tokens = by_firing(lm, loaded, ids, rows().split(16), AT_ONCE)
-        candidates += [feature for feature in by_tokens if feature not in matches]
-    found = _promoting(lm, loaded, statistics, candidates, ids)
-    found = [each._replace(match=matches.get(each.feature, 0.0)) for each in found]
-    return sorted(found, key=lambda each: (-each.match, -each.strength))
-
-
-def most_visible(
-    lm: LanguageModel,
-    loaded: LoadedSAE,
-    statistics: Statistics,
-    among: Collection[int],
-    prompt_ids: Sequence[int],
-    temperature: float,
-) -> list[Found]:
-    """Features that show in text, first the one that fires most in texts that continue a prompt while it is clamped.
-
-    Of LOOKED_AT random ones of the features given, the TRIED with the clearest classes of promoted tokens are tried, at
-    their maxima and in texts of TRIAL's size. Those whose texts are not fluent come last.
-    """
-    candidates = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-    found = _promoting(lm, loaded, statistics, candidates, [])
-    tried = sorted(found, key=lambda each: -each.strength)[:TRIED]
-    R, T = TRIAL
-    own = sample(lm, prompt_ids, range(R), T, temperature)
-    with steer(lm, loaded, _alone({each.feature: float(statistics.maximum_F[each.feature]) for each in tried}, R)):
-        texts = sample(lm, prompt_ids, [*range(R)] * len(tried), T, temperature)
-    ranked = []
-    for i, each in enumerate(tried):
-        plain, steered = (
-            pooled(measure(lm, loaded, [each.feature], prompt_ids, some, nullcontext()))
-            for some in (own, texts[i * R : (i + 1) * R])
-        )
-        more = 100 * (steered.rate - plain.rate)
-        ranked.append((not is_fluent(steered, plain), -more, each._replace(strength=more)))
-    return [each for *_, each in sorted(ranked)]
-
-
-def _alone(activations: Mapping[int, float], n_rows: int) -> dict[int, Tensor]:
-    """Coefficients by which each feature is clamped in rows of its own, so many, and is as it is in the others'."""
-    alone = torch.full((len(activations), len(activations)), torch.nan)
-    alone.diagonal().copy_(torch.tensor(list(activations.values())))
-    return {f: column.repeat_interleave(n_rows) for f, column in zip(activations, alone.T, strict=True)}
-
-
-def _promoting(
-    lm: LanguageModel, loaded: LoadedSAE, statistics: Statistics, candidates: Sequence[int], ids: Sequence[int]
-) -> list[Found]:
-    """The candidates that ever fire, and what they promote: of some tokens, or of all if `ids` is empty."""
+        others = by_tokens(model, loaded, ids, rows(SCAN_ROWS), CANDIDATES)
+        candidates += [feature for feature in others if feature not in matches]
     activations = {f: float(statistics.maximum_F[f]) for f in candidates if statistics.maximum_F[f] > 0}
     if not activations:
         return []
     found = []
-    promotion_NV = promotion(lm, loaded, activations, _text_of(lm))
-    for feature, promotion_V in zip(activations, promotion_NV, strict=True):
-        wanted = promotion_V[ids] if ids else promotion_V
+    changes_NV = logit_changes(model, loaded, activations, own_text(model), "what they raise")
+    for feature, change_V in zip(activations, changes_NV, strict=True):
+        wanted = change_V[ids] if ids else change_V
         strength = wanted.topk(min(CLASS, len(wanted))).values.mean().item()
-        found.append(Found(feature, 0.0, strength, extremes(lm, promotion_V, CLASS)[0]))
-    return found
+        found.append(Found(feature, matches.get(feature, 0.0), strength, extremes(model, change_V, CLASS)[0]))
+    return sorted(found, key=lambda each: (-each.match, -each.strength))
 
 
-def _text_of(lm: LanguageModel) -> Tensor:
+def own_text(model: LanguageModel) -> Tensor:
     """Text of the model's own (R, T), of SAMPLE's size and the same each time: this needs no corpus."""
     R, T = SAMPLE
-    start = [lm.tokenizer.bos_id]
-    texts = sample(lm, start, range(R), T - 1, temperature=1.0)
-    return torch.tensor([start + text + [lm.tokenizer.eos_id] * (T - 1 - len(text)) for text in texts])
+    start = [model.tokenizer.bos_id]
+    texts = model.sample(start, range(R), T - 1, temperature=1.0)
+    return torch.tensor([start + text + [model.tokenizer.eos_id] * (T - 1 - len(text)) for text in texts])
+
+
+# ---- by what shows in text ----
+
+
+class Shown(NamedTuple):
+    """A feature that was tried, and how far it shows in text steered with it."""
+
+    feature: int
+    rate: float  # share of the steered texts' tokens on which it fires when they are read back without the edit
+    own_rate: float  # the same of the model's own texts
+    is_fluent: bool  # the steered texts, each by itself
+
+
+def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trials) -> int:
+    """A feature whose effect on text shows, from a ranked list that is printed.
+
+    Of LOOKED_AT random features, explained ones of middle density if there are any, the TRIED that raise the clearest
+    classes of tokens are tried: texts are made as they will be shown, and the feature is taken that fires on most more
+    of their tokens than of the model's own while each text stays fluent. Raises SteeringError if no feature ever fired.
+    """
+    kind, among = _pool(subject)
+    tried = _clearest(subject, random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among))), trials)
+    print(
+        f"choosing a feature: {len(tried)} of {min(LOOKED_AT, len(among)):,} {kind}, those that raise the clearest "
+        f"class of tokens, are tried in {len(trials.seeds)} texts each"
+    )
+    found = _shown(subject, edit, coefficient, tried, trials)
+    best = found[0]
+    print(
+        "→ fires on most more tokens of its texts than of the model's own"
+        + (
+            f" and leaves them fluent (at most {MOST_NATS:g} nat a token more, {MOST_REPETITION:.0%} more repeated)"
+            if best.is_fluent
+            else "; none leaves them fluent"
+        )
+    )
+    for each in found[:LISTED]:
+        explanation = subject.explanations.get(each.feature)
+        rates = f"{each.own_rate:4.0%} to {each.rate:4.0%}"
+        _print_ranked(each is best, each.feature, rates, explanation.text if explanation else "no explanation")
+    return best.feature
+
+
+def _pool(subject: Subject) -> tuple[str, list[int]]:
+    """The features to look among, and what they are."""
+    statistics = subject.statistics
+    middle = statistics.mid_density()
+    if explained := [feature for feature in middle if feature in subject.explanations]:
+        return "explained features", explained
+    if middle:
+        return "features that fire now and then", middle
+    if firing := (statistics.maximum_F > 0).nonzero().flatten().tolist():
+        return "features", firing
+    raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
+
+
+def _clearest(subject: Subject, candidates: Sequence[int], trials: Trials) -> list[int]:
+    """The TRIED of the candidates that raise the clearest classes of tokens in a text of the model's own."""
+    text = subject.model.sample(trials.prompt_ids, trials.seeds[:1], LOOKED_AT_TOKENS, trials.temperature)[0]
+    activations = {feature: float(subject.statistics.maximum_F[feature]) for feature in candidates}
+    changes_NV = logit_changes(
+        subject.model, subject.loaded, activations, torch.tensor([[*trials.prompt_ids, *text]]), "what they raise"
+    )
+    order = clearness(changes_NV).argsort(descending=True).tolist()
+    return [candidates[i] for i in order[:TRIED]]
+
+
+def _shown(subject: Subject, edit: Edit, coefficient: float, tried: Sequence[int], trials: Trials) -> list[Shown]:
+    """The features tried, the most visible first; those that leave a text not fluent come last."""
+
+    def context(of_text: list[int]) -> AbstractContextManager:
+        alone = each_alone(of_text, dict.fromkeys(of_text, coefficient))
+        return replace(edit, coefficients=alone).context(subject, len(trials.prompt_ids))
+
+    own = trials.unsteered(tried[:1])
+    own_rates = firing_rates(subject.model, subject.loaded, tried, trials.prompt_ids, own.texts)
+    bar = Progress(trials.steered(tried, context, lambda f: [f]), "steered texts", len(tried), unit=" features")
+    found = [
+        Shown(feature, trial.pooled.rate, own_rate, _stays_fluent(trial, own))
+        for feature, own_rate, trial in zip(tried, own_rates, bar, strict=True)
+    ]
+    return sorted(found, key=lambda each: (not each.is_fluent, each.own_rate - each.rate, each.feature))
+
+
+def _stays_fluent(trial: Trial, own: Trial) -> bool:
+    """Whether the texts are fluent together, and none repeats itself more than the model's own do."""
+    most = max(each.repetition for each in own.measured) + MOST_REPETITION
+    return is_fluent(trial.pooled, own.pooled) and all(each.repetition <= most for each in trial.measured)

@@ -1,44 +1,37 @@
-"""Steer: edit the residual of one layer along the decoder rows of a few features, while a model runs.
+"""Steer: edit the residual of one layer along the decoder rows of a few features while a model runs.
 
-    with steer(lm, loaded, {12: 2 * loaded.maximum[12]}, method="clamp"):
-        ids = list(lm.generate(prompt_ids, 40))
+    with steer(model, loaded, {12: 2 * loaded.maximum[12]}, method="clamp"):
+        ids = list(model.generate(prompt_ids, 40))
 
-Four methods, each with its unit. x is the residual at a position, s its standard deviation (what the autoencoder
-divides by), f(x) the feature's activation there and w its decoder row:
-
-    clamp   x + s * (c - f(x)) * w   c is the activation that the feature is set to, in the autoencoder's own unit, that
-                                     of the standardised residual (`times_maximum` makes it from multiples of a maximum)
-    ablate  x + s * (0 - f(x)) * w   whatever c is
-    add     x + c * |x| * w / |w|    c is in norms of the residual at that position
-    raw     x + c * w                c is in units of the decoder row, whatever the residual's size
-
-All are closed forms on the residual: nothing is decoded, so what the autoencoder does not explain of x, its error term,
-stays as it is. They touch the rows of W_enc and W_dec of the steered features alone.
-
-Two limits. A TopK autoencoder's feature counts as 0 where K others are stronger, which only an encoding of all
-features tells. f(x) is taken to be relu of the feature's own pre-activation instead, which is larger there, so that
-clamping adds less by the same amount; `exact=True` encodes all. And a clamped feature, read back from the edited
-residual, is c before interference: the edit also changes the residual's mean and standard deviation, an encoder column
-need not have the product 1 with its decoder row, and features clamped together, each along its own row, add to each
-other where those rows are not orthogonal.
+Nothing is decoded, so what the autoencoder does not explain of the residual stays as it is. docs/steering.md has the
+methods, their units and their limits.
 
 Shapes: B rows, T positions, D model width, F features, S steered features.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.cli import UserError
+from mistral_sae.cli import Progress, UserError
+from mistral_sae.data.activations import residuals_of
+from mistral_sae.data.tokens import Corpus, batches
+from mistral_sae.files import hash_of
 from mistral_sae.model.hooks import edit_residual
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.checkpoint import LoadedSAE, check_model
+from mistral_sae.sae.checkpoint import LoadedSAE, check_model, hash_of_sae
+from mistral_sae.sae.features import Statistics, cached_statistics, measure_statistics, saved_statistics
 
+MAXIMUM_TOKENS = 200_000  # that are read to measure features' maxima, for an autoencoder that comes without
 METHODS = ("clamp", "add", "ablate", "raw")
 # A number; None, for a feature as it is; or one for each row of a batch (B), where NaN leaves it as it is in that row
 Coefficient = float | Tensor | None
@@ -50,7 +43,7 @@ class SteeringError(UserError):
 
 @contextmanager
 def steer(
-    lm: LanguageModel,
+    model: LanguageModel,
     loaded: LoadedSAE,
     coefficients: Mapping[int, Coefficient],
     method: str = "clamp",
@@ -59,16 +52,17 @@ def steer(
     exact: bool = False,
     directions_SD: Tensor | None = None,
 ) -> Iterator[None]:
-    """Steer every forward of `lm` inside the block. Contexts nest: each edits what those entered before it left.
+    """Steer every forward of `model` inside the block. Contexts nest: each edits what those entered before it left.
 
     With a KV cache and without one the same positions are edited, so the text is the same. Where no coefficient is
     left after the `None`s the model runs as if there were no block, bit for bit.
 
     Args:
-        lm: the model, with at least the autoencoder's layer loaded.
+        model: with at least the autoencoder's layer loaded.
         loaded: what `load_sae` gave; its hook says which layer is edited.
-        coefficients: {feature: c}, in the unit of the method (see the module's docstring).
-        method: "clamp", "add", "ablate" or "raw".
+        coefficients: {feature: c}, in the unit of the method.
+        method: with x the residual, s its standard deviation, f the feature's activation and w its decoder row:
+            "clamp" is x + s (c - f) w, "ablate" x + s (0 - f) w, "add" x + c |x| w / |w|, "raw" x + c w.
         first_position: the first position of a row that is edited. 1 is all but the attention sink, which is never
             edited; the length of the prompt (its BOS included) is the generated tokens only.
         exact: take f(x) from an encoding of all features, with TopK's competition; the autoencoder must be on the
@@ -81,14 +75,14 @@ def steer(
     layer = loaded.metadata.residual_layer
     wanted = {feature: c for feature, c in coefficients.items() if c is not None}
     check_coefficients(loaded.sae, wanted, method)
-    check_model(loaded, lm)
+    check_model(loaded, model)
     if first_position < 1:
         raise SteeringError(f"found first_position {first_position}: expected 1 or more, position 0 is never edited")
     if not wanted:
         yield
         return
-    edit = make_edit(loaded.sae, wanted, method, lm.device, exact=exact, directions_SD=directions_SD)
-    with edit_residual(lm, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position):
+    edit = make_edit(loaded.sae, wanted, method, model.device, exact=exact, directions_SD=directions_SD)
+    with edit_residual(model, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position):
         yield
 
 
@@ -138,7 +132,7 @@ def _own_activations(
     if sae.center:
         b_S = b_S - W_SD @ sae.b_dec
     W_SD, b_S = W_SD.to(device), b_S.to(device)
-    threshold_S = sae.threshold[features_S].to(device) if sae.activation == "jumprelu" else None
+    threshold_S = sae.get_buffer("threshold")[features_S].to(device) if sae.activation == "jumprelu" else None
 
     def activations(x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         z_BTD, _, std_BT1 = sae.standardize(x_BTD)
@@ -155,7 +149,7 @@ def _exact_activations(
     if sae.W_dec.device != device:
         raise SteeringError(
             f"found the autoencoder on {sae.W_dec.device} and the model on {device}: exact=True encodes all features, "
-            "load the autoencoder with device=lm.device"
+            "load the autoencoder with device=model.device"
         )
     return lambda x_BTD: activations_of(sae, x_BTD, features_S)
 
@@ -172,7 +166,7 @@ def activations_of(sae: SparseAutoencoder, x: Tensor, features_S: Tensor) -> tup
 
 
 def check_coefficients(sae: SparseAutoencoder, coefficients: Mapping[int, Coefficient], method: str) -> None:
-    """Raise SteeringError for an unknown method, a feature that the autoencoder has not, a coefficient that is none."""
+    """Raise SteeringError for an unknown method, an unknown feature or a coefficient that is not a finite number."""
     if method not in METHODS:
         raise SteeringError(f"found METHOD {method!r}: expected {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     for feature, c in coefficients.items():
@@ -202,3 +196,93 @@ def times_maximum(coefficients: Mapping[int, Coefficient], maximum_F: Tensor) ->
             )
         activations[feature] = None if c is None else c * largest
     return activations
+
+
+# ---- edits in the user's units ----
+
+
+class Explanation(NamedTuple):
+    """What a feature is said to mean."""
+
+    text: str
+    source: str  # who says so, and how well it was tested
+
+
+class Subject(NamedTuple):
+    """A model, an autoencoder of one of its layers, and what is known of its features."""
+
+    model: LanguageModel
+    loaded: LoadedSAE
+    statistics: Statistics
+    explanations: Mapping[int, Explanation]  # of the features that have one
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Coefficients by feature, and how they are applied: as `steer`, but clamp's unit is the feature's maximum."""
+
+    coefficients: Mapping[int, Coefficient]
+    method: str = "clamp"
+    generated_only: bool = False  # leave the prompt as it is
+    exact: bool = False
+
+    def in_units_of_steer(self, subject: Subject) -> Mapping[int, Coefficient]:
+        """The coefficients that `steer` takes. Raises SteeringError for what cannot be steered."""
+        check_coefficients(subject.loaded.sae, self.coefficients, self.method)
+        if self.method != "clamp":
+            return self.coefficients
+        return times_maximum(self.coefficients, subject.statistics.maximum_F)
+
+    def context(
+        self, subject: Subject, prompt_length: int, directions_SD: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """The context in which the model is steered; see `steer`."""
+        return steer(
+            subject.model,
+            subject.loaded,
+            self.in_units_of_steer(subject),
+            self.method,
+            first_position=prompt_length if self.generated_only else 1,
+            exact=self.exact,
+            directions_SD=directions_SD,
+        )
+
+    def describe(self, subject: Subject) -> str:
+        """The edit in words, with its units. Raises SteeringError for what cannot be steered."""
+        in_units = self.in_units_of_steer(subject)
+        parts = []
+        for feature, c in self.coefficients.items():
+            if c is None:
+                parts.append(f"{feature} as it is")
+            elif self.method == "clamp":
+                parts.append(f"{feature} set to {c:g} times its maximum ({in_units[feature]:.1f})")
+            elif self.method == "ablate":
+                parts.append(f"{feature} set to 0")
+            else:
+                unit = "times the residual's norm" if self.method == "add" else "times its decoder row"
+                parts.append(f"{feature} added at {c:g} {unit}")
+        return f"{self.method}: {', '.join(parts)}" + ("; on generated tokens only" if self.generated_only else "")
+
+
+def statistics_of(
+    model: LanguageModel, loaded: LoadedSAE, corpus: Corpus, rows_per_forward: int, path: Path
+) -> Statistics:
+    """How often and strongly features fire: from training, or measured on text once and kept in the file `path`."""
+    known = saved_statistics(loaded.log_sparsity, loaded.maximum)
+    if known is not None:
+        return known
+    layer, n_rows = loaded.metadata.residual_layer, max(1, MAXIMUM_TOKENS // corpus.context_length)
+    made_from = {
+        "autoencoder": hash_of_sae(loaded.sae),
+        "model": hash_of(model.name, model.block(layer).state_dict()),
+        "layer": layer,
+        "text": f"{n_rows} rows of {corpus}",
+    }
+
+    def measure() -> Statistics:
+        print(f"the autoencoder comes without its features' maxima: from {MAXIMUM_TOKENS:,} tokens, kept in {path}")
+        parts = batches(islice(corpus.rows(model.tokenizer, held_out=False), n_rows), rows_per_forward)
+        bar = Progress(parts, "maxima", -(-n_rows // rows_per_forward), unit=" batches", leave=False)
+        return measure_statistics(loaded.sae, (residuals_of(model, tokens_RT, layer) for tokens_RT in bar))
+
+    return cached_statistics(path, made_from, measure)

@@ -1,19 +1,21 @@
-"""What an edit does to the text: samples in batches, and what the model without the edit finds in them.
+"""What an edit does to text: samples in batches, and what the model without the edit finds in them.
 
-Shapes: B texts, T positions of a text with its prompt, F features, V vocabulary.
+Shapes: B texts, T positions of a text with its prompt, S features, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.model.language_model import LanguageModel, choose_token
+from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
-from mistral_sae.steer.steering import activations_of
+from mistral_sae.sae.features import Statistics
+from mistral_sae.steer.steering import Subject, activations_of
 
 NGRAM = 4  # tokens of a phrase that counts as repeated
 # Text is fluent if it costs the unsteered model at most so many nats a token more than its own texts do, and if the
@@ -21,6 +23,11 @@ NGRAM = 4  # tokens of a phrase that counts as repeated
 MOST_NATS, MOST_REPETITION = 1.0, 0.15
 ROWS = 64  # texts made at a time, where memory allows
 LOGITS_BYTES = 2**28  # of logits at a time, which exist three times over
+
+S = TypeVar("S")
+
+
+# ---- figures of a text ----
 
 
 class Measured(NamedTuple):
@@ -34,61 +41,65 @@ class Measured(NamedTuple):
     rate: float  # share of tokens on which one of them fires then
 
 
-def sample(
-    lm: LanguageModel, prompt_ids: Sequence[int], seeds: Sequence[int], max_tokens: int, temperature: float
-) -> list[list[int]]:
-    """Continuations of one prompt, one for each seed (B), made in one batch: each as `lm.generate` makes it."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    cache = lm.new_cache(len(seeds), len(prompt_ids) + max_tokens)
-    tokens = torch.tensor([list(prompt_ids)] * len(seeds))
-    texts: list[list[int]] = [[] for _ in seeds]
-    ended = [False] * len(seeds)
-    for _ in range(max_tokens):
-        logits_BV = lm.forward(tokens, cache)[:, -1].cpu()
-        chosen = [choose_token(row, temperature, 1.0, own) for row, own in zip(logits_BV, generators, strict=True)]
-        for i, token in enumerate(chosen):
-            ended[i] |= token == lm.tokenizer.eos_id
-            if not ended[i]:
-                texts[i].append(token)
-        if all(ended):
-            break
-        tokens = torch.tensor(chosen)[:, None]
-    return texts
-
-
 @torch.no_grad()
 def measure(
-    lm: LanguageModel,
+    model: LanguageModel,
     loaded: LoadedSAE,
-    features: Sequence[int],
+    features: Sequence[int] | Tensor,
     prompt_ids: Sequence[int],
     texts: Sequence[Sequence[int]],
-    steered: AbstractContextManager,
+    steered: AbstractContextManager | None = None,
 ) -> list[Measured]:
-    """Figures of each text (B), `steered` being the edit under which it was made."""
+    """Figures of each text (B).
+
+    Args:
+        features: whose activations are read back: the same for all texts, or a tensor (B, S), those of each.
+        steered: the edit under which the texts were made; None for the model's own, whose divergence is 0.
+    """
     if not any(texts):
         return [Measured(0, 0.0, 0.0, 0.0, 0.0, 0.0) for _ in texts]
     n = len(prompt_ids)
-    tokens_BT = torch.full((len(texts), n + max(map(len, texts))), lm.tokenizer.eos_id)
+    tokens_BT = torch.full((len(texts), n + max(map(len, texts))), model.tokenizer.eos_id)
     for row, text in zip(tokens_BT, texts, strict=True):
         row[: n + len(text)] = torch.tensor([*prompt_ids, *text])
-    lengths = torch.tensor([len(text) for text in texts])
-    is_text = torch.arange(tokens_BT.shape[1] - n) < lengths[:, None]
+    lengths_B = torch.tensor([len(text) for text in texts])
+    is_text_BT = torch.arange(tokens_BT.shape[1] - n) < lengths_B[:, None]
 
-    plain = lm.forward(tokens_BT)[:, n - 1 : -1].log_softmax(dim=-1)
-    with steered:
-        edited = lm.forward(tokens_BT)[:, n - 1 : -1].log_softmax(dim=-1)
-    nats = -plain.gather(-1, tokens_BT[:, n:, None].to(plain.device)).squeeze(-1).cpu()
-    kl = F.kl_div(plain, edited, log_target=True, reduction="none").sum(dim=-1).cpu()
-    x = lm.residuals(tokens_BT, loaded.metadata.residual_layer)[:, n:].float()
-    activation = activations_of(loaded.sae, x, torch.tensor(features, device=x.device))[0].amax(dim=-1).cpu()
+    plain_BTV = model.log_probabilities(tokens_BT)[:, n - 1 :]
+    nats_BT = -plain_BTV.gather(-1, tokens_BT[:, n:, None].to(plain_BTV.device)).squeeze(-1).cpu()
+    kl_BT = torch.zeros_like(nats_BT)
+    if steered is not None:
+        with steered:
+            edited_BTV = model.log_probabilities(tokens_BT)[:, n - 1 :]
+        kl_BT = F.kl_div(plain_BTV, edited_BTV, log_target=True, reduction="none").sum(dim=-1).cpu()
+    x_BTD = model.residuals(tokens_BT, loaded.metadata.residual_layer)[:, n:].float()
+    features_S = torch.as_tensor(features, device=x_BTD.device)
+    if features_S.ndim == 2:
+        features_S = features_S[:, None, None]  # (B, S): the same at all positions of a text
+    activation_BT = activations_of(loaded.sae, x_BTD, features_S)[0].amax(dim=-1).cpu()
 
-    count = lengths.clamp_min(1)
-    means = [((values * is_text).sum(dim=1) / count).tolist() for values in (nats, kl, activation, activation > 0)]
+    figures = (nats_BT, kl_BT, activation_BT, activation_BT > 0)
+    means = [((values * is_text_BT).sum(dim=1) / lengths_B.clamp_min(1)).tolist() for values in figures]
     return [
         Measured(len(text), ce, kl, repetition(text), mean, rate)
         for text, ce, kl, mean, rate in zip(texts, *means, strict=True)
     ]
+
+
+@torch.no_grad()
+def firing_rates(
+    model: LanguageModel,
+    loaded: LoadedSAE,
+    features: Sequence[int],
+    prompt_ids: Sequence[int],
+    texts: Sequence[Sequence[int]],
+) -> list[float]:
+    """The share of the texts' tokens on which each of the features fires."""
+    of, fired_S = torch.tensor(features, device=loaded.sae.W_dec.device), torch.zeros(len(features))
+    for text in filter(None, texts):
+        x_TD = model.residuals(torch.tensor([[*prompt_ids, *text]]), loaded.metadata.residual_layer)[0]
+        fired_S += (activations_of(loaded.sae, x_TD[len(prompt_ids) :], of)[0] > 0).sum(dim=0).cpu()
+    return (fired_S / max(1, sum(map(len, texts)))).tolist()
 
 
 def repetition(text: Sequence[int]) -> float:
@@ -112,59 +123,100 @@ def is_fluent(found: Measured, unsteered: Measured) -> bool:
     )
 
 
-class Setting(NamedTuple):
-    """What one strength of an edit does."""
-
-    scale: float  # what the coefficients were multiplied by
-    text: list[int]  # the continuation of the first seed
-    measured: Measured  # of all seeds' continuations
-    fluent: bool
+# ---- texts under one edit after another ----
 
 
-def sweep(
-    lm: LanguageModel,
-    loaded: LoadedSAE,
-    features: Sequence[int],
-    edit: Callable[[Tensor], AbstractContextManager],
-    scales: Sequence[float],
-    unsteered: Measured,
-    *,
-    prompt_ids: Sequence[int],
-    seeds: Sequence[int],
-    max_tokens: int,
-    temperature: float,
-) -> Iterator[Setting]:
-    """The texts under an edit at each of some strengths, as they come, several strengths in a batch.
+class Trial(NamedTuple):
+    """The texts that one edit makes, one for each seed, and their figures."""
 
-    Args:
-        features: whose activations are read back.
-        edit: strengths (B), one for each text of a batch, -> the edit, a context such as `steer`.
-        unsteered: figures of the model's own texts, by which fluency is judged.
-    """
-    length = len(prompt_ids) + max_tokens
-    at_once = max(1, min(ROWS, LOGITS_BYTES // (4 * length * lm.vocab_size)) // len(seeds))
-    for start in range(0, len(scales), at_once):
-        part = scales[start : start + at_once]
-        scales_B = torch.tensor([scale for scale in part for _ in seeds])
-        with edit(scales_B):
-            texts = sample(lm, prompt_ids, [*seeds] * len(part), max_tokens, temperature)
-        found = measure(lm, loaded, features, prompt_ids, texts, edit(scales_B))
-        for i, scale in enumerate(part):
-            own = slice(i * len(seeds), (i + 1) * len(seeds))
-            figures = pooled(found[own])
-            yield Setting(scale, texts[own][0], figures, is_fluent(figures, unsteered))
+    texts: list[list[int]]
+    measured: list[Measured]
+
+    @property
+    def pooled(self) -> Measured:
+        """The figures of all texts together."""
+        return pooled(self.measured)
 
 
-def strongest_fluent(settings: Sequence[Setting]) -> Setting | None:
-    """The strongest of the settings at which the text is fluent; None if it is at none.
+class Trials(NamedTuple):
+    """Texts that continue a prompt, one for each seed, under one edit after another."""
+
+    model: LanguageModel
+    loaded: LoadedSAE
+    prompt_ids: Sequence[int]
+    seeds: Sequence[int]
+    max_tokens: int
+    temperature: float
+
+    def unsteered(self, features: Sequence[int]) -> Trial:
+        """The model's own texts."""
+        texts = self._texts(1)
+        return Trial(texts, measure(self.model, self.loaded, features, self.prompt_ids, texts))
+
+    def steered(
+        self,
+        settings: Sequence[S],
+        edit: Callable[[list[S]], AbstractContextManager],
+        features: Callable[[S], Sequence[int]],
+    ) -> Iterator[Trial]:
+        """The texts of each setting, such as a coefficient or a feature, as they come, several settings in a batch.
+
+        Args:
+            edit: the settings (B), one for each text of a batch, -> the edit, a context such as `steer`.
+            features: a setting -> the features whose activations are read back.
+        """
+        n, length = len(self.seeds), len(self.prompt_ids) + self.max_tokens
+        at_once = max(1, min(ROWS, LOGITS_BYTES // (4 * length * self.model.vocab_size)) // n)
+        for start in range(0, len(settings), at_once):
+            some = settings[start : start + at_once]
+            of_each_text = [setting for setting in some for _ in self.seeds]
+            with edit(of_each_text):
+                texts = self._texts(len(some))
+            of = torch.tensor([features(setting) for setting in of_each_text])
+            found = measure(self.model, self.loaded, of, self.prompt_ids, texts, edit(of_each_text))
+            for i in range(0, len(texts), n):
+                yield Trial(texts[i : i + n], found[i : i + n])
+
+    def _texts(self, times: int) -> list[list[int]]:
+        return self.model.sample(self.prompt_ids, [*self.seeds] * times, self.max_tokens, self.temperature)
+
+
+def strongest_fluent(scales: Sequence[float], trials: Sequence[Trial], unsteered: Measured) -> float | None:
+    """The strongest of the edits, by their scales, at which the text is fluent; None if it is at none.
 
     A weaker one may fail: a few texts say little about repetition, and with chance alone one in many oversteps.
     """
-    return max((setting for setting in settings if setting.fluent), key=lambda setting: setting.scale, default=None)
+    pairs = zip(scales, trials, strict=True)
+    return max((scale for scale, trial in pairs if is_fluent(trial.pooled, unsteered)), default=None)
+
+
+# ---- controls ----
+
+
+def with_controls(
+    subject: Subject, coefficients: Mapping[int, float], seed: int
+) -> list[tuple[str, dict[int, float], Tensor | None]]:
+    """The steered features and what to compare them with: (title, coefficients, directions to write along or None)."""
+    others = other_features(subject.statistics, seed, coefficients)
+    directions_SD = random_directions(subject.loaded.sae.W_dec[list(coefficients)], seed)
+    found = [
+        (f"feature {', '.join(map(str, coefficients))}", dict(coefficients), None),
+        ("control: random direction, the same size of edit", dict(coefficients), directions_SD),
+    ]
+    if others:
+        title = f"control: at random, feature {', '.join(map(str, others))}"
+        found.append((title, dict(zip(others, coefficients.values(), strict=True)), None))
+    return found
 
 
 def random_directions(rows_SD: Tensor, seed: int) -> Tensor:
     """Random directions (S, D) of the norms of the given rows: what an edit of the same size does by itself."""
     noise_SD = torch.randn(rows_SD.shape, generator=torch.Generator().manual_seed(seed))
-    norms = torch.linalg.vector_norm(rows_SD.detach().float().cpu(), dim=1, keepdim=True)
-    return F.normalize(noise_SD, dim=1) * norms
+    norms_S1 = torch.linalg.vector_norm(rows_SD.detach().float().cpu(), dim=1, keepdim=True)
+    return F.normalize(noise_SD, dim=1) * norms_S1
+
+
+def other_features(statistics: Statistics, seed: int, those: Collection[int]) -> list[int]:
+    """As many random features of middle density as the given ones, other than those; none if there are fewer."""
+    others = [feature for feature in statistics.mid_density() if feature not in those]
+    return random.Random(seed).sample(others, len(those)) if len(others) >= len(those) else []

@@ -21,7 +21,7 @@ from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
 from mistral_sae.sae.features import saved_statistics
-from mistral_sae.steer import search, sweep
+from mistral_sae.steer import sweep
 from mistral_sae.steer.display import BARS, level_of
 from mistral_sae.steer.steering import steer
 
@@ -112,7 +112,7 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
         "on 0.300% of tokens, at most 1.2",
     ):
         assert words in ran.out
-    for name in ("feature 3", "promotes", "suppresses", "no explanation (explain.py writes them)"):
+    for name in ("feature 3", "raises when steered", "lowers when steered", "no explanation (explain.py writes them)"):
         assert name in ran.out
     assert "clamp: 3 set to 4 times its maximum (4.8)\n" in ran.out
     assert "\x1b" not in ran.out
@@ -219,9 +219,9 @@ def test_a_prompt_of_nothing_is_continued_too(demo):
 def test_words_find_a_feature_by_its_tokens_while_there_are_no_explanations(demo, run_dir):
     ran = demo(FEATURE_INDEX="exception")
     assert ran.code == 0, ran.err
-    assert f"no explanations of it in {run_dir}" in ran.out
+    assert "no explanations of it (explain.py writes them)" in ran.out
     (chosen,) = re.findall(r"^  → +(\d+) ", ran.out, re.M)
-    assert len(re.findall(r"^  [→ ] +\d+ .*promotes", ran.out, re.M)) > 1
+    assert len(re.findall(r"^  [→ ] +\d+ .*raises", ran.out, re.M)) > 1
     assert f"feature {chosen} " in ran.out
 
 
@@ -239,8 +239,8 @@ def test_words_find_a_feature_by_its_explanation(demo, run_dir):
     assert ran.code == 0, ran.err
     assert "by explanation, of which 2 of 3 match" in ran.out
     assert re.findall(r"^  → +(\d+) .*an exception raised$", ran.out, re.M) == ["9"]
-    by_tokens = ran.out.split("and by tokens promoted")[1]
-    assert re.search(r"^ +\d+ .*promotes", by_tokens, re.M)
+    by_tokens = ran.out.split("and by tokens fired on")[1]
+    assert re.search(r"^ +\d+ .*raises", by_tokens, re.M)
     assert "an exception raised (offline)" in ran.out
     unmatched = demo(FEATURE_INDEX="import")
     assert "none of 3 explanations matches" in unmatched.out
@@ -261,7 +261,7 @@ def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir):
 def test_without_a_feature_one_that_shows_is_taken_of_the_explained_if_there_are_any(demo, run_dir):
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    assert len(re.findall(r"^  [→ ] +\d+ +-?[\d.]+ promotes", ran.out, re.M)) == 3
+    assert len(re.findall(r"^  [→ ] +\d+ +\d+% to +\d+% ", ran.out, re.M)) == 3
     explain(run_dir, f7="brackets")
     ran = demo(FEATURE_INDEX=None)
     assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
@@ -276,7 +276,7 @@ def test_without_an_explained_feature_that_fires_now_and_then_others_are_taken(d
     save_sae(run_dir / "sae", autoencoder(), METADATA, densities, torch.linspace(1, 5, F))
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    assert f"of the {of}, some that fire most" in ran.out
+    assert re.search(rf"of \d+ {of}, those that raise", ran.out)
     swept = demo(FEATURE_INDEX=3, SWEEP=1)
     assert swept.code == 0, swept.err
     assert ("control: at random" in swept.out) == (density == 0.003)
@@ -427,7 +427,7 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     statistics = saved_statistics(loaded.log_sparsity, loaded.maximum)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
-    others = dict(zip(search.other_features(statistics, 0, of), of.values(), strict=True))
+    others = dict(zip(sweep.other_features(statistics, 0, of), of.values(), strict=True))
     directions = sweep.random_directions(loaded.sae.W_dec[list(of)], 0)
     expected = []
     for signs, along in ((of, None), (of, directions), (others, None)):

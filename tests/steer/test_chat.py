@@ -5,13 +5,16 @@ import shutil
 from contextlib import nullcontext
 
 import pytest
+import torch
+from test_steering import F, autoencoder, loaded_of
 
 from mistral_sae.model.language_model import load
+from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import chat
-from mistral_sae.steer.chat import CommandError, History, Steering, converse, obey
-from mistral_sae.steer.steering import SteeringError
+from mistral_sae.steer.chat import CommandError, Conversation, History, Sampling
+from mistral_sae.steer.steering import Edit, SteeringError, Subject
 
-STEERING = Steering({12: 1.0}, "clamp")
+EDIT = Edit({12: 1.0}, "clamp")
 
 
 @pytest.fixture(scope="module")
@@ -19,58 +22,88 @@ def lm(mistral_folder):
     return load(mistral_folder, device="cpu")
 
 
-def find(words, coefficient):
+@pytest.fixture(scope="module")
+def subject(lm):
+    loaded = loaded_of(autoencoder())
+    return Subject(lm, loaded, Statistics(loaded.maximum, torch.full((F,), 0.001), None), {})
+
+
+def choose(words, coefficient):
     if words == "nothing":
         raise SteeringError("found no feature for 'nothing'")
     return {40: coefficient}
 
 
+@pytest.fixture
+def conversation_of(subject, tmp_path):
+    """A conversation that begins with an edit."""
+
+    def of(edit=EDIT, **options):
+        options = {"context": 400, "sampling": Sampling(6, 0.0, 0), "is_instruct": True} | options
+        return Conversation(subject, edit, choose, transcript=tmp_path / "chat.jsonl", **options)
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("/feature exception", Steering({40: 1.0}, "clamp")),
-        ("/coefficient 2.5", Steering({12: 2.5}, "clamp")),
-        ("/coefficient -3", Steering({12: -3.0}, "clamp")),
-        ("/coefficient None", Steering({12: None}, "clamp")),
-        ("/method add", Steering({12: 1.0}, "add")),
-        ("/off", Steering({12: 1.0}, "clamp", on=False)),
-        ("/on", STEERING),
-        ("/both", Steering({12: 1.0}, "clamp", both=True)),
+        ("/feature exception", Edit({40: 1.0}, "clamp")),
+        ("/coefficient 2.5", Edit({12: 2.5}, "clamp")),
+        ("/coefficient -3", Edit({12: -3.0}, "clamp")),
+        ("/coefficient None", Edit({12: None}, "clamp")),
+        ("/method add", Edit({12: 1.0}, "add")),
+        ("/off", EDIT),
+        ("/on", EDIT),
+        ("/both", EDIT),
+        ("/help", EDIT),
     ],
 )
-def test_commands_change_the_steering(command, expected):
-    assert obey(command, STEERING, find) == expected
+def test_commands_change_the_edit(conversation_of, command, expected):
+    conversation = conversation_of()
+    conversation.command(command)
+    assert conversation.edit == expected
+    assert conversation.is_on == (command != "/off")
+    assert conversation.shows_both == (command == "/both")
 
 
-def test_another_feature_takes_the_coefficient_that_was_set():
-    assert obey("/feature http", obey("/coefficient 2", STEERING, find), find).coefficients == {40: 2.0}
+def test_another_feature_takes_the_coefficient_that_was_set(conversation_of):
+    conversation = conversation_of()
+    conversation.command("/coefficient 2")
+    conversation.command("/feature http")
+    assert conversation.edit.coefficients == {40: 2.0}
 
 
 @pytest.mark.parametrize("command", ["/feature exception", "/coefficient 1", "/method clamp", "/on"])
-def test_whatever_is_set_turns_steering_on_again(command):
-    assert obey(command, Steering({12: 1.0}, "clamp", on=False), find).on
+def test_whatever_is_set_turns_steering_on_again(conversation_of, command):
+    conversation = conversation_of()
+    conversation.command("/off")
+    conversation.command(command)
+    assert conversation.is_on
 
 
-def test_several_features_keep_their_coefficients():
+def test_several_features_keep_their_coefficients(conversation_of):
+    conversation = conversation_of(Edit({3: 2.0, 4: -1.0}))
     with pytest.raises(CommandError, match="each of several"):
-        obey("/coefficient 3", Steering({3: 2.0, 4: -1.0}, "clamp"), find)
+        conversation.command("/coefficient 3")
+    assert conversation.edit == Edit({3: 2.0, 4: -1.0})
 
 
 @pytest.mark.parametrize("command", ["/coefficient two", "/coefficient", "/feature", "/method", "/of"])
-def test_commands_that_are_none_say_so(command):
+def test_unknown_commands_and_missing_values_say_so(conversation_of, command):
     with pytest.raises(CommandError, match=r"/|coefficient"):
-        obey(command, STEERING, find)
+        conversation_of().command(command)
 
 
 def test_the_prompt_is_in_the_chat_format_of_the_tokenizer(lm):
-    history = History(lm, is_instruct=True, context=500, max_tokens=10)
+    history = History(lm, is_instruct=True, room=490)
     history.add("def f", "return 1")
     messages = [("user", "def f"), ("assistant", "return 1"), ("user", "more")]
     assert history.prompt("more") == lm.tokenizer.chat([{"role": r, "content": c} for r, c in messages])
 
 
 def test_without_a_chat_format_the_prompt_is_one_text(lm):
-    history = History(lm, is_instruct=False, context=500, max_tokens=10)
+    history = History(lm, is_instruct=False, room=490)
     history.add("def f():", "    return 1")
     expected = lm.tokenizer.encode("def f():\n    return 1\nf()\n")
     assert history.prompt("f()") == [lm.tokenizer.bos_id, *expected]
@@ -78,7 +111,7 @@ def test_without_a_chat_format_the_prompt_is_one_text(lm):
 
 @pytest.mark.parametrize("is_instruct", [True, False])
 def test_the_oldest_turns_are_forgotten_where_the_context_is_full(lm, is_instruct):
-    history = History(lm, is_instruct, context=120, max_tokens=40)
+    history = History(lm, is_instruct, room=80)
     for i in range(10):
         history.add(f"question {i}", f"reply {i}")
     ids = history.prompt("last")
@@ -104,8 +137,8 @@ def test_a_tokenizer_without_a_chat_format_is_recognised(lm, hugging_face_folder
 
 
 @pytest.fixture
-def conversation(lm, tmp_path, monkeypatch, capsys):
-    """Run a conversation of some lines; what was printed, the turns written, and the settings steered with."""
+def converse(conversation_of, tmp_path, monkeypatch, capsys):
+    """Run a conversation of some lines: what was printed, the turns, and the edits with their prompts' lengths."""
 
     def run(*lines, **options):
         remaining, steered_with = iter(lines), []
@@ -118,34 +151,22 @@ def conversation(lm, tmp_path, monkeypatch, capsys):
                 raise line
             return line
 
-        def steered(steering, length):
-            steered_with.append((steering, length))
+        def context(edit, subject, length):
+            steered_with.append((edit, length))
             return nullcontext()
 
-        def describe(steering):
-            if steering.method == "wrong":
-                raise SteeringError("found METHOD 'wrong'")
-            return f"steering {steering.coefficients}"
-
         monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(Edit, "context", context)
+        conversation_of(**options).run()
         transcript = tmp_path / "chat.jsonl"
-        converse(
-            lm,
-            STEERING,
-            steered=steered,
-            find=find,
-            describe=describe,
-            transcript=transcript,
-            **{"is_instruct": True, "context": 400, "max_tokens": 6, "temperature": 0.0, "seed": 0} | options,
-        )
         turns = [json.loads(line) for line in transcript.read_text().splitlines()] if transcript.exists() else []
         return capsys.readouterr().out, turns, steered_with
 
     return run
 
 
-def test_a_turn_is_answered_and_written_down(lm, conversation):
-    out, turns, steered_with = conversation("def f", "more")
+def test_a_turn_is_answered_and_written_down(lm, converse):
+    out, turns, steered_with = converse("def f", "more")
     ids = lm.tokenizer.chat([{"role": "user", "content": "def f"}])
     reply = "".join(lm.tokenizer.strings(list(lm.generate(ids, 6)))).lstrip(" ")
     assert turns[0]["user"] == "def f"
@@ -158,8 +179,8 @@ def test_a_turn_is_answered_and_written_down(lm, conversation):
     assert steered_with[1][1] > len(ids)  # the second prompt has the first turn in it
 
 
-def test_commands_hold_for_the_turns_after_them_and_mistakes_change_nothing(conversation):
-    out, turns, steered_with = conversation(
+def test_commands_hold_for_the_turns_after_them_and_mistakes_change_nothing(converse):
+    out, turns, steered_with = converse(
         "/feature exception",
         "a",
         "/method wrong",
@@ -172,7 +193,7 @@ def test_commands_hold_for_the_turns_after_them_and_mistakes_change_nothing(conv
         "/quit",
         "d",
     )
-    assert [steering.coefficients for steering, _ in steered_with] == [{40: 1.0}, {40: 1.0}]  # none after /off
+    assert [edit.coefficients for edit, _ in steered_with] == [{40: 1.0}, {40: 1.0}]  # none after /off
     assert [turn["on"] for turn in turns] == [True, True, False]
     assert {turn["method"] for turn in turns} == {"clamp"}
     assert out.count("error: ") == 3
@@ -181,15 +202,15 @@ def test_commands_hold_for_the_turns_after_them_and_mistakes_change_nothing(conv
     assert "d" not in [turn["user"] for turn in turns]
 
 
-def test_both_shows_and_records_the_reply_without_steering_too(conversation):
-    out, turns, steered_with = conversation("/both", "a", "/both", "b")
+def test_both_shows_and_records_the_reply_without_steering_too(converse):
+    out, turns, steered_with = converse("/both", "a", "/both", "b")
     assert "unsteered_reply" in turns[0]
     assert "unsteered_reply" not in turns[1]
     assert out.count("without steering>") == 1
     assert len(steered_with) == 2
 
 
-def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(lm, conversation, monkeypatch):
+def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(lm, converse, monkeypatch):
     generate = lm.generate
 
     def interrupted(*args, **kwargs):
@@ -199,14 +220,14 @@ def test_ctrl_c_stops_a_reply_and_the_conversation_goes_on(lm, conversation, mon
             yield id
 
     monkeypatch.setattr(lm, "generate", interrupted)
-    out, turns, _ = conversation("a", KeyboardInterrupt(), "b")
+    out, turns, _ = converse("a", KeyboardInterrupt(), "b")
     assert [turn["stopped"] for turn in turns] == [True, True]
     assert out.count("(stopped)") == 2
     assert "/quit or Ctrl-D ends" in out
 
 
 @pytest.mark.parametrize("is_stopped", [True, False])
-def test_after_a_reply_of_nothing_the_conversation_goes_on(lm, conversation, monkeypatch, is_stopped):
+def test_after_a_reply_of_nothing_the_conversation_goes_on(lm, converse, monkeypatch, is_stopped):
     generate, calls = lm.generate, []
 
     def silent_at_first(*args, **kwargs):
@@ -217,7 +238,7 @@ def test_after_a_reply_of_nothing_the_conversation_goes_on(lm, conversation, mon
             raise KeyboardInterrupt
 
     monkeypatch.setattr(lm, "generate", silent_at_first)
-    out, turns, _ = conversation("a", "b")
+    out, turns, _ = converse("a", "b")
     assert "error" not in out
     assert [(turn["user"], turn["reply"] != "") for turn in turns] == [("a", False), ("b", True)]
     assert turns[0]["stopped"] is is_stopped

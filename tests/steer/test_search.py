@@ -1,6 +1,6 @@
 """What is known of features, and which of them match words."""
 
-from contextlib import nullcontext
+import re
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
 from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import search, sweep
-from mistral_sae.steer.steering import steer
+from mistral_sae.steer.steering import Edit, Explanation, SteeringError, Subject, steer
+from mistral_sae.steer.sweep import Measured, Trial, Trials
 
 PROMPT = [1, 50, 60, 70]
 
@@ -31,6 +32,10 @@ def rows_RT():
     return torch.randint(20, 4096, (6, 16), generator=torch.Generator().manual_seed(3))
 
 
+def explained(texts) -> dict[int, Explanation]:
+    return {feature: Explanation(text, "offline") for feature, text in texts.items()}
+
+
 def knows_tokens(lm, rows_RT, ids: list[int]) -> LoadedSAE:
     """An autoencoder of layer 0 whose features 0, 1, ... fire on one token each, and whose others never do."""
     layer = Metadata("tiny", "blocks.0.hook_resid_post", 0, True, 32, "text")
@@ -48,25 +53,13 @@ def knows_tokens(lm, rows_RT, ids: list[int]) -> LoadedSAE:
     return LoadedSAE(sae, layer, torch.zeros(F), torch.full((F,), 3.0))
 
 
-def test_other_features_are_as_many_random_ones_that_fire_now_and_then():
-    maximum, density = torch.ones(F), torch.full((F,), 0.5)
-    density[[5, 9, 20]] = 0.001
-    maximum[20] = 0.0
-    statistics = Statistics(maximum, density, None)
-    assert {tuple(search.other_features(statistics, seed, [3])) for seed in range(20)} == {(5,), (9,)}
-    assert {tuple(search.other_features(statistics, seed, [3, 4])) for seed in range(20)} == {(5, 9), (9, 5)}
-    assert search.other_features(statistics, 0, [5]) == [9]
-    assert search.other_features(statistics, 0, [5, 9]) == []
-    assert search.other_features(statistics, 0, [3, 4, 5]) == []  # too few
+# ---- what a feature raises when it is clamped ----
 
 
-# ---- what a feature promotes ----
-
-
-def test_promotions_of_many_features_are_those_of_clamping_each_alone(lm, loaded, rows_RT, monkeypatch):
-    monkeypatch.setattr(search, "AT_ONCE", 2)
+def test_changes_of_many_features_are_those_of_clamping_each_alone(lm, loaded, rows_RT, monkeypatch):
+    monkeypatch.setattr(search, "LOGITS_BYTES", 4 * rows_RT.numel() * lm.vocab_size * 2)  # two at once
     activations = {3: 4.0, 7: 2.0, 30: -1.0}
-    found = search.promotion(lm, loaded, activations, rows_RT)
+    found = search.logit_changes(lm, loaded, activations, rows_RT)
     assert found.shape == (3, lm.vocab_size)
     plain = lm.forward(rows_RT)[:, 1:].mean((0, 1))
     for row, (feature, c) in zip(found, activations.items(), strict=True):
@@ -123,29 +116,30 @@ def test_tokens_are_like_a_word_whatever_is_around_it(lm):
     assert search.tokens_like(lm.tokenizer, "xylophone") == []
 
 
-def test_features_are_found_by_the_tokens_they_fire_on(lm, rows_RT):
+def test_features_are_found_by_the_tokens_they_fire_on(lm, rows_RT, monkeypatch):
     ids = [int(rows_RT[0, 3]), int(rows_RT[2, 8]), int(rows_RT[5, 9])]
     loaded = knows_tokens(lm, rows_RT, ids)
+    monkeypatch.setattr(search, "SCAN_AT_ONCE", 2)
     for feature, id in enumerate(ids):
-        assert search.by_firing(lm, loaded, [id], rows_RT.split(2), 3)[0] == feature
+        assert search.by_tokens(lm, loaded, [id], rows_RT, 3)[0] == feature
     after = int(rows_RT[2, 9])  # feature 1 fires right before it
-    assert search.by_firing(lm, loaded, [after], rows_RT.split(2), 3)[0] == 1
-    assert search.by_firing(lm, loaded, [4000], rows_RT.split(2), 3) == []
+    assert search.by_tokens(lm, loaded, [after], rows_RT, 3)[0] == 1
+    assert search.by_tokens(lm, loaded, [4000], rows_RT, 3) == []
 
 
-def test_of_features_that_match_equally_the_one_that_promotes_the_words_tokens_most_comes_first(lm, loaded, rows_RT):
+def test_of_features_that_match_equally_the_one_that_raises_the_words_tokens_most_comes_first(lm, loaded, rows_RT):
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
     explanations = {feature: "an exception" for feature in (3, 7, 30, 31)} | {9: "brackets", 11: "an exception test"}
-    found = search.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
+    found = search.find("exception", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
     found = [each for each in found if each.match]
     assert {each.feature for each in found} == {3, 7, 30, 31, 11}
     assert [each.strength for each in found] == sorted((each.strength for each in found), reverse=True)
     ids = search.tokens_like(lm.tokenizer, "exception")
     maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
-    promotion_NV = search.promotion(lm, loaded, maxima, search._text_of(lm))
-    expected = promotion_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1)
+    changes_NV = search.logit_changes(lm, loaded, maxima, search.own_text(lm))
+    expected = changes_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1)
     assert [each.strength for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
-    both = search.find("exception test", lm, loaded, statistics, explanations, lambda: rows_RT)
+    both = search.find("exception test", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
     assert both[0].feature == 11
 
 
@@ -156,10 +150,10 @@ def test_without_a_matching_explanation_features_are_found_by_tokens(lm, rows_RT
     loaded = knows_tokens(lm, rows_RT, [id])
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
     for explanations in ({}, {5: "brackets"}):
-        found = search.find("exception", lm, loaded, statistics, explanations, lambda: rows_RT)
+        found = search.find("exception", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
         assert [each.feature for each in found] == [0]
         assert found[0].match == 0
-    assert search.find("xylophone", lm, loaded, statistics, {}, lambda: rows_RT) == []
+    assert search.find("xylophone", Subject(lm, loaded, statistics, {}), lambda n: rows_RT) == []
 
 
 def test_features_found_by_tokens_come_after_those_whose_explanations_match(lm, rows_RT):
@@ -168,45 +162,116 @@ def test_features_found_by_tokens_come_after_those_whose_explanations_match(lm, 
     rows_RT[1, 4] = id
     loaded = knows_tokens(lm, rows_RT, [id])
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
-    found = search.find("exception", lm, loaded, statistics, {5: "an exception", 6: "brackets"}, lambda: rows_RT)
+    found = search.find(
+        "exception", Subject(lm, loaded, statistics, explained({5: "an exception", 6: "brackets"})), lambda n: rows_RT
+    )
     assert [(each.feature, each.match > 0) for each in found] == [(5, True), (0, False)]
     every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}  # then the explanations know best
-    found = search.find("exception", lm, loaded, statistics, every, lambda: rows_RT)
+    found = search.find("exception", Subject(lm, loaded, statistics, explained(every)), lambda n: rows_RT)
     assert [each.feature for each in found] == [5]
 
 
 def test_no_text_is_read_where_explanations_are_enough(lm, loaded):
-    def none():
+    def none(n):
         raise AssertionError("no text is wanted")
 
     statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
     every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}
-    assert [each.feature for each in search.find("exception", lm, loaded, statistics, every, none)] == [5]
-
-
-def test_the_most_visible_feature_is_the_one_that_fires_most_in_text_steered_with_it(lm, loaded, monkeypatch):
-    monkeypatch.setattr(search, "TRIAL", (3, 10))
-    monkeypatch.setattr(search, "TRIED", 3)
-    statistics = Statistics(4 * loaded.maximum, torch.full((F,), 0.001), None)
-    found = search.most_visible(lm, loaded, statistics, [3, 7, 11, 30, 40], PROMPT, 0.7)
-    assert len(found) == 3
-    clear = search._promoting(lm, loaded, statistics, [3, 7, 11, 30, 40], [])
-    clearest = sorted(clear, key=lambda each: -each.strength)[:3]
-    assert {each.feature for each in found} == {each.feature for each in clearest}
-    own = [sweep.sample(lm, PROMPT, [seed], 10, 0.7)[0] for seed in range(3)]
-    ranks = []
-    for each in found:
-        with steer(lm, loaded, {each.feature: float(statistics.maximum_F[each.feature])}):
-            texts = [sweep.sample(lm, PROMPT, [seed], 10, 0.7)[0] for seed in range(3)]
-        plain, steered = (
-            sweep.pooled(sweep.measure(lm, loaded, [each.feature], PROMPT, some, nullcontext()))
-            for some in (own, texts)
-        )
-        assert each.strength == pytest.approx(100 * (steered.rate - plain.rate), abs=1e-4)
-        ranks.append((not sweep.is_fluent(steered, plain), -each.strength))
-    assert ranks == sorted(ranks)
+    assert [
+        each.feature for each in search.find("exception", Subject(lm, loaded, statistics, explained(every)), none)
+    ] == [5]
 
 
 def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):
     statistics = Statistics(torch.zeros(F), torch.zeros(F), None)
-    assert search.find("exception", lm, loaded, statistics, {3: "an exception"}, lambda: rows_RT) == []
+    assert (
+        search.find("exception", Subject(lm, loaded, statistics, explained({3: "an exception"})), lambda n: rows_RT)
+        == []
+    )
+
+
+# ---- what was asked for ----
+
+
+def test_numbers_and_several_features_are_taken_as_they_are(lm, loaded):
+    subject = Subject(lm, loaded, Statistics(loaded.maximum, torch.full((F,), 0.01), None), {})
+    assert search.choose(3, 2.0, subject, no_rows) == search.choose("3", 2.0, subject, no_rows) == {3: 2.0}
+    assert search.choose("{3: 1, 7: -2}", 2.0, subject, no_rows) == {3: 1, 7: -2}
+    for wrong in ("{}", "[3]", "4.5", 64, "{3: 'x'}"):
+        with pytest.raises(SteeringError):
+            search.choose(wrong, 2.0, subject, no_rows)
+
+
+def no_rows(n):
+    raise AssertionError("no text is wanted")
+
+
+# ---- what shows in text ----
+
+
+@pytest.fixture
+def trials(lm, loaded):
+    return Trials(lm, loaded, PROMPT, range(3), max_tokens=10, temperature=0.7)
+
+
+def subject_of(lm, loaded, density=0.001, explanations=()):
+    statistics = Statistics(4 * loaded.maximum, torch.full((F,), density), None)
+    return Subject(lm, loaded, statistics, explained(dict.fromkeys(explanations, "an explanation")))
+
+
+def test_the_most_visible_feature_fires_on_most_more_of_its_texts_than_of_the_models_own(
+    lm, loaded, trials, monkeypatch, capsys
+):
+    monkeypatch.setattr(search, "TRIED", 4)
+    monkeypatch.setattr(search, "MOST_REPETITION", 1.0)  # that random weights repeat themselves says nothing
+    monkeypatch.setattr(sweep, "MOST_REPETITION", 1.0)
+    subject = subject_of(lm, loaded, explanations=[3, 7, 11, 30, 40])
+    chosen = search.most_visible(subject, Edit({}), 0.5, trials)
+    printed = capsys.readouterr().out
+    listed = [int(feature) for feature in re.findall(r"^  [→ ] +(\d+) ", printed, re.M)]
+    assert listed[0] == chosen
+    assert "of 5 explained features" in printed
+    more = {}
+    for feature in listed:
+        with steer(lm, loaded, {feature: 0.5 * float(subject.statistics.maximum_F[feature])}):
+            texts = [list(lm.generate(PROMPT, 10, 0.7, seed=seed)) for seed in range(3)]
+        own = [list(lm.generate(PROMPT, 10, 0.7, seed=seed)) for seed in range(3)]
+        steered, plain = (sweep.pooled(sweep.measure(lm, loaded, [feature], PROMPT, t)) for t in (texts, own))
+        more[feature] = (not sweep.is_fluent(steered, plain), plain.rate - steered.rate)
+    assert list(more.values()) == sorted(more.values())
+
+
+def test_the_features_tried_are_those_that_raise_the_clearest_classes(lm, loaded, trials, monkeypatch):
+    monkeypatch.setattr(search, "TRIED", 2)
+    candidates = [3, 7, 11, 30, 40]
+    (text,) = lm.sample(PROMPT, [0], search.LOOKED_AT_TOKENS, 0.7)
+    maxima = {feature: 4 * float(loaded.maximum[feature]) for feature in candidates}
+    clear = search.clearness(search.logit_changes(lm, loaded, maxima, torch.tensor([PROMPT + text]))).tolist()
+    best = sorted(candidates, key=lambda feature: -clear[candidates.index(feature)])[:2]
+    assert search._clearest(subject_of(lm, loaded), candidates, trials) == best
+
+
+def test_a_text_that_repeats_itself_is_not_taken_for_an_effect(lm, loaded, trials):
+    own = Trial([[]] * 2, [Measured(40, 1.0, 0.0, 0.1, 0.0, 0.0)] * 2)
+    fluent, repeats = Measured(40, 1.5, 0.0, 0.2, 0.0, 0.5), Measured(40, 1.5, 0.0, 0.3, 0.0, 0.5)
+    assert search._stays_fluent(Trial([[]] * 2, [fluent, fluent]), own)
+    assert not search._stays_fluent(Trial([[]] * 2, [fluent._replace(repetition=0.0), repeats]), own)
+
+
+@pytest.mark.parametrize(
+    ("density", "explained", "kind", "count"),
+    [
+        (0.001, [3], "explained features", 1),
+        (0.001, [], "features that fire now and then", F),
+        (0.5, [3], "features", F),
+    ],
+)
+def test_explained_features_are_looked_among_first(lm, loaded, density, explained, kind, count):
+    found, among = search._pool(subject_of(lm, loaded, density, explained))
+    assert (found, len(among)) == (kind, count)
+
+
+def test_without_a_feature_that_ever_fired_there_is_none_to_show(lm, loaded, trials):
+    subject = Subject(lm, loaded, Statistics(torch.zeros(F), torch.zeros(F), None), {})
+    with pytest.raises(SteeringError, match="no feature that ever fired"):
+        search.most_visible(subject, Edit({}), 1.0, trials)

@@ -1,5 +1,7 @@
 """Edits of the residual along a feature's direction: their closed forms, and what they leave alone."""
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -8,10 +10,15 @@ from mistral_sae.model.hooks import HookError
 from mistral_sae.model.language_model import ModelError, load
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
+from mistral_sae.sae.features import Statistics
+from mistral_sae.steer import steering
 from mistral_sae.steer.steering import (
     METHODS,
+    Edit,
     SteeringError,
+    Subject,
     make_edit,
+    statistics_of,
     steer,
     times_maximum,
 )
@@ -397,3 +404,94 @@ def test_multiples_of_the_maximum_become_activations():
     assert times_maximum({1: 1.5, 2: -1, 0: None}, maximum) == {1: 3.0, 2: -5.0, 0: None}
     with pytest.raises(SteeringError, match="feature 0 never fired"):
         times_maximum({0: 1.0}, maximum)
+
+
+# ---- in the user's units ----
+
+
+def subject_of(lm, loaded) -> Subject:
+    return Subject(lm, loaded, Statistics(loaded.maximum, torch.full((F,), 0.001), None), {})
+
+
+@pytest.mark.parametrize(("method", "unit"), [("clamp", 3.0), ("add", 1.0), ("raw", 1.0), ("ablate", 1.0)])
+def test_an_edit_is_steering_in_units_of_the_maximum_where_it_clamps(lm, loaded, tokens_BT, method, unit):
+    with Edit({3: 0.5, 5: None}, method).context(subject_of(lm, loaded), 4):
+        found = lm.forward(tokens_BT)
+    with steer(lm, loaded, {3: 0.5 * unit, 5: None}, method):
+        assert torch.equal(lm.forward(tokens_BT), found)
+
+
+def test_an_edit_of_what_is_generated_leaves_the_prompt(lm, loaded, tokens_BT):
+    with Edit({3: 9.0}, generated_only=True).context(subject_of(lm, loaded), 4):
+        steered = lm.residuals(tokens_BT, LAYER)
+    plain = lm.residuals(tokens_BT, LAYER)
+    assert torch.equal(steered[:, :4], plain[:, :4])
+    assert not torch.equal(steered[:, 4], plain[:, 4])
+
+
+def test_an_edit_is_described_with_its_units(lm, loaded):
+    subject = subject_of(lm, loaded)
+    assert Edit({3: 0.5, 5: None}).describe(subject) == "clamp: 3 set to 0.5 times its maximum (1.5), 5 as it is"
+    assert Edit({3: -2}, "add").describe(subject) == "add: 3 added at -2 times the residual's norm"
+    assert Edit({3: 30}, "raw").describe(subject) == "raw: 3 added at 30 times its decoder row"
+    assert Edit({3: 1}, "ablate", True).describe(subject) == "ablate: 3 set to 0; on generated tokens only"
+    with pytest.raises(SteeringError, match="METHOD 'wrong'"):
+        Edit({3: 1}, "wrong").describe(subject)
+
+
+# ---- how often and how strongly features fire ----
+
+
+class Rows:
+    """A corpus of random rows of six tokens, known by its name."""
+
+    context_length = 6
+
+    def __init__(self, name):
+        self.name, self.reads = name, 0
+
+    def __repr__(self):
+        return self.name
+
+    def rows(self, tokenizer, *, held_out):
+        assert not held_out
+        self.reads += 1
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randint(20, 4096, (6,), generator=generator).numpy() for _ in range(100))
+
+
+def test_what_training_measured_needs_no_text(lm, loaded, tmp_path):
+    known = loaded._replace(log_sparsity=torch.full((F,), -2.0))
+    found = statistics_of(lm, known, None, 4, tmp_path / "statistics")
+    torch.testing.assert_close(found.density_F, torch.full((F,), 0.01))
+    assert torch.equal(found.maximum_F, loaded.maximum)
+
+
+def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mistral_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(steering, "MAXIMUM_TOKENS", 60)
+    lm, other = load(mistral_folder, device="cpu"), load(mistral_folder, device="cpu")
+    with torch.no_grad():
+        for parameter in other.block(LAYER).parameters():
+            parameter.mul_(1.01)
+    loaded, path = loaded_of(autoencoder())._replace(maximum=None), tmp_path / "run" / "statistics.safetensors"
+    fewer = loaded_of(autoencoder())._replace(maximum=None)
+    fewer.sae.k = 2
+
+    def reads(*arguments) -> int:
+        model, sae, text = arguments
+        return statistics_of(model, sae, text, 4, path) and text.reads
+
+    assert reads(lm, loaded, Rows("a")) == 1
+    assert reads(lm, loaded, Rows("a")) == 0
+    for changed in ((lm, loaded, "b"), (other, loaded, "b"), (other, fewer, "b")):
+        *arguments, name = changed
+        assert reads(*arguments, Rows(name)) == 1
+        assert reads(*arguments, Rows(name)) == 0
+
+    rows = islice(Rows("b").rows(None, held_out=False), 10)
+    rows_RT = torch.stack([torch.from_numpy(row) for row in rows])
+    dense_NF = loaded.sae.encode(lm.residuals(rows_RT, LAYER)[:, 1:].flatten(0, 1)).dense(F)
+    found = statistics_of(lm, loaded, Rows("b"), 4, path)
+    torch.testing.assert_close(found.maximum_F, dense_NF.amax(dim=0))
+    torch.testing.assert_close(found.density_F, (dense_NF > 0).float().mean(dim=0))
+    assert found.tokens == 10 * 5

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from test_steering import LAYER, autoencoder, loaded_of
 
 from mistral_sae.model.language_model import load
+from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import sweep
-from mistral_sae.steer.steering import activations_of, steer
-from mistral_sae.steer.sweep import Measured, Setting
+from mistral_sae.steer.steering import Subject, activations_of, steer
+from mistral_sae.steer.sweep import Measured, Trial, Trials
 
 PROMPT = [1, 50, 60]
 
@@ -25,25 +26,9 @@ def loaded():
     return loaded_of(autoencoder())
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_batch_has_the_texts_that_are_generated_one_by_one(lm, loaded, temperature):
-    with steer(lm, loaded, {3: 5.0}):
-        batch = sweep.sample(lm, PROMPT, [0, 7, 7], 10, temperature)
-        assert batch == [list(lm.generate(PROMPT, 10, temperature, seed=seed)) for seed in (0, 7, 7)]
-    assert (batch[0] == batch[1]) == (temperature == 0)
-
-
-def test_a_text_ends_where_the_model_ends_it_and_the_others_go_on(lm, monkeypatch):
-    whole = sweep.sample(lm, PROMPT, [0, 1], 10, 1.0)
-    monkeypatch.setattr(lm.tokenizer, "eos_id", whole[0][4])
-    found = sweep.sample(lm, PROMPT, [0, 1], 10, 1.0)
-    assert found[0] == whole[0][:4]
-    assert found[1] == whole[1]
-
-
 def test_each_row_of_a_batch_can_have_its_own_strength(lm, loaded):
     with steer(lm, loaded, {3: torch.tensor([0.0, 8.0])}):
-        batch = sweep.sample(lm, PROMPT, [0, 0], 10, 0.0)
+        batch = lm.sample(PROMPT, [0, 0], 10, 0.0)
     for c, text in zip((0.0, 8.0), batch, strict=True):
         with steer(lm, loaded, {3: c}):
             assert text == list(lm.generate(PROMPT, 10))
@@ -75,10 +60,10 @@ def test_of_several_features_the_strongest_counts_on_each_token(lm, loaded):
     encoded = loaded.sae.encode(lm.residuals(torch.tensor([PROMPT + text]), LAYER)[0, len(PROMPT) :])
     dense_TF = encoded.dense(loaded.sae.n_features)
     several = (dense_TF > 0).float().mean(0).sort().indices[-3:].tolist()
-    (found,) = sweep.measure(lm, loaded, several, PROMPT, [text], nullcontext())
+    (found,) = sweep.measure(lm, loaded, several, PROMPT, [text])
     assert found.activation == pytest.approx(dense_TF[:, several].amax(1).mean().item(), rel=1e-4)
     assert found.rate == pytest.approx((dense_TF[:, several] > 0).any(1).float().mean().item())
-    (alone,) = sweep.measure(lm, loaded, several[-1:], PROMPT, [text], nullcontext())
+    (alone,) = sweep.measure(lm, loaded, several[-1:], PROMPT, [text])
     assert alone.rate < found.rate
 
 
@@ -88,7 +73,7 @@ def test_without_an_edit_the_divergence_is_zero(lm, loaded):
 
 
 def test_nothing_but_empty_texts_has_no_figures(lm, loaded):
-    assert sweep.measure(lm, loaded, [3], PROMPT, [[], []], nullcontext()) == [Measured(0, 0, 0, 0, 0, 0)] * 2
+    assert sweep.measure(lm, loaded, [3], PROMPT, [[], []]) == [Measured(0, 0, 0, 0, 0, 0)] * 2
 
 
 @pytest.mark.parametrize(
@@ -118,31 +103,50 @@ def test_fluent_text_costs_little_more_than_the_models_own_and_repeats_itself_li
 
 
 def test_the_strongest_fluent_setting_may_come_after_one_that_failed_by_chance():
-    def settings(*fluent):
-        return [Setting(float(i), [], figures(1, 0), is_it) for i, is_it in enumerate(fluent)]
+    def strongest(*fluent):
+        trials = [Trial([[]], [figures(1 if is_it else 9, 0)]) for is_it in fluent]
+        return sweep.strongest_fluent(range(len(fluent)), trials, figures(1, 0))
 
-    assert sweep.strongest_fluent(settings(True, False, True, False)).scale == 2
-    assert sweep.strongest_fluent(settings(True, True)).scale == 1
-    assert sweep.strongest_fluent(settings(False, False)) is None
+    assert strongest(True, False, True, False) == 2
+    assert strongest(True, True) == 1
+    assert strongest(False, False) is None
 
 
 @pytest.mark.parametrize("rows", [4, 100])
-def test_a_sweep_gives_each_strength_its_own_figures_however_many_share_a_batch(lm, loaded, monkeypatch, rows):
+def test_each_setting_of_a_sweep_has_its_own_figures_however_many_share_a_batch(lm, loaded, monkeypatch, rows):
     monkeypatch.setattr(sweep, "ROWS", rows)
-    scales, seeds = [0.5, 2.0, 8.0], [0, 1, 2]
-    options = {"prompt_ids": PROMPT, "seeds": seeds, "max_tokens": 6, "temperature": 0.5}
-    found = list(
-        sweep.sweep(lm, loaded, [3], lambda c: steer(lm, loaded, {3: c}), scales, figures(7.0, 0.0), **options)
-    )
-    assert [each.scale for each in found] == scales
-    for scale, each in zip(scales, found, strict=True):
-        with steer(lm, loaded, {3: scale}):
+    settings, seeds = [(3, 0.5), (3, 2.0), (3, 8.0), (7, 8.0)], [0, 1, 2]
+    trials = Trials(lm, loaded, PROMPT, seeds, max_tokens=6, temperature=0.5)
+
+    def edit(settings_B):
+        values = {f: [c if own == f else torch.nan for own, c in settings_B] for f, _ in settings_B}
+        return steer(lm, loaded, {f: torch.tensor(c_B) for f, c_B in values.items()})
+
+    found = list(trials.steered(settings, edit, lambda setting: setting[:1]))
+    assert len(found) == len(settings)
+    for (feature, c), each in zip(settings, found, strict=True):
+        with steer(lm, loaded, {feature: c}):
             texts = [list(lm.generate(PROMPT, 6, 0.5, seed=seed)) for seed in seeds]
-        alone = sweep.pooled(sweep.measure(lm, loaded, [3], PROMPT, texts, steer(lm, loaded, {3: scale})))
-        assert each.text == texts[0]
-        assert each.measured == pytest.approx(alone, rel=1e-3, abs=1e-5)
-        assert each.fluent == sweep.is_fluent(alone, figures(7.0, 0.0))
-    assert found[0].measured.kl < found[1].measured.kl < found[2].measured.kl
+        alone = sweep.measure(lm, loaded, [feature], PROMPT, texts, steer(lm, loaded, {feature: c}))
+        assert each.texts == texts
+        for mine, its in zip(each.measured, alone, strict=True):
+            assert mine == pytest.approx(its, rel=1e-3, abs=1e-5)
+        assert each.pooled == sweep.pooled(each.measured)
+    assert found[0].pooled.kl < found[1].pooled.kl < found[2].pooled.kl
+
+
+def test_the_models_own_texts_have_no_divergence(lm, loaded):
+    own = Trials(lm, loaded, PROMPT, [0, 1], max_tokens=6, temperature=0.5).unsteered([3])
+    assert own.texts == [list(lm.generate(PROMPT, 6, 0.5, seed=seed)) for seed in (0, 1)]
+    assert own.pooled.kl == 0
+
+
+def test_firing_rates_are_those_of_each_feature_over_all_texts(lm, loaded):
+    texts = [list(range(90, 110)), [], [300, 301]]
+    found = sweep.firing_rates(lm, loaded, [3, 7, 11], PROMPT, texts)
+    for feature, rate in zip([3, 7, 11], found, strict=True):
+        assert rate == pytest.approx(sweep.pooled(sweep.measure(lm, loaded, [feature], PROMPT, texts)).rate, abs=1e-6)
+    assert sweep.firing_rates(lm, loaded, [3], PROMPT, [[], []]) == [0.0]
 
 
 def test_random_directions_have_the_norms_of_the_rows():
@@ -152,3 +156,29 @@ def test_random_directions_have_the_norms_of_the_rows():
     assert F.cosine_similarity(found, rows).abs().max() < 0.9
     assert torch.equal(found, sweep.random_directions(rows, seed=0))
     assert not torch.equal(found, sweep.random_directions(rows, seed=1))
+
+
+def test_other_features_are_as_many_random_ones_that_fire_now_and_then():
+    maximum, density = torch.ones(64), torch.full((64,), 0.5)
+    density[[5, 9, 20]] = 0.001
+    maximum[20] = 0.0
+    statistics = Statistics(maximum, density, None)
+    assert {tuple(sweep.other_features(statistics, seed, [3])) for seed in range(20)} == {(5,), (9,)}
+    assert {tuple(sweep.other_features(statistics, seed, [3, 4])) for seed in range(20)} == {(5, 9), (9, 5)}
+    assert sweep.other_features(statistics, 0, [5]) == [9]
+    assert sweep.other_features(statistics, 0, [5, 9]) == []
+    assert sweep.other_features(statistics, 0, [3, 4, 5]) == []  # too few
+
+
+def test_a_sweep_is_compared_with_a_random_direction_and_other_features_of_the_same_coefficients(lm, loaded):
+    density = torch.full((64,), 0.5)
+    density[[5, 9]] = 0.001
+    subject = Subject(lm, loaded, Statistics(torch.ones(64), density, None), {})
+    (_, of, none), (_, same, directions), (title, others, none_too) = sweep.with_controls(subject, {3: 1.0, 4: -2.0}, 0)
+    assert of == same == {3: 1.0, 4: -2.0}
+    assert none is none_too is None
+    torch.testing.assert_close(directions.norm(dim=1), loaded.sae.W_dec[[3, 4]].norm(dim=1))
+    assert set(others) == {5, 9}
+    assert list(others.values()) == [1.0, -2.0]
+    assert ", ".join(map(str, others)) in title
+    assert len(sweep.with_controls(subject, {3: 1.0, 4: 1.0, 6: 1.0}, 0)) == 2  # too few others

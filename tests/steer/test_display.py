@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mistral_sae.steer import display as screen
+from mistral_sae.steer import display
 from mistral_sae.steer.display import Mark, lay_out, level_of, print_side_by_side
 
 
@@ -81,5 +81,5 @@ def test_on_a_terminal_marks_are_colours_and_underlines_in_the_line():
 def test_the_legend_shows_the_marks_that_are_used():
     file = io.StringIO()
     console = Console(file=file, width=200)
-    console.print(screen.legend(console))
-    assert all(bar in file.getvalue() for bar in screen.BARS[1:])
+    console.print(display.legend(console))
+    assert all(bar in file.getvalue() for bar in display.BARS[1:])
