@@ -294,16 +294,9 @@ def _entries(value: Any) -> list[Any] | None:
 def repair_request(request: Request, reply: str, problem: str) -> Request:
     """Return the same request with its bad reply, and what was wrong with it."""
     reply = reply.strip().encode("utf-8", "backslashreplace").decode()  # half characters, which no request can hold
-    messages = [
-        *request.messages,
-        {"role": "assistant", "content": _defused(reply)[:SHOWN_REPLY] or "(nothing)"},
-        {
-            "role": "user",
-            "content": f"This cannot be used: {problem}. Reply again, with the JSON object that was asked for and "
-            "nothing else.",
-        },
-    ]
-    return request._replace(messages=messages)
+    shown = {"role": "assistant", "content": _defused(reply)[:SHOWN_REPLY] or "(nothing)"}
+    wanted = f"This cannot be used: {problem}. Reply again, with the JSON object that was asked for and nothing else."
+    return request._replace(messages=[*request.messages, shown, {"role": "user", "content": wanted}])
 
 
 def fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -334,11 +327,9 @@ def marks_for(texts: Iterable[str]) -> tuple[str, str]:
     Single ones, since the end of a text and the beginning of a longer mark could make up a mark between them.
     """
     used = set().union(*texts)
-    for before, after in map(tuple, MARKS):
-        if before not in used and after not in used:
-            return before, after
-    unused = (c for c in map(chr, itertools.count(0x2500)) if c not in used and c.isprintable())
-    return next(unused), next(unused)
+    others = filter(str.isprintable, map(chr, itertools.count(0x2500)))
+    pairs = itertools.chain(map(tuple, MARKS), zip(others, others, strict=True))
+    return next((before, after) for before, after in pairs if before not in used and after not in used)
 
 
 def level(activation: float, maximum: float) -> int:
