@@ -21,8 +21,7 @@ from mistral_sae.data.tokens import Corpus
 from mistral_sae.explain import examples
 from mistral_sae.explain.labels import read_labels
 from mistral_sae.explain.types import Label
-from mistral_sae.loading import open_both
-from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.loading import load_pair
 from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.sae.evaluate import reconstruction
 from mistral_sae.steer import chat, display, search, sweep
@@ -43,14 +42,7 @@ TRIED_TEXTS = 3  # of each feature that is tried where FEATURE_INDEX is None
 
 def main() -> None:
     """Load the autoencoder and the model, choose the feature; then texts, a table or a conversation."""
-    loaded, model = open_both(
-        sae_path=config.SAE_PATH,
-        run_dir=config.RUN_DIR,
-        hook_name=config.HOOK_NAME,
-        model_path=config.MISTRAL_MODEL_PATH,
-        device=config.DEVICE,
-        dtype=config.DTYPE,
-    )
+    loaded, model = load_pair(config)
     kept_in = Path(config.RUN_DIR) / "feature_statistics.safetensors"
     statistics = statistics_of(model, loaded, Corpus.of(config), config.ROWS_PER_FORWARD, kept_in)
     subject = Subject(model, loaded, statistics, read_explanations(loaded))
@@ -108,15 +100,10 @@ def choose(subject: Subject, wanted: int | str | dict, coefficient: Coefficient)
     )
 
 
-def encode_prompt(model: LanguageModel) -> list[int]:
-    """The prompt's token ids, BOS first."""
-    return [model.tokenizer.bos_id, *model.tokenizer.encode(config.PROMPT)]
-
-
 def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
     """So many texts that continue the prompt, the first of which is the one that is shown."""
     seeds = range(config.SEED, config.SEED + n_texts)
-    prompt_ids = encode_prompt(subject.model)
+    prompt_ids = subject.model.encode(config.PROMPT)
     return sweep.Trials(subject.model, subject.loaded, prompt_ids, seeds, config.NEW_TOKENS, config.TEMPERATURE)
 
 
@@ -131,7 +118,7 @@ def print_line(name: str, value: str) -> None:
 def show_texts(subject: Subject, edit: Edit) -> None:
     """The model's own continuation beside the steered one, and what they are."""
     model, console = subject.model, Console(highlight=False)
-    prompt_ids = encode_prompt(model)
+    prompt_ids = model.encode(config.PROMPT)
     steered = edit.context(subject, len(prompt_ids)) if config.STEERING_ON else nullcontext()
     generated = {}
     for name, context in (("without steering", nullcontext()), ("with steering", steered)):

@@ -36,7 +36,7 @@ from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, 
 from mistral_sae.explain.local_completer import LocalCompleter
 from mistral_sae.explain.throttle import FREE, Prices
 from mistral_sae.explain.types import Completer, Explanation, Label
-from mistral_sae.loading import open_both, where_it_is
+from mistral_sae.loading import load_pair, sae_source
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.sae.features import decoder_geometry
@@ -52,7 +52,7 @@ def main() -> None:
         cli.expect("OPENAI_MODEL", config.OPENAI_MODEL, config.OPENAI_MODEL, "the server's name for its model")
         check_address(config.OPENAI_BASE_URL, config.OPENAI_API_KEY)
     selected = parse_select(config.SELECT)
-    where_it_is(config.SAE_PATH, config.RUN_DIR)  # or a mistaken RUN_DIR would be made
+    sae_source(config)  # or a mistaken RUN_DIR would be made
     if config.TEXT is not None:
         return show_text(run_dir)
     with locked(run_dir) as note:  # first, so that a second run is refused before it has loaded a model
@@ -81,14 +81,7 @@ def main() -> None:
 
 def opened() -> tuple[LoadedSAE, lm.LanguageModel]:
     """The autoencoder and the whole model."""
-    return open_both(
-        sae_path=config.SAE_PATH,
-        run_dir=config.RUN_DIR,
-        hook_name=config.HOOK_NAME,
-        model_path=config.MISTRAL_MODEL_PATH,
-        device=config.DEVICE,
-        dtype=config.DTYPE,
-    )
+    return load_pair(config)
 
 
 # ---- who explains ----

@@ -1,34 +1,23 @@
 """What explain.py and demo.py begin with: an autoencoder, and the model that it was trained on."""
 
 from pathlib import Path
+from typing import Any
 
 from mistral_sae.files import SAEError
 from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load_model
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
 
 
-def open_both(
-    *,
-    sae_path: str | None,
-    run_dir: str,
-    hook_name: str | None,
-    model_path: str | None,
-    device: str | None,
-    dtype: str | None,
-) -> tuple[LoadedSAE, LanguageModel]:
-    """The autoencoder and the whole model, which fit each other. Prints what they are before the model is loaded.
+def load_pair(constants: Any) -> tuple[LoadedSAE, LanguageModel]:
+    """The autoencoder and the whole model that constants such as config.py's name; prints what they are.
 
-    Args:
-        sae_path: folder or hub name of the autoencoder; None for the one that train.py left in `run_dir`.
-        hook_name: where the autoencoder belongs, if its folder says something else.
-        model_path: the model's folder; None for the bundled stand-in.
-        device, dtype: as `load_model` takes them.
-
-    Raises SAEError and ModelError.
+    `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, DEVICE and DTYPE. Raises SAEError and ModelError,
+    also where the two do not fit each other, before the model is loaded.
     """
-    source = where_it_is(sae_path, run_dir)
-    spec = inspect(model_path or STANDIN)
-    loaded = load_sae(source, hook_name=hook_name, device=device_and_dtype(device, dtype)[0])
+    source, path = sae_source(constants), constants.MISTRAL_MODEL_PATH
+    spec = inspect(path or STANDIN)
+    device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
+    loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=device)
     check_model(loaded, spec)
     metadata = loaded.metadata
     print(f"layer     {metadata.residual_layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
@@ -37,13 +26,13 @@ def open_both(
         print(
             f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
         )
-    return loaded, load_model(model_path, device=device, dtype=dtype)
+    return loaded, load_model(path, device=device, dtype=dtype)
 
 
-def where_it_is(sae_path: str | None, run_dir: str) -> str | Path:
-    """Folder or hub name of the autoencoder. Raises SAEError if it is to be in `run_dir` and is not."""
-    source = sae_path or Path(run_dir) / "sae"
-    if sae_path is None and not Path(source, "cfg.json").is_file():
+def sae_source(constants: Any) -> str | Path:
+    """Folder or hub name of the autoencoder: SAE_PATH, or `sae` in RUN_DIR. Raises SAEError if RUN_DIR has none."""
+    source = constants.SAE_PATH or Path(constants.RUN_DIR) / "sae"
+    if constants.SAE_PATH is None and not Path(source, "cfg.json").is_file():
         raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH or RUN_DIR")
     return source
 

@@ -126,6 +126,10 @@ class LanguageModel:
             )
         return self._backend.norm, self._backend.head
 
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, BOS first."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
     def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """The residual stream after `layer`, (B, T, D) in the model's dtype; later layers do not run."""
         with read_residuals(self, [layer]) as residuals:

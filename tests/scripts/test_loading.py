@@ -1,12 +1,13 @@
 """What explain.py and demo.py begin with."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mistral_sae.files import SAEError
-from mistral_sae.loading import open_both
+from mistral_sae.loading import load_pair
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 
@@ -14,8 +15,8 @@ README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding=
 
 
 def opened(run_dir, **changed):
-    rest = {"sae_path": None, "hook_name": None, "model_path": None, "device": "cpu", "dtype": None}
-    return open_both(run_dir=str(run_dir), **rest | changed)
+    rest = {"SAE_PATH": None, "HOOK_NAME": None, "MISTRAL_MODEL_PATH": None, "DEVICE": "cpu", "DTYPE": None}
+    return load_pair(SimpleNamespace(RUN_DIR=str(run_dir), **rest | changed))
 
 
 def write_sae(folder, model_name="standin"):
@@ -32,7 +33,7 @@ def test_what_is_opened_is_said_as_the_readme_shows_it(tmp_path, monkeypatch, ca
     assert lines == ["layer     2 of 0 to 5 (blocks.2.hook_resid_post)", "features  8,192 of runs/standin/sae"]
     assert README.count("\n".join(lines)) == 2  # of explain.py and of demo.py
     assert (loaded.sae.d_model, model.last_layer) == (256, None)
-    opened("elsewhere", sae_path="runs/standin/sae")
+    opened("elsewhere", SAE_PATH="runs/standin/sae")
     assert capsys.readouterr().out.splitlines() == lines
 
 
