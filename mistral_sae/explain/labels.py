@@ -50,9 +50,9 @@ class Selection(NamedTuple):
         return sorted(firings_F.topk(count).indices.tolist())
 
 
-def parse_select(words: str) -> Selection:
+def parse_select(select: str | int | list[Any]) -> Selection:
     """Return what SELECT says. Raises UserError for words that say nothing."""
-    words = str(words)
+    words = str(select)
     text = words.strip().lower()
     if text == "all":
         return Selection(words, "all")
