@@ -1,44 +1,54 @@
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = $(BIN)/pip install -q --disable-pip-version-check
+export MPLBACKEND = agg
 
 .PHONY: quickstart test bench clean
 
 quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, minutes on two cores
-	$(BIN)/python train.py
+	@$(BIN)/python train.py
 	@echo
-	$(BIN)/python explain.py EXPLAINER=offline
+	@$(BIN)/python explain.py EXPLAINER=offline
 	@echo
-	$(BIN)/python demo.py
+	@$(BIN)/python demo.py
 	@echo
 	@echo 'open runs/standin/report.html in a browser'
 
-test: .venv/installed-dev  ## lint and tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+test: .venv/installed-dev  ## lint, types, import contracts and tests
+	@echo 'ruff: lint and format'
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@echo 'mypy: types'
+	@$(BIN)/mypy --no-error-summary
+	@echo 'import-linter: the rooms import one way'
+	@$(BIN)/lint-imports --no-logo --no-cache
+	@echo 'pytest: two tests at a time'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: .venv/installed-bench  ## side by side with peers, into benchmarks/results
-	for name in step growth moments quality control pipeline end_to_end collect steering steering_speed gpu; do \
-		$(BIN)/python -m benchmarks.$$name || exit 1; \
+	@for name in step growth moments quality control pipeline end_to_end collect steering steering_speed gpu; do \
+		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
-	$(BIN)/python -m benchmarks.tables
+	@$(BIN)/python -m benchmarks.tables
 
 # torch first, from its own line: the packages after it accept the one that is there
 .venv/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit("mistral-sae needs Python 3.10 or newer: found " + sys.version.split()[0] + "; set PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
-	$(PYTHON) -m venv .venv
-	@echo 'installing torch, then the other packages: this can take some minutes'
-	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch' requirements.txt)
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit("mistral-sae needs Python 3.10 or newer: found " + sys.version.split()[0] + "; set PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
+	@echo 'making .venv, installing torch, then the other packages: this can take some minutes'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) $$(grep '^torch' requirements.txt)
+	@$(PIP) -r requirements.txt
+	@touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@echo 'installing what the tests need'
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
 
 .venv/installed-bench: benchmarks/requirements.txt .venv/installed
-	$(BIN)/pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
-	touch $@
+	@echo 'installing what the benchmarks need'
+	@$(PIP) -r benchmarks/requirements.txt
+	@touch $@
 
 clean:  ## all but runs/, which holds what was trained
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
