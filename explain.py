@@ -15,9 +15,7 @@ import asyncio
 import gc
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,13 +27,12 @@ from tqdm import tqdm
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch
 from mistral_sae.explain import examples, offline, pipeline, prompts, report
-from mistral_sae.explain.client import Client, DryRun, check_address, keys_of
+from mistral_sae.explain.client import Client, LocalClient, Server
 from mistral_sae.explain.collect import Collection, Settings, collect, encode
-from mistral_sae.explain.journal import Journal, locked
+from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
-from mistral_sae.explain.local_completer import LocalCompleter
-from mistral_sae.explain.throttle import FREE, Prices
 from mistral_sae.explain.types import Completer, Explanation, Label
+from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
 from mistral_sae.model import language_model as lm
 from mistral_sae.sae.checkpoint import LoadedSAE
@@ -50,7 +47,7 @@ def main() -> None:
     run_dir = Path(config.RUN_DIR)
     if explainer() == "openai":
         cli.expect("OPENAI_MODEL", config.OPENAI_MODEL, config.OPENAI_MODEL, "the server's name for its model")
-        check_address(config.OPENAI_BASE_URL, config.OPENAI_API_KEY)
+        server()  # which checks the address and the key
     selected = parse_select(config.SELECT)
     sae_source(config)  # or a mistaken RUN_DIR would be made
     if config.TEXT is not None:
@@ -177,14 +174,23 @@ def label(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Pa
         with bar(n, "scoring") as progress:
             scored = counted(offline.score_all(found, records.__getitem__, seed=config.SEED), progress)
             return {each.feature: each for each in scored}, ""
+    # The completions of the loaded model are kept apart, as they count towards no budget
+    journal = Journal(run_dir / ("completions.jsonl" if who == "openai" else "completions-mistral.jsonl"))
+    known = f", {len(journal):,} replies are in {journal.path}" if len(journal) else ""
     if config.DRY_RUN:
-        print(f"explainer {name_of(who)}: {estimate(records, model, run_dir)}; none was sent")
+        keys = server().keys if who == "openai" else LocalClient(model, journal).keys
+        dry = DryRun(prompts.dry_reply, keys, journal, budget(journal) if who == "openai" else Budget(journal))
+        asyncio.run(ask(records, dry, who))
+        print(f"explainer {name_of(who)}: {n:,} features need {dry.summary}; none was sent")
         return {}, ""
     if who == "mistral":
-        with Journal(journal_of(who, run_dir)) as journal:
-            print(f"explainer {name_of(who)}: the loaded model itself{known_in(journal)}")
-            return asyncio.run(ask(records, LocalCompleter(model, journal), who)), ""
-    return asyncio.run(ask_server(records, run_dir))
+        print(f"explainer {who}: the loaded model itself{known}")
+        return asyncio.run(ask(records, LocalClient(model, journal), who)), ""
+    why = "" if config.EXPLAINER else "; since a key or a base URL is set (EXPLAINER=offline asks nobody)"
+    print(f"explainer {name_of(who)} at {server().address}{known}{why}")
+    if config.MAX_DOLLARS is not None and journal.unpriced:
+        print(f"MAX_DOLLARS leaves out {journal.unpriced:,} tokens of earlier runs, whose prices were not known")
+    return asyncio.run(ask_server(records, journal))
 
 
 def name_of(who: str) -> str:
@@ -192,98 +198,34 @@ def name_of(who: str) -> str:
     return config.OPENAI_MODEL if who == "openai" else who
 
 
-def journal_of(who: str, run_dir: Path) -> Path:
-    """Where an explainer's completions are kept: those of the loaded model apart, as they count towards no budget."""
-    return run_dir / ("completions.jsonl" if who == "openai" else "completions-mistral.jsonl")
-
-
-def prices_are_known() -> bool:
-    """Whether the model's prices are."""
-    return config.PROMPT_DOLLARS is not None and config.COMPLETION_DOLLARS is not None
-
-
-def prices() -> Prices:
-    """Of the server's model; none where they are not known."""
-    return Prices(config.PROMPT_DOLLARS, config.COMPLETION_DOLLARS) if prices_are_known() else FREE
-
-
-def cost(dollars: float, more: str = "") -> str:
-    """What tokens cost, at which prices; nothing where those are not known."""
-    if not prices_are_known():
-        return ""
-    return f": ${dollars:,.2f}{more} at ${config.PROMPT_DOLLARS:g} and ${config.COMPLETION_DOLLARS:g} a million"
-
-
-def estimate(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Path) -> str:
-    """What a run would ask and what that would cost, in words; nothing is asked."""
-    who = explainer()
-    path = journal_of(who, run_dir)
-    with Journal(path) if path.exists() else nullcontext() as journal:
-        if who == "openai":
-            how = {"model": config.OPENAI_MODEL, "sampling": config.SAMPLING, "longest_reply": config.MAX_REPLY_TOKENS}
-            dry = DryRun(prompts.dry_reply, partial(keys_of, **how), prices(), journal)
-        else:
-            dry = DryRun(prompts.dry_reply, LocalCompleter(model, journal).keys, FREE, journal)
-        asyncio.run(ask(records, dry, who))
-        spent = (0.0, 0) if journal is None else (journal.dollars, journal.tokens)
-    use = dry.usage
-    is_too_much = bool(who == "openai" and use.done) and (
-        spent[0] + use.dollars > (config.MAX_DOLLARS or math.inf)
-        or spent[1] + use.prompt_tokens + use.completion_tokens > (config.MAX_API_TOKENS or math.inf)
-    )
-    known = f", and {use.known:,} that are answered already" if use.known else ""
-    dollars = cost(use.dollars, f", without retries at most ${dry.most_dollars:,.2f},") if who == "openai" else ""
-    return (
-        f"{len(records):,} features need {use.done:,} requests{known}, about {use.prompt_tokens:,} tokens to read and "
-        f"{use.completion_tokens:,} to write{dollars}" + ("; the budget ends before that" if is_too_much else "")
+def server() -> Server:
+    """The server that is asked."""
+    return Server(
+        model=config.OPENAI_MODEL,
+        base_url=config.OPENAI_BASE_URL,
+        key=config.OPENAI_API_KEY,
+        sampling=config.SAMPLING,
+        concurrency=config.CONCURRENCY,
+        timeout=config.REQUEST_TIMEOUT,
+        deadline=config.REQUEST_DEADLINE,
+        longest_reply=config.MAX_REPLY_TOKENS,
     )
 
 
-def known_in(journal: Journal) -> str:
-    """How many replies earlier runs left, those of other models and features among them."""
-    return f", {len(journal):,} replies are in {journal.path}" if len(journal) else ""
+def budget(journal: Journal) -> Budget:
+    """What asking the server may cost, if its prices are known."""
+    prices = Prices(config.PROMPT_DOLLARS, config.COMPLETION_DOLLARS)
+    return Budget(journal, None if None in prices else prices, config.MAX_DOLLARS, config.MAX_API_TOKENS)
 
 
-async def ask_server(records: examples.FeatureRecords, run_dir: Path) -> tuple[dict[int, Label], str]:
+async def ask_server(records: examples.FeatureRecords, journal: Journal) -> tuple[dict[int, Label], str]:
     """Labels by a server, each of whose completions is in the journal before it is used; and as `label`."""
-    with Journal(journal_of("openai", run_dir)) as journal:
-        client = Client(
-            journal,
-            config.OPENAI_MODEL,
-            config.OPENAI_BASE_URL,
-            config.OPENAI_API_KEY,
-            sampling=config.SAMPLING,
-            prices=prices(),
-            max_dollars=config.MAX_DOLLARS,
-            max_tokens=config.MAX_API_TOKENS,
-            concurrency=config.CONCURRENCY,
-            timeout=config.REQUEST_TIMEOUT,
-            deadline=config.REQUEST_DEADLINE,
-            longest_reply=config.MAX_REPLY_TOKENS,
-        )
-        why = "" if config.EXPLAINER else "; since a key or a base URL is set (EXPLAINER=offline asks nobody)"
-        print(f"explainer {name_of('openai')} at {client.address}{known_in(journal)}{why}")
-        if config.MAX_DOLLARS is not None and journal.unpriced:
-            print(f"MAX_DOLLARS leaves out {journal.unpriced:,} tokens of earlier runs, whose prices were not known")
+    async with Client(server(), journal, budget(journal)) as client:
         try:
-            async with client:
-                labels = await ask(records, client, "openai")
+            labels = await ask(records, client, "openai")
         finally:
-            print_usage(client)
+            print(*client.report, sep="\n")
         return labels, client.stopped if client.is_broken else ""
-
-
-def print_usage(client: Client) -> None:
-    """What asking has come to, and what there is to say of the server."""
-    if client.stopped:
-        print(f"stopped: {client.stopped}")
-    for note in client.notes:
-        print(note)
-    use = client.usage
-    print(
-        f"{use.done:,} requests, {use.retries:,} retries, {use.known:,} answered from the journal; "
-        f"{use.prompt_tokens:,} tokens read, {use.completion_tokens:,} written{cost(use.dollars)}"
-    )
 
 
 async def ask(records: examples.FeatureRecords, completer: Completer, who: str) -> dict[int, Label]:
@@ -316,15 +258,10 @@ def bar(total: int, what: str) -> tqdm:
 
 
 def advance(progress: tqdm, completer: Completer) -> None:
-    """One feature further; with a server, what it has cost so far and how many requests are out."""
+    """One feature further; with a server, what it has cost so far."""
     progress.update()
     if isinstance(completer, Client):
-        use = completer.usage
-        dollars = f"${use.dollars:.3f}, " if prices_are_known() else ""
-        progress.set_postfix_str(
-            f"{dollars}{use.done} requests, {use.retries} retries, {use.concurrency} at once"
-            + (", stopping" if completer.stopped else "")
-        )
+        progress.set_postfix_str(completer.progress)
 
 
 # ---- what comes of it ----

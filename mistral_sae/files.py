@@ -1,23 +1,27 @@
-"""Files that are whole or not there, and the state from which a run continues.
+"""Files that are whole or not there, the lock of a RUN_DIR, and the state from which a run continues.
 
 Weights are safetensors and nothing else; nothing is ever unpickled.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_sae.cli import UserError, one_line
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
 STATE_KEY = "mistral_sae_state"  # the entry of a state file's header that holds its metadata
 
 
@@ -62,6 +66,30 @@ def sync_folder(folder: Path) -> None:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[str]:
+    """Hold a folder for this process, until the block or the process ends, be it by kill -9.
+
+    Yields "", or one line to print where the file system has no locks. Raises UserError if another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path, note = run_dir / ".lock", ""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(path, timeout=0))
+            path.write_text(f"process {os.getpid()} on {platform.node()}")
+        except Timeout:
+            raise UserError(
+                f"found another run at work in {run_dir} ({path.read_text() or 'an unknown process'}), expected none: "
+                "wait for it, stop it or set another RUN_DIR"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            note = f"the file system of {run_dir} has no locks ({error.strerror}): start no second run on it"
+        yield note
 
 
 @contextlib.contextmanager

@@ -1,166 +1,143 @@
-"""Chat completions from any OpenAI-compatible server, of which none is lost and none is asked for twice.
+"""Chat completions of an OpenAI-compatible server (`Client`), or of the loaded model itself (`LocalClient`).
 
-    with locked(run_dir), Journal(run_dir / "completions.jsonl") as journal:
-        async with Client(journal, model, base_url, key) as client:
-            completion = await client.complete(Request(messages, schema, max_tokens=200))
+    journal = Journal(run_dir / "completions.jsonl")
+    async with Client(Server("gpt-4o-mini", key=key), journal, Budget(journal)) as client:
+        completion = await client.complete(Request(messages, schema, max_tokens=200))
 
-What happens to one request is a status of its completion; "stopped" is that of all for which the budget has nothing
-left. What would happen to all of them otherwise (a wrong key, an unknown model, no quota, no server) is a ClientError
-before the first completion; after it, what was answered is worth keeping, and the rest is "stopped".
+openai's package sends, waits and sends again. What becomes of one request is a status of its completion. What no
+request can survive (a wrong key, no quota, no server) is a UserError before the first completion; after it, what was
+answered is worth keeping, and every further completion is "stopped", as it is where the budget ends.
 """
 
 import asyncio
-import contextlib
+import itertools
 import logging
-import random
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
-from urllib.parse import urlsplit
+import math
+import re
+import threading
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, cast
+from urllib.parse import parse_qsl, urlsplit
+from weakref import WeakValueDictionary
 
 import anyio  # what openai itself runs on; asyncio.timeout needs Python 3.11
+import httpx2
 import openai
 
 from mistral_sae.cli import UserError
-from mistral_sae.explain.dialect import Dialect
-from mistral_sae.explain.journal import Journal, JournalError, request_key
-from mistral_sae.explain.replies import Reply, estimate_tokens, most_tokens, read_error, read_response
-from mistral_sae.explain.throttle import FIRST_LIMIT, FREE, Budget, BudgetReached, Limit, Prices, Tokens
-from mistral_sae.explain.types import Completion, Request
-
-__all__ = ["Client", "ClientError", "DryRun", "Prices", "Usage"]
+from mistral_sae.explain.journal import Budget, Journal, Tokens, estimate_tokens, most_tokens, request_key
+from mistral_sae.explain.prompts import fold_system
+from mistral_sae.explain.replies import ANSWERED, FORMAT, SYSTEM_ROLE, Reply, one_line, read_reply
+from mistral_sae.explain.types import Completion, Request, Status
+from mistral_sae.files import hash_of
+from mistral_sae.model.language_model import LanguageModel, ModelError
 
 OPENAI = "https://api.openai.com/v1"
-SAMPLING = {"temperature": 0.0}  # unless a client is told otherwise
 CONNECT_SECONDS = 10.0
-FIRST_CONNECTIONS = 3  # attempts to reach a server that has not answered yet
-FIRST_AT_OWN = 2  # attempts out at once at first at a server that is not OpenAI's: many answer one after the other
+FIRST_CONNECTIONS = 3  # attempts to reach a server that has completed nothing yet
 LATE_IN_A_ROW = 5  # requests past their deadlines, with no completion between, after which nobody is there
-# Keys for servers that want none; anything else of six characters and more is a secret
-PLACEHOLDERS = frozenset(
-    {"ollama", "lm-studio", "no-key", "no-key-required", "sk-no-key-required", "not-needed", "placeholder", "unused"}
-)
-LONGEST_BACKOFF = 60  # times the first one
-REASON_LENGTH = 300  # characters of a server's words that are kept
-LONG_PROMPT = 1000  # tokens from which an estimate is good enough to tell that a prompt was cut short
-CUT_PROMPT = 0.75  # of the estimate: who reads less has cut it
+PAUSE = 8.0  # seconds before a server that stays busy or away through all of openai's retries is asked again
+MODEL_CONTEXT = 32_768  # positions of Mistral's instruct models from 7B v0.2 on, whose own format does not say so
+PLACEHOLDERS = ("ollama", "lm-studio", "no-key", "no-key-required", "sk-no-key-required", "not-needed")  # no secrets
 
-FATAL = {
-    "key": "the server at {address} refused the key ({words}), expected one that it accepts: check OPENAI_API_KEY",
-    "no key": "the server at {address} wants a key ({words}), found none: set OPENAI_API_KEY",
-    "model": "the server at {address} has no model {model!r} ({words}), expected one that it serves: "
-    "correct OPENAI_MODEL, or load the model there",
-    "address": "found no chat completions for model {model!r} under {address} ({words}), expected an OpenAI-compatible "
-    "server: check OPENAI_BASE_URL, which mostly ends in /v1, and OPENAI_MODEL",
-    "quota": "the account at {address} has no quota left ({words}), expected some: add credit and start again to go on",
-    "region": "the server at {address} serves nobody from here ({words}), expected one that does: set OPENAI_BASE_URL",
-    "no server": "found no server at {address} ({words}), expected one: start it, or correct OPENAI_BASE_URL",
-    "late": "the server at {address} does not answer ({words}), expected a completion of one of them: look "
-    "whether it still runs, and start again to go on",
+FATAL = {  # what ends the run: "the server at ..."
+    "key": "refused the key ({words}): check OPENAI_API_KEY",
+    "no key": "wants a key ({words}): set OPENAI_API_KEY",
+    "model": "has no model {model!r} ({words}): correct OPENAI_MODEL, or load the model there",
+    "address": "has no chat completions for model {model!r} ({words}): check OPENAI_BASE_URL, which mostly ends in /v1",
+    "quota": "has no quota left for this key ({words}): add credit and start again to go on",
+    "region": "serves nobody from here ({words}): set OPENAI_BASE_URL to one that does",
+    "no server": "cannot be reached ({words}): start it, or correct OPENAI_BASE_URL",
+    "late": "does not answer ({words}): look whether it still runs, and start again to go on",
+    "patience": "asks to be left alone for a while ({words}): start again then to go on",
+    "unusable": "sends no chat completion with a text ({words}): check OPENAI_BASE_URL, and SAMPLING of a model that "
+    "only thinks",
 }
-REFUSING = frozenset({"key", "no key", "quota", "region"})  # of FATAL, what every attempt that is out meets as well
 
 
-class ClientError(UserError):
-    """Why no request can succeed. One line: what was found, what was expected, what to do."""
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server, and how to ask it. Raises UserError for a base URL or a key that cannot be one."""
 
+    model: str  # the server's name for it
+    base_url: str | None = None  # mostly ends in /v1; None for OpenAI's
+    key: str | None = field(default=None, repr=False)  # None for a server that wants none
+    sampling: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # more fields of a request's body
+    concurrency: int = 32  # requests at once, at most
+    timeout: float = 120.0  # seconds an attempt may take, however slowly it trickles in
+    deadline: float = 600.0  # seconds a request may take with all its attempts, while the server answers no other
+    attempts: int = 6  # of a request that fails; a server that is busy or away is asked until the deadline
+    longest_reply: int = 4096  # tokens; up to these, the max_tokens of a truncated reply are doubled
 
-class Usage(NamedTuple):
-    """What a run has used so far."""
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[!-~]*", self.key or ""):
+            raise UserError("found a key with a space, a line break or a foreign letter in it: check OPENAI_API_KEY")
+        url = self.base_url or OPENAI
+        try:
+            is_url = bool(re.match("https?://", url) and urlsplit(url).hostname and urlsplit(url).port != 0)
+        except ValueError:
+            is_url = False
+        if not is_url:
+            shown = "one with a secret in it" if set("@?") & set(url) else repr(url)
+            raise UserError(f"found the base URL {shown}, expected one like http://localhost:8000/v1: correct it")
 
-    done: int  # requests that ended, whatever their status
-    known: int  # requests answered from the journal
-    retries: int  # attempts beyond the first of each request
-    prompt_tokens: int  # of all attempts; one whose reply was lost counts with the most it can have used
-    completion_tokens: int
-    dollars: float
-    concurrency: int  # attempts that may be out at once, at present
+    @property
+    def address(self) -> str:
+        """The base URL as it may be shown: without user, password and query."""
+        parts = urlsplit(self.base_url or OPENAI)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+
+    def keys(self, request: Request) -> tuple[str, str]:
+        """What the journal knows a request's completion by, and what it knows a reply by that stayed cut off."""
+        key = request_key(request, self.model, self.sampling)
+        return key, f"{key} cut off at {self.longest_reply}"
+
+    def without_key(self, text: str) -> str:
+        """A text of the server's without the key, which some servers repeat."""
+        is_secret = self.key and len(self.key) > 5 and self.key.lower() not in PLACEHOLDERS
+        return text.replace(self.key or "", "[key]") if is_secret else text
 
 
 class Client:
-    """A Completer that asks a server: `async with Client(...) as client`. One event loop, one model.
+    """Completes requests by a server, each of them once: `async with Client(...) as client`, in one event loop.
 
-    It prints nothing, and silences the loggers of openai and what that is made of. The key is in no text that leaves
-    it.
-
-    Args:
-        journal: where completions are looked up and written down.
-        model: the server's name for it.
-        base_url: of the server, mostly ending in /v1; None for OpenAI's.
-        key: None for a server that wants none.
-        sampling: fields of the request's body, such as `{"temperature": 0.0}`, which is the default, or `top_p`,
-            `seed`, `reasoning_effort`, `chat_template_kwargs`. One that the server rejects by name is left out.
-        prices: dollars per million tokens.
-        max_dollars: that all runs with this journal may spend together; None for no bound.
-        max_tokens: likewise, prompts and replies.
-        concurrency: attempts out at once, at most.
-        timeout: seconds an attempt may take, however slowly it trickles in.
-        deadline: seconds a request may take from its first attempt, with all waiting in between. They begin anew
-            with every answer to another request while the server is too busy for this one, so that it fails where the
-            server answers nobody for so long, and not where there is much to do.
-        attempts: how often a request is tried that fails for other reasons than a server which turns it away as busy or
-            is not there.
-        backoff: seconds before the first retry, about; doubles each time.
-        longest_reply: tokens that a reply may have; up to these, `max_tokens` of a truncated one is doubled. Later
-            requests whose schemas have the same title start with what that one needed. With a larger bound, what stayed
-            truncated is asked anew.
+    The first request goes alone, so that a wrong key, or what the server does not take, is found out once. Each reply
+    lets one more go at once, up to `server.concurrency`; a server that is busy, or late, halves them, as TCP does.
+    Nothing is printed or logged, and the key is in nothing that leaves here.
 
     Attributes:
-        address: of the server as it may be shown, without user, password and query.
         stopped: why the budget or the server ended the run, in one line; "" while neither has.
         is_broken: whether it was the server.
-
-    Raises:
-        ClientError: the base URL or the key cannot be one.
+        notes: what the server does not take, and which constants would help; by what is left out of requests for it,
+            or another name.
     """
 
-    def __init__(
-        self,
-        journal: Journal,
-        model: str,
-        base_url: str | None = None,
-        key: str | None = None,
-        *,
-        sampling: dict[str, Any] | None = None,
-        prices: Prices = FREE,
-        max_dollars: float | None = None,
-        max_tokens: int | None = None,
-        concurrency: int = 32,
-        timeout: float = 120.0,
-        deadline: float = 600.0,
-        attempts: int = 6,
-        backoff: float = 0.5,
-        longest_reply: int = 4096,
-    ):
-        self.model, self.stopped, self.is_broken = model, "", False
-        self.address = _address(base_url or OPENAI)
-        self._has_key, self._secret = bool(key), _checked_key(key or "")
-        self._journal = journal
-        self._asked = SAMPLING if sampling is None else dict(sampling)  # what completions are known by
-        self._dialect = Dialect(model, self._asked)
-        self._limit = Limit(concurrency, FIRST_LIMIT if base_url is None else FIRST_AT_OWN)
-        self._most_late = min(LATE_IN_A_ROW, max(2, concurrency))
-        self._budget = Budget(prices, max_dollars, max_tokens, journal.dollars, journal.tokens)
-        self._timeout, self._deadline = timeout, deadline
-        self._most_faults, self._backoff, self._longest_reply = attempts, backoff, longest_reply
-        self._done = self._known = self._retries = 0
-        self._reached = False  # whether the server ever answered
-        self._notes: dict[str, str] = {}  # besides the dialect's, by what they are about
-        self._timeouts = self._late_in_a_row = 0
-        self._served = False  # whether that was ever a completion
-        self._refused = False  # whether what is out when the run is ended costs nothing
-        self._ended = ""  # why the run is over
-        self._scopes: set[anyio.CancelScope] = set()  # of the requests that are being asked
-        self._turned_away: set[anyio.CancelScope] = set()  # of those whose last attempt found the server busy
-        self._rooms: dict[str, int] = {}  # what truncated replies needed, by the title of the request's schema
-        self._away_until = 0.0  # when a server that wants more patience than there is may be asked again
-        self._asking: dict[str, asyncio.Future[Completion | None]] = {}
-        for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # the last four before and since openai 3
+    def __init__(self, server: Server, journal: Journal, budget: Budget):
+        self.server, self._journal, self._budget = server, journal, budget
+        self.stopped, self.is_broken = "", False
+        self.notes: dict[str, str] = {}
+        self._taken: set[str] = set()  # response formats of completed requests
+        self._rooms: dict[str, int] = {}  # tokens that truncated replies needed, by the title of the request's schema
+        self._turns = anyio.CapacityLimiter(1)  # of requests
+        self._slots, self._width = anyio.CapacityLimiter(1), 1.0  # of attempts
+        self._halved, self._answered = 0.0, -math.inf  # when these last were; when a request last was
+        self._served = False  # whether any was
+        self._done = self._known = self._retries = self._slow = self._late = 0
+        self._scopes: set[anyio.CancelScope] = set()  # of the requests in flight
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        for name in ("openai", "httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        url, _, query = (server.base_url or OPENAI).partition("?")
         self._openai = openai.AsyncOpenAI(
-            base_url=base_url or OPENAI,
-            api_key=key or "none",  # the package insists on one
-            max_retries=0,  # one place decides, and that is here
-            timeout=openai.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout)),
+            base_url=url,
+            api_key=server.key or "none",  # the package insists on one
+            default_query=dict(parse_qsl(query)),
+            default_headers={"api-key": server.key} if server.key and "api-version" in query else {},  # Azure's
+            max_retries=server.attempts - 1,
+            timeout=openai.Timeout(server.timeout, connect=min(CONNECT_SECONDS, server.timeout)),
+            http_client=_Http(self._attempt),
         )
 
     async def __aenter__(self) -> "Client":
@@ -170,358 +147,314 @@ class Client:
         await self._openai.close()
 
     @property
-    def usage(self) -> Usage:
-        """What this run has used so far."""
-        spent = self._budget.spent
-        return Usage(
-            self._done, self._known, self._retries, *spent, self._budget.dollars, concurrency=int(self._limit.value)
-        )
+    def progress(self) -> str:
+        """What the run has used so far, in a few words."""
+        dollars = f"${self._budget.dollars(self._budget.spent):.3f}, " if self._budget.prices else ""
+        ending = ", stopping" if self.stopped else ""
+        return f"{dollars}{self._done} requests, {self._retries} retries, {self._slots.total_tokens:g} at once{ending}"
 
     @property
-    def notes(self) -> list[str]:
-        """What the server does not take, and what it is asked for in its place; and which constants would help, if any.
-
-        A line each, as it is found out.
-        """
-        slow = (
-            f"{self._timeouts:,} attempts had no reply within {self._timeout:g} s: raise REQUEST_TIMEOUT, or lower "
-            "CONCURRENCY for a server that answers one after the other"
+    def report(self) -> list[str]:
+        """What asking came to, and which constants would have helped, a line each."""
+        spent, stopped = self._budget.spent, [f"stopped: {self.stopped}"] if self.stopped else []
+        used = (
+            f"{self._done:,} requests, {self._retries:,} retries, {self._known:,} answered from the journal; "
+            f"{spent.prompt:,} tokens read, {spent.completion:,} written{self._budget.cost(spent)}"
         )
-        return [*self._dialect.notes, *self._notes.values(), *([slow] if self._timeouts else [])]
+        return [*stopped, *self.notes.values(), used]
 
     async def complete(self, request: Request) -> Completion:
         """The completion of a request: from the journal, else from the server and then in the journal.
 
-        The same request asked twice at once goes out once. A completion's tokens are those of all its attempts. Where
-        the next attempt might cost more than is left it is "stopped", which the journal does not keep, and so are all
-        that are not out yet; and all, if a server that has completed one before refuses everything or is gone.
+        Its tokens are those of all attempts; one whose reply was lost counts with the most it can have used.
 
-        Raises:
-            ClientError: no request can succeed, and none has; every other that is being asked ends with it, too.
+        Raises UserError where no request can succeed, and none has, and where the journal cannot be written.
         """
-        keys = keys_of(request, self.model, self._asked, self._longest_reply)
-        key = keys[0]
-        while True:
+        keys = self.server.keys(request)
+        async with self._asking.setdefault(keys[0], asyncio.Lock()):
             if known := self._journal.get(*keys):
                 self._known += 1
                 return known
-            if key not in self._asking:
-                break
-            if completion := await asyncio.shield(self._asking[key]):  # None: whoever asked was stopped
-                return completion
-        completion = None
-        self._asking[key] = asyncio.get_running_loop().create_future()
-        try:
-            completion = await self._ask(key, request)
-            return completion
-        except (BudgetReached, _Stopped) as reason:
-            self.stopped = self.stopped or str(reason)
-            return Completion("stopped", self.stopped)
-        finally:
-            self._asking.pop(key).set_result(completion)
-
-    async def _ask(self, key: str, request: Request) -> Completion:
-        """Ask, and write down what came of it."""
-        tally = _Tally()
-        try:
-            status, text = await self._within_deadline(request, tally)
-        except BaseException:  # the run is stopped; what this request has cost counts even so
-            if any(tally.spent):
-                with contextlib.suppress(JournalError):
-                    self._write(key, Completion("failed", "the run was stopped", *tally.spent))
-            raise
-        text = self._scrubbed(text)
-        if status in ("failed", "overflow"):
-            text = _one_line(text)
-        completion = Completion(status, text, *tally.spent)
-        try:
-            self._write(key, completion)
-        except JournalError as error:
-            self._end("journal", str(error))
-        self._done += 1
-        return completion
-
-    def _write(self, key: str, completion: Completion) -> None:
-        if completion.status == "truncated":
-            key = _cut_at(key, self._longest_reply)
-        spent = Tokens(completion.prompt_tokens, completion.completion_tokens)
-        self._journal.append(key, completion, self._budget.prices.dollars(spent))
-
-    async def _within_deadline(self, request: Request, tally: "_Tally") -> tuple[str, str]:
-        """A request's status, and its reply or the reason."""
-        with anyio.CancelScope() as scope:
-            self._scopes.add(scope)
+            call = _Call(request)
             try:
-                if not self._ended:
-                    return await self._attempts(request, scope, tally)
+                async with self._turns:
+                    status, text = await self._within_deadline(call)
+            except BaseException as error:
+                if any(call.spent):  # which counts even so
+                    self._keep(keys[0], Completion("failed", "the run was stopped", *call.spent))
+                if not isinstance(error, _Ended):
+                    raise
+                if self.is_broken and not self._served:
+                    raise UserError(self.stopped) from None
+                return Completion("stopped", self.stopped)
+            self._done += 1
+            completion = Completion(cast(Status, status), self.server.without_key(text), *call.spent)
+            self._keep(keys[status == "truncated"], completion)
+            return completion
+
+    def _keep(self, key: str, completion: Completion) -> None:
+        self._journal.append(key, completion, self._budget.dollars(Tokens(*completion[2:])))
+
+    async def _within_deadline(self, call: "_Call") -> tuple[str, str]:
+        """A request's status, and its reply or the reason."""
+        if self.stopped:
+            raise _Ended
+        with anyio.CancelScope() as call.scope:  # whose deadline is set when the first attempt goes out
+            self._scopes.add(call.scope)
+            try:
+                return await self._ask(call)
             finally:
-                self._scopes.remove(scope)
-                self._turned_away.discard(scope)
-        if self._ended:
-            raise self._ending()
-        self._late_in_a_row += 1
-        if self._late_in_a_row >= self._most_late:
-            self._end("late", f"{self._late_in_a_row} requests in a row had {self._late(tally)}")
-        return "failed", self._late(tally)
+                self._scopes.remove(call.scope)
+        if self.is_broken:
+            raise _Ended
+        last = call.reply.text or "none was finished"
+        text = f"no answer within {self.server.deadline:g} s; the last attempt: {last}"
+        self._late += 1
+        if self._late == LATE_IN_A_ROW or not self._served:
+            self._end("late", f"{self._late} in a row had {text}" if self._served else text)
+        return "failed", text
 
-    async def _attempts(self, request: Request, scope: anyio.CancelScope, tally: "_Tally") -> tuple[str, str]:
-        """Try until there is a status, within `scope`, whose deadline is set when the first attempt goes out."""
-        kind = (request.schema or {}).get("title")
-        least = room = min(request.max_tokens, self._longest_reply)
-        cut_off = None
-        since, faults, waits = None, 0, 0
+    async def _ask(self, call: "_Call") -> tuple[str, str]:
+        """Ask with more and more room for the reply, until it fits."""
+        kind, longest = (call.request.schema or {}).get("title", ""), self.server.longest_reply
+        least = min(call.request.max_tokens, longest)
+        room, cut_off = max(least, self._rooms.get(kind, 0)), ""
         while True:
-            async with self._limit.slot(since):
-                if (wait := self._away_until - anyio.current_time()) > self._deadline:
-                    return "failed", self._impatient(wait, tally)
-                if since is None:
-                    since = anyio.current_time()
-                    scope.deadline = since + self._deadline
-                    room = max(room, self._rooms.get(kind, 0))
-                else:
-                    self._retries += 1
-                body = self._dialect.body(request, room)
-                reply = self._once_served(await self._attempt(body, request, room, tally))
-            tally.problem = reply.text
-            self._reached |= reply.kind != "no server"
-            is_late = reply.kind == "busy" and reply.spent is None
-            self._timeouts += is_late
-            if reply.kind == "busy":
-                self._turned_away.add(scope)
-            else:
-                self._turned_away.discard(scope)
-
-            if reply.kind in ("ok", "refused", "filtered"):
-                if kind is not None and cut_off is not None:
-                    self._rooms[kind] = max(room, self._rooms.get(kind, 0))
-                return reply.kind, reply.text
-            if reply.kind == "truncated":
-                cut_off = reply.text or "the reply was cut off before it began"
-                if room >= self._longest_reply:
-                    self._notes.setdefault(
-                        "room",
-                        f"replies did not fit into {self._longest_reply:,} tokens: raise MAX_REPLY_TOKENS, or have a "
-                        "model that thinks do less of it (SAMPLING)",
+            status, text = await self._answer(call, room)
+            if status == "truncated":
+                cut_off = text or "the reply was cut off before it began"
+                if room == longest:
+                    self.notes["room"] = (
+                        f"replies did not fit into {longest:,} tokens: raise MAX_REPLY_TOKENS, or have a model that "
+                        "thinks do less of it (SAMPLING)"
                     )
-                    return "truncated", cut_off
-                room = min(max(2 * room, self._rooms.get(kind, 0)), self._longest_reply)
-                continue
-            if reply.kind in ("rejected", "doubtful") and self._dialect.adapt(body, reply.text):
-                continue
-            if reply.kind in ("overflow", "rejected", "failed"):
-                if cut_off is not None:  # the smaller room had been accepted
-                    return "truncated", cut_off
-                if room > least:  # what another needed may be too much for this one
-                    room = least
-                    continue
-                return ("overflow" if reply.kind == "overflow" else "failed"), reply.text
+                    return status, cut_off
+                room = min(max(2 * room, self._rooms.get(kind, 0)), longest)
+            elif status in ("overflow", "rejected") and not cut_off and room > least:
+                room = least  # what another request needed was too much for this one
+            elif status in ("overflow", "rejected"):
+                return ("truncated", cut_off) if cut_off else ("failed" if status == "rejected" else status, text)
+            else:
+                if kind and cut_off:
+                    self._rooms[kind] = max(room, self._rooms.get(kind, 0))
+                return status, text
 
-            waits += 1
-            faults += is_late or reply.kind in ("fault", "doubtful")
-            if reply.kind in FATAL and not (reply.kind == "no server" and (self._reached or waits < FIRST_CONNECTIONS)):
+    async def _answer(self, call: "_Call", room: int) -> tuple[str, str]:
+        """Ask in the form that the server takes, when it has time."""
+        while True:
+            call.body, call.most, call.attempts = self._body(call.request, room), most_tokens(call.request, room), 0
+            token = _CALL.set(call)
+            try:
+                await self._openai.chat.completions.with_raw_response.create(**call.body)
+            except (openai.APIStatusError, openai.APIConnectionError):
+                pass  # call.reply says what it was
+            finally:
+                _CALL.reset(token)
+            reply = call.reply
+            if reply.kind == "rejected" and (part := self._to_blame(call.body, reply.text)):
+                self.notes[part] = f"the server does not take {part}: asking without it"
+            elif reply.kind in ("busy", "no server"):
+                await anyio.sleep(PAUSE)
+            elif reply.kind in FATAL and not (reply.kind == "unusable" and self._served):
                 self._end(reply.kind, reply.text)
-            if faults == self._most_faults:
-                return "failed", f"{faults} attempts failed, the last with {reply.text}"
-            wait = self._backoff * min(2 ** min(waits - 1, 20), LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
-            if reply.wait is not None:
-                # No sooner than it says, and not all at the same moment
-                wait = max(reply.wait, self._backoff) + self._backoff * random.random()
-            if reply.wait and anyio.current_time() + wait > scope.deadline:
-                return "failed", self._impatient(reply.wait, tally)
-            if reply.kind != "busy" or reply.wait is None:  # else the limit holds it
-                await anyio.sleep(wait)
+            elif reply.kind in ("fault", "unusable"):
+                return "failed", f"{call.attempts} attempts failed, the last with {reply.text}"
+            else:
+                return reply.kind, reply.text
 
-    async def _attempt(self, body: dict[str, Any], request: Request, room: int, tally: "_Tally") -> Reply:
-        """Send a request once, within the budget and the timeout."""
-        most = Tokens(most_tokens(request.messages, request.schema), room)
-        await self._budget.reserve(most)
-        spent = most  # until the server says better: it may charge for a reply that is lost on the way
-        began = anyio.current_time()
-        reply = Reply("busy", f"no reply within {self._timeout:g} s", None)
-        try:
-            with anyio.move_on_after(self._timeout):  # the package's own timeout starts again with each byte
-                reply = await self._send(body)
-            if reply.spent is not None:
-                spent = reply.spent
-        except asyncio.CancelledError:
-            spent = Tokens() if self._refused else most
-            raise
-        finally:
-            self._budget.settle(most, spent)
-            tally.spent = Tokens(tally.spent.prompt + spent.prompt, tally.spent.completion + spent.completion)
-        if reply.kind == "busy":
-            self._limit.overwhelmed(began)
-            if reply.wait is not None:
-                self._hold(reply.wait)
-        elif reply.kind in ("ok", "refused", "filtered", "truncated"):
-            self._served, self._late_in_a_row = True, 0
-            self._dialect.accepted(body)
-            self._compare(estimate_tokens(request.messages), spent.prompt)
-            self._limit.succeeded()
-            for scope in self._turned_away:
-                scope.deadline = anyio.current_time() + self._deadline
-        return reply
+    async def _attempt(self, send: Callable[[], Awaitable[httpx2.Response]]) -> httpx2.Response:
+        """Send once, within the timeout and the budget; openai sends again what the response's header says."""
+        call = _CALL.get()
+        async with self._slots:
+            if reached := await self._budget.reserve(call.most):
+                self.stopped = self.stopped or reached
+                raise _Ended
+            began = anyio.current_time()
+            if call.reply.kind:
+                self._retries += 1
+            else:
+                call.scope.deadline = began + self.server.deadline
+            call.attempts += 1
+            reply = None
+            try:
+                with anyio.fail_after(self.server.timeout):  # httpx's own timeout starts again with each byte
+                    response = await send()
+                reply = read_reply(response, call.request)
+            except httpx2.RequestError as error:
+                reply = self._broken(error)
+                raise
+            except TimeoutError:
+                reply = self._broken(httpx2.ReadTimeout(""))
+                raise httpx2.ReadTimeout(reply.text) from None
+            finally:
+                spent = reply.spent if reply else Tokens() if self.is_broken else None
+                spent = call.most if spent is None else spent
+                self._budget.settle(call.most, spent)
+                call.spent = call.spent.plus(spent)
+                if reply:
+                    call.reply = reply
+                    self._learn(call, began)
+        again = call.reply.kind in ("fault", "busy")
+        if call.reply.kind == "unusable":
+            again = self._served or call.attempts < 2
+        response.headers["x-should-retry"] = str(again).lower()
+        if again and response.is_success:
+            response.status_code = 502  # which it should have had
+        return response
 
-    def _once_served(self, reply: Reply) -> Reply:
-        """What a reply means of a server that takes the key and knows the model, as a completion has shown.
+    def _broken(self, error: httpx2.RequestError) -> Reply:
+        """What an attempt without a response means."""
+        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+            return Reply("no server", str(error) or "no connection")
+        if isinstance(error, httpx2.TimeoutException):
+            return Reply("late", f"no reply within {self.server.timeout:g} s", None)
+        return Reply("fault", f"the connection broke ({type(error).__name__})", None)
 
-        Then a 403 is a filter's before it, which does not like this request, and a 404 a balancer's, which passes.
-        """
-        if self._served and reply.kind == "forbidden":
-            return reply._replace(kind="filtered")
-        if self._served and reply.kind in ("model", "address"):
-            return reply._replace(kind="fault")
-        return reply._replace(kind="key") if reply.kind == "forbidden" else reply
-
-    def _compare(self, estimate: int, read: int) -> None:
-        """Note once where a server left out a part of a prompt, which Ollama does without a word."""
-        if estimate > LONG_PROMPT and 0 < read < CUT_PROMPT * estimate:
-            self._notes.setdefault(
-                "prompts",
-                f"the server read only {read:,} of about {round(estimate, -2):,} tokens of a prompt: raise its context "
-                "length (Ollama: OLLAMA_CONTEXT_LENGTH)",
+    def _learn(self, call: "_Call", began: float) -> None:
+        """Note what the outcome of an attempt says of the server, and see it in the light of what is known."""
+        reply, now = call.reply, anyio.current_time()
+        if reply.kind in ANSWERED:
+            self._served, self._late, self._answered = True, 0, now
+            self._turns.total_tokens = self.server.concurrency
+            self._taken.add(call.body.get("response_format", {}).get("type", ""))
+            self._width = min(self.server.concurrency, self._width + (1 / self._width if self._halved else 1))
+            estimate = estimate_tokens(*(message["content"] for message in call.request.messages))
+            if (
+                reply.spent and 0 < reply.spent.prompt < 0.75 * estimate > 750
+            ):  # which is less than estimates are off by
+                self.notes["prompts"] = (
+                    f"the server read only {reply.spent.prompt:,} of about {round(estimate, -2):,} tokens of a prompt: "
+                    "raise its context length (Ollama: OLLAMA_CONTEXT_LENGTH)"
+                )
+        if reply.kind in ("busy", "late") and began >= self._halved:  # else it was out with one that has halved them
+            # A first request alone may be at fault itself: let another one try
+            self._width, self._halved = (max(1.0, self._width / 2), now) if self._served else (2.0, 0.0)
+            self._turns.total_tokens = max(2, self._turns.total_tokens)
+        self._slots.total_tokens = int(self._width)
+        if reply.kind in ("busy", "late"):
+            call.scope.deadline = max(call.scope.deadline, self._answered + self.server.deadline)
+        if reply.kind == "late":
+            self._slow += 1
+            self.notes["slow"] = (
+                f"{self._slow:,} attempts had {reply.text}: raise REQUEST_TIMEOUT, or lower CONCURRENCY for a server "
+                "that answers one after the other"
             )
+            call.reply = reply._replace(kind="fault")
+        elif reply.kind == "forbidden":  # by a filter that does not like this request, if the key is good
+            call.reply = reply._replace(kind="filtered" if self._served else "key")
+        elif reply.kind in ("model", "address") and self._served:  # a balancer's, which passes
+            call.reply = reply._replace(kind="fault")
+        elif reply.kind == "no server" and not self._served and call.attempts == FIRST_CONNECTIONS:
+            self._end("no server", reply.text)
 
-    def _hold(self, seconds: float) -> None:
-        """Send nothing for as long as the server asks; what waits fails at once where that is beyond the deadline."""
-        if seconds > self._deadline:
-            self._away_until = max(self._away_until, anyio.current_time() + seconds)
-        else:
-            self._limit.pause(max(seconds, self._backoff), self._backoff)
+    def _body(self, request: Request, room: int) -> dict[str, Any]:
+        """The arguments of `chat.completions.create`, without what the server has rejected."""
+        body: dict[str, Any] = {
+            "model": self.server.model,
+            "messages": fold_system(request.messages) if "a system message" in self.notes else request.messages,
+            "max_completion_tokens" if "max_tokens" in self.notes else "max_tokens": room,
+            "stream": False,  # which some servers do unless told
+            "extra_body": {name: value for name, value in self.server.sampling.items() if name not in self.notes},
+        }
+        if request.schema is not None and "json_schema" not in self.notes:
+            schema = {"name": "reply", "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif request.schema is not None and "json_object" not in self.notes:
+            body["response_format"] = {"type": "json_object"}
+        return body
 
-    async def _send(self, body: dict[str, Any]) -> Reply:
-        try:
-            response = await self._openai.chat.completions.create(**body)
-        except Exception as error:  # whatever the package makes of a reply that is no chat completion
-            return read_error(error)
-        return read_response(response, body["messages"])
+    def _to_blame(self, body: dict[str, Any], words: str) -> str:
+        """The part of a body that the server rejected with these words; "" for none that can be left out."""
+        if "max_tokens" in body and "max_completion_tokens" in words:
+            return "max_tokens"
+        if named := [name for name in body["extra_body"] if re.search(rf"\b{re.escape(name)}\b", words)]:
+            return named[0]
+        if body["messages"][0]["role"] == "system" and re.search(SYSTEM_ROLE, words, re.IGNORECASE):
+            return "a system message"
+        form = body.get("response_format", {}).get("type", "")
+        return form if form not in self._taken or re.search(FORMAT, words, re.IGNORECASE) else ""
 
     def _end(self, kind: str, words: str) -> NoReturn:
-        """End the run: every request that is being asked ends with this error, or as stopped if some were answered."""
-        if not self._ended:
-            kind = "no key" if kind == "key" and not self._has_key else kind
-            words = _one_line(self._scrubbed(words))
-            template = FATAL.get(kind, "{words}")
-            self._ended = template.format(address=self.address, model=self.model, words=words)
-            self._refused = kind in REFUSING or (kind in FATAL and not self._served)
-            if self._served and kind in FATAL:
-                self.stopped, self.is_broken = self._ended, True
+        """End the run: nothing is asked any more, and what is in flight is given up."""
+        if not self.is_broken:
+            kind = "no key" if kind == "key" and not self.server.key else kind
+            words = one_line(self.server.without_key(words))
+            reason = FATAL[kind].format(model=self.server.model, words=words)
+            self.stopped, self.is_broken = f"the server at {self.server.address} {reason}", True
             for scope in self._scopes:
                 scope.cancel()
-        raise self._ending()
-
-    def _ending(self) -> "ClientError | _Stopped":
-        return _Stopped(self._ended) if self.is_broken else ClientError(self._ended)
-
-    def _impatient(self, wait: float, tally: "_Tally") -> str:
-        return f"the server asks for {round(wait, 1):g} s of patience, and there is {self._late(tally)}"
-
-    def _late(self, tally: "_Tally") -> str:
-        return f"no answer within {self._deadline:g} s; the last attempt: {tally.problem or 'none was finished'}"
-
-    def _scrubbed(self, text: str) -> str:
-        """`text` without the key, which some servers repeat."""
-        return text.replace(self._secret, "[key]") if self._secret else text
+        raise _Ended
 
 
-class DryRun:
-    """A Completer that sends nothing: it counts what would be sent, and answers with a stand-in.
+class _Call:
+    """A request that is being asked: what is sent, what came of the last attempt, and what all have cost."""
 
-    Args:
-        reply: what to answer a request with, of typical length and, where the next request depends on it, form.
-        keys: what the completer that it stands for may know a request's completion by.
-        prices: dollars per million tokens.
-        journal: where completions of earlier runs are looked up, which need not be asked again.
+    def __init__(self, request: Request):
+        self.request, self.reply, self.spent, self.most = request, Reply(), Tokens(), Tokens()
+        self.body: dict[str, Any] = {}
+        self.attempts = 0  # with this body
+        self.scope = anyio.CancelScope()
+
+
+_CALL: ContextVar[_Call] = ContextVar("call")
+
+
+class _Http(openai.DefaultAsyncHttpxClient):
+    """openai's HTTP client, each of whose attempts is made by a function."""
+
+    def __init__(self, attempt: Callable[[Callable[[], Awaitable[httpx2.Response]]], Awaitable[httpx2.Response]]):
+        super().__init__()
+        self._attempt = attempt
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        send = super().send
+        return await self._attempt(lambda: send(request, **options))
+
+
+class _Ended(openai.OpenAIError):  # which openai hands on
+    """No further request is answered; `Client.stopped` says why."""
+
+
+class LocalClient:
+    """Completes requests by an instruct model that is loaded, one at a time, in a thread beside the event loop's.
+
+    The likeliest token is taken each time. A prompt that leaves no room for a reply has the status "overflow", a reply
+    that does not end within its max_tokens or the context "truncated". `complete` raises ModelError if the tokenizer
+    has no chat format, and UserError if the journal cannot be written.
     """
 
-    def __init__(
-        self,
-        reply: Callable[[Request], str],
-        keys: Callable[[Request], Sequence[str]],
-        prices: Prices = FREE,
-        journal: Journal | None = None,
-    ):
-        self._reply, self._keys, self._prices, self._journal = reply, keys, prices, journal
-        self._known, self._seen = set[str](), set[str]()
-        self._typical = self._most = Tokens()
+    def __init__(self, model: LanguageModel, journal: Journal):
+        self._model, self._journal, self._turn = model, journal, asyncio.Lock()
+        self._context = model.context_length or MODEL_CONTEXT
+        self._hash = hash_of(model.name, model.block(model.n_layers - 1).state_dict())  # which any training changes
 
-    @property
-    def usage(self) -> Usage:
-        """What a run would use: estimates, with replies as long as the stand-ins and no retries."""
-        return Usage(
-            len(self._seen), len(self._known), 0, *self._typical, self._prices.dollars(self._typical), concurrency=0
-        )
-
-    @property
-    def most_dollars(self) -> float:
-        """What it would cost if every reply were as long as it may be."""
-        return self._prices.dollars(self._most)
+    def keys(self, request: Request) -> tuple[str]:
+        """What the journal knows a request's completion by."""
+        return (request_key(request, self._hash, {"context_length": self._context}),)
 
     async def complete(self, request: Request) -> Completion:
-        """Count a request, unless it was counted before: a run would not ask it again."""
-        keys = self._keys(request)
-        key = keys[0]
-        if self._journal is not None and (known := self._journal.get(*keys)):
-            self._known.add(key)
-            return known
-        text = self._reply(request)
-        prompt, completion = estimate_tokens(request.messages), estimate_tokens([{"content": text}])
-        completion = min(completion, request.max_tokens)
-        if key not in self._seen:
-            self._seen.add(key)
-            self._typical = Tokens(self._typical.prompt + prompt, self._typical.completion + completion)
-            self._most = Tokens(self._most.prompt + prompt, self._most.completion + request.max_tokens)
-        return Completion("ok", text, prompt, completion)
+        """The completion of a request, after those that were asked for before it."""
+        (key,) = self.keys(request)
+        async with self._turn:
+            if known := self._journal.get(key):
+                return known
+            stopped = threading.Event()
+            try:
+                completion = await asyncio.to_thread(self._complete, request, stopped)
+            finally:
+                stopped.set()  # if this was cancelled, the thread would go on to the end of the reply
+            self._journal.append(key, completion)
+            return completion
 
-
-def keys_of(request: Request, model: str, sampling: dict[str, Any], longest_reply: int) -> tuple[str, str]:
-    """What a completion is known by in the journal, and what it is known by if it is a reply that was cut off."""
-    key = request_key(request, model, sampling)
-    return key, _cut_at(key, longest_reply)
-
-
-def _cut_at(key: str, longest_reply: int) -> str:
-    return f"{key} cut off at {longest_reply}"
-
-
-class _Stopped(RuntimeError):
-    """Why a server that has completed requests will complete no more: one line."""
-
-
-class _Tally:
-    """What the attempts of one request have cost, and what went wrong in the last."""
-
-    def __init__(self):
-        self.spent = Tokens()
-        self.problem = ""
-
-
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + "..."
-
-
-def check_address(base_url: str | None, key: str | None) -> None:
-    """Raise ClientError for a base URL or a key that cannot be one."""
-    _address(base_url or OPENAI)
-    _checked_key(key or "")
-
-
-def _address(base_url: str) -> str:
-    """A base URL as it may be shown: without user, password and query."""
-    try:
-        parts = urlsplit(base_url)
-        host, port = parts.hostname, f":{parts.port}" if parts.port else ""
-    except ValueError:
-        parts, host, port = None, None, ""
-    if not host or parts.scheme not in ("http", "https"):
-        shown = base_url if base_url.isascii() and not set("@?") & set(base_url) else "one with a secret in it"
-        raise ClientError(f"found the base URL {shown!r}, expected one like http://localhost:8000/v1: correct it")
-    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path.rstrip('/')}"
-
-
-def _checked_key(key: str) -> str:
-    """The key if it is a secret, "" if it is one of the PLACEHOLDERS or shorter than a secret can be."""
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ClientError("found a key with a space, a line break or a foreign letter in it: check OPENAI_API_KEY")
-    return "" if len(key) < 6 or key.lower() in PLACEHOLDERS else key
+    def _complete(self, request: Request, stopped: threading.Event) -> Completion:
+        try:
+            ids = self._model.tokenizer.chat(request.messages)
+        except ModelError:  # mostly of a format without a system role
+            ids = self._model.tokenizer.chat(fold_system(request.messages))
+        room = min(request.max_tokens, self._context - len(ids))
+        if room < 1:
+            return Completion("overflow", f"the prompt has {len(ids):,} of {self._context:,} tokens", len(ids))
+        # One token more than is wanted, to see whether the reply ends there
+        reply = list(itertools.takewhile(lambda _: not stopped.is_set(), self._model.generate(ids, room + 1)))
+        text = self._model.tokenizer.decode(reply[:room])
+        return Completion("ok" if len(reply) <= room else "truncated", text, len(ids), min(len(reply), room))

@@ -1,198 +1,237 @@
-"""The journal of completions, and the lock that keeps a second run out of a RUN_DIR.
+"""The replies of a RUN_DIR, kept so that none is asked for twice, and what requests cost."""
 
-A journal is a file of one JSON object a line, to which lines are only ever added. A line is in the operating system's
-hands before anyone sees its completion, so a process that is killed has lost nothing; it is on the disk within
-SYNC_SECONDS, so a power cut costs the requests of that long.
-"""
-
+import asyncio
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
+import math
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_sae.cli import UserError
-from mistral_sae.explain.types import Completion, Request
+from mistral_sae.explain.types import STATUSES, Completion, Request
 
-FINAL = frozenset({"ok", "refused", "filtered", "truncated", "overflow"})  # asking again would give the same
-SYNC_SECONDS = 1.0
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+CHARACTERS_PER_TOKEN = 3.5  # English and code; other scripts have fewer
 
 
-class JournalError(UserError):
-    """A RUN_DIR that is in use, or a journal that cannot be read or written: one line."""
+class Tokens(NamedTuple):
+    """What requests read and write."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    def plus(self, other: "Tokens") -> "Tokens":
+        """The sum of both."""
+        return Tokens(self.prompt + other.prompt, self.completion + other.completion)
 
 
-@contextlib.contextmanager
-def locked(run_dir: Path | str) -> Iterator[str]:
-    """Hold a RUN_DIR for this process, until the block or the process ends, be it by kill -9.
+class Prices(NamedTuple):
+    """Dollars per million tokens."""
 
-    Yields "", or one line to print where the file system has no locks.
+    prompt: float
+    completion: float
 
-    Raises:
-        JournalError: another process holds it.
-    """
-    run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
-        note = ""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip() or "an unknown process"
-            raise JournalError(
-                f"found another run at work in {run_dir} ({holder}), expected none: "
-                "wait for it, stop it or set another RUN_DIR"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            note = f"the file system of {run_dir} has no locks ({error.strerror}): start no second run on it"
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield note
+
+def estimate_tokens(*texts: str) -> int:
+    """About how many tokens some texts have, without a tokenizer."""
+    return sum(math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in texts)
+
+
+def most_tokens(request: Request, reply: int) -> Tokens:
+    """The most a request can use: tokens are no shorter than a byte, what a chat format adds than 16 tokens a text."""
+    texts = [message["content"] for message in request.messages] + [str(request.schema or "")]
+    return Tokens(sum(len(text.encode("utf-8", "surrogatepass")) + 16 for text in texts), reply)
 
 
 def request_key(request: Request, model: str, sampling: dict[str, Any]) -> str:
-    """What a completion is known by: SHA-256 of all that it depends on, so neither the server's address nor its key."""
+    """SHA-256 of all that a completion depends on, so neither the server's address nor its key."""
     return hashlib.sha256(json.dumps([*request, model, sampling], sort_keys=True).encode()).hexdigest()
 
 
 class Journal:
-    """The completions of a RUN_DIR, by `request_key`. `with Journal(path) as journal`, under `locked`.
+    """Completions by `request_key`, in a file of one JSON object a line to which lines are only added.
 
-    Completions stay on the disk and only their places in memory, about 250 bytes each.
+    A line is on the disk before anyone sees its completion; a torn last line is removed at opening. The file is made
+    with the first line. Only one process may have it open: lock the RUN_DIR.
 
     Attributes:
-        tokens: prompt and completion tokens of all lines, those of failed requests too.
+        tokens: of all lines, those of failed requests too.
         dollars: what they cost.
-        unpriced: those of `tokens` whose lines cost 0 dollars, for want of prices when they were written.
-        repaired: bytes of a torn last line that opening removed.
+        unpriced: those of `tokens` that cost nothing, since prices were not known when they were used.
 
     Raises:
-        JournalError: the file holds something else than a journal does.
+        UserError: the file holds something else.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.tokens, self.dollars, self.unpriced, self.repaired = 0, 0.0, 0, 0
-        self._places: dict[str, int] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
-        try:
-            self._size = self._read()
-        except BaseException:
-            self._file.close()
-            raise
-        self._synced = time.monotonic()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        self.tokens, self.dollars, self.unpriced = 0, 0.0, 0
+        self._completions: dict[str, Completion] = {}
+        self._size = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(True) if self.path.exists() else [], 1):
+            if not line.endswith(b"\n"):  # which is written last
+                os.truncate(self.path, self._size)
+                break
+            try:
+                fields = json.loads(line)
+                completion = Completion(*(fields[name] for name in Completion._fields))
+                self._take(fields["key"], completion, fields["dollars"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"found something else than a completion in line {number} of {self.path}: "
+                    "remove that line, and its request is asked again"
+                ) from None
+            self._size += len(line)
 
     def __len__(self) -> int:
         """Requests that need not be asked again."""
-        return len(self._places)
+        return len(self._completions)
 
     def get(self, *keys: str) -> Completion | None:
-        """The final completion of the first of these keys that has one; None if there is none, or it failed."""
-        key = next((key for key in keys if key in self._places), None)
-        if key is None:
-            return None
-        place = self._places[key]
-        with open(self.path, "rb") as file:
-            file.seek(place)
-            line = _parsed(file.readline())
-        if line is None or line.key != key:
-            raise JournalError(
-                f"found {self.path} changed under this run, expected nobody else to write to it: start again"
-            )
-        return line.completion
+        """The final completion of the first of these keys that has one."""
+        return next((self._completions[key] for key in keys if key in self._completions), None)
 
     def append(self, key: str, completion: Completion, dollars: float = 0.0) -> None:
-        """Write a completion down. `dollars` is what its attempts cost, lost ones included.
-
-        Raises:
-            JournalError: it could not be written, and the file is as it was.
-        """
-        assert key not in self._places, key
+        """Write a completion down, and what its attempts cost. If that fails, a UserError: the file is as it was."""
         line = json.dumps({"key": key, **completion._asdict(), "dollars": dollars}).encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            written = 0
-            while written < len(line):
-                written += self._file.write(line[written:])
-            if time.monotonic() - self._synced > SYNC_SECONDS:
-                self._sync()
+            with open(self.path, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(self._size)
-            raise JournalError(
+                os.truncate(self.path, self._size)
+            raise UserError(
                 f"could not write {self.path} ({error.strerror}), expected room for a line: "
                 "make some and start again, what is in it is safe"
             ) from None
-        self._take(_Line(key, completion, dollars), self._size)
         self._size += len(line)
+        self._take(key, completion, dollars)
 
-    def close(self) -> None:
-        """Sync and close the file."""
-        if not self._file.closed:
-            self._sync()
-            self._file.close()
-
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
-
-    def _take(self, line: "_Line", place: int) -> None:
-        if line.completion.status in FINAL:
-            self._places.setdefault(line.key, place)
-        tokens = line.completion.prompt_tokens + line.completion.completion_tokens
+    def _take(self, key: str, completion: Completion, dollars: float) -> None:
+        if not STATUSES[completion.status].ask_again:
+            self._completions.setdefault(key, completion)
+        tokens = completion.prompt_tokens + completion.completion_tokens
         self.tokens += tokens
-        self.unpriced += 0 if line.dollars else tokens
-        self.dollars += line.dollars
-
-    def _read(self) -> int:
-        """Take in the lines, repair the last one, and return the size in bytes."""
-        size, raw = 0, b"\n"
-        with open(self.path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                line = _parsed(raw)
-                if line is None:
-                    if raw.endswith(b"\n"):  # which is written last: this line was whole, but not ours
-                        raise JournalError(
-                            f"found something else than a completion in line {number} of {self.path}: "
-                            "remove that line, and its request is asked again"
-                        )
-                    self._file.truncate(size)
-                    self.repaired, raw = len(raw), b"\n"
-                    break
-                self._take(line, size)
-                size += len(raw)
-        if not raw.endswith(b"\n"):  # all but the end of the line had been written
-            size += self._file.write(b"\n")
-        return size
+        self.dollars += dollars
+        self.unpriced += 0 if dollars else tokens
 
 
-class _Line(NamedTuple):
-    key: str
-    completion: Completion
-    dollars: float
+class Budget:
+    """Dollars and tokens that all runs with a journal may spend together, what is in flight included.
+
+    Without prices dollars are 0. A bound that is None is none.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        prices: Prices | None = None,
+        max_dollars: float | None = None,
+        max_tokens: int | None = None,
+    ):
+        self.prices, self.spent = prices, Tokens()  # of this run
+        # Constant, bound, spent by earlier runs, what tokens come to, how an amount is shown
+        self._bounds: list[tuple[Any, ...]] = [
+            ("MAX_DOLLARS", max_dollars, journal.dollars, self.dollars, _shown),
+            ("MAX_API_TOKENS", max_tokens, journal.tokens, sum, "{:,} tokens".format),
+        ]
+        self._in_flight: list[Tokens] = []
+        self._settled = asyncio.Event()
+        self._reached = ""
+
+    def dollars(self, tokens: Tokens) -> float:
+        """What tokens cost."""
+        prompt, completion = self.prices or (0.0, 0.0)
+        return (tokens.prompt * prompt + tokens.completion * completion) / 1e6
+
+    def cost(self, tokens: Tokens, more: str = "") -> str:
+        """What tokens cost and at which prices, to end a line with; "" where prices are not known."""
+        if self.prices is None:
+            return ""
+        prompt, completion = self.prices
+        return f": ${self.dollars(tokens):,.2f}{more} at ${prompt:g} and ${completion:g} a million"
+
+    def shortage(self, most: Tokens) -> str:
+        """Why what may use `most` does not fit beside what is in flight, in one line; "" if it does."""
+        for name, bound, before, count, shown in self._bounds:
+            used = before + count(self.spent)
+            if bound is not None and used + sum(map(count, [most, *self._in_flight])) > bound:
+                earlier = f" ({shown(before)} of them before this run)" if before else ""
+                return (
+                    f"the budget of {shown(bound)} is reached: {shown(used)} spent{earlier}, and the next request may "
+                    f"take {shown(count(most))}: raise {name} to go on"
+                )
+        return ""
+
+    async def reserve(self, most: Tokens) -> str:
+        """Wait until `most` fits beside what is in flight; the reason if nothing will any more, else ""."""
+        while not self._reached and (shortage := self.shortage(most)):
+            if self._in_flight:
+                await self._settled.wait()
+            else:
+                self._reached = shortage
+        if not self._reached:
+            self._in_flight.append(most)
+        return self._reached
+
+    def settle(self, most: Tokens, spent: Tokens) -> None:
+        """Note what was spent of what was reserved."""
+        self._in_flight.remove(most)
+        self.spent = self.spent.plus(spent)
+        self._settled.set()
+        self._settled = asyncio.Event()
 
 
-def _parsed(raw: bytes) -> _Line | None:
-    """What a line says; None for one that is torn or no line of a journal."""
-    try:
-        record: dict[str, Any] = json.loads(raw)
-        completion = Completion(**{name: record[name] for name in Completion._fields})
-        return _Line(record["key"], completion, record["dollars"])
-    except (ValueError, KeyError, TypeError):
-        return None
+def _shown(dollars: float) -> str:
+    """An amount with at least two decimal places and two significant digits."""
+    return f"${dollars:,.{max(2, 1 - math.floor(math.log10(dollars))) if dollars > 0 else 2}f}"
+
+
+class DryRun:
+    """A Completer that sends nothing: it counts what would be sent, and answers with `reply` of the request.
+
+    `keys`, `journal` and `budget` are those of the completer that it stands for.
+    """
+
+    def __init__(
+        self,
+        reply: Callable[[Request], str],
+        keys: Callable[[Request], Sequence[str]],
+        journal: Journal,
+        budget: Budget,
+    ):
+        self._reply, self._keys, self._journal, self._budget = reply, keys, journal, budget
+        self._known, self._asked = set[str](), set[str]()
+        self.typical = self.most = Tokens()  # with replies as long as the stand-ins; as long as they may be
+
+    async def complete(self, request: Request) -> Completion:
+        """Count a request, unless it was counted before: a run would not ask it again."""
+        keys = self._keys(request)
+        if known := self._journal.get(*keys):
+            self._known.add(keys[0])
+            return known
+        text = self._reply(request)
+        prompt = estimate_tokens(*(message["content"] for message in request.messages))
+        tokens = Tokens(prompt, min(estimate_tokens(text), request.max_tokens))
+        if keys[0] not in self._asked:
+            self._asked.add(keys[0])
+            self.typical = self.typical.plus(tokens)
+            self.most = self.most.plus(Tokens(prompt, request.max_tokens))
+        return Completion("ok", text, *tokens)
+
+    @property
+    def summary(self) -> str:
+        """What a run would ask and cost without retries, in one line."""
+        known = f", and {len(self._known):,} that are answered already" if self._known else ""
+        most = f", without retries at most ${self._budget.dollars(self.most):,.2f},"
+        ends = "; the budget ends before that" if self._asked and self._budget.shortage(self.typical) else ""
+        return (
+            f"{len(self._asked):,} requests{known}, about {self.typical.prompt:,} tokens to read and "
+            f"{self.typical.completion:,} to write{self._budget.cost(self.typical, most)}{ends}"
+        )

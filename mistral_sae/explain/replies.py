@@ -1,183 +1,116 @@
-"""What a server's answer to a chat completion means. OpenAI-compatible servers agree on success, less so on errors."""
+"""What a server's response means. OpenAI-compatible servers agree on success, less so on errors."""
 
-import email.utils
 import json
-import math
 import re
-import time
 from typing import Any, NamedTuple
 
-import openai
+import httpx2
 
-from mistral_sae.explain.throttle import Tokens
+from mistral_sae.explain.journal import Tokens, estimate_tokens
+from mistral_sae.explain.types import Request
 
-CHARACTERS_PER_TOKEN = 3.5  # English and code; other scripts have fewer
-
-# Each with the wordings of OpenAI, Azure, Mistral, Gemini, vLLM, llama.cpp, Ollama, LM Studio, TGI, Groq and OpenRouter
-OVERFLOW = re.compile(
-    r"context[ _-]?(length|size|window)|exceed_context|maximum model length|input length exceeds|prompt is too long"
-    r"|prompt contains .* too large|request too large|must have less than \d+ tokens|max_new_tokens. must be <="
-    r"|input token(s| count) (.* )?exceed|input is too long|maximum prompt length|max_model_len",
-    re.IGNORECASE,
+MOST_PATIENCE = 600  # seconds; a server that asks to wait longer ends the run
+ANSWERED = frozenset({"ok", "refused", "filtered", "truncated"})
+FORMAT = r"response.?format|json.?(schema|object|mode)|structured.output|guided|grammar"
+SYSTEM_ROLE = (  # chat templates say it in the words of the model's makers
+    r"system.{0,20}\b(role|message|prompt|instruction)|\broles?\b.{0,40}(system|alternate|only|user)|only user and"
 )
-CUT_OFF = re.compile(r"could not finish the message because max_tokens", re.IGNORECASE)
-FILTERED = re.compile(
-    r"content[ _-]?(filter|policy|management policy)|ResponsibleAIPolicy|moderation|flagged|data_inspection",
-    re.IGNORECASE,
+OVERFLOW = (
+    r"context[ _-]?(length|size|window)|exceed_context|max(imum |_)(model|prompt)|must have less than \d+ tokens"
+    r"|(prompt|inputs?)\b.{0,60}\b(too (long|large)|exceed)|max_new_tokens. must be <="
 )
-BAD_KEY = re.compile(r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key", re.IGNORECASE)
-NO_QUOTA = re.compile(
-    r"insufficient[ _-](quota|balance|funds|credits)|billing_(hard_limit|not_active)|credit balance is too low",
-    re.IGNORECASE,
-)
-REGION = re.compile(r"(country|region|territory|user location).{0,40}not supported|unsupported_country", re.IGNORECASE)
-FORMAT = re.compile(r"response.?format|json.?(schema|object|mode)|structured.output|guided|grammar", re.IGNORECASE)
-# Of chat templates, which mostly say it in the words of the model's makers
-SYSTEM_ROLE = re.compile(
-    r"system.{0,20}\b(role|message|prompt|instruction)|\broles?\b.{0,40}(system|alternate|only|user)"
-    r"|only user and assistant",
-    re.IGNORECASE,
-)
-UNKNOWN_MODEL = re.compile(
-    r"model_not_found|invalid[ _]model|\bmodel .{0,120}(not found|not exist|unknown|not available)|pinned to",
-    re.IGNORECASE | re.DOTALL,
+ERRORS = (  # kind, HTTP statuses, words of OpenAI, Azure, Mistral, vLLM, llama.cpp, Ollama and others; the first counts
+    ("truncated", {400}, "could not finish the message because max_tokens"),
+    ("overflow", {413}, ""),
+    ("overflow", {429}, "request too large"),
+    ("overflow", {400, 422, 500}, OVERFLOW),
+    ("filtered", {400, 403, 422, 451}, r"content[ _-]?(filter|(management )?policy)|ResponsibleAI|moderation|flagged"),
+    ("filtered", {400}, "data_inspection"),
+    ("quota", {402}, ""),
+    ("quota", {400, 403, 429}, r"insufficient[ _-](quota|balance|funds|credits)|billing_|credit balance is too low"),
+    ("region", {400, 403}, r"(country|region|territory|user location).{0,40}not supported|unsupported_country"),
+    ("key", {401}, ""),
+    ("key", {400, 403}, r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key"),
+    ("forbidden", {403}, ""),
+    ("busy", {429, 503, 504, 529}, ""),
+    ("rejected", {400, 404, 422, 500, 501}, f"{FORMAT}|{SYSTEM_ROLE}"),
+    ("model", {400, 404}, r"model_not_found|invalid[ _]model|\bmodel .*(not found|not exist|unknown|not available)"),
+    ("address", {404, 405}, ""),
+    ("rejected", {400, 422, 501}, ""),
+    ("fault", {408, 409, 425, *range(500, 600)}, ""),
+    ("failed", range(1000), ""),
 )
 TELLING = ("error", "message", "detail", "msg", "code", "type", "param", "loc", "innererror")  # fields of error bodies
 
 
 class Reply(NamedTuple):
-    """The outcome of one attempt."""
+    """What came of one attempt."""
 
-    # A request's status, if nothing is left to try: "ok", "refused", "filtered", "overflow", "failed". Else
-    # "truncated" (try with more room), "rejected" (a parameter may be at fault), "doubtful" (it may, else "fault"),
-    # "busy" (later, and less of it), "fault" (again), "no server" (again, but not for long if there never was one);
-    # or what ends the run: "key", "model", "address", "quota", "region", "forbidden" (a key's fault, unless others are
-    # answered)
-    kind: str
-    text: str  # the reply, or the reason in the server's words
+    # One of ANSWERED or FATAL, "overflow" or "failed"; or "rejected" (a part of the request may be at fault), "busy"
+    # (later, and less at once), "fault" (again), "forbidden"; "" before the first
+    kind: str = ""
+    text: str = ""  # the reply, or the reason in the server's words
     spent: Tokens | None = Tokens()  # None where the server may have charged for a reply that was lost
-    wait: float | None = None  # seconds the server asks to wait
 
 
-def estimate_tokens(messages: list[dict[str, str]]) -> int:
-    """About how many tokens a prompt has. An estimate: no tokenizer is asked."""
-    return sum(_estimate(message["content"]) for message in messages)
-
-
-def most_tokens(messages: list[dict[str, str]], schema: dict[str, Any] | None) -> int:
-    """A number of tokens that a prompt does not exceed: tokens are no shorter than a byte, templates than 16 tokens."""
-    texts = [message["content"] for message in messages] + ([] if schema is None else [str(schema)])
-    return sum(len(text.encode("utf-8", "surrogatepass")) + 16 for text in texts)
-
-
-def read_response(response: object, messages: list[dict[str, str]]) -> Reply:
-    """The meaning of what `chat.completions.create` returned, which the openai package does not validate."""
-    choices = getattr(response, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if message is None:
-        error = getattr(response, "error", None)  # OpenRouter's way of reporting errors
-        return Reply("fault", f"a reply without a message{f': {_words(error)}' if error else ''}", None)
-    text, refusal = _text(getattr(message, "content", None)), getattr(message, "refusal", None)
-    if text is None:
-        return Reply("fault", "a reply whose content is not text", None)
-    spent = _spent(getattr(response, "usage", None), messages, text)
-    finish = getattr(choices[0], "finish_reason", None)
+def read_reply(response: httpx2.Response, request: Request) -> Reply:
+    """The meaning of a server's response."""
+    try:
+        body = json.loads(response.content, strict=False)
+    except (ValueError, RecursionError):
+        body = response.text
+    if not response.is_success:
+        return _read_error(response.status_code, body, response.headers)
+    try:
+        choice = body["choices"][0]
+        message, finish, usage = choice["message"], choice.get("finish_reason"), body.get("usage")
+        text, refusal = _text(message.get("content")), str(message.get("refusal") or "")
+        thoughts = str(message.get("reasoning") or message.get("reasoning_content") or "")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        if isinstance(body, dict) and isinstance(body.get("error"), dict):  # OpenRouter reports errors so
+            code = body["error"].get("code")
+            return _read_error(code if code in range(400, 600) else 502, body, response.headers)._replace(spent=None)
+        return Reply("unusable", f"no chat completion but {one_line(response.text)[:80]!r}", None)
+    text = text if text.strip() or not _is_json(thoughts) else thoughts
+    counted = [usage.get(f"{kind}_tokens") if isinstance(usage, dict) else None for kind in Tokens._fields]
+    guessed = [estimate_tokens(*(each["content"] for each in request.messages)), estimate_tokens(text)]
+    spent = Tokens(*(n if type(n) is int and n >= 0 else m for n, m in zip(counted, guessed, strict=True)))
     if finish == "content_filter":
         return Reply("filtered", text or "the provider's content filter withheld the reply", spent)
-    if finish == "refusal" or (isinstance(refusal, str) and refusal):
+    if finish == "refusal" or refusal:
         return Reply("refused", refusal or text, spent)
     if finish == "error":
         return Reply("fault", "a reply that broke off with an error", spent)
     if finish in ("length", "model_length") and not _is_json(text):  # else only white space is missing
         return Reply("truncated", text, spent)
     if not text.strip():
-        return Reply("fault", "an empty reply", spent)
+        return Reply("unusable", f"an empty reply after the thoughts {one_line(thoughts)[:80]!r}", spent)
     return Reply("ok", text, spent)
 
 
-def read_error(error: Exception) -> Reply:
-    """The meaning of what `chat.completions.create` raised."""
-    if isinstance(error, openai.APIStatusError):
-        return _read_status(error.status_code, _words(error.body), _wait(error.response.headers))
-    causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
-    if isinstance(error, openai.APIConnectionError):
-        if {type(cause).__name__ for cause in causes} & {"ConnectError", "ConnectTimeout"}:
-            return Reply("no server", str(causes[-1]) or "no connection")
-        if isinstance(error, openai.APITimeoutError):
-            return Reply("busy", "no reply in time", None)
-        return Reply("fault", f"the connection broke ({type(causes[-1]).__name__})", None)
-    return Reply("fault", f"a reply that is no JSON of a chat completion ({type(error).__name__}: {error})", None)
-
-
-def _read_status(status: int, words: str, wait: float | None) -> Reply:
+def _read_error(status: int, body: Any, headers: httpx2.Headers) -> Reply:
+    words, wait = _words(body), headers.get("retry-after", "")
+    kind = next(k for k, statuses, pattern in ERRORS if status in statuses and re.search(f"(?is){pattern}", words))
+    if kind == "truncated":
+        return Reply(kind, "", None)
+    if kind == "busy" and wait.isdecimal() and int(wait) > MOST_PATIENCE:
+        return Reply("patience", f"HTTP {status}, for {int(wait):,} s")
     # What comes with a 401 may show a part of the key
-    text = f"HTTP {status}: {words}" if words and status != 401 else f"HTTP {status}"
-    if status == 400 and CUT_OFF.search(words):
-        return Reply("truncated", "", None)
-    if status == 413 or (status in (400, 422, 429, 500) and OVERFLOW.search(words)):
-        kind = "overflow"
-    elif status in (400, 403, 422, 451) and FILTERED.search(words):
-        kind = "filtered"
-    elif status == 402 or (status in (400, 403, 429) and NO_QUOTA.search(words)):
-        kind = "quota"
-    elif status in (400, 403) and REGION.search(words):
-        kind = "region"
-    elif status == 401 or (status in (400, 403) and BAD_KEY.search(words)):
-        kind = "key"
-    elif status == 403:
-        kind = "forbidden"
-    elif status in (429, 503, 504, 529):
-        kind = "busy"
-    elif status in (400, 404, 422, 500, 501) and (FORMAT.search(words) or SYSTEM_ROLE.search(words)):
-        kind = "doubtful" if status == 500 else "rejected"  # llama.cpp says so of what its template refuses
-    elif status in (400, 404) and UNKNOWN_MODEL.search(words):
-        kind = "model"
-    elif status in (404, 405):
-        kind = "address"
-    elif status in (400, 422, 501):
-        kind = "rejected"
-    elif status in (408, 409, 425) or status >= 500:
-        kind = "fault"
-    else:
-        kind = "failed"
-    return Reply(kind, text, wait=wait)
+    return Reply(kind, f"HTTP {status}: {one_line(words)}" if words and status != 401 else f"HTTP {status}")
 
 
-def _words(body: object) -> str:
+def _words(body: Any) -> str:
     """What an error body says, without what it repeats of the request."""
     if isinstance(body, dict):
-        return " ".join(filter(None, (_words(body[name]) for name in TELLING if name in body)))
-    if isinstance(body, list):
-        return " ".join(filter(None, map(_words, body)))
-    return "" if body is None else str(body)
+        body = [body[name] for name in TELLING if name in body]
+    return " ".join(filter(None, map(_words, body))) if isinstance(body, list) else str("" if body is None else body)
 
 
-def _wait(headers: Any) -> float | None:
-    """Seconds until the server wants to be asked again: retry-after-ms, or Retry-After in seconds or as a date."""
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        value = headers.get(name, "")
-        try:
-            seconds = float(value) * unit
-        except ValueError:
-            try:
-                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-            except (ValueError, TypeError, IndexError, OverflowError):
-                continue
-        if math.isfinite(seconds):
-            return max(0.0, seconds)
-    return None
-
-
-def _text(content: object) -> str | None:
-    """The text of a message's content: a string, or a list of parts of which some are text (Mistral's thinking)."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") for part in content if part.get("type") == "text"]
-        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    return None
+def _text(content: Any) -> str:
+    """A message's content: a string, or a list of parts of which some are text (Mistral's thinking); else TypeError."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    return "" + (content or "")
 
 
 def _is_json(text: str) -> bool:
@@ -188,14 +121,7 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _spent(usage: object, messages: list[dict[str, str]], text: str) -> Tokens:
-    """What the server counted, or where it counted nothing an estimate."""
-    prompt, completion = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
-    return Tokens(
-        prompt if type(prompt) is int and prompt >= 0 else estimate_tokens(messages),
-        completion if type(completion) is int and completion >= 0 else _estimate(text),
-    )
-
-
-def _estimate(text: str) -> int:
-    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+def one_line(text: str) -> str:
+    """A text on one line, cut to 300 characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -37,6 +37,21 @@ FAULTS = (*TRANSIENT, *TRUNCATED, *LASTING, *FATAL, "429-date", "429-ms")
 TRICKLE_SECONDS = 0.02  # a byte
 
 
+TOO_LONG = "This model's maximum context length is 16 tokens. Please reduce the length of the messages."
+ERRORS = {
+    "401": (401, "You may not.", "invalid_api_key"),
+    "403": (403, "You may not.", "invalid_api_key"),
+    "404": (404, "The model does not exist", "model_not_found"),
+    "quota": (429, "You exceeded your current quota.", "insufficient_quota"),
+    "overflow": (400, TOO_LONG, "context_length_exceeded"),
+    "filter-400": (400, "The response was filtered by the content management policy.", "content_filter"),
+}
+GARBAGE = {
+    "malformed": '{"choices": [{"message": {"role": "assistant", "conte',
+    "html": "<html><body>Welcome to the network</body></html>",
+}
+
+
 class Asked(NamedTuple):
     """A chat that arrived."""
 
@@ -204,17 +219,8 @@ class Server:
 
     def _made(self, outcome: str, asked: Asked) -> Raw:
         """The reply of a fault; for those of the connection, the reply that it spoils."""
-        if outcome in ("401", "403"):
-            return _error(int(outcome), "You may not.", "invalid_api_key")
-        if outcome == "404":
-            return _error(404, "The model does not exist", "model_not_found")
-        if outcome == "quota":
-            return _error(429, "You exceeded your current quota.", "insufficient_quota")
-        if outcome == "overflow":
-            words = "This model's maximum context length is 16 tokens. Please reduce the length of the messages."
-            return _error(400, words, "context_length_exceeded")
-        if outcome == "filter-400":
-            return _error(400, "The response was filtered by the content management policy.", "content_filter")
+        if outcome in ERRORS:
+            return _error(*ERRORS[outcome])
         if outcome[:3] in ("429", "500", "503"):
             after = {
                 "429-after": {"Retry-After": str(self._retry_after)},
@@ -222,10 +228,8 @@ class Server:
                 "429-ms": {"retry-after-ms": str(self._retry_after * 1000)},
             }
             return _error(int(outcome[:3]), "Not now.", headers=after.get(outcome, {}))
-        if outcome == "malformed":
-            return Raw(200, '{"choices": [{"message": {"role": "assistant", "conte')
-        if outcome == "html":
-            return Raw(200, "<html><body>Welcome to the network</body></html>", {"Content-Type": "text/html"})
+        if outcome in GARBAGE:
+            return Raw(200, GARBAGE[outcome])
         if outcome == "schema":
             return Raw(200, {"object": "chat.completion", "answer": self._reply(asked.messages)})
 

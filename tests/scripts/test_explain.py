@@ -31,9 +31,10 @@ from openai_server import LASTING, TRANSIENT, TRUNCATED, Raw, Server, random_fau
 import config
 from mistral_sae.cli import override
 from mistral_sae.explain.client import Client
-from mistral_sae.explain.journal import locked
+from mistral_sae.explain.journal import Tokens
 from mistral_sae.explain.labels import from_json
 from mistral_sae.explain.scoring import balanced_accuracy
+from mistral_sae.files import locked
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
@@ -122,7 +123,7 @@ def ended(process):
 @pytest.fixture
 def here(run_script, monkeypatch):
     """Run explain.py in this process."""
-    monkeypatch.setitem(Client.__init__.__kwdefaults__, "backoff", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     return lambda arguments: Ran(*run_script("explain.py", arguments))
 
 
@@ -515,36 +516,27 @@ def test_scorers_that_are_asked_later_add_their_scores(here, arguments, served, 
 
 
 def test_all_constants_of_asking_reach_the_client(here, arguments, served, run_dir, monkeypatch):
-    made = {}
-    monkeypatch.setattr(Client, "__init__", lambda self, *positional, **named: made.update(named) or 1 / 0)
+    made = []
+    monkeypatch.setattr(Client, "__init__", lambda self, *positional: made.extend(positional) or 1 / 0)
     constants = {"SAMPLING": {"seed": 4}, "MAX_REPLY_TOKENS": 777, "REQUEST_TIMEOUT": 3.5, "REQUEST_DEADLINE": 41.5}
-    constants |= {
-        "CONCURRENCY": 3,
-        "MAX_API_TOKENS": 10_000,
-        "MAX_DOLLARS": 2.5,
-        "PROMPT_DOLLARS": 1,
-        "COMPLETION_DOLLARS": 2,
-    }
+    constants |= {"CONCURRENCY": 3, "MAX_API_TOKENS": 10_000, "MAX_DOLLARS": 2.5}
+    constants |= {"PROMPT_DOLLARS": 1, "COMPLETION_DOLLARS": 2, "OPENAI_API_KEY": KEY}
     with Server(reply) as server, pytest.raises(ZeroDivisionError):
         here(arguments(run_dir, **openai(server, **constants)))
-    prices = made.pop("prices")
-    assert (prices.prompt, prices.completion) == (1.0, 2.0)
-    assert made == {
-        "sampling": {"seed": 4},
-        "longest_reply": 777,
-        "timeout": 3.5,
-        "deadline": 41.5,
-        "concurrency": 3,
-        "max_tokens": 10_000,
-        "max_dollars": 2.5,
-    }
+    asked, journal, budget = made
+    assert asked == type(asked)("test-model", server.url, KEY, {"seed": 4}, 3, 3.5, 41.5, longest_reply=777)
+    assert journal.path == run_dir / "completions.jsonl"
+    assert budget.prices == (1.0, 2.0)
+    assert "raise MAX_DOLLARS" in budget.shortage(Tokens(2_500_001, 0))
+    assert "raise MAX_API_TOKENS" in budget.shortage(Tokens(10_001, 0))
+    assert budget.shortage(Tokens(10_000, 0)) == ""
 
 
 def test_what_a_server_does_not_take_is_said(here, arguments, served, run_dir):
     with Server(reply, rejects=["json_schema"]) as server:
         ran = here(arguments(run_dir, **openai(server)))
     assert ran.code == 0, ran.err
-    assert "the server does not take json_schema: asking for json_object\n" in ran.out
+    assert "the server does not take json_schema: asking without it\n" in ran.out
 
 
 def test_a_second_run_is_refused_before_it_loads_its_model(here, arguments, run_dir, monkeypatch):
@@ -805,7 +797,7 @@ def test_a_server_that_is_not_there_is_one_line(here, arguments, run_dir):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        assert_refused(here(arguments(run_dir, **openai(url))), f"found no server at {url}")
+        assert_refused(here(arguments(run_dir, **openai(url))), f"the server at {url} cannot be reached")
 
 
 @pytest.mark.parametrize(("share", "code"), [(0.4, 1), (0.5, 0)])

@@ -6,8 +6,8 @@ import pytest
 from synthetic_features import make_feature, on
 from torch import nn
 
+from mistral_sae.explain.client import LocalClient
 from mistral_sae.explain.journal import Journal
-from mistral_sae.explain.local_completer import LocalCompleter
 from mistral_sae.explain.prompts import explain_request
 from mistral_sae.explain.types import Request
 from mistral_sae.model.language_model import ModelError, load
@@ -34,9 +34,9 @@ class Tokenizer:
 class Model:
     """Says `reply`, one character at a time."""
 
-    def __init__(self, reply, pause=0.0, **tokenizer):
+    def __init__(self, reply, pause=0.0, context_length=None, **tokenizer):
         self.reply, self.pause, self.tokenizer = reply, pause, Tokenizer(**tokenizer)
-        self.name, self.n_layers, self.context_length = "fake", 2, None
+        self.name, self.n_layers, self.context_length = "fake", 2, context_length
         self.last = nn.Linear(2, 2)
         self.running, self.most, self.said = 0, 0, 0
         self.threads = set()
@@ -58,29 +58,23 @@ class Model:
             self.running -= 1
 
 
-@pytest.fixture
-def journal(tmp_path):
-    with Journal(tmp_path / "completions.jsonl") as journal:
-        yield journal
-
-
 def complete(completer, request=None):
     return asyncio.run(completer.complete(request or Request(MESSAGES, None, 20)))
 
 
 def test_a_reply_that_ends_is_ok(journal):
-    assert complete(LocalCompleter(Model("fine"), journal)) == ("ok", "fine", len("be briefx = 1"), 4)
-    assert complete(LocalCompleter(Model("a" * 20), journal)) == ("ok", "a" * 20, len("be briefx = 1"), 20)
+    assert complete(LocalClient(Model("fine"), journal)) == ("ok", "fine", len("be briefx = 1"), 4)
+    assert complete(LocalClient(Model("a" * 20), journal)) == ("ok", "a" * 20, len("be briefx = 1"), 20)
 
 
 def test_a_reply_that_does_not_end_in_time_is_truncated(journal):
-    assert complete(LocalCompleter(Model("a" * 21), journal)) == ("truncated", "a" * 20, 13, 20)
-    assert complete(LocalCompleter(Model("a" * 21), journal, context_length=15)) == ("truncated", "aa", 13, 2)
+    assert complete(LocalClient(Model("a" * 21), journal)) == ("truncated", "a" * 20, 13, 20)
+    assert complete(LocalClient(Model("a" * 21, context_length=15), journal)) == ("truncated", "aa", 13, 2)
 
 
 def test_a_prompt_that_leaves_no_room_is_an_overflow_and_is_not_run(journal):
-    model = Model("fine")
-    completion = complete(LocalCompleter(model, journal, context_length=13))
+    model = Model("fine", context_length=13)
+    completion = complete(LocalClient(model, journal))
     assert (completion.status, completion.prompt_tokens) == ("overflow", 13)
     assert "13 of 13 tokens" in completion.text
     assert model.said == 0
@@ -88,7 +82,7 @@ def test_a_prompt_that_leaves_no_room_is_an_overflow_and_is_not_run(journal):
 
 def test_the_system_message_is_folded_where_the_format_has_no_role_for_it(journal):
     model = Model("fine", system=False)
-    completer = LocalCompleter(model, journal)
+    completer = LocalClient(model, journal)
     assert complete(completer).status == "ok"
     assert model.tokenizer.seen[-1] == [{"role": "user", "content": "be brief\n\nx = 1"}]
 
@@ -96,25 +90,17 @@ def test_the_system_message_is_folded_where_the_format_has_no_role_for_it(journa
 def test_what_was_answered_is_not_generated_again(tmp_path):
     model = Model("fine")
     for _ in range(2):  # two runs
-        with Journal(tmp_path / "completions.jsonl") as journal:
-            completer = LocalCompleter(model, journal)
-            assert complete(completer) == complete(completer) == ("ok", "fine", 13, 4)
+        completer = LocalClient(model, Journal(tmp_path / "completions.jsonl"))
+        assert complete(completer) == complete(completer) == ("ok", "fine", 13, 4)
     assert model.said == 4
     nn.init.zeros_(model.last.weight)  # another model
-    with Journal(tmp_path / "completions.jsonl") as journal:
-        assert complete(LocalCompleter(model, journal)).text == "fine"
+    assert complete(LocalClient(model, Journal(tmp_path / "completions.jsonl"))).text == "fine"
     assert model.said == 8
-
-
-def test_the_context_is_what_the_model_was_made_for(journal):
-    model = Model("fine")
-    model.context_length = 13
-    assert complete(LocalCompleter(model, journal)).status == "overflow"
 
 
 def test_requests_run_one_at_a_time_beside_the_event_loop(journal):
     model = Model("abc", pause=0.01)
-    completer = LocalCompleter(model, journal)
+    completer = LocalClient(model, journal)
 
     async def work():
         ticks = 0
@@ -142,7 +128,7 @@ def test_a_reply_that_nobody_waits_for_is_not_finished(journal):
     model = Model("a" * 1000, pause=0.005)
 
     async def work():
-        task = asyncio.create_task(LocalCompleter(model, journal).complete(Request(MESSAGES, None, 1000)))
+        task = asyncio.create_task(LocalClient(model, journal).complete(Request(MESSAGES, None, 1000)))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -156,13 +142,13 @@ def test_a_reply_that_nobody_waits_for_is_not_finished(journal):
 def test_a_model_of_either_kind_completes_the_chat_that_its_tokenizer_makes(kind, request, journal):
     lm = load(request.getfixturevalue(kind), device="cpu")
     asked = Request(MESSAGES, None, 5)
-    completion = complete(LocalCompleter(lm, journal), asked)
+    completion = complete(LocalClient(lm, journal), asked)
     assert completion.status in ("ok", "truncated")
     assert completion.completion_tokens <= 5
-    with Journal(journal.path.with_name("another.jsonl")) as empty:
-        assert completion == complete(LocalCompleter(lm, empty), asked)
+    assert completion == complete(LocalClient(lm, Journal(journal.path.with_name("another.jsonl"))), asked)
     prompt = explain_request(make_feature(0, on(" self")))
-    assert complete(LocalCompleter(lm, journal, context_length=300), prompt).status == "overflow"
+    lm.context_length = 300
+    assert complete(LocalClient(lm, journal), prompt).status == "overflow"
 
 
 def test_a_tokenizer_without_a_chat_format_ends_the_run(mistral_folder, monkeypatch, journal):
@@ -173,4 +159,4 @@ def test_a_tokenizer_without_a_chat_format_ends_the_run(mistral_folder, monkeypa
 
     monkeypatch.setattr(lm.tokenizer, "chat", refuse)
     with pytest.raises(ModelError, match="no chat format"):
-        complete(LocalCompleter(lm, journal))
+        complete(LocalClient(lm, journal))
