@@ -198,7 +198,8 @@ class Progress(tqdm):
         options.setdefault("dynamic_ncols", True)
         options.setdefault("delay", 1)  # what is done within a second needs no bar
         if not sys.stderr.isatty():
-            options |= {"file": _Lines(), "mininterval": QUIET_SECONDS, "delay": QUIET_SECONDS, "ncols": 100}
+            quiet = dict.fromkeys(("mininterval", "maxinterval", "delay"), QUIET_SECONDS)
+            options |= {"file": _Lines(), "ncols": 100} | quiet
         super().__init__(*args, **options)
 
     def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
