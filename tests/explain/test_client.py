@@ -167,8 +167,9 @@ REFUSED = [
 def test_what_no_request_can_survive_ends_the_run_at_once_and_costs_nothing(journal, fault, words):
     with serve(lambda asked: fault) as server:
         start = time.monotonic()
-        results, _ = ask(server, journal, *map(str, range(50)), deadline=1.0)
+        results, client = ask(server, journal, *map(str, range(50)), deadline=1.0)
     assert time.monotonic() - start < 10
+    assert len(client.report) == 1  # which the error need not be repeated in
     assert {type(result) for result in results} == {UserError}
     assert len({str(result) for result in results}) == 1
     assert words in str(results[0])
