@@ -23,7 +23,6 @@ from mistral_sae.explain.types import STATUSES, Completion, Request
 
 ROOT = Path(__file__).parent.parent.parent
 WRONG = ("malformed", "html", "schema", "empty", "500", "cut", "drop")
-CONTEXT = "This model's maximum context length is 8192 tokens"
 FINAL = {status for status, outcome in STATUSES.items() if not outcome.ask_again}
 pytestmark = pytest.mark.usefixtures("quick_retries")
 

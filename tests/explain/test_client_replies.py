@@ -1,18 +1,12 @@
 """What servers say, and how they want to be asked."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
 from asking import SCHEMA, ask, lines, opened, request, serve
 from openai_server import Raw
 
-from mistral_sae.explain.types import STATUSES
-
-ROOT = Path(__file__).parent.parent.parent
-WRONG = ("malformed", "html", "schema", "empty", "500", "cut", "drop")
 CONTEXT = "This model's maximum context length is 8192 tokens"
-FINAL = {status for status, outcome in STATUSES.items() if not outcome.ask_again}
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
 

@@ -121,9 +121,8 @@ def ended(process):
 
 
 @pytest.fixture
-def here(run_script, monkeypatch):
+def here(run_script, quick_retries):
     """Run explain.py in this process."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     return lambda arguments: Ran(*run_script("explain.py", arguments))
 
 
