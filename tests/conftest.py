@@ -177,3 +177,18 @@ def run_script(monkeypatch, capsys):
 
     yield run
     override([], config)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """An empty journal of completions."""
+    from mistral_sae.explain.journal import Journal
+
+    return Journal(tmp_path / "completions.jsonl")
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    """Shorten the pauses before requests are sent again."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("mistral_sae.explain.client.PAUSE", 0.05)

@@ -56,6 +56,8 @@ FATAL = {  # what ends the run: "the server at ..."
     "only thinks",
 }
 
+INSTEAD = {"max_tokens": "with max_completion_tokens", "json_schema": "for json_object", "json_object": "for text"}
+
 
 @dataclass(frozen=True)
 class Server:
@@ -110,8 +112,8 @@ class Client:
     Attributes:
         stopped: why the budget or the server ended the run, in one line; "" while neither has.
         is_broken: whether it was the server.
-        notes: what the server does not take, and which constants would help; by what is left out of requests for it,
-            or another name.
+        notes: what the server does not take, by the part of requests that is left out for it, and which constants
+            would help.
     """
 
     def __init__(self, server: Server, journal: Journal, budget: Budget):
@@ -156,7 +158,8 @@ class Client:
     @property
     def report(self) -> list[str]:
         """What asking came to, and which constants would have helped, a line each."""
-        spent, stopped = self._budget.spent, [f"stopped: {self.stopped}"] if self.stopped else []
+        spent, is_error = self._budget.spent, self.is_broken and not self._served
+        stopped = [f"stopped: {self.stopped}"] if self.stopped and not is_error else []
         used = (
             f"{self._done:,} requests, {self._retries:,} retries, {self._known:,} answered from the journal; "
             f"{spent.prompt:,} tokens read, {spent.completion:,} written{self._budget.cost(spent)}"
@@ -252,7 +255,7 @@ class Client:
                 _CALL.reset(token)
             reply = call.reply
             if reply.kind == "rejected" and (part := self._to_blame(call.body, reply.text)):
-                self.notes[part] = f"the server does not take {part}: asking without it"
+                self.notes[part] = f"the server does not take {part}: asking {INSTEAD.get(part, 'without it')}"
             elif reply.kind in ("busy", "no server"):
                 await anyio.sleep(PAUSE)
             elif reply.kind in FATAL and not (reply.kind == "unusable" and self._served):
@@ -280,15 +283,13 @@ class Client:
                 with anyio.fail_after(self.server.timeout):  # httpx's own timeout starts again with each byte
                     response = await send()
                 reply = read_reply(response, call.request)
-            except httpx2.RequestError as error:
+            except Exception as error:
                 reply = self._broken(error)
-                raise
-            except TimeoutError:
-                reply = self._broken(httpx2.ReadTimeout(""))
-                raise httpx2.ReadTimeout(reply.text) from None
+                raise httpx2.ReadTimeout(reply.text) if isinstance(error, TimeoutError) else error from None
             finally:
-                spent = reply.spent if reply else Tokens() if self.is_broken else None
-                spent = call.most if spent is None else spent
+                spent = reply.spent if reply else None
+                if spent is None:  # of what is given up when the others are refused, nothing
+                    spent = call.most if reply or not self.is_broken else Tokens()
                 self._budget.settle(call.most, spent)
                 call.spent = call.spent.plus(spent)
                 if reply:
@@ -302,11 +303,11 @@ class Client:
             response.status_code = 502  # which it should have had
         return response
 
-    def _broken(self, error: httpx2.RequestError) -> Reply:
+    def _broken(self, error: Exception) -> Reply:
         """What an attempt without a response means."""
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             return Reply("no server", str(error) or "no connection")
-        if isinstance(error, httpx2.TimeoutException):
+        if isinstance(error, httpx2.TimeoutException | TimeoutError):
             return Reply("late", f"no reply within {self.server.timeout:g} s", None)
         return Reply("fault", f"the connection broke ({type(error).__name__})", None)
 
@@ -319,17 +320,16 @@ class Client:
             self._taken.add(call.body.get("response_format", {}).get("type", ""))
             self._width = min(self.server.concurrency, self._width + (1 / self._width if self._halved else 1))
             estimate = estimate_tokens(*(message["content"] for message in call.request.messages))
-            if (
-                reply.spent and 0 < reply.spent.prompt < 0.75 * estimate > 750
-            ):  # which is less than estimates are off by
+            # Ollama cuts long prompts without a word; estimates of those are better than that
+            if reply.spent and estimate > 1000 and 0 < reply.spent.prompt < 0.75 * estimate:
                 self.notes["prompts"] = (
                     f"the server read only {reply.spent.prompt:,} of about {round(estimate, -2):,} tokens of a prompt: "
                     "raise its context length (Ollama: OLLAMA_CONTEXT_LENGTH)"
                 )
-        if reply.kind in ("busy", "late") and began >= self._halved:  # else it was out with one that has halved them
-            # A first request alone may be at fault itself: let another one try
-            self._width, self._halved = (max(1.0, self._width / 2), now) if self._served else (2.0, 0.0)
-            self._turns.total_tokens = max(2, self._turns.total_tokens)
+        elif reply.kind == "late" and not self._served:  # this request may be to blame: let another one try
+            self._width = self._turns.total_tokens = min(2, self.server.concurrency)
+        elif reply.kind in ("busy", "late") and began >= self._halved:  # else it was out with one that has halved them
+            self._width, self._halved = max(1.0, self._width / 2), now
         self._slots.total_tokens = int(self._width)
         if reply.kind in ("busy", "late"):
             call.scope.deadline = max(call.scope.deadline, self._answered + self.server.deadline)
@@ -349,12 +349,12 @@ class Client:
 
     def _body(self, request: Request, room: int) -> dict[str, Any]:
         """The arguments of `chat.completions.create`, without what the server has rejected."""
+        extra = {"stream": False, **self.server.sampling}  # some servers stream unless told
         body: dict[str, Any] = {
             "model": self.server.model,
             "messages": fold_system(request.messages) if "a system message" in self.notes else request.messages,
             "max_completion_tokens" if "max_tokens" in self.notes else "max_tokens": room,
-            "stream": False,  # which some servers do unless told
-            "extra_body": {name: value for name, value in self.server.sampling.items() if name not in self.notes},
+            "extra_body": {name: value for name, value in extra.items() if name not in self.notes},
         }
         if request.schema is not None and "json_schema" not in self.notes:
             schema = {"name": "reply", "schema": request.schema, "strict": True}

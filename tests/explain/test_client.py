@@ -23,7 +23,6 @@ from mistral_sae.explain.types import STATUSES, Completion, Request
 
 ROOT = Path(__file__).parent.parent.parent
 WRONG = ("malformed", "html", "schema", "empty", "500", "cut", "drop")
-CONTEXT = "This model's maximum context length is 8192 tokens"
 FINAL = {status for status, outcome in STATUSES.items() if not outcome.ask_again}
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -167,8 +166,9 @@ REFUSED = [
 def test_what_no_request_can_survive_ends_the_run_at_once_and_costs_nothing(journal, fault, words):
     with serve(lambda asked: fault) as server:
         start = time.monotonic()
-        results, _ = ask(server, journal, *map(str, range(50)), deadline=1.0)
+        results, client = ask(server, journal, *map(str, range(50)), deadline=1.0)
     assert time.monotonic() - start < 10
+    assert len(client.report) == 1  # which the error need not be repeated in
     assert {type(result) for result in results} == {UserError}
     assert len({str(result) for result in results}) == 1
     assert words in str(results[0])

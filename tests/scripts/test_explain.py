@@ -121,9 +121,8 @@ def ended(process):
 
 
 @pytest.fixture
-def here(run_script, monkeypatch):
+def here(run_script, quick_retries):
     """Run explain.py in this process."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     return lambda arguments: Ran(*run_script("explain.py", arguments))
 
 
@@ -536,7 +535,7 @@ def test_what_a_server_does_not_take_is_said(here, arguments, served, run_dir):
     with Server(reply, rejects=["json_schema"]) as server:
         ran = here(arguments(run_dir, **openai(server)))
     assert ran.code == 0, ran.err
-    assert "the server does not take json_schema: asking without it\n" in ran.out
+    assert "the server does not take json_schema: asking for json_object\n" in ran.out
 
 
 def test_a_second_run_is_refused_before_it_loads_its_model(here, arguments, run_dir, monkeypatch):
