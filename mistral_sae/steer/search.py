@@ -31,8 +31,8 @@ CLASS = 5  # tokens by which a class of raised tokens is judged
 CANDIDATES = 64  # features by words whose effect on the words' tokens is measured
 SAMPLE = (4, 32)  # rows and positions of the text on which it is measured
 SCAN_ROWS, SCAN_AT_ONCE = 48, 16  # rows of text that are read to find features by their tokens
-LOOKED_AT, TRIED = 128, 12  # features among which one is looked for that shows in text
-LOOKED_AT_TOKENS = 24  # of the text on which those are measured, after the prompt
+LOOKED_AT, TRIED = 128, 10  # features among which one is looked for that shows in text
+LOOKED_AT_TOKENS = 16  # of the text on which those are measured, after the prompt
 LISTED = 3  # features of a printed list
 
 Rows = Callable[[int], Tensor]  # so many rows of text (R, T)
@@ -326,7 +326,8 @@ def _shown(subject: Subject, edit: Edit, coefficient: float, tried: Sequence[int
 
     own = trials.unsteered(tried[:1])
     own_rates = firing_rates(subject.model, subject.loaded, tried, trials.prompt_ids, own.texts)
-    bar = Progress(trials.steered(tried, context, lambda f: [f]), "steered texts", len(tried), unit=" features")
+    steered = trials.steered(tried, context, lambda feature: [feature], with_kl=False)
+    bar = Progress(steered, "steered texts", len(tried), unit=" features", leave=False)
     found = [
         Shown(feature, trial.pooled.rate, own_rate, _stays_fluent(trial, own))
         for feature, own_rate, trial in zip(tried, own_rates, bar, strict=True)

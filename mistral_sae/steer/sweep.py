@@ -158,12 +158,14 @@ class Trials(NamedTuple):
         settings: Sequence[S],
         edit: Callable[[list[S]], AbstractContextManager],
         features: Callable[[S], Sequence[int]],
+        with_kl: bool = True,
     ) -> Iterator[Trial]:
         """The texts of each setting, such as a coefficient or a feature, as they come, several settings in a batch.
 
         Args:
             edit: the settings (B), one for each text of a batch, -> the edit, a context such as `steer`.
             features: a setting -> the features whose activations are read back.
+            with_kl: measure the divergence, which takes a forward more.
         """
         n, length = len(self.seeds), len(self.prompt_ids) + self.max_tokens
         at_once = max(1, min(ROWS, LOGITS_BYTES // (4 * length * self.model.vocab_size)) // n)
@@ -173,7 +175,8 @@ class Trials(NamedTuple):
             with edit(of_each_text):
                 texts = self._texts(len(some))
             of = torch.tensor([features(setting) for setting in of_each_text])
-            found = measure(self.model, self.loaded, of, self.prompt_ids, texts, edit(of_each_text))
+            again = edit(of_each_text) if with_kl else None
+            found = measure(self.model, self.loaded, of, self.prompt_ids, texts, again)
             for i in range(0, len(texts), n):
                 yield Trial(texts[i : i + n], found[i : i + n])
 
