@@ -288,7 +288,7 @@ def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trial
     )
     for each in found[:LISTED]:
         explanation = subject.explanations.get(each.feature)
-        rates = f"{each.own_rate:4.0%} to {each.rate:4.0%}"
+        rates = f"fires on {each.own_rate:3.0%}, steered {each.rate:4.0%} "
         _print_ranked(each is best, each.feature, rates, explanation.text if explanation else "no explanation")
     return best.feature
 

@@ -261,7 +261,7 @@ def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir):
 def test_without_a_feature_one_that_shows_is_taken_of_the_explained_if_there_are_any(demo, run_dir):
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    assert len(re.findall(r"^  [→ ] +\d+ +\d+% to +\d+% ", ran.out, re.M)) == 3
+    assert len(re.findall(r"^  [→ ] +\d+ +fires on +\d+%, steered +\d+% ", ran.out, re.M)) == 3
     explain(run_dir, f7="brackets")
     ran = demo(FEATURE_INDEX=None)
     assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
