@@ -281,7 +281,7 @@ def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trial
     print(
         "→ fires on most more tokens of its texts than of the model's own"
         + (
-            f" and leaves them fluent (at most {MOST_NATS:g} nat a token more, {MOST_REPETITION:.0%} more repeated)"
+            f" and leaves them fluent (together at most {MOST_NATS:g} nat a token more, {MOST_REPETITION:.0%} repeated more)"
             if best.is_fluent
             else "; none leaves them fluent"
         )
