@@ -278,13 +278,10 @@ def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trial
     )
     found = _shown(subject, edit, coefficient, tried, trials)
     best = found[0]
+    bounds = f"together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition more"
     print(
         "→ fires on most more tokens of its texts than of the model's own"
-        + (
-            f" and leaves them fluent (together at most {MOST_NATS:g} nat a token more, {MOST_REPETITION:.0%} repeated more)"
-            if best.is_fluent
-            else "; none leaves them fluent"
-        )
+        + (f" and leaves them fluent ({bounds})" if best.is_fluent else "; none leaves them fluent")
     )
     for each in found[:LISTED]:
         explanation = subject.explanations.get(each.feature)
