@@ -185,7 +185,9 @@ def test_the_summary_gives_the_first_few_and_counts_the_rest_in_one_line():
 def test_a_field_that_is_in_no_line_is_an_error_that_names_those_found(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\nnot json\n')
     write_parquet(tmp_path / "b.parquet", {"title": ["x"]})
-    with pytest.raises(TextError, match=r"no record .* the field 'text'; found 'body', 'id', 'title': choose"):
+    with pytest.raises(
+        TextError, match=r"none of the first 3 records .* the field 'text'; found 'body', 'id', 'title': choose"
+    ):
         texts(tmp_path)
 
 
