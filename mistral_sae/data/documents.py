@@ -46,8 +46,7 @@ class Skipped:
     KEEP = 3
 
     def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
+        self.count, self.first = 0, list[str]()
 
     def add(self, where: str, reason: str) -> None:
         """Count one record, at `where` (file:line), that was skipped for `reason`."""

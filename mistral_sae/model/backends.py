@@ -94,7 +94,8 @@ class Transformers:
         self._config = config
         self._body = model.model if last_layer is None else model
         self.blocks = list(self._body.layers)
-        self.norm, self.head = (self._body.norm, model.lm_head) if last_layer is None else (None, None)
+        self.norm: nn.Module | None = self._body.norm if last_layer is None else None
+        self.head: nn.Linear | None = model.lm_head if last_layer is None else None
         # transformers 5.24 renamed it, and warns of the old name
         renamed = "cache" in inspect.signature(self._body.forward).parameters
         self._cache = "cache" if renamed else "past_key_values"
