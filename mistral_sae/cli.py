@@ -54,15 +54,16 @@ def expect(name: str, value: Any, good: Any, expected: str) -> None:
 
 
 def override(arguments: list[str], config: ModuleType) -> None:
-    """Set constants of a module from NAME=value arguments.
+    """Set constants of a module, the annotated names at its top level, from NAME=value arguments.
 
-    The constants are the annotated names that the module assigns at its top level. The module runs again with the
-    given values in their places, so what is computed from a constant follows it, and so do the checks at its foot.
-
-    Raises UserError for an argument that is no NAME=value, an unknown name, a value (given, or in the file) that is
-    not of the annotated type, and whatever the module's own checks raise.
+    The module runs again with the given values in their places, so what is computed from a constant follows it, and so
+    do the checks at its foot. Raises UserError for an argument that is no NAME=value, an unknown name, a value (given,
+    or in the file) that is not of the annotated type, and whatever the module's own checks raise.
     """
-    given = dict(_split(argument) for argument in arguments)
+    for argument in arguments:
+        if "=" not in argument:
+            raise UserError(f"expected NAME=value, as in SEED=1: found {argument!r}")
+    given = {name.strip(): value for name, _, value in (argument.partition("=") for argument in arguments)}
     tree = ast.parse(inspect.getsource(config))
     kinds: dict[str, tuple[type, ...]] = {}
 
@@ -94,13 +95,6 @@ def override(arguments: list[str], config: ModuleType) -> None:
         del vars(config)["_value_of"]
 
 
-def _split(argument: str) -> tuple[str, str]:
-    name, equals, value = argument.partition("=")
-    if not equals:
-        raise UserError(f"expected NAME=value, as in SEED=1: found {argument!r}")
-    return name.strip(), value
-
-
 def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:
     """What an argument says, as one of the constant's types; a string needs no quotes."""
     if text == "" and type(None) in kinds:  # as after a misspelt shell variable: a budget must not get lost
@@ -112,14 +106,14 @@ def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
         value = text
     try:
-        return _typed(name, value, kinds)
+        return _typed(name, value, kinds, found=text)
     except UserError:
         if str in kinds:
             return text
-        raise _of_another_type(name, text, kinds) from None
+        raise
 
 
-def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+def _typed(name: str, value: Any, kinds: tuple[type, ...], found: Any = None) -> Any:
     """A value as one of the constant's types: 1 may stand for 1.0 or True, and 1e6 for a million."""
     if type(value) in kinds:
         return value
@@ -129,12 +123,8 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
         return float(value)
     if int in kinds and type(value) is float and value.is_integer():
         return int(value)
-    raise _of_another_type(name, value, kinds)
-
-
-def _of_another_type(name: str, found: Any, kinds: tuple[type, ...]) -> UserError:
     expected = " or ".join("nothing (None)" if kind is type(None) else kind.__name__ for kind in kinds)
-    return UserError(f"{name} must be of type {expected}: found {found!r}")
+    raise UserError(f"{name} must be of type {expected}: found {(value if found is None else found)!r}")
 
 
 # ---- a script's beginning and end ----

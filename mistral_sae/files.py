@@ -39,22 +39,18 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` make a synced file beside `path` and return where; nothing stays behind if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
     try:
         write(partial)
-        os.chmod(partial, 0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     return partial
-
-
-def _umask() -> int:
-    """The permissions that this process withholds from new files; there is no way to read them but to set them."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,15 +97,13 @@ def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
     except FileNotFoundError:
         raise SAEError(f"found no {path}, expected a complete checkpoint: check the path or save again") from None
     except (SafetensorError, OSError) as error:
-        raise SAEError(
-            f"found a damaged {path} ({one_line(error)}), expected safetensors: copy or download it again"
-        ) from None
+        raise SAEError(f"found a damaged {path} ({one_line(error)}), expected safetensors: get it again") from None
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write what resuming needs as one safetensors file: tensors, and metadata as JSON.
+    """Write what resuming needs as one safetensors file: tensors in their dtype, and metadata as JSON.
 
-    Tensors keep their dtype; views are written as what they show. The old file stays until the new is whole.
+    Views are written as what they show.
     """
     header = {STATE_KEY: json.dumps(metadata)}
     contents, storages = {}, set()
@@ -118,24 +112,20 @@ def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
         storage = tensor.untyped_storage().data_ptr()
         contents[name] = tensor.clone() if storage in storages else tensor  # safetensors wants no shared memory
         storages.add(storage)
-    write_atomically(Path(path), lambda partial: save_file(contents, partial, metadata=header))
+    write_atomically(path, lambda partial: save_file(contents, partial, metadata=header))
 
 
 def load_state(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_state` wrote, the tensors on `device`. Raises SAEError if it is damaged or foreign."""
-    with opened(Path(path), device) as file:
-        metadata = _metadata_in(file, path)
+    metadata = load_metadata(path)
+    with opened(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone. Raises SAEError like `load_state`."""
-    with opened(Path(path), "cpu") as file:
-        return _metadata_in(file, path)
-
-
-def _metadata_in(file: Any, path: Path) -> dict[str, Any]:
-    header = (file.metadata() or {}).get(STATE_KEY)
+    with opened(path) as file:
+        header = (file.metadata() or {}).get(STATE_KEY)
     if header is None:
         raise SAEError(f"found no training state in {path}, expected what train.py saved: remove the file")
     try:

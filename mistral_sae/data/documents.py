@@ -4,6 +4,7 @@ Everything is read record by record, in bounded memory. `datasets` reads the hub
 neither skips a bad line nor says which one it was, and takes a .zst file that was cut short for a whole one.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -29,7 +30,7 @@ _FILE_SUFFIXES = {*KINDS, ".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".tar"
 
 
 class TextError(UserError):
-    """A corpus that cannot be used: one line with what was found, what was expected and what to do."""
+    """A corpus that cannot be used."""
 
 
 class Document(NamedTuple):
@@ -45,8 +46,7 @@ class Skipped:
     KEEP = 3
 
     def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
+        self.count, self.first = 0, list[str]()
 
     def add(self, where: str, reason: str) -> None:
         """Count one record, at `where` (file:line), that was skipped for `reason`."""
@@ -76,16 +76,15 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of a corpus, once each, in an order that depends on nothing but the corpus.
 
-    `data_path` is "stdlib", a local file of one of the KINDS, a folder of such files (read in the order of
-    their paths, hidden ones left out), or the name of a dataset on the Hugging Face hub, whose `split` is
-    streamed. Ids are `file:line` (lines count from 1), `file:row` for parquet (rows from 0), the path of a
-    .txt or library file, and `name:index` on the hub; paths are relative to `data_path`.
+    `data_path` is "stdlib", a local file of one of the KINDS, a folder of such files (read in the order of their
+    paths, hidden ones left out), or the name of a dataset on the Hugging Face hub, whose `split` is streamed. Ids are
+    `file:line` (from 1), `file:row` for parquet (from 0), the path of a .txt or library file, and `name:index` on the
+    hub; paths are relative to `data_path`.
 
     Records that hold no text are counted in `skipped`. Raises TextError where there is nothing to read, where
     no record is a document, and for a file that is truncated or damaged.
     """
     skipped = Skipped() if skipped is None else skipped
-    before_first = Skipped()
     fields: dict[str, None] = {}
     found = False
     for record in _records(data_path, text_field, split):
@@ -95,28 +94,20 @@ def documents(
             continue
         skipped.add(record.id, record.reason)
         if not found:
-            before_first.add(record.id, record.reason)
-            fields.update(dict.fromkeys(record.fields))
-            if before_first.count >= GIVE_UP_AFTER:
+            fields |= dict.fromkeys(record.fields)
+            if skipped.count >= GIVE_UP_AFTER:
                 break
     if found:
         return
     if fields and text_field not in fields:
-        which = f"none of the first {GIVE_UP_AFTER:,} records" if before_first.count >= GIVE_UP_AFTER else "no record"
-        raise TextError(
-            f"{which} of {data_path!r} has the field {text_field!r}; found "
-            f"{', '.join(repr(name) for name in list(fields)[:10])}: choose one of them as the text field"
-        )
-    why = before_first.summary() or "it is empty"
+        names = ", ".join(repr(name) for name in list(fields)[:10])
+        raise TextError(f"no field {text_field!r} in {data_path!r}; found {names}: choose one of them as TEXT_FIELD")
+    why = skipped.summary() or "it is empty"
     raise TextError(f"no document in {data_path!r}: {why}. Point DATA_PATH at text")
 
 
 def check(data_path: str, text_field: str = "text") -> str:
-    """A short description of a corpus; a local one is read up to its first document, the hub not at all.
-
-    Raises TextError for a path that is not there, a file or folder of an unknown kind, and a local corpus
-    that does not begin with text.
-    """
+    """A short description of a corpus; a local one is read up to its first document. Raises TextError."""
     files = _files(data_path)
     if files is None:
         return f"{data_path}, streamed from the hub"
@@ -130,7 +121,7 @@ def check(data_path: str, text_field: str = "text") -> str:
 
 
 def fits_in_memory(data_path: str) -> bool:
-    """True if a corpus may be held as a list, by the sizes of its files and IN_MEMORY; never from the hub."""
+    """True if a corpus may be held as a list, by the sizes of its files; one on the hub may not."""
     files = _files(data_path)
     return files is not None and sum(p.stat().st_size * KINDS.get(_kind_of(p), 1) for _, p in files) <= IN_MEMORY
 
@@ -155,21 +146,18 @@ def _records(data_path: str, text_field: str, split: str) -> Iterator[Document |
     files = _files(data_path)
     if files is None:
         yield from _hub_records(data_path, text_field, split)
-    elif data_path == "stdlib":
-        for name, path in files:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:  # on purpose, to test Python's parser
-                continue
-            if text:
-                yield Document(name, text)
-    else:
-        for name, path in files:
+        return
+    for name, path in files:
+        if data_path == "stdlib":
+            with contextlib.suppress(UnicodeDecodeError):  # some files are not UTF-8, to test Python's parser
+                if text := path.read_text(encoding="utf-8"):
+                    yield Document(name, text)
+        else:
             yield from _file_records(name, path, text_field)
 
 
 def _files(data_path: str) -> list[tuple[str, Path]] | None:
-    """The files of a corpus as (relative path, path), sorted; None for a dataset on the hub.
+    """The files of a corpus as (relative path, path), in order; None for a dataset on the hub.
 
     Raises TextError for a path that is not there and for files of an unknown kind.
     """
@@ -183,25 +171,19 @@ def _files(data_path: str) -> list[tuple[str, Path]] | None:
             f"there is no file or folder {data_path!r}: DATA_PATH takes 'stdlib', a path that exists, "
             "or a Hugging Face dataset as 'owner/name'"
         )
-    supported = ", ".join(KINDS)
-    if root.is_file():
-        if _kind_of(root) not in KINDS:
-            raise TextError(f"{root} is of an unknown kind: DATA_PATH takes {supported}")
-        return [(root.name, root)]
     files = []
-    for path in root.rglob("*"):
-        relative = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in relative.parts)
+    for path in [root] if root.is_file() else root.rglob("*"):
+        name = path.relative_to(root.parent if path == root else root).as_posix()
+        hidden = "/." in f"/{name}" and path != root
         if not hidden and _kind_of(path) in KINDS and path.is_file():
             # A name that is not UTF-8 would break whatever hashes or prints the id
-            files.append((relative.as_posix().encode("utf-8", "replace").decode(), path))
+            files.append((name.encode("utf-8", "replace").decode(), path))
     if not files:
-        raise TextError(f"no file that can be read in the folder {root}: DATA_PATH takes {supported}")
+        raise TextError(f"{root} holds no text of a kind that is read: DATA_PATH takes {', '.join(KINDS)}")
     return sorted(files)
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
-    """The source files of this Python's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
@@ -212,7 +194,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 
 def _hub_records(name: str, text_field: str, split: str) -> Iterator[Document | _Fault]:
-    """Stream one split of a Hugging Face dataset; whatever goes wrong on the way is one TextError."""
+    """One split of a dataset, streamed; whatever goes wrong on the way is one TextError."""
     import datasets
     import huggingface_hub
 
@@ -232,9 +214,9 @@ def _hub_records(name: str, text_field: str, split: str) -> Iterator[Document | 
             yield _document_of(f"{name}:{count - 1}", record, text_field)
             what = f"broke off after {count:,} records"
     except Exception as error:  # of many kinds: the library lets through those of httpx, fsspec and pyarrow
+        why = f"{type(error).__name__}: {one_line(error)}"
         raise TextError(
-            f"the dataset {name!r} (split {split!r}) {what}: {type(error).__name__}: {one_line(error)}. "
-            "Check its name, the split and the network, or point DATA_PATH at a local copy"
+            f"the dataset {name!r} (split {split!r}) {what}: {why}. Check name, split and network, or use a local copy"
         ) from error
 
 
@@ -248,7 +230,7 @@ def _kind_of(path: Path) -> str:
 
 
 def _file_records(name: str, path: Path, text_field: str) -> Iterator[Document | _Fault]:
-    """What a file holds, in its order, under ids that begin with `name`; a .txt file is one document."""
+    """What a file holds, under ids that begin with `name`; a .txt file is one document."""
     kind = _kind_of(path)
     try:
         if kind == ".txt":
@@ -307,22 +289,18 @@ def _jsonl(name: str, path: Path, kind: str, text_field: str) -> Iterator[Docume
 def _lines(path: Path, kind: str) -> Iterator[bytes]:
     """The lines of a file, unpacked. Raises EOFError where its packed data ends too early."""
     if kind == ".jsonl.zst":
-        pieces: list[bytes] = []  # of the line under way, joined once: the cost of a long line is linear
+        rest = b""
         for chunk in _unpacked_zst(path):
-            head, *lines = chunk.split(b"\n")
-            pieces.append(head)
-            if lines:
-                yield b"".join(pieces)
-                yield from lines[:-1]
-                pieces = [lines[-1]]
-        yield b"".join(pieces)
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+        yield rest
     else:
         with gzip.open(path) if kind == ".jsonl.gz" else open(path, "rb") as file:
             yield from file
 
 
 def _unpacked_zst(path: Path) -> Iterator[bytes]:
-    # Frame by frame, by hand: zstandard's own reader takes a file that ends inside a frame for a whole one.
+    """Frame by frame, by hand: zstandard's own reader takes a file that ends inside a frame for a whole one."""
     import zstandard
 
     unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # what `zstd --long=31` needs

@@ -18,12 +18,13 @@ import random
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from mistral_sae.data.documents import Document, Skipped, TextError, check, documents, fingerprint, fits_in_memory
+from mistral_sae.model.tokenizer import Tokenizer
 
 # Seconds to wait at the end for the item under way, which may hang on the network; the thread is a daemon
 JOIN = 1.0
@@ -39,20 +40,11 @@ class Row(NamedTuple):
     documents: list[str]  # their ids, in the order of the row
 
 
-class Tokenizer(Protocol):
-    """What packing needs to know of a tokenizer."""
-
-    bos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without a BOS."""
-
-
 def is_held_out(document_id: str, fraction: float) -> bool:
     """True if a document belongs to the held-out part of its corpus.
 
-    A hash of the id decides, so the split needs no list, does not move when documents are added, and the part
-    held out at a smaller fraction lies inside the part held out at a larger one.
+    A hash of the id decides, so the split does not move when documents are added, and the part held out at a smaller
+    fraction lies inside the part held out at a larger one.
     """
     digest = hashlib.sha256(document_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
@@ -94,35 +86,32 @@ class Corpus:
 
         A corpus of up to `IN_MEMORY` bytes is read once, kept in memory and shuffled: the training part by (seed,
         epoch), the held-out part in one way whatever the seed, so that runs are evaluated on the same text. A larger
-        corpus or a dataset on the hub comes in its own order in every epoch. The order is a function of the corpus
-        and its settings alone, so a run can be repeated and resumed.
+        corpus or a dataset on the hub comes in its own order in every epoch.
 
         `skipped` counts what the first epoch left out. Raises TextError where there is nothing to read, where the part
         has no document, and for damaged files.
         """
-
-        def read(skipped: Skipped | None) -> Iterator[Document]:
-            found = False
-            for document in documents(self.data_path, text_field=self.text_field, split=self.split, skipped=skipped):
-                if is_held_out(document.id, self.held_out_fraction) == held_out:
-                    found = True
-                    yield document
-            if not found:
-                raise TextError(
-                    f"no document of {self.data_path!r} is in the {'held-out' if held_out else 'training'} part "
-                    f"at a held-out fraction of {self.held_out_fraction}: use more documents or another fraction"
-                )
-
-        in_memory = list(read(skipped)) if fits_in_memory(self.data_path) else None
+        in_memory = list(self._part(held_out, skipped)) if fits_in_memory(self.data_path) else None
         for epoch in itertools.count():
             if in_memory is None:
-                yield from read(skipped if epoch == 0 else None)
+                yield from self._part(held_out, skipped if epoch == 0 else None)
             else:
-                order = list(range(len(in_memory)))
-                random.Random("held out" if held_out else f"{self.seed} {epoch}").shuffle(order)
-                yield from (in_memory[index] for index in order)
+                shuffled = in_memory.copy()
+                random.Random("held out" if held_out else f"{self.seed} {epoch}").shuffle(shuffled)
+                yield from shuffled
             if held_out or not epochs:
                 return
+
+    def _part(self, held_out: bool, skipped: Skipped | None) -> Iterator[Document]:
+        found = False
+        for document in documents(self.data_path, text_field=self.text_field, split=self.split, skipped=skipped):
+            if is_held_out(document.id, self.held_out_fraction) == held_out:
+                found = True
+                yield document
+        if not found:
+            part = f"the {'held-out' if held_out else 'training'} part"
+            fraction = f"a held-out fraction of {self.held_out_fraction}"
+            raise TextError(f"no document of {self.data_path!r} is in {part} at {fraction}: use more documents")
 
     def rows(
         self, tokenizer: Tokenizer, *, held_out: bool, epochs: bool = True, skipped: Skipped | None = None
@@ -142,21 +131,17 @@ class Corpus:
         apart = itertools.islice(self.rows(tokenizer, held_out=True), 0, None, stride)
         rows = next(batches(apart, n_rows), None)
         if rows is None:
-            raise TextError(
-                f"the held-out part has less text than one row of {self.context_length} tokens: "
-                "use more text or raise HELD_OUT_FRACTION"
-            )
+            found = f"less text than one row of {self.context_length} tokens"
+            raise TextError(f"the held-out part has {found}: use more text or raise HELD_OUT_FRACTION")
         return rows
 
 
 def pack(documents: Iterable[Document], tokenizer: Tokenizer, context_length: int) -> Iterator[np.ndarray]:
     """Rows (T,) of token ids, int64, T = `context_length`: full, without padding.
 
-    Position 0 of each row is a BOS, and a BOS stands between two documents; where a document ends exactly
-    at the end of a row, the BOS of the next row is the one between and is not doubled. A document that does
-    not fit goes on in the next row: the rows without their first tokens, end to end, hold every token of
-    every document. Only the last row of a finite stream is left out, where it is not full. A document is
-    tokenized whole, because a cut could change its tokens.
+    Position 0 of each row is a BOS, and a BOS stands between two documents (one, where a document ends with its row).
+    A document that does not fit goes on in the next row, so no token is lost but those of the last row of a finite
+    stream, where it is not full. A document is tokenized whole, because a cut could change its tokens.
 
     Raises ValueError where a row has no room for text.
     """
@@ -170,38 +155,34 @@ def pack_with_documents(documents: Iterable[Document], tokenizer: Tokenizer, con
         raise ValueError(f"a row of {context_length} tokens has no room for text after its BOS: use 2 or more")
 
     def empty() -> Row:
-        tokens = np.full(context_length, tokenizer.bos_id, dtype=np.int64)
-        return Row(tokens, np.full(context_length, -1, dtype=np.int64), [])
+        return Row(np.full(context_length, tokenizer.bos_id), np.full(context_length, -1), [])
 
     row, filled = empty(), 1
     for document in documents:
         tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int64)
         if filled > 1 and len(tokens):
             filled += 1  # the BOS between two documents, which `empty` has put there
-        used = 0
         while True:
             if filled == context_length:
                 yield row
                 row, filled = empty(), 1
-            if used == len(tokens):
+            if not len(tokens):
                 break
-            count = min(context_length - filled, len(tokens) - used)
-            row.tokens[filled : filled + count] = tokens[used : used + count]
-            row.places[filled : filled + count] = len(row.documents)
+            fits, tokens = np.split(tokens, [context_length - filled])
+            row.tokens[filled : filled + len(fits)] = fits
+            row.places[filled : filled + len(fits)] = len(row.documents)
             row.documents.append(document.id)
-            filled, used = filled + count, used + count
+            filled += len(fits)
 
 
 def shuffle(rows: Iterable[np.ndarray], window: int, seed: int) -> Iterator[np.ndarray]:
     """The same rows, each `window` of them in an order by (seed, number of the window).
 
-    Rows of tokens are small, residuals are not: shuffling these mixes the documents of a far longer stretch of text
-    than a buffer of residuals holds.
+    Rows of tokens are small, residuals are not: this mixes a far longer stretch of text than a buffer of those holds.
     """
     rows = iter(rows)
     for number in itertools.count():
-        block = list(itertools.islice(rows, window))
-        if not block:
+        if not (block := list(itertools.islice(rows, window))):
             return
         random.Random(f"{seed} {number}").shuffle(block)
         yield from block
@@ -217,9 +198,8 @@ def batches(rows: Iterable[np.ndarray], batch_size: int) -> Iterator[torch.Tenso
 def prefetch(iterator: Iterable[Item], depth: int) -> Iterator[Item]:
     """The same items, made ahead of their use by a background thread: up to `depth` of them (1 or more) wait.
 
-    The thread starts with the first item asked for. What `iterator` raises is raised here, after the items
-    before it. Closing this generator, by hand or because its user was interrupted, ends the thread after
-    the item under way and closes `iterator`.
+    What `iterator` raises is raised here, after the items before it. Closing this generator, by hand or because its
+    user was interrupted, ends the thread after the item under way and closes `iterator`.
     """
     if depth < 1:
         raise ValueError(f"a depth of {depth} items leaves nothing to make ahead: use 1 or more")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mistral_sae.model.folder import MISTRAL_INFERENCE, ModelError, ModelFolder, check_tensors
+from mistral_sae.model.folder import MISTRAL_INFERENCE, ModelError, ModelFolder, check_tensors, misshapen
 
 
 class Backend(Protocol):
@@ -64,21 +64,19 @@ class Transformers:
         from transformers.utils import is_accelerate_available
         from transformers.utils import logging as library
 
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+        if last_layer is not None:
+            config.num_hidden_layers = last_layer + 1  # the other layers stay in the file
+        loader: Any = AutoModelForCausalLM if last_layer is None else AutoModel
         has_bars = library.is_progress_bar_enabled()
         library.disable_progress_bar()
         try:
             with quiet("transformers"):  # it lists the layers that are left out on purpose
-                config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
-                if last_layer is not None:
-                    # Layers beyond the configuration stay in the file, and so does the output matrix
-                    config.num_hidden_layers = last_layer + 1
-                loader: Any = AutoModelForCausalLM if last_layer is None else AutoModel
-                on_device = device.type != "cpu" and is_accelerate_available()
                 model, report = loader.from_pretrained(
                     folder.path,
                     config=config,
                     dtype=dtype,
-                    device_map={"": device} if on_device else None,
+                    device_map={"": device} if device.type != "cpu" and is_accelerate_available() else None,
                     attn_implementation="sdpa",
                     local_files_only=True,
                     use_safetensors=True,
@@ -88,28 +86,23 @@ class Transformers:
         finally:
             if has_bars:
                 library.enable_progress_bar()
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ModelError(f"{folder.path} has no tensor {missing[0]} ({len(missing)} missing): get the whole model")
-        if report["mismatched_keys"]:
-            name, found, expected = sorted(report["mismatched_keys"])[0]
-            raise ModelError(
-                f"{name} in {folder.path} has shape {tuple(found)}: expected {tuple(expected)} by "
-                "config.json, which belongs to another model or was edited"
-            )
+        for name in sorted(report["missing_keys"]):
+            raise ModelError(f"{folder.path} has no tensor {name}: get the whole model")
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            raise misshapen(folder, name, tuple(found), tuple(expected))
         model = model.to(device).eval().requires_grad_(False)
         self._config = config
-        self._body = model if last_layer is not None else model.model
+        self._body = model.model if last_layer is None else model
         self.blocks = list(self._body.layers)
-        self.norm = None if last_layer is not None else self._body.norm
-        self.head = None if last_layer is not None else model.lm_head
+        self.norm: nn.Module | None = self._body.norm if last_layer is None else None
+        self.head: nn.Linear | None = model.lm_head if last_layer is None else None
         # transformers 5.24 renamed it, and warns of the old name
         renamed = "cache" in inspect.signature(self._body.forward).parameters
         self._cache = "cache" if renamed else "past_key_values"
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
-        """Hidden states (B, T, D); the cache knows where the rows begin."""
-        given = {self._cache: cache, "use_cache": cache is not None}
+        """Hidden states (B, T, D)."""
+        given = {self._cache: cache, "use_cache": cache is not None}  # which knows where the rows begin
         return self._body(input_ids=tokens_BT, **given).last_hidden_state
 
     def new_cache(self, rows: int, length: int) -> Any:
@@ -150,21 +143,25 @@ class MistralInference:
         self._windows = [pattern[layer % len(pattern)] for layer in range(args.n_layers)]
         # Mistral 7B v0.1, the one with a sliding window, has 10,000, which its params.json does not say
         self._theta = params.get("rope_theta") or (1e6 if self._windows[0] is None else 1e4)
-        self._rotary_table: Tensor | None = None
+        self._rotary = torch.empty(0)  # of as many positions as were needed so far, (N, head_dim / 2)
         self.blocks = list(model.layers.values())
         self.norm, self.head = model.norm, model.output
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
-        """Hidden states (B, T, D) of rows that begin at position `start`; `cache` is of `new_cache`."""
+        """Hidden states (B, T, D)."""
+        from mistral_inference.rope import precompute_freqs_cis
+
         B, T = tokens_BT.shape
+        if len(self._rotary) < start + T:
+            table = precompute_freqs_cis(self._args.head_dim, 2 * (start + T), self._theta)
+            self._rotary = table.to(self._device)
+        rotary = self._rotary[start : start + T].repeat(B, 1)
         views: list[Any]
         if cache is None:
             view_of = {window: CausalView(B, T, window) for window in set(self._windows)}
             views = [view_of[window] for window in self._windows]
         else:
-            metadata = cache.get_input_metadata([T] * B)
-            views = [cache.get_view(layer, data) for layer, data in enumerate(metadata)]
-        rotary = self._rotary(start + T)[start:].repeat(B, 1)
+            views = [cache.get_view(layer, data) for layer, data in enumerate(cache.get_input_metadata([T] * B))]
         hidden = self._model.tok_embeddings(tokens_BT.flatten())
         for block, view in zip(self.blocks, views, strict=True):
             hidden = block(hidden, rotary, view)
@@ -181,15 +178,6 @@ class MistralInference:
         windows = [length if window is None else min(window, length) for window in self._windows]
         heads, width = self._args.n_kv_heads, self._args.head_dim
         return BufferCache(len(windows), rows, length, heads, width, windows).to(self._device, self._dtype)
-
-    def _rotary(self, length: int) -> Tensor:
-        """Rotary factors (length, head_dim / 2), from a table that grows with the longest row seen."""
-        from mistral_inference.rope import precompute_freqs_cis
-
-        if self._rotary_table is None or len(self._rotary_table) < length:
-            size = 1 << max(10, (length - 1).bit_length())
-            self._rotary_table = precompute_freqs_cis(self._args.head_dim, size, self._theta).to(self._device)
-        return self._rotary_table[:length]
 
 
 def _read_tensors(folder: ModelFolder, names: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -235,54 +223,32 @@ class CausalView:
 
 
 def memory_efficient_attention(query_1SHE: Tensor, key_1NHE: Tensor, value_1NHE: Tensor, attn_bias: Any) -> Tensor:
-    """Attention of flattened rows, each to its own keys only, (1, S, H, E) like the queries.
+    """Attention of flattened rows of equal length, each to its own keys only, (1, S, H, E) like the queries.
 
-    `attn_bias` is one of xformers' causal block-diagonal masks: prefill with or without a sliding window,
-    prefill after cached keys, and decoding over padded keys. Raises TypeError for any other mask, and for
-    none: that would be attention in both directions and across rows.
+    `attn_bias` is one of xformers' causal block-diagonal masks: prefill with or without a sliding window, prefill
+    after cached keys, and decoding over padded keys. Raises TypeError for any other mask, for none (that would be
+    attention in both directions and across rows), and for rows of several lengths, which no model here is given.
     """
     from xformers.ops.fmha import attn_bias as masks
 
     to_bottom_right = masks.BlockDiagonalCausalFromBottomRightMask, masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
     if not isinstance(attn_bias, (masks.BlockDiagonalCausalMask, *to_bottom_right)):
         raise TypeError(f"found {type(attn_bias).__name__} as attention mask, expected a causal block-diagonal one")
-    from_bottom_right = not isinstance(attn_bias, masks.BlockDiagonalCausalMask)
-    window = getattr(attn_bias, "_window_size", None)
-    queries = list(attn_bias.q_seqinfo.intervals())
-    keys = list(attn_bias.k_seqinfo.intervals())
-    Q, K = queries[0][1] - queries[0][0], keys[0][1] - keys[0][0]
-    stride = attn_bias.k_seqinfo.seqstart_py[1]  # more than K where the keys are padded
-
-    if all(b - a == Q for a, b in queries) and all(b - a == K for a, b in keys):
-        # Rows of equal length, the only kind this project makes: all rows in one call
-        query_BQHE = query_1SHE.view(len(queries), Q, *query_1SHE.shape[2:])
-        key_BKHE = key_1NHE.view(len(keys), stride, *key_1NHE.shape[2:])[:, :K]
-        value_BKHE = value_1NHE.view(len(keys), stride, *value_1NHE.shape[2:])[:, :K]
-        out_BQHE = _attend(query_BQHE, key_BKHE, value_BKHE, K - Q if from_bottom_right else 0, window)
-        return out_BQHE.reshape(query_1SHE.shape)
-
-    outs = []
-    for (q0, q1), (k0, k1) in zip(queries, keys, strict=True):
-        offset = (k1 - k0) - (q1 - q0) if from_bottom_right else 0
-        outs.append(_attend(query_1SHE[:, q0:q1], key_1NHE[:, k0:k1], value_1NHE[:, k0:k1], offset, window))
-    return torch.cat(outs, dim=1)
-
-
-def _attend(query_BQHE: Tensor, key_BKHE: Tensor, value_BKHE: Tensor, offset: int, window: int | None) -> Tensor:
-    """Attention in which query i sees keys j with i + offset - window < j <= i + offset."""
-    Q, K = query_BQHE.shape[1], key_BKHE.shape[1]
-    query, key, value = (x.transpose(1, 2) for x in (query_BQHE, key_BKHE, value_BKHE))
-    if window is not None and window >= Q + offset:
-        window = None
-    if window is None and Q == K and offset == 0:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    elif window is None and Q == 1 and offset == K - 1:
-        out = F.scaled_dot_product_attention(query, key, value)
-    else:
+    queries, keys = ([b - a for a, b in part.intervals()] for part in (attn_bias.q_seqinfo, attn_bias.k_seqinfo))
+    B, Q, K = len(queries), queries[0], keys[0]
+    if queries != [Q] * B or keys != [K] * B:
+        raise TypeError(f"found rows of {queries} queries and {keys} keys, expected rows of equal length")
+    query, key, value = (
+        x.view(B, -1, *x.shape[2:])[:, :length].transpose(1, 2)  # keys may be padded
+        for x, length in ((query_1SHE, Q), (key_1NHE, K), (value_1NHE, K))
+    )
+    offset = K - Q if isinstance(attn_bias, to_bottom_right) else 0
+    window = getattr(attn_bias, "_window_size", None) or Q + offset
+    needs_no_mask = Q + offset == K <= window and (Q == 1 or offset == 0)  # one query, or what PyTorch calls causal
+    seen_QK = None
+    if not needs_no_mask:
         last = torch.arange(Q, device=query.device)[:, None] + offset
         position = torch.arange(K, device=query.device)
-        seen_QK = position <= last
-        if window is not None:
-            seen_QK &= position > last - window
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_QK)
-    return out.transpose(1, 2)
+        seen_QK = (position <= last) & (position > last - window)
+    out_BHQE = F.scaled_dot_product_attention(query, key, value, seen_QK, is_causal=needs_no_mask and offset == 0)
+    return out_BHQE.transpose(1, 2).reshape(query_1SHE.shape)

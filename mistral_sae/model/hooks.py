@@ -8,6 +8,7 @@ Shapes: B rows, T positions, D model width.
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,18 +46,15 @@ def read_residuals(model: HookedModel, layers: Collection[int]) -> Iterator[dict
     residuals: dict[int, Tensor] = {}
     stop, last = _Stop(), max(layers)
 
-    def reader(layer: int) -> Callable[..., None]:
-        def read(module: nn.Module, args: Any, output: Tensor) -> None:
-            B, T, _ = model.span
-            residuals[layer] = output.view(B, T, -1)
-            if layer == last:
-                raise stop
-
-        return read
+    def read(layer: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        B, T, _ = model.span
+        residuals[layer] = output.view(B, T, -1)
+        if layer == last:
+            raise stop
 
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(model.block(layer).register_forward_hook(reader(layer)).remove)
+            hooks.enter_context(model.block(layer).register_forward_hook(partial(read, layer)))
         try:
             yield residuals
         except _Stop as caught:
@@ -74,12 +72,11 @@ def edit_residual(
 ) -> Iterator[None]:
     """Replace the residual after `layer` by `edit(residual_BTD)` in every forward inside the block.
 
-    Positions of a row before `first_position` are left as they are, and `edit` does not see them: 1 leaves out the
-    attention sink, the length of the prompt edits what is generated only. With a KV cache or without one the same
-    positions are edited. The result has the shape of what `edit` got and is brought to the model's dtype. Contexts on
-    one layer apply in the order they were entered.
+    `edit` does not see the positions of a row before `first_position`: 1 leaves out the attention sink, the length of
+    the prompt edits what is generated only, with a KV cache or without one. Its result is brought to the model's
+    dtype. Contexts on one layer apply in the order they were entered.
 
-    Raises HookError if the shape differs or if no forward ran through the layer, as when a generator made inside the
+    Raises HookError if the shape changes or if no forward ran through the layer, as when a generator made inside the
     with-block is consumed after it.
     """
     fired = False
@@ -91,22 +88,17 @@ def edit_residual(
         kept = max(0, first_position - start)
         if kept >= T:
             return output
-        residual_BTD = output.view(B, T, -1)
-        before_BTD = residual_BTD[:, kept:]
+        kept_BTD, before_BTD = output.view(B, T, -1).tensor_split([kept], dim=1)
         after_BTD = edit(before_BTD)
         if after_BTD.shape != before_BTD.shape:
-            raise HookError(
-                f"the edit of layer {layer} returned {tuple(after_BTD.shape)}, expected {tuple(before_BTD.shape)}"
-            )
+            found, expected = tuple(after_BTD.shape), tuple(before_BTD.shape)
+            raise HookError(f"the edit of layer {layer} returned {found}, expected {expected}")
         after_BTD = after_BTD.to(output.dtype)
         if kept:
-            after_BTD = torch.cat([residual_BTD[:, :kept], after_BTD], dim=1)
+            after_BTD = torch.cat([kept_BTD, after_BTD], dim=1)
         return after_BTD.reshape(output.shape)
 
-    handle = model.block(layer).register_forward_hook(replace)
-    try:
+    with model.block(layer).register_forward_hook(replace):
         yield
-    finally:
-        handle.remove()
     if not fired:
         raise HookError(f"the residual of layer {layer} was not edited: no forward ran inside the with-block")

@@ -9,6 +9,7 @@ Shapes: B rows, T positions, D model width, V vocabulary. Rows have equal length
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,11 @@ class LanguageModel:
 
     Attributes:
         name: the folder's name.
-        tokenizer: the model's own.
         d_model, n_layers, vocab_size: sizes of the whole model.
         context_length: positions that it was made for; None if its folder does not say so.
         last_layer: the last layer that was loaded, or None if all of the model was.
         device, dtype: of the weights and the residuals.
-        span: (B, T, start) of the forward in progress, start being the position in the rows of its first
-        token.
+        span: (B, T, start) of the forward in progress, start being the position of its first token.
     """
 
     def __init__(
@@ -73,17 +72,15 @@ class LanguageModel:
         """The module whose output is blocks.{layer}.hook_resid_post; ModelError if it is not loaded."""
         _check_layer(layer, self.name, self.n_layers)
         if layer >= len(self._backend.blocks):
-            raise ModelError(
-                f"found layer {layer}: expected 0 to {self.last_layer}, as {self.name} was loaded with "
-                f"last_layer={self.last_layer}; load more of it"
-            )
+            loaded = f"{self.last_layer}, as {self.name} was loaded with last_layer={self.last_layer}"
+            raise ModelError(f"found layer {layer}: expected 0 to {loaded}; load more of it")
         return self._backend.blocks[layer]
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) in float32, of token ids on any device. Raises ModelError.
 
-        With a cache the tokens follow those that the cache has seen. Ids are checked against the vocabulary
-        where that costs no wait for the GPU, that is if they come from the CPU.
+        With a cache the tokens follow those that it has seen. Ids that come from the CPU, where that costs no wait for
+        a GPU, are checked against the vocabulary.
         """
         hidden_BTD = self._run(tokens_BT, cache)
         _, head = self._output()
@@ -106,10 +103,9 @@ class LanguageModel:
     def unembed(self, x_ND: Tensor) -> Tensor:
         """Logits (N, V) in float32 of vectors as if each were the residual after the last layer: the logit lens.
 
-        Through the final norm and the output matrix, so the vectors' lengths play no part. With rows of a decoder it
-        says which tokens a feature promotes and suppresses, as far as it acts on the output directly (nostalgebraist
-        2020, "interpreting GPT: the logit lens"). Computed in float32 whatever the model's dtype: bfloat16 has ties
-        among the strongest ten. Raises ModelError unless the whole model is loaded.
+        Through the final norm and the output matrix, so the vectors' lengths play no part (nostalgebraist 2020,
+        "interpreting GPT: the logit lens"). Computed in float32 whatever the model's dtype: bfloat16 has ties among
+        the strongest ten. Raises ModelError unless the whole model is loaded.
         """
         norm, head = self._output()
         with torch.no_grad():
@@ -120,10 +116,7 @@ class LanguageModel:
     def _output(self) -> tuple[nn.Module, nn.Linear]:
         """The final norm and the output matrix. Raises ModelError unless the whole model is loaded."""
         if self._backend.norm is None or self._backend.head is None:
-            raise ModelError(
-                f"{self.name} was loaded with last_layer={self.last_layer}: logits need the whole model; "
-                "load it without last_layer"
-            )
+            raise ModelError(f"{self.name} was loaded with last_layer={self.last_layer}: logits need the whole model")
         return self._backend.norm, self._backend.head
 
     def encode(self, text: str) -> list[int]:
@@ -147,9 +140,10 @@ class LanguageModel:
     ) -> Iterator[int]:
         """Token ids that continue a prompt (which has its BOS), up to `max_tokens` or the EOS, not included.
 
-        Temperature 0 takes the likeliest token. Otherwise tokens are drawn from the smallest set that holds
-        `top_p` of the probability, the same ones for the same seed. Hooks must be in place while the iterator
-        is consumed. Raises ModelError for an empty prompt, a negative temperature or a top_p outside (0, 1].
+        Temperature 0 takes the likeliest token. Otherwise tokens are drawn from the smallest set that holds `top_p` of
+        the probability (nucleus sampling, Holtzman et al. 2020), the same ones for the same seed. Hooks must be in
+        place while the iterator is consumed. Raises ModelError for an empty prompt, a negative temperature or a top_p
+        outside (0, 1].
         """
         for (id,) in self._next_tokens(prompt_ids, [seed], max_tokens, temperature, top_p, use_cache):
             yield id
@@ -164,10 +158,8 @@ class LanguageModel:
     ) -> list[list[int]]:
         """Continuations of one prompt, one for each seed, made in one batch: each as `generate` makes it."""
         steps = list(self._next_tokens(prompt_ids, seeds, max_tokens, temperature, top_p, use_cache=True))
-        eos_id = self.tokenizer.eos_id
-        return [
-            list(itertools.takewhile(lambda id: id != eos_id, (ids[row] for ids in steps))) for row in range(len(seeds))
-        ]
+        ids_by_seed = ([ids[row] for ids in steps] for row in range(len(seeds)))
+        return [list(itertools.takewhile(lambda id: id != self.tokenizer.eos_id, ids)) for ids in ids_by_seed]
 
     def _next_tokens(
         self,
@@ -206,20 +198,15 @@ class LanguageModel:
         if tokens_BT.ndim != 2 or not tokens_BT.numel():
             raise ModelError(f"found tokens of shape {tuple(tokens_BT.shape)}: expected (rows, positions)")
         if tokens_BT.device.type == "cpu":
-            lowest, highest = tokens_BT.min().item(), tokens_BT.max().item()
-            wrong = lowest if lowest < 0 else highest
-            if not 0 <= wrong < self.vocab_size:
-                raise ModelError(
-                    f"found token id {wrong}: expected 0 to {self.vocab_size - 1}, the "
-                    f"vocabulary of {self.name}; use the model's own tokenizer"
-                )
+            for id in tokens_BT.min().item(), tokens_BT.max().item():
+                if not 0 <= id < self.vocab_size:
+                    expected = f"0 to {self.vocab_size - 1}, the vocabulary of {self.name}"
+                    raise ModelError(f"found token id {id}: expected {expected}; use the model's own tokenizer")
         B, T = tokens_BT.shape
         start = 0 if cache is None else cache.length
         if cache is not None and (cache.rows != B or start + T > cache.max_length):
-            raise ModelError(
-                f"found {B} rows up to position {start + T}: expected {cache.rows} rows of at most "
-                f"{cache.max_length}, for which the cache was made"
-            )
+            expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
+            raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
         self.span = (B, T, start)
         with torch.no_grad():
             hidden_BTD = self._backend.run(tokens_BT.to(self.device, non_blocking=True), start, cache and cache.state)
@@ -237,9 +224,8 @@ def load_model(
 ) -> LanguageModel:
     """Load a model and its tokenizer; None is the bundled stand-in.
 
-    With `last_layer` only the embedding and layers 0..last_layer are read from the files, which is what
-    training needs. `device` is by default CUDA if there is one, else the CPU; `dtype` (a torch dtype or its
-    name) bfloat16 on CUDA, else float32. Raises ModelError.
+    With `last_layer` only the embedding and layers 0..last_layer are read, which is what training needs. `device` is by
+    default CUDA if there is one, else the CPU; `dtype` (or its name) bfloat16 on CUDA, else float32. Raises ModelError.
     """
     folder = open_folder(STANDIN if path is None else path)
     spec = folder.spec
@@ -250,32 +236,22 @@ def load_model(
     return LanguageModel(spec, tokenizer, load_backend(folder, last_layer, device, dtype), last_layer, device, dtype)
 
 
-load = load_model
-
-
 def device_and_dtype(
     device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """The torch device and dtype to use, found where they are None (see `load_model`). Raises ModelError."""
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ModelError(f"found device {device!r}: expected cpu, cuda or cuda:0") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ModelError(f"found device {str(found)!r}: expected cpu, cuda or cuda:0")
+    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"(cpu|cuda)(:[1-9]?\d)?", name):
+        raise ModelError(f"found device {name!r}: expected cpu, cuda or cuda:0")
+    found = torch.device(name)
     if found.type == "cuda":
-        if (found.index or 0) >= torch.cuda.device_count():
-            raise ModelError(
-                f"found no CUDA device for {str(found)!r}: use cpu, or a PyTorch built for your GPU's driver"
-            )
         found = torch.device("cuda", found.index or 0)  # as tensors name it that are there
-    if dtype is None:
-        dtype = torch.bfloat16 if found.type == "cuda" else torch.float32
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    name = str(dtype).removeprefix("torch.")
-    if name not in kinds:
+        if found.index >= torch.cuda.device_count():
+            raise ModelError(f"found no CUDA device for {name!r}: use cpu, or a PyTorch built for your GPU's driver")
+    name = str(dtype or ("bfloat16" if found.type == "cuda" else "float32")).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"found dtype {name}: expected float32, bfloat16 or float16")
-    return found, kinds[name]
+    return found, getattr(torch, name)
 
 
 def _check_layer(layer: int, name: str, n_layers: int) -> None:
@@ -284,7 +260,7 @@ def _check_layer(layer: int, name: str, n_layers: int) -> None:
 
 
 def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """The next token's id, by temperature and nucleus (Holtzman et al. 2020)."""
+    """The next token's id, as `LanguageModel.generate` takes it."""
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities_V, ids_V = torch.softmax(logits_V / temperature, dim=-1).sort(descending=True)

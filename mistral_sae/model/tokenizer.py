@@ -16,9 +16,8 @@ from mistral_sae.model.folder import TRANSFORMERS, ModelError, ModelFolder
 class Tokenizer(ABC):
     """What both kinds of tokenizer have; `load_tokenizer` makes one.
 
-    A sentencepiece tokenizer (tokenizer.model.*, or the Hugging Face form of one) puts one space before a
-    text, so that the first piece's bytes begin with a space the text does not have; `decode` takes it away
-    again.
+    A sentencepiece tokenizer (tokenizer.model.*, or the Hugging Face form of one) puts one space before a text: its
+    first token's bytes begin with a space that the text does not have, and `decode` takes it away again.
     """
 
     bos_id: int
@@ -59,9 +58,7 @@ class Tokenizer(ABC):
         try:
             return self._chat(messages)
         except Exception as error:  # each library has its own kinds, jinja2's and pydantic's among them
-            raise ModelError(
-                f"the chat format of this tokenizer does not take these messages: {one_line(error)}"
-            ) from error
+            raise ModelError(f"this tokenizer's chat format does not take these messages: {one_line(error)}") from error
 
     @abstractmethod
     def _token_bytes(self, id: int) -> bytes: ...
@@ -72,26 +69,29 @@ class Tokenizer(ABC):
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     """The tokenizer in a model's folder. Raises ModelError if there is none or it cannot be read."""
-    path = folder.path
-    mistral = [
-        path / "tekken.json",
-        *sorted(path.glob("tokenizer.model.v*"), reverse=True),
-        path / "tokenizer.model",
-    ]
-    mistral = [file for file in mistral if file.is_file()]
+    path, hugging_face = folder.path, folder.spec.backend == TRANSFORMERS
+    mistral = [*path.glob("tekken.json"), *sorted(path.glob("tokenizer.model.v*"), reverse=True)]
+    mistral += path.glob("tokenizer.model")
     try:
-        if folder.spec.backend == TRANSFORMERS and (path / "tokenizer.json").is_file():
-            return _transformers_tokenizer(path)
+        if hugging_face and (path / "tokenizer.json").is_file():
+            return _from_transformers(path)
         if mistral:
             from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
             return _MistralCommon(MistralTokenizer.from_file(str(mistral[0])))
     except Exception as error:  # json, sentencepiece and tokenizers each raise their own
-        raise ModelError(
-            f"the tokenizer in {path} cannot be read ({one_line(error)}): get the model's tokenizer again"
-        ) from error
-    wanted = "tokenizer.json" if folder.spec.backend == TRANSFORMERS else "tekken.json or tokenizer.model.v3"
+        raise ModelError(f"the tokenizer in {path} cannot be read ({one_line(error)}): get it again") from error
+    wanted = "tokenizer.json" if hugging_face else "tekken.json or tokenizer.model.v3"
     raise ModelError(f"{path} has no tokenizer: expected {wanted} beside the weights")
+
+
+def _from_transformers(path: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    with quiet("transformers"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    wraps = type(tokenizer).__name__ == "MistralCommonBackend"  # a tokenizer of mistral-common
+    return _MistralCommon(tokenizer.tokenizer) if wraps else _Transformers(tokenizer)
 
 
 class _MistralCommon(Tokenizer):
@@ -102,18 +102,18 @@ class _MistralCommon(Tokenizer):
         self._instruct = tokenizer
         self._base = tokenizer.instruct_tokenizer.tokenizer
         self._is_tekken = isinstance(self._base, Tekkenizer)
-        self._drop, self._keep = SpecialTokenPolicy.IGNORE, SpecialTokenPolicy.KEEP
+        self._policy = SpecialTokenPolicy
         self.bos_id, self.eos_id, self.vocab_size = self._base.bos_id, self._base.eos_id, self._base.n_words
 
     def encode(self, text: str) -> list[int]:
         return self._base.encode(text, bos=False, eos=False)
 
     def decode(self, ids: list[int]) -> str:
-        return self._base.decode(ids, special_token_policy=self._drop)
+        return self._base.decode(ids, special_token_policy=self._policy.IGNORE)
 
     def _token_bytes(self, id: int) -> bytes:
         if self._is_tekken:
-            return self._base.id_to_byte_piece(id, self._keep)
+            return self._base.id_to_byte_piece(id, self._policy.KEEP)
         piece = self._base.id_to_piece(id)
         return piece.encode() if self._base.is_special(id) else _sentencepiece_bytes(piece)
 
@@ -156,16 +156,6 @@ class _Transformers(Tokenizer):
         if not self._hf.chat_template:
             raise ValueError("it has no chat template; use an instruct model")
         return self._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def _transformers_tokenizer(path: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    with quiet("transformers"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if type(tokenizer).__name__ == "MistralCommonBackend":  # transformers' own wrapper; this one needs what is inside
-        return _MistralCommon(tokenizer.tokenizer)
-    return _Transformers(tokenizer)
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:

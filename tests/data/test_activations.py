@@ -16,7 +16,7 @@ D = 7
 class Counting:
     """A model whose residual holds the token itself, so that each can be told from the others."""
 
-    device = torch.device("cpu")
+    device, dtype, d_model = torch.device("cpu"), torch.float64, D
 
     def __init__(self):
         self.rows = []  # first token of every row that went through

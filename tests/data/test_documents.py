@@ -185,7 +185,7 @@ def test_the_summary_gives_the_first_few_and_counts_the_rest_in_one_line():
 def test_a_field_that_is_in_no_line_is_an_error_that_names_those_found(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\nnot json\n')
     write_parquet(tmp_path / "b.parquet", {"title": ["x"]})
-    with pytest.raises(TextError, match=r"no record .* the field 'text'; found 'body', 'id', 'title': choose"):
+    with pytest.raises(TextError, match=r"no field 'text' in .*; found 'body', 'id', 'title': choose"):
         texts(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_a_wrong_field_is_noticed_before_a_large_corpus_is_read_through(tmp_path
     monkeypatch.setattr(documents_module, "GIVE_UP_AFTER", 50)
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 100)
     skipped = Skipped()
-    with pytest.raises(TextError, match=r"none of the first 50 records .* found 'body'"):
+    with pytest.raises(TextError, match=r"no field 'text' in .*; found 'body'"):
         texts(tmp_path, skipped=skipped)
     assert skipped.count == 50
 
@@ -293,7 +293,7 @@ def test_a_wrong_field_of_a_hub_dataset_is_an_error_that_names_its_columns(hub):
     folder, _ = hub
     write_parquet(folder / "train.parquet", {"body": ["x", "y"], "id": [1, 2]})
     skipped = Skipped()
-    with pytest.raises(TextError, match="the field 'text'; found 'body', 'id'"):
+    with pytest.raises(TextError, match="no field 'text' in 'owner/name'; found 'body', 'id'"):
         texts("owner/name", skipped=skipped)
     assert skipped.first == ["owner/name: no column 'text'"]  # seen without reading a record
 
