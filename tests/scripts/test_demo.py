@@ -20,7 +20,6 @@ from mistral_sae.files import save_state
 from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
-from mistral_sae.sae.features import saved_statistics
 from mistral_sae.steer import sweep
 from mistral_sae.steer.display import BARS, level_of
 from mistral_sae.steer.steering import steer
@@ -398,7 +397,7 @@ def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run
     ran = demo()
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
     assert "autoencoder of width 16 and layer 1, and tiny of width 32" in ran.err
-    save_sae(run_dir / "sae", autoencoder(), METADATA._replace(hook_name="blocks.7.hook_resid_post", layer=7))
+    save_sae(run_dir / "sae", autoencoder(), METADATA._replace(hook_name="blocks.7.hook_resid_post", hook_layer=7))
     ran = demo()
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
     assert "layer 7, and tiny of width 32 and layers 0 to 2" in ran.err
@@ -425,7 +424,7 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     assert ran.code == 0, ran.err
     found = re.findall(r"^→? +(?:0\.5|2|8) +([\d.]+) +([\d.]+)", ran.out, re.M)
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
-    statistics = saved_statistics(loaded.log_sparsity, loaded.maximum)
+    statistics = loaded.statistics
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     others = dict(zip(sweep.other_features(statistics, 0, of), of.values(), strict=True))
     directions = sweep.random_directions(loaded.sae.W_dec[list(of)], 0)

@@ -50,7 +50,7 @@ def knows_tokens(lm, rows_RT, ids: list[int]) -> LoadedSAE:
         (mine,), others = z[at == id], z[at != id]  # it is there once; all z have one length, so none is nearer to it
         sae.W_enc[:, feature] = mine
         sae.b_enc[feature] = -(mine @ mine + (others @ mine).max()) / 2
-    return LoadedSAE(sae, layer, torch.zeros(F), torch.full((F,), 3.0))
+    return LoadedSAE(sae, layer, torch.ones(F), torch.full((F,), 3.0))
 
 
 # ---- what a feature raises when it is clamped ----
