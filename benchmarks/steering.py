@@ -103,7 +103,7 @@ class Texts:
         """With the feature clamped to so many times its maximum, or the same along other directions, by strength."""
         by_strength: list[list[sweep.Measured]] = [[] for _ in strengths]
         for trials in self._trials:
-            maximum = float(trials.loaded.maximum[feature])
+            maximum = float(trials.loaded.maximum_F[feature])
 
             def edit(
                 strengths_B: list[float], trials: sweep.Trials = trials, maximum: float = maximum

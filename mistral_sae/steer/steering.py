@@ -1,6 +1,6 @@
 """Steer: edit the residual of one layer along the decoder rows of a few features while a model runs.
 
-    with steer(model, loaded, {12: 2 * loaded.maximum[12]}, method="clamp"):
+    with steer(model, loaded, {12: 2 * loaded.maximum_F[12]}, method="clamp"):
         ids = list(model.generate(prompt_ids, 40))
 
 Nothing is decoded, so what the autoencoder does not explain of the residual stays as it is. docs/steering.md has the

@@ -462,15 +462,8 @@ def test_a_misspelt_local_path_is_not_looked_for_on_the_hub(sae, tmp_path, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     save_sae(Path("runs/first/sae"), sae, METADATA)
-    for source in (
-        "runs/frist",
-        "./owner/name",
-        "/no/such",
-        "../owner/name",
-        "runs/first/sae/cfg.json",
-        "nothing",
-        Path("owner/name"),
-    ):
+    wrong = ("runs/frist", "./owner/name", "/no/such", "../owner/name", "nothing", "runs/first/sae/cfg.json")
+    for source in (*wrong, Path("owner/name")):
         with pytest.raises(SAEError, match="found no folder") as error:
             load_sae(source)
         one_line(error)

@@ -119,7 +119,7 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     plain = list(model.generate(ids, 12))
-    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+    with steer(model, loaded, {3: 4 * loaded.maximum_F[3]}):
         steered = list(model.generate(ids, 12))
     assert plain != steered
     assert ran.columns == [without_spaces(model, plain), without_spaces(model, steered)]
@@ -164,11 +164,11 @@ def test_only_generated_tokens_are_steered_where_that_is_asked(demo):
 def test_the_marks_are_where_the_unsteered_model_finds_the_feature(demo, mistral_folder, run_dir):
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
-    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+    with steer(model, loaded, {3: 4 * loaded.maximum_F[3]}):
         text = list(model.generate(ids, 12))
         edited = loaded.sae.encode(model.residuals(torch.tensor([ids + text]), LAYER)[0, len(ids) :])
     encoded = loaded.sae.encode(model.residuals(torch.tensor([ids + text]), LAYER)[0, len(ids) :])
-    shares, under_the_edit = (each.dense(F)[:, 3] / loaded.maximum[3] for each in (encoded, edited))
+    shares, under_the_edit = (each.dense(F)[:, 3] / loaded.maximum_F[3] for each in (encoded, edited))
     assert 0 < (shares > 0).sum() < 12
     assert (under_the_edit > 0).sum() != (shares > 0).sum()
     ran = demo(TEMPERATURE=0.0)
@@ -188,7 +188,7 @@ def test_exact_encodes_all_features(demo, mistral_folder, run_dir):
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     texts = {}
     for exact in (False, True):
-        with steer(model, loaded, {3: 2 * loaded.maximum[3]}, exact=exact):
+        with steer(model, loaded, {3: 2 * loaded.maximum_F[3]}, exact=exact):
             texts[exact] = list(model.generate(ids, 12))
     assert texts[False] != texts[True]
     for exact, text in texts.items():
@@ -431,7 +431,7 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     expected = []
     for signs, along in ((of, None), (of, directions), (others, None)):
         for scale in (0.5, 2.0, 8.0):
-            clamped = {f: scale * c * float(loaded.maximum[f]) for f, c in signs.items()}
+            clamped = {f: scale * c * float(loaded.maximum_F[f]) for f, c in signs.items()}
             with steer(model, loaded, clamped, directions_SD=along):
                 text = list(model.generate(ids, 12))
             edit = steer(model, loaded, clamped, directions_SD=along)
@@ -518,7 +518,7 @@ def test_a_conversation_is_steered_ends_with_its_input_and_its_commands_find_fea
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = model.tokenizer.chat([{"role": "user", "content": "def f"}])
     plain = model.tokenizer.decode(list(model.generate(ids, 12)))
-    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+    with steer(model, loaded, {3: 4 * loaded.maximum_F[3]}):
         steered = model.tokenizer.decode(list(model.generate(ids, 12)))
     assert first["reply"].strip() == steered.strip() != plain.strip()
 

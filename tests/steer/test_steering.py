@@ -410,7 +410,7 @@ def test_multiples_of_the_maximum_become_activations():
 
 
 def subject_of(lm, loaded) -> Subject:
-    return Subject(lm, loaded, Statistics(loaded.maximum, torch.full((F,), 0.001), None), {})
+    return Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.001), None), {})
 
 
 @pytest.mark.parametrize(("method", "unit"), [("clamp", 3.0), ("add", 1.0), ("raw", 1.0), ("ablate", 1.0)])
@@ -473,8 +473,8 @@ def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mist
     with torch.no_grad():
         for parameter in other.block(LAYER).parameters():
             parameter.mul_(1.01)
-    loaded, path = loaded_of(autoencoder())._replace(maximum=None), tmp_path / "run" / "statistics.safetensors"
-    fewer = loaded_of(autoencoder())._replace(maximum=None)
+    loaded, path = loaded_of(autoencoder())._replace(maximum_F=None), tmp_path / "run" / "statistics.safetensors"
+    fewer = loaded_of(autoencoder())._replace(maximum_F=None)
     fewer.sae.k = 2
 
     def reads(*arguments) -> int:
