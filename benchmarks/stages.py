@@ -44,9 +44,10 @@ STEP = [
     Part(kernels, "topk", "top-k"),
     Part(kernels, "decode", "decode"),
     Part(kernels, "inner_products", "inner products with chosen rows"),
-    Part(kernels, "_parameter_gradients", "sort by feature"),
-    Part(kernels.MatrixGradient, "rows", "weight gradients"),
-    Part(kernels, "_with_auxk", "AuxK", whole=True),
+    Part(kernels, "gradients", "sort by feature"),
+    Part(kernels.MatrixGradient, "whole", "weight gradients"),
+    Part(kernels, "auxk_loss", "AuxK", whole=True),
+    Part(kernels, "_dense_gradients", "AuxK"),
     Part(SAEAdam, "step", "optimizer"),
 ]
 STEP_STAGES = [*dict.fromkeys(part.stage for part in STEP[1:]), STEP[0].stage]

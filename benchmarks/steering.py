@@ -34,7 +34,6 @@ from benchmarks.machine import save
 from mistral_sae import cli
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.model.language_model import LanguageModel
-from mistral_sae.sae import features
 from mistral_sae.sae.checkpoint import LoadedSAE, load_sae
 from mistral_sae.steer import search, sweep
 from mistral_sae.steer.steering import steer
@@ -54,7 +53,7 @@ AT_ONCE = 64  # candidates whose classes are measured together
 
 def candidates(loaded: LoadedSAE) -> list[int]:
     """The features in the range of frequencies, in a random order."""
-    found = features.saved_statistics(loaded.log_sparsity, loaded.maximum)
+    found = loaded.statistics
     order = torch.randperm(len(found.density_F), generator=torch.Generator().manual_seed(config.SEED))
     of_mid_density = set(found.mid_density())
     return [feature for feature in order.tolist() if feature in of_mid_density]
@@ -64,14 +63,14 @@ def with_a_clear_class(model: LanguageModel, loaded: LoadedSAE, rows_RT: torch.T
     """The candidates that raise a clear class of tokens when steered, in their order, and what they raise."""
     (R, T), every = CLASS_SAMPLE, candidates(loaded)
     for looked_at in range(0, len(every), AT_ONCE):
-        activations = {f: float(loaded.maximum[f]) for f in every[looked_at : looked_at + AT_ONCE]}
+        activations = {f: float(loaded.maximum_F[f]) for f in every[looked_at : looked_at + AT_ONCE]}
         change_NV = search.logit_changes(model, loaded, activations, rows_RT[:R, :T])
         clearness = search.clearness(change_NV).tolist()
         for i, (feature, clear, change_V) in enumerate(zip(activations, clearness, change_NV, strict=True)):
             if clear >= CLEAR:
                 yield {
                     "feature": feature,
-                    "density": 10 ** float(loaded.log_sparsity[feature]),
+                    "density": float(loaded.density_F[feature]),
                     "maximum": activations[feature],
                     "clearness": clear,
                     "raised": search.extremes(model, change_V, SHOWN)[0],
@@ -104,7 +103,7 @@ class Texts:
         """With the feature clamped to so many times its maximum, or the same along other directions, by strength."""
         by_strength: list[list[sweep.Measured]] = [[] for _ in strengths]
         for trials in self._trials:
-            maximum = float(trials.loaded.maximum[feature])
+            maximum = float(trials.loaded.maximum_F[feature])
 
             def edit(
                 strengths_B: list[float], trials: sweep.Trials = trials, maximum: float = maximum

@@ -41,7 +41,7 @@ def random_autoencoder(d_model: int, layer: int, device: torch.device) -> Loaded
     """A TopK autoencoder of random features."""
     sae = SparseAutoencoder(d_model, EXPANSION * d_model, min(K, EXPANSION * d_model), device=device)
     sae.initialize(torch.randn(64, d_model, device=device), seed=0)
-    return LoadedSAE(sae, Metadata("random", f"blocks.{layer}.hook_resid_post", layer, True, None, None), None)
+    return LoadedSAE(sae, Metadata("random", f"blocks.{layer}.hook_resid_post", layer, True, None, None))
 
 
 def edits(lm: LanguageModel, loaded: LoadedSAE) -> dict[str, AbstractContextManager]:

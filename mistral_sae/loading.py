@@ -18,7 +18,7 @@ def load_pair(constants: Any) -> tuple[LoadedSAE, LanguageModel]:
     spec = inspect(path or STANDIN)
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
     loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=device)
-    check_model(loaded, spec)
+    check_model(loaded, spec.name, spec.d_model, spec.n_layers)
     metadata = loaded.metadata
     print(f"layer     {metadata.residual_layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
     print(f"features  {loaded.sae.n_features:,} of {source}")

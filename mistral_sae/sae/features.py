@@ -67,13 +67,6 @@ class Counts:
         return Statistics(self.maximum_F.cpu(), self.density_F().float().cpu(), self.tokens)
 
 
-def saved_statistics(log_sparsity_F: Tensor | None, maximum_F: Tensor | None) -> Statistics | None:
-    """What training measured and saved with the autoencoder (log10 density, maximum); None if it saved only one."""
-    if log_sparsity_F is None or maximum_F is None:
-        return None
-    return Statistics(maximum_F, 10**log_sparsity_F, None)
-
-
 @torch.no_grad()
 def measure_statistics(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Statistics:
     """The same from residuals (B, D), for an autoencoder that comes without."""

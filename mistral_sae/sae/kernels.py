@@ -67,7 +67,8 @@ def encode(centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bf16: bool = 
         candidates, dtype = min(len(b_enc), k + max(8, k // 4)), torch.bfloat16
     inputs, weight, bias = centered.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
     step = max(1, CHUNK_BYTES[inputs.device.type, dtype] // (inputs.element_size() * len(b_enc)))
-    values, indices = _joined_pairs([topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)])
+    pairs = [topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)]
+    values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     if bf16:
         exact = inner_products(centered, indices, W_enc.T) + b_enc[indices]
         values, chosen = torch.topk(exact, k, dim=-1, sorted=False)
@@ -114,23 +115,20 @@ class MatrixGradient(NamedTuple):
 
     def whole(self) -> Tensor:
         """All of it, (F, D)."""
-        return self.rows(0, len(self.offsets))
+        rows = F.embedding_bag(self.owners, self.vectors, self.offsets, mode="sum", per_sample_weights=self.weights)
+        return rows if self.added is None else rows.index_add_(0, *self.added)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The rows of features start to stop, (stop - start, D). Waits for a GPU unless they are all."""
-        offsets, owners, weights = self.offsets[start:stop], self.owners, self.weights
-        if (start, stop) != (0, len(self.offsets)):
-            first = int(offsets[0])
-            last = int(self.offsets[stop]) if stop < len(self.offsets) else len(owners)
-            offsets, owners, weights = offsets - first, owners[first:last], weights[first:last]
-        rows = F.embedding_bag(owners, self.vectors, offsets, mode="sum", per_sample_weights=weights)
-        if self.added is None:
-            return rows
-        features, more = self.added
-        if (start, stop) != (0, len(self.offsets)):
-            first, last = torch.searchsorted(features, torch.tensor([start, stop], device=features.device)).tolist()
-            features, more = features[first:last] - start, more[first:last]
-        return rows.index_add_(0, features, more)
+        """The rows of features start to stop, (stop - start, D). Waits for a GPU."""
+        first = int(self.offsets[start])
+        last = int(self.offsets[stop]) if stop < len(self.offsets) else len(self.owners)
+        added = self.added
+        if added is not None:
+            features, rows = added
+            low, high = torch.searchsorted(features, torch.tensor([start, stop], device=features.device)).tolist()
+            added = features[low:high] - start, rows[low:high]
+        offsets = self.offsets[start:stop] - first
+        return MatrixGradient(offsets, self.vectors, self.owners[first:last], self.weights[first:last], added).whole()
 
 
 class Weights(NamedTuple):
@@ -183,8 +181,6 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16
         bf16: let a product in bfloat16 nominate the active features (see `encode`).
     """
     W_enc, b_enc, W_dec, b_dec = weights
-    if aux is not None and not (len(aux.dead) and aux.k and aux.coefficient):
-        aux = None
     centered = z - b_dec
     values, indices = encode(centered, W_enc, b_enc, k, bf16)
     values = values.relu_()
@@ -192,15 +188,13 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16
     variance = (z - z.mean(dim=0)).square().sum().clamp_min(SMALLEST_VARIANCE)
     normalized_mse = error.square().sum() / variance
     grad_z_hat = error * (-2 / variance)
-    main = _Terms(indices, values, inner_products(grad_z_hat, indices, W_dec) * (values > 0), grad_z_hat)
-
+    used = [Used(indices, values, inner_products(grad_z_hat, indices, W_dec) * (values > 0), grad_z_hat)]
     loss, auxk = normalized_mse, z.new_zeros(())
-    if aux is None:
-        gradients = _parameter_gradients([main], centered, len(W_dec))
-    else:
-        auxk, gradients = _with_auxk(main, error, aux, centered, weights)
+    if aux is not None and len(aux.dead) and aux.k and aux.coefficient:
+        auxk, of_dead = auxk_loss(error, centered, weights, aux)
         loss = normalized_mse + aux.coefficient * auxk
-    grad_W_enc, grad_b_enc, grad_W_dec = gradients
+        used.append(of_dead)
+    grad_W_enc, grad_b_enc, grad_W_dec = gradients(used, centered, len(W_dec))
     return Step(
         loss=loss,
         normalized_mse=normalized_mse,
@@ -215,20 +209,18 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16
     )
 
 
-Gradients = tuple[MatrixGradient, Tensor, MatrixGradient]  # of W_enc, b_enc and W_dec
-
-
-class _Terms(NamedTuple):
-    """What one of the two losses says about the features it used."""
+class Used(NamedTuple):
+    """The features that one of the two losses used, and its gradients."""
 
     features: Tensor  # (B, k)
     values: Tensor  # (B, k), their activations
     grad_values: Tensor  # (B, k), the gradient of their pre-activations
     grad_z_hat: Tensor  # (B, D), that of what they decode to
+    among: Tensor | None = None  # (A) what `features` are indices into, where dense products with all A are faster
 
 
-def _with_auxk(main: _Terms, error: Tensor, aux: AuxK, centered: Tensor, weights: Weights) -> tuple[Tensor, Gradients]:
-    """The auxiliary loss, and the gradients of both losses.
+def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> tuple[Tensor, Used]:
+    """How much of the error (B, D) the dead features leave, and which of them each token used.
 
     A token uses many of them: where that is a good part of all, products with all are faster than gathered rows.
     """
@@ -237,63 +229,49 @@ def _with_auxk(main: _Terms, error: Tensor, aux: AuxK, centered: Tensor, weights
     pre = F.linear(centered, W_enc.T[aux.dead], b_enc[aux.dead])
     is_dense = len(aux.dead) <= DENSE_AUXK * k
     values, indices = topk(pre, k)
-    e_hat = _scattered(values, indices, pre.shape[1]) @ rows if is_dense else decode(values, indices, rows)
+    e_hat = _scattered(values, indices, len(rows)) @ rows if is_dense else decode(values, indices, rows)
     residual = error - e_hat
     variance = (error - error.mean(dim=0)).square().sum()
     loss = residual.square().sum() / variance
     finite = loss.isfinite()
     grad_e_hat = torch.where(finite, residual * (-2 * aux.coefficient / variance), 0.0)
-    grad_values = (grad_e_hat @ rows.T).gather(1, indices) if is_dense else inner_products(grad_e_hat, indices, rows)
-    terms = _Terms(indices, values, grad_values, grad_e_hat)
     loss = torch.where(finite, loss, 0.0)
-    if not is_dense:
-        of_dead = terms._replace(features=aux.dead[indices])
-        return loss, _parameter_gradients([main, of_dead], centered, len(W_dec))
-    grad_W_enc, grad_b_enc, grad_W_dec = _parameter_gradients([main], centered, len(W_dec))
-    of_W_enc, of_b_enc, of_W_dec = _dense_gradients(terms, centered, len(aux.dead))
-    grad_b_enc.index_add_(0, aux.dead, of_b_enc)
-    return loss, (
-        grad_W_enc._replace(added=(aux.dead, of_W_enc)),
-        grad_b_enc,
-        grad_W_dec._replace(added=(aux.dead, of_W_dec)),
-    )
+    if is_dense:
+        return loss, Used(indices, values, (grad_e_hat @ rows.T).gather(1, indices), grad_e_hat, aux.dead)
+    return loss, Used(aux.dead[indices], values, inner_products(grad_e_hat, indices, rows), grad_e_hat)
+
+
+def gradients(used: list[Used], centered: Tensor, n_features: int) -> tuple[MatrixGradient, Tensor, MatrixGradient]:
+    """Gradients of W_enc, b_enc (F) and W_dec, which sum over the same terms: one sort by feature serves all three."""
+    n_tokens, device = len(centered), centered.device
+    gathered = [u for u in used if u.among is None]
+    features, order = torch.cat([u.features.flatten().to(torch.int32) for u in gathered]).sort(stable=True)
+    offsets = torch.searchsorted(features, torch.arange(n_features, dtype=torch.int32, device=device))
+    rows = torch.arange(n_tokens * len(gathered), device=device).split(n_tokens)  # of the tokens, loss by loss
+    owners = torch.cat([r.repeat_interleave(u.features.shape[1]) for r, u in zip(rows, gathered, strict=True)])[order]
+    tokens = owners % n_tokens
+    values = torch.cat([u.values.flatten() for u in gathered])[order]
+    grad_values = torch.cat([u.grad_values.flatten() for u in gathered])[order]
+    grad_W_enc = MatrixGradient(offsets, centered, tokens, grad_values)
+    grad_b_enc = MatrixGradient(offsets, centered.new_ones(n_tokens, 1), tokens, grad_values).whole().squeeze(1)
+    grad_W_dec = MatrixGradient(offsets, torch.cat([u.grad_z_hat for u in gathered]), owners, values)
+    for u in used:
+        if u.among is not None:
+            of_W_enc, of_b_enc, of_W_dec = _dense_gradients(u, centered, len(u.among))
+            grad_W_enc = grad_W_enc._replace(added=(u.among, of_W_enc))
+            grad_W_dec = grad_W_dec._replace(added=(u.among, of_W_dec))
+            grad_b_enc.index_add_(0, u.among, of_b_enc)
+    return grad_W_enc, grad_b_enc, grad_W_dec
+
+
+def _dense_gradients(used: Used, centered: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rows of W_enc, of b_enc and of the rows of W_dec of some features: (A, D), (A) and (A, D)."""
+    grad_pre = _scattered(used.grad_values, used.features, n_features)
+    of_W_enc, of_b_enc = grad_pre.T @ centered, grad_pre.sum(dim=0)
+    del grad_pre
+    return of_W_enc, of_b_enc, _scattered(used.values, used.features, n_features).T @ used.grad_z_hat
 
 
 def _scattered(values: Tensor, indices: Tensor, n_features: int) -> Tensor:
     """Values (B, k) in their places among all features, (B, A)."""
     return values.new_zeros(len(values), n_features).scatter_(1, indices, values)
-
-
-def _dense_gradients(terms: _Terms, centered: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rows of W_enc, of b_enc and of the rows of W_dec of some features: (A, D), (A) and (A, D)."""
-    grad_pre = _scattered(terms.grad_values, terms.features, n_features)
-    of_W_enc, of_b_enc = grad_pre.T @ centered, grad_pre.sum(dim=0)
-    del grad_pre
-    return of_W_enc, of_b_enc, _scattered(terms.values, terms.features, n_features).T @ terms.grad_z_hat
-
-
-def _parameter_gradients(terms: list[_Terms], centered: Tensor, n_features: int) -> Gradients:
-    """Gradients of W_enc, b_enc and W_dec, which sum over the same terms: one sort by feature serves all three."""
-    n_tokens, device = len(centered), centered.device
-    features, order = _joined([t.features.flatten().to(torch.int32) for t in terms]).sort(stable=True)
-    offsets = torch.searchsorted(features, torch.arange(n_features, dtype=torch.int32, device=device))
-    token = torch.arange(n_tokens, device=device)
-    tokens = _joined([token.repeat_interleave(t.features.shape[1]) for t in terms])[order]
-    owners = _joined([(token + n_tokens * i).repeat_interleave(t.features.shape[1]) for i, t in enumerate(terms)])
-    values = _joined([t.values.flatten() for t in terms])[order]
-    grad_values = _joined([t.grad_values.flatten() for t in terms])[order]
-    grad_z_hat = _joined([t.grad_z_hat for t in terms])
-    of_bias = MatrixGradient(offsets, centered.new_ones(n_tokens, 1), tokens, grad_values)
-    return (
-        MatrixGradient(offsets, centered, tokens, grad_values),
-        of_bias.whole().squeeze(1),
-        MatrixGradient(offsets, grad_z_hat, owners[order], values),
-    )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _joined_pairs(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return _joined([first for first, _ in parts]), _joined([second for _, second in parts])

@@ -1,6 +1,6 @@
 """Steer: edit the residual of one layer along the decoder rows of a few features while a model runs.
 
-    with steer(model, loaded, {12: 2 * loaded.maximum[12]}, method="clamp"):
+    with steer(model, loaded, {12: 2 * loaded.maximum_F[12]}, method="clamp"):
         ids = list(model.generate(prompt_ids, 40))
 
 Nothing is decoded, so what the autoencoder does not explain of the residual stays as it is. docs/steering.md has the
@@ -29,7 +29,7 @@ from mistral_sae.model.hooks import edit_residual
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, hash_of_sae
-from mistral_sae.sae.features import Statistics, cached_statistics, measure_statistics, saved_statistics
+from mistral_sae.sae.features import Statistics, cached_statistics, measure_statistics
 
 MAXIMUM_TOKENS = 200_000  # that are read to measure features' maxima, for an autoencoder that comes without
 METHODS = ("clamp", "add", "ablate", "raw")
@@ -75,7 +75,7 @@ def steer(
     layer = loaded.metadata.residual_layer
     wanted = {feature: c for feature, c in coefficients.items() if c is not None}
     check_coefficients(loaded.sae, wanted, method)
-    check_model(loaded, model)
+    check_model(loaded, model.name, model.d_model, model.n_layers)
     if first_position < 1:
         raise SteeringError(f"found first_position {first_position}: expected 1 or more, position 0 is never edited")
     if not wanted:
@@ -268,9 +268,8 @@ def statistics_of(
     model: LanguageModel, loaded: LoadedSAE, corpus: Corpus, rows_per_forward: int, path: Path
 ) -> Statistics:
     """How often and strongly features fire: from training, or measured on text once and kept in the file `path`."""
-    known = saved_statistics(loaded.log_sparsity, loaded.maximum)
-    if known is not None:
-        return known
+    if loaded.statistics is not None:
+        return loaded.statistics
     layer, n_rows = loaded.metadata.residual_layer, max(1, MAXIMUM_TOKENS // corpus.context_length)
     made_from = {
         "autoencoder": hash_of_sae(loaded.sae),

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mistral_sae import files
-from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.files import SAEError
 from mistral_sae.sae import checkpoint
 from mistral_sae.sae.autoencoder import SparseAutoencoder, normalize_rows
 from mistral_sae.sae.checkpoint import Metadata, load_sae, save_sae
@@ -142,7 +141,6 @@ def test_sae_lens_reads_our_metadata(sae_lens, sae, tmp_path):
     assert found.metadata.prepend_bos is True
     assert found.metadata.context_size == METADATA.context_size
     assert found.metadata.dataset_path == METADATA.dataset_path
-    assert "mistral_sae_version" in found.metadata
     assert found.metadata.sae_lens_training_version is None
 
 
@@ -155,16 +153,16 @@ def test_sae_lens_reads_our_sparsity_as_log10_firing_frequencies(sae_lens, sae, 
     found = loaders.sae_lens_huggingface_loader("owner/name", "sae")[2]
     assert found[0] == -10  # never fired: finite, as SAE Lens writes it
     torch.testing.assert_close(found, torch.log10(frequency + 1e-10))
-    assert torch.equal(load_sae(tmp_path).log_sparsity, found)
+    torch.testing.assert_close(load_sae(tmp_path).density_F, frequency)
 
 
 def test_maxima_come_back_and_sae_lens_passes_over_them(sae_lens, sae, tmp_path):
     maximum = torch.linspace(0, 9, F)
     save_sae(tmp_path, sae, METADATA, torch.rand(F), maximum)
-    assert torch.equal(load_sae(tmp_path).maximum, maximum)
+    assert torch.equal(load_sae(tmp_path).maximum_F, maximum)
     assert_same(sae_lens.SAE.load_from_disk(tmp_path, device="cpu"), sae, residuals())
     save_sae(tmp_path, sae, METADATA, torch.rand(F))
-    assert load_sae(tmp_path).maximum is None
+    assert load_sae(tmp_path).maximum_F is None
 
 
 @pytest.mark.parametrize(
@@ -178,7 +176,7 @@ def test_maxima_come_back_and_sae_lens_passes_over_them(sae_lens, sae, tmp_path)
     ],
 )
 def test_maxima_that_are_none_or_stand_alone_are_refused(sae, tmp_path, sparsity, maximum):
-    with pytest.raises(SAEError, match="maxima") as error:
+    with pytest.raises(SAEError, match="maximum_F") as error:
         save_sae(tmp_path, sae, METADATA, sparsity, maximum)
     one_line(error)
     assert not list(tmp_path.iterdir())
@@ -188,7 +186,7 @@ def test_what_is_loaded_equals_what_was_saved(sae, tmp_path):
     save_sae(tmp_path, sae, METADATA)
     loaded = load_sae(str(tmp_path))
     assert loaded.metadata == METADATA
-    assert loaded.log_sparsity is None
+    assert loaded.density_F is None
     assert (loaded.sae.k, loaded.sae.activation, loaded.sae.normalize, loaded.sae.center) == (
         (K, "topk", "layer_norm", True)
     )
@@ -243,7 +241,7 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(sae, tmp_path)
 
 @pytest.mark.parametrize("wrong", [torch.full((F,), -3.0), torch.full((F + 1,), 0.5), torch.full((F,), torch.nan)])
 def test_sparsity_that_is_no_firing_frequency_is_refused(sae, tmp_path, wrong):
-    with pytest.raises(SAEError, match="frequencies") as error:
+    with pytest.raises(SAEError, match="density_F") as error:
         save_sae(tmp_path, sae, METADATA, wrong)
     one_line(error)
     assert not list(tmp_path.iterdir())
@@ -272,15 +270,15 @@ def test_a_save_that_dies_never_leaves_a_mix_that_loads(sae, tmp_path, monkeypat
         assert crash_at > 12  # as many steps as a save has, and there are no more to die at
     monkeypatch.undo()
     if not (tmp_path / "cfg.json").exists():
-        with pytest.raises(SAEError, match=r"found no cfg\.json"):
+        with pytest.raises(SAEError, match=r"found no .*cfg\.json"):
             load_sae(tmp_path)
         return
     loaded = load_sae(tmp_path)
     is_old = torch.equal(loaded.sae.W_dec, sae.W_dec)
     assert is_old or torch.equal(loaded.sae.W_dec, changed.W_dec)
     assert loaded.sae.k == (K if is_old else new_k)
-    if loaded.log_sparsity is not None:
-        assert float(10 ** loaded.log_sparsity[0]) == pytest.approx(0.25 if is_old else 0.75)
+    if loaded.density_F is not None:
+        assert float(loaded.density_F[0]) == pytest.approx(0.25 if is_old else 0.75)
     save_sae(tmp_path, changed, METADATA)
     assert load_sae(tmp_path).sae.k == new_k
 
@@ -288,7 +286,7 @@ def test_a_save_that_dies_never_leaves_a_mix_that_loads(sae, tmp_path, monkeypat
 def test_saving_without_sparsity_removes_that_of_the_checkpoint_before(sae, tmp_path):
     save_sae(tmp_path, sae, METADATA, torch.rand(F))
     save_sae(tmp_path, sae, METADATA)
-    assert load_sae(tmp_path).log_sparsity is None
+    assert load_sae(tmp_path).density_F is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
 
 
@@ -402,16 +400,16 @@ def test_directories_of_2024_keep_their_metadata_and_decoder_norms(tmp_path):
 def test_a_wrong_hook_label_can_be_overridden(tmp_path):
     write_2024(tmp_path)
     found = load_sae(tmp_path, hook_name="blocks.15.hook_resid_post").metadata
-    assert (found.hook_name, found.layer) == ("blocks.15.hook_resid_post", 15)
-    with pytest.raises(SAEError, match="resid_post") as error:
-        load_sae(tmp_path, hook_name="resid_post")
+    assert (found.hook_name, found.hook_layer) == ("blocks.15.hook_resid_post", 15)
+    with pytest.raises(SAEError, match="found an autoencoder of resid_post") as error:
+        _ = load_sae(tmp_path, hook_name="resid_post").metadata.residual_layer
     one_line(error)
 
 
 def test_the_layer_comes_from_the_hook_name_before_hook_layer(tmp_path):
-    assert load_sae(write_2024(tmp_path, hook_layer=3)).metadata.layer == 16
-    assert load_sae(write_2024(tmp_path, hook_point="embedding", hook_layer=3)).metadata.layer == 3
-    assert load_sae(write_2024(tmp_path, hook_point=None, hook_layer=None, hook_point_layer=4)).metadata.layer == 4
+    assert load_sae(write_2024(tmp_path, hook_layer=3)).metadata.hook_layer == 16
+    assert load_sae(write_2024(tmp_path, hook_point="embedding", hook_layer=3)).metadata.hook_layer == 3
+    assert load_sae(write_2024(tmp_path, hook_point=None, hook_layer=None, hook_point_layer=4)).metadata.hook_layer == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -447,7 +445,7 @@ def test_a_hub_repository_is_fetched_file_by_file(sae, tmp_path, monkeypatch, so
     names = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json")
     assert asked == [(repository, {subfolder + name for name in names})]
     assert torch.equal(loaded.sae.W_dec, sae.W_dec)
-    assert loaded.log_sparsity is not None
+    assert loaded.density_F is not None
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
@@ -464,19 +462,18 @@ def test_a_misspelt_local_path_is_not_looked_for_on_the_hub(sae, tmp_path, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     save_sae(Path("runs/first/sae"), sae, METADATA)
-    for source in ("runs/frist", "./owner/name", "/no/such", "../owner/name", "nothing", Path("owner/name")):
+    wrong = ("runs/frist", "./owner/name", "/no/such", "../owner/name", "nothing", "runs/first/sae/cfg.json")
+    for source in (*wrong, Path("owner/name")):
         with pytest.raises(SAEError, match="found no folder") as error:
             load_sae(source)
         one_line(error)
-    with pytest.raises(SAEError, match="found a file"):
-        load_sae("runs/first/sae/cfg.json")
 
 
 # What is wrong with it
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(SAEError, match=r"found no cfg\.json") as error:
+    with pytest.raises(SAEError, match=r"found no .*cfg\.json") as error:
         load_sae(tmp_path)
     one_line(error)
     write(tmp_path)
@@ -598,86 +595,7 @@ def test_sparsity_of_another_autoencoder_is_refused(sae, tmp_path):
         one_line(error)
 
 
-# Resume
-
-
-def test_training_state_comes_back_as_it_was(tmp_path):
-    whole = torch.randn(100, 8)
-    state = {
-        "W_enc": whole.T,
-        "row": whole[3],
-        "same": whole[3],
-        "generator": torch.get_rng_state(),
-        "count": torch.tensor(7),
-        "half": torch.randn(4).to(torch.bfloat16),
-        "dead": torch.tensor([True, False]),
-        "none": torch.empty(0, 3),
-        "parameter": torch.nn.Parameter(torch.ones(2)),
-    }
-    metadata = {"step": 12, "rate": 2e-4, "names": ["a", "é"], "nothing": None, "nested": {"k": [1, 2]}}
-    save_state(tmp_path / "deep" / "state.safetensors", state, metadata)
-    found, found_metadata = load_state(tmp_path / "deep" / "state.safetensors", "cpu")
-    assert found_metadata == metadata
-    assert found.keys() == state.keys()
-    for name, tensor in state.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-
-
-def test_a_view_is_stored_without_the_rest_of_its_storage(tmp_path):
-    save_state(tmp_path / "state", {"row": torch.randn(1000, 100)[3]}, {})
-    assert (tmp_path / "state").stat().st_size < 1000
-
-
-def test_the_old_state_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
-    path = tmp_path / "state.safetensors"
-    save_state(path, {"x": torch.zeros(3)}, {"step": 1})
-
-    def disk_full(tensors, filename, **_):
-        Path(filename).write_bytes(b"half of")
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", disk_full)
-        with pytest.raises(OSError, match="no space"):
-            save_state(path, {"x": torch.ones(3)}, {"step": 2})
-    with pytest.raises(TypeError):
-        save_state(path, {"x": torch.ones(3)}, {"step": object()})
-    assert load_state(path, "cpu")[1] == {"step": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no half-written file stays behind
-    save_state(path, {"x": torch.ones(3)}, {"step": 3})
-    assert load_state(path, "cpu")[1] == {"step": 3}
-
-
-def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
-    done = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), replace(*paths)))
-    save_state(tmp_path / "state", {"x": torch.zeros(3)}, {})
-    assert done[:2] == ["sync", "rename"]
-
-
-def test_damaged_and_foreign_states_are_one_line(sae, tmp_path):
-    path = tmp_path / "state.safetensors"
-    save_state(path, {"x": torch.zeros(300)}, {"step": 1})
-    data = path.read_bytes()
-    for damaged in (b"", data[:6], data[:40], data[:-1], b"PK\x03\x04" + data):
-        path.write_bytes(damaged)
-        with pytest.raises(SAEError, match="damaged") as error:
-            load_state(path, "cpu")
-        one_line(error)
-    save_sae(tmp_path, sae, METADATA)
-    with pytest.raises(SAEError, match="no training state") as error:
-        load_state(tmp_path / "sae_weights.safetensors", "cpu")
-    one_line(error)
-    save_file({"x": torch.zeros(3)}, path, metadata={files.STATE_KEY: "{"})
-    with pytest.raises(SAEError, match="damaged metadata") as error:
-        load_state(path, "cpu")
-    one_line(error)
-    with pytest.raises(SAEError, match="found no") as error:
-        load_state(tmp_path / "nothing", "cpu")
-    one_line(error)
+# Where it was trained
 
 
 @pytest.mark.parametrize(
@@ -685,7 +603,7 @@ def test_damaged_and_foreign_states_are_one_line(sae, tmp_path):
     [("blocks.16.hook_resid_post", 16, 16), ("blocks.8.hook_resid_pre", 8, 7)],
 )
 def test_the_hook_says_after_which_layer_the_residual_is(hook_name, layer, expected):
-    assert METADATA._replace(hook_name=hook_name, layer=layer).residual_layer == expected
+    assert METADATA._replace(hook_name=hook_name, hook_layer=layer).residual_layer == expected
 
 
 @pytest.mark.parametrize(
@@ -694,4 +612,4 @@ def test_the_hook_says_after_which_layer_the_residual_is(hook_name, layer, expec
 )
 def test_an_autoencoder_of_another_place_is_refused(hook_name, layer):
     with pytest.raises(SAEError, match="residual stream"):
-        _ = METADATA._replace(hook_name=hook_name, layer=layer).residual_layer
+        _ = METADATA._replace(hook_name=hook_name, hook_layer=layer).residual_layer

@@ -43,13 +43,6 @@ def test_an_active_feature_of_value_zero_did_not_fire():
     assert counts.statistics().maximum_F.tolist() == [2.0, 0.5, 0.0]
 
 
-def test_what_training_saved_is_used_where_it_saved_both():
-    known = features.saved_statistics(torch.full((F,), -2.0), torch.ones(F))
-    torch.testing.assert_close(known.density_F, torch.full((F,), 0.01))
-    assert features.saved_statistics(None, torch.ones(F)) is None
-    assert features.saved_statistics(torch.zeros(F), None) is None
-
-
 def test_statistics_are_measured_once_for_the_same_sources(tmp_path):
     path, calls = tmp_path / "run" / "statistics.safetensors", []
 

@@ -20,7 +20,6 @@ from mistral_sae.files import save_state
 from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
-from mistral_sae.sae.features import saved_statistics
 from mistral_sae.steer import sweep
 from mistral_sae.steer.display import BARS, level_of
 from mistral_sae.steer.steering import steer
@@ -120,7 +119,7 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     plain = list(model.generate(ids, 12))
-    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+    with steer(model, loaded, {3: 4 * loaded.maximum_F[3]}):
         steered = list(model.generate(ids, 12))
     assert plain != steered
     assert ran.columns == [without_spaces(model, plain), without_spaces(model, steered)]
@@ -165,11 +164,11 @@ def test_only_generated_tokens_are_steered_where_that_is_asked(demo):
 def test_the_marks_are_where_the_unsteered_model_finds_the_feature(demo, mistral_folder, run_dir):
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
-    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+    with steer(model, loaded, {3: 4 * loaded.maximum_F[3]}):
         text = list(model.generate(ids, 12))
         edited = loaded.sae.encode(model.residuals(torch.tensor([ids + text]), LAYER)[0, len(ids) :])
     encoded = loaded.sae.encode(model.residuals(torch.tensor([ids + text]), LAYER)[0, len(ids) :])
-    shares, under_the_edit = (each.dense(F)[:, 3] / loaded.maximum[3] for each in (encoded, edited))
+    shares, under_the_edit = (each.dense(F)[:, 3] / loaded.maximum_F[3] for each in (encoded, edited))
     assert 0 < (shares > 0).sum() < 12
     assert (under_the_edit > 0).sum() != (shares > 0).sum()
     ran = demo(TEMPERATURE=0.0)
@@ -189,7 +188,7 @@ def test_exact_encodes_all_features(demo, mistral_folder, run_dir):
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     texts = {}
     for exact in (False, True):
-        with steer(model, loaded, {3: 2 * loaded.maximum[3]}, exact=exact):
+        with steer(model, loaded, {3: 2 * loaded.maximum_F[3]}, exact=exact):
             texts[exact] = list(model.generate(ids, 12))
     assert texts[False] != texts[True]
     for exact, text in texts.items():
@@ -398,7 +397,7 @@ def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run
     ran = demo()
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
     assert "autoencoder of width 16 and layer 1, and tiny of width 32" in ran.err
-    save_sae(run_dir / "sae", autoencoder(), METADATA._replace(hook_name="blocks.7.hook_resid_post", layer=7))
+    save_sae(run_dir / "sae", autoencoder(), METADATA._replace(hook_name="blocks.7.hook_resid_post", hook_layer=7))
     ran = demo()
     assert (ran.code, len(ran.err.splitlines())) == (2, 1)
     assert "layer 7, and tiny of width 32 and layers 0 to 2" in ran.err
@@ -425,14 +424,14 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     assert ran.code == 0, ran.err
     found = re.findall(r"^→? +(?:0\.5|2|8) +([\d.]+) +([\d.]+)", ran.out, re.M)
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
-    statistics = saved_statistics(loaded.log_sparsity, loaded.maximum)
+    statistics = loaded.statistics
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     others = dict(zip(sweep.other_features(statistics, 0, of), of.values(), strict=True))
     directions = sweep.random_directions(loaded.sae.W_dec[list(of)], 0)
     expected = []
     for signs, along in ((of, None), (of, directions), (others, None)):
         for scale in (0.5, 2.0, 8.0):
-            clamped = {f: scale * c * float(loaded.maximum[f]) for f, c in signs.items()}
+            clamped = {f: scale * c * float(loaded.maximum_F[f]) for f, c in signs.items()}
             with steer(model, loaded, clamped, directions_SD=along):
                 text = list(model.generate(ids, 12))
             edit = steer(model, loaded, clamped, directions_SD=along)
@@ -519,7 +518,7 @@ def test_a_conversation_is_steered_ends_with_its_input_and_its_commands_find_fea
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = model.tokenizer.chat([{"role": "user", "content": "def f"}])
     plain = model.tokenizer.decode(list(model.generate(ids, 12)))
-    with steer(model, loaded, {3: 4 * loaded.maximum[3]}):
+    with steer(model, loaded, {3: 4 * loaded.maximum_F[3]}):
         steered = model.tokenizer.decode(list(model.generate(ids, 12)))
     assert first["reply"].strip() == steered.strip() != plain.strip()
 

@@ -314,7 +314,7 @@ def test_the_maxima_that_are_saved_are_those_of_the_last_part_of_the_run(
     monkeypatch.setattr(Trainer, "forget_maximum", lambda self: (forgotten.append(len(steps)), forget(self))[1])
     assert here(arguments(tmp_path / "run")).code == 0
     assert forgotten == [int(0.8 * STEPS)]  # where the learning rate begins to fall
-    maximum, checkpoint = load_sae(finished[0]).maximum, load_file(finished[0] / "checkpoint.safetensors")
+    maximum, checkpoint = load_sae(finished[0]).maximum_F, load_file(finished[0] / "checkpoint.safetensors")
     assert torch.equal(maximum, checkpoint["maximum"])
     assert (maximum > 0).any()
 

@@ -25,7 +25,7 @@ def lm(mistral_folder):
 @pytest.fixture(scope="module")
 def subject(lm):
     loaded = loaded_of(autoencoder())
-    return Subject(lm, loaded, Statistics(loaded.maximum, torch.full((F,), 0.001), None), {})
+    return Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.001), None), {})
 
 
 def choose(words, coefficient):

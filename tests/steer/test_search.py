@@ -50,7 +50,7 @@ def knows_tokens(lm, rows_RT, ids: list[int]) -> LoadedSAE:
         (mine,), others = z[at == id], z[at != id]  # it is there once; all z have one length, so none is nearer to it
         sae.W_enc[:, feature] = mine
         sae.b_enc[feature] = -(mine @ mine + (others @ mine).max()) / 2
-    return LoadedSAE(sae, layer, torch.zeros(F), torch.full((F,), 3.0))
+    return LoadedSAE(sae, layer, torch.ones(F), torch.full((F,), 3.0))
 
 
 # ---- what a feature raises when it is clamped ----
@@ -128,14 +128,14 @@ def test_features_are_found_by_the_tokens_they_fire_on(lm, rows_RT, monkeypatch)
 
 
 def test_of_features_that_match_equally_the_one_that_raises_the_words_tokens_most_comes_first(lm, loaded, rows_RT):
-    statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
+    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
     explanations = {feature: "an exception" for feature in (3, 7, 30, 31)} | {9: "brackets", 11: "an exception test"}
     found = search.find("exception", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
     found = [each for each in found if each.match]
     assert {each.feature for each in found} == {3, 7, 30, 31, 11}
     assert [each.strength for each in found] == sorted((each.strength for each in found), reverse=True)
     ids = search.tokens_like(lm.tokenizer, "exception")
-    maxima = {each.feature: float(loaded.maximum[each.feature]) for each in found}
+    maxima = {each.feature: float(loaded.maximum_F[each.feature]) for each in found}
     changes_NV = search.logit_changes(lm, loaded, maxima, search.own_text(lm))
     expected = changes_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1)
     assert [each.strength for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
@@ -148,7 +148,7 @@ def test_without_a_matching_explanation_features_are_found_by_tokens(lm, rows_RT
     (id, *_) = search.tokens_like(lm.tokenizer, "exception")
     rows_RT[1, 4] = id
     loaded = knows_tokens(lm, rows_RT, [id])
-    statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
+    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
     for explanations in ({}, {5: "brackets"}):
         found = search.find("exception", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
         assert [each.feature for each in found] == [0]
@@ -161,7 +161,7 @@ def test_features_found_by_tokens_come_after_those_whose_explanations_match(lm, 
     (id, *_) = search.tokens_like(lm.tokenizer, "exception")
     rows_RT[1, 4] = id
     loaded = knows_tokens(lm, rows_RT, [id])
-    statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
+    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
     found = search.find(
         "exception", Subject(lm, loaded, statistics, explained({5: "an exception", 6: "brackets"})), lambda n: rows_RT
     )
@@ -175,7 +175,7 @@ def test_no_text_is_read_where_explanations_are_enough(lm, loaded):
     def none(n):
         raise AssertionError("no text is wanted")
 
-    statistics = Statistics(loaded.maximum, torch.full((F,), 0.01), None)
+    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
     every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}
     assert [
         each.feature for each in search.find("exception", Subject(lm, loaded, statistics, explained(every)), none)
@@ -194,7 +194,7 @@ def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):
 
 
 def test_numbers_and_several_features_are_taken_as_they_are(lm, loaded):
-    subject = Subject(lm, loaded, Statistics(loaded.maximum, torch.full((F,), 0.01), None), {})
+    subject = Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.01), None), {})
     assert search.choose(3, 2.0, subject, no_rows) == search.choose("3", 2.0, subject, no_rows) == {3: 2.0}
     assert search.choose("{3: 1, 7: -2}", 2.0, subject, no_rows) == {3: 1, 7: -2}
     for wrong in ("{}", "[3]", "4.5", 64, "{3: 'x'}"):
@@ -215,7 +215,7 @@ def trials(lm, loaded):
 
 
 def subject_of(lm, loaded, density=0.001, explanations=()):
-    statistics = Statistics(4 * loaded.maximum, torch.full((F,), density), None)
+    statistics = Statistics(4 * loaded.maximum_F, torch.full((F,), density), None)
     return Subject(lm, loaded, statistics, explained(dict.fromkeys(explanations, "an explanation")))
 
 
@@ -245,7 +245,7 @@ def test_the_features_tried_are_those_that_raise_the_clearest_classes(lm, loaded
     monkeypatch.setattr(search, "TRIED", 2)
     candidates = [3, 7, 11, 30, 40]
     (text,) = lm.sample(PROMPT, [0], search.LOOKED_AT_TOKENS, 0.7)
-    maxima = {feature: 4 * float(loaded.maximum[feature]) for feature in candidates}
+    maxima = {feature: 4 * float(loaded.maximum_F[feature]) for feature in candidates}
     clear = search.clearness(search.logit_changes(lm, loaded, maxima, torch.tensor([PROMPT + text]))).tolist()
     best = sorted(candidates, key=lambda feature: -clear[candidates.index(feature)])[:2]
     assert search._clearest(subject_of(lm, loaded), candidates, trials) == best

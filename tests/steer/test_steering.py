@@ -382,13 +382,13 @@ def test_what_cannot_be_steered_is_said_in_one_line(lm, loaded, coefficients, op
 
 
 def test_an_autoencoder_of_another_width_is_refused(lm):
-    other = LoadedSAE(SparseAutoencoder(16, 32, 4), RESID_POST, None)
+    other = LoadedSAE(SparseAutoencoder(16, 32, 4), RESID_POST)
     with pytest.raises(SAEError, match=r"of width 16 and layer 1, and .* of width 32"), steer(lm, other, {3: 1}):
         pass
 
 
 def test_a_layer_that_the_model_has_not_is_refused(lm):
-    deep = loaded_of(autoencoder(), RESID_POST._replace(hook_name="blocks.9.hook_resid_post", layer=9))
+    deep = loaded_of(autoencoder(), RESID_POST._replace(hook_name="blocks.9.hook_resid_post", hook_layer=9))
     with pytest.raises(SAEError, match=r"and layer 9, and .* layers 0 to 2"), steer(lm, deep, {3: 1.0}):
         pass
 
@@ -410,7 +410,7 @@ def test_multiples_of_the_maximum_become_activations():
 
 
 def subject_of(lm, loaded) -> Subject:
-    return Subject(lm, loaded, Statistics(loaded.maximum, torch.full((F,), 0.001), None), {})
+    return Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.001), None), {})
 
 
 @pytest.mark.parametrize(("method", "unit"), [("clamp", 3.0), ("add", 1.0), ("raw", 1.0), ("ablate", 1.0)])
@@ -461,10 +461,10 @@ class Rows:
 
 
 def test_what_training_measured_needs_no_text(lm, loaded, tmp_path):
-    known = loaded._replace(log_sparsity=torch.full((F,), -2.0))
+    known = loaded._replace(density_F=torch.full((F,), 0.01))
     found = statistics_of(lm, known, None, 4, tmp_path / "statistics")
     torch.testing.assert_close(found.density_F, torch.full((F,), 0.01))
-    assert torch.equal(found.maximum_F, loaded.maximum)
+    assert torch.equal(found.maximum_F, loaded.maximum_F)
 
 
 def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mistral_folder, tmp_path, monkeypatch):
@@ -473,8 +473,8 @@ def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mist
     with torch.no_grad():
         for parameter in other.block(LAYER).parameters():
             parameter.mul_(1.01)
-    loaded, path = loaded_of(autoencoder())._replace(maximum=None), tmp_path / "run" / "statistics.safetensors"
-    fewer = loaded_of(autoencoder())._replace(maximum=None)
+    loaded, path = loaded_of(autoencoder())._replace(maximum_F=None), tmp_path / "run" / "statistics.safetensors"
+    fewer = loaded_of(autoencoder())._replace(maximum_F=None)
     fewer.sae.k = 2
 
     def reads(*arguments) -> int:
