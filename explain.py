@@ -16,6 +16,7 @@ import gc
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mistral_sae.explain.client import Client, LocalClient, Server
 from mistral_sae.explain.collect import Collection, Settings, collect, encode
 from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
-from mistral_sae.explain.types import Completer, Explanation, Label
+from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
 from mistral_sae.model import language_model as lm
@@ -230,15 +231,17 @@ async def ask_server(records: examples.FeatureRecords, journal: Journal) -> tupl
 
 async def ask(records: examples.FeatureRecords, completer: Completer, who: str) -> dict[int, Label]:
     """Explain all, then score all. A budget that is reached ends it early: the features that were left say so."""
-    explanations: dict[int, Explanation] = {}
-    labels: dict[int, Label] = {}
     load = records.__getitem__
     with bar(len(records), "explaining") as progress:
-        async for each in pipeline.explain_all(records.features, load, completer, in_flight=config.CONCURRENCY):
-            explanations[each.feature] = each
-            advance(progress, completer)
+        explanations = await pipeline.explain_all(
+            records.features,
+            load,
+            completer,
+            in_flight=config.CONCURRENCY,
+            after_each=partial(advance, progress, completer),
+        )
     with bar(len(records), "scoring") as progress:
-        async for each in pipeline.score_all(
+        return await pipeline.score_all(
             explanations,
             load,
             completer,
@@ -246,10 +249,8 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
             methods=scorers(),
             seed=config.SEED,
             in_flight=config.CONCURRENCY,
-        ):
-            labels[each.feature] = each
-            advance(progress, completer)
-    return {feature: labels[feature] for feature in records.features}
+            after_each=partial(advance, progress, completer),
+        )
 
 
 def bar(total: int, what: str) -> tqdm:

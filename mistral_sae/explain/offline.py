@@ -1,4 +1,4 @@
-"""Explanations without a model: rules of where a feature fires, found by counting in its own examples. Pure.
+"""Explanations without a model: rules of where a feature fires, found by counting in its own examples.
 
     found = {index: find(features[index]) for index in indices}
     for label in score_all(found, features.__getitem__, seed=SEED): ...
@@ -7,10 +7,10 @@ A rule is a target (what the token is) in a context (where it stands), each a pa
 
     targets    any, core "self" (a token without the spaces around it), token " self" (as it is), class "numbers"
     contexts   any, after "(" (the token before, or the two before), continuing "sel" (a word), line "import" (whose
-               first word that is), starting (a line), in "comments", early (in a row of tokens), before "self"
+               first word that is), starting (a line), early (in a row of tokens), before "self"
 
-The rules that are found make the phrase, and the same rules, no more, make the predictor that is scored. They come from
-the explaining examples (`top` and `spread`) alone; negatives are the tokens of these on which the feature is silent.
+The rules that are found make the phrase, and the same rules make the predictor that is scored. They come from the
+explaining examples (`top` and `spread`) alone; negatives are the tokens of these on which the feature is silent.
 
 Shapes: P passages, N tokens of all of them, R candidate rules, L pairs of a token and a rule that holds on it.
 """
@@ -18,6 +18,7 @@ Shapes: P passages, N tokens of all of them, R candidate rules, L pairs of a tok
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -32,11 +33,6 @@ PRECISION = 0.5  # of the tokens on which a rule holds, the share on which the f
 LEAST_SHARE = 0.2  # of a feature's passages; rules that account for fewer are no pattern
 TRIED = 30  # rules that are looked at when the best ones do not fit into the phrase
 EARLY = 8  # positions of a row, its BOS not counted
-
-QUOTES = "\"'`"
-OPENS_OR_CLOSES = re.compile(rf"[{QUOTES}#\n]")  # a string or a comment
-MAY_OPEN = re.compile(r"(?<!\w)(?:[bfru]|[bf]r|r[bf])?\Z", re.IGNORECASE)  # what stands before a string's first quote
-WORD_END = re.compile(r"\w+\Z")
 SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase can be counted
 
 Part = tuple[str, str]  # a target or a context: its kind and its value
@@ -55,7 +51,7 @@ class Found(NamedTuple):
     """A feature's explanation, and the rules that it says in words."""
 
     explanation: Explanation
-    rules: tuple[Rule, ...] = ()
+    rules: Sequence[Rule] = ()
 
 
 class Parts(NamedTuple):
@@ -71,11 +67,10 @@ class Parts(NamedTuple):
 def parts_of(passage: Example) -> list[Parts]:
     """Return what holds for each token of a passage; all but "before" follows from the text up to the token."""
     tokens, cores = passage.tokens, [core(token) for token in passage.tokens]
-    line, line_is_whole = "", False
-    quote = ""  # what opened the string, or the comment, that the text is in
-    word = ""  # that the text ends with
+    line, is_whole = "", False  # of the text so far; the passage may begin inside its first line
     found = []
     for i, token in enumerate(tokens):
+        word = re.sub(r".*\W", "", line)  # that the text ends with
         continues = bool(word) and (token[:1].isalnum() or token[:1] == "_")
         contexts = [ANY]
         if i > 0:
@@ -84,24 +79,15 @@ def parts_of(passage: Example) -> list[Parts]:
             contexts.append(("after", (tokens[i - 2] + tokens[i - 1]).strip(" ")))
         if continues:
             contexts.append(("continuing", word))
-        if line_is_whole:
+        if is_whole:
             contexts.append(("line", words[0]) if (words := line.split(None, 1)) else ("starting", ""))
-        if quote:
-            contexts.append(("in", "comments" if quote == "#" else "strings"))
         if passage.start + i <= EARLY:
             contexts.append(("early", ""))
         if i + 1 < len(tokens):
             contexts.append(("before", cores[i + 1]))
         targets = [ANY, ("core", cores[i]), ("token", token), ("class", class_of(token, continues))]
         found.append(Parts(targets, contexts))
-        if token:  # some have no text: a character of several tokens is part of the last
-            if OPENS_OR_CLOSES.search(token):
-                quote = _quote_after(token, quote, line)
-            end = WORD_END.search(token)
-            word = "" if end is None else word + token if end.start() == 0 else end[0]
-        line += token
-        if "\n" in token:
-            line, line_is_whole = token[token.rindex("\n") + 1 :], True
+        line, is_whole = (line + token).rpartition("\n")[2], is_whole or "\n" in token
     return found
 
 
@@ -120,17 +106,6 @@ def class_of(token: str, continues: bool) -> str:
     if re.fullmatch(r" *\w+ *", token):
         return "word parts" if continues else "words"
     return "words with punctuation" if re.search(r"\w", token) else "punctuation"
-
-
-def _quote_after(token: str, quote: str, line: str) -> str:
-    """What string or comment the text is in after a token, going by the line alone, as most languages would."""
-    for i, character in enumerate(token):
-        before = line + token[:i]
-        if character == "\n" or (quote in QUOTES and character == quote and before[-1:] != "\\"):
-            quote = ""
-        elif not quote and (character == "#" or (character in QUOTES and MAY_OPEN.search(before))):
-            quote = character
-    return quote
 
 
 # ---- finding rules ----
@@ -164,7 +139,7 @@ def find(feature: Feature) -> Found:
     if candidates.share(rules) < LEAST_SHARE:
         reason = "no rule accounts for enough of its passages"
         return Found(Explanation(feature.feature, NO_PATTERN, reason=reason))
-    return Found(Explanation(feature.feature, "ok", phrase(rules, candidates.share)), tuple(rules))
+    return Found(Explanation(feature.feature, "ok", phrase(rules, candidates.share)), rules)
 
 
 def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
@@ -177,39 +152,30 @@ def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
     passage_N = np.repeat(np.arange(len(passages)), [len(passage.tokens) for passage in passages])
     activation_N = np.concatenate([passage.activations for passage in passages]) / feature.maximum
 
-    targets, contexts = {ANY: 0}, {ANY: 0}  # those that hold where the feature fires, and their numbers
+    number: dict[tuple[Part, Part], int] = {}  # of each candidate
     for n in np.flatnonzero(activation_N):
-        for target in parts_N[n].targets:
-            targets.setdefault(target, len(targets))
-        for context in parts_N[n].contexts:
-            if context[0] != "before" or context[1] in promoted:
-                contexts.setdefault(context, len(contexts))
-    pairs = [
-        (n, targets[target] * len(contexts) + contexts[context])
+        for pair in product(*parts_N[n]):
+            if pair[1][0] != "before" or pair[1][1] in promoted:
+                number.setdefault(pair, len(number))
+    targets = {target for target, _ in number}
+    holds = [
+        (n, number[target, context])
         for n, parts in enumerate(parts_N)
         for target in parts.targets
         if target in targets
         for context in parts.contexts
-        if context in contexts
+        if (target, context) in number
     ]
-    token_L, number_L = np.array(pairs).T
-    number_R = np.unique(number_L[activation_N[token_L] > 0])
-    is_candidate_L = np.isin(number_L, number_R)
-    token_L, r_L = token_L[is_candidate_L], np.searchsorted(number_R, number_L[is_candidate_L])
-
+    token_L, r_L = np.array(holds).T
     passage_L, fires_L = passage_N[token_L], activation_N[token_L] > 0
-    hits_PR, misses_PR = np.zeros((2, len(passages), len(number_R)), bool)
+    hits_PR, misses_PR = np.zeros((2, len(passages), len(number)), bool)
     hits_PR[passage_L[fires_L], r_L[fires_L]] = True
     misses_PR[passage_L[~fires_L], r_L[~fires_L]] = True
     weight_L = weight_P[passage_L]
     held_R = np.bincount(r_L, weight_L)
-    precision_R = np.bincount(r_L, weight_L * fires_L) / held_R
     mass_R = np.bincount(r_L, weight_L * activation_N[token_L])
-    names = [*targets], [*contexts]
-    rules = [
-        Rule(names[0][number // len(contexts)], names[1][number % len(contexts)], float(strength))
-        for number, strength in zip(number_R, mass_R / held_R, strict=True)
-    ]
+    rules = [Rule(*pair, float(strength)) for pair, strength in zip(number, mass_R / held_R, strict=True)]
+    precision_R = np.bincount(r_L, weight_L * fires_L) / held_R
     return Candidates(rules, weight_P, hits_PR, misses_PR, precision_R, mass_R / (weight_P[passage_N] @ activation_N))
 
 
@@ -223,21 +189,21 @@ def _choose(candidates: Candidates) -> list[Rule]:
     hits_PR, misses_PR = candidates.hits_PR, candidates.misses_PR
     covered_P, wrong_P = np.zeros((2, len(hits_PR)), bool)
     rules: list[Rule] = []
+
+    def fits(r: int) -> bool:
+        return len(phrase([*rules, candidates.rules[r]], lambda _: 0).split()) <= MAX_WORDS
+
     while True:
         new_PR = hits_PR & ~covered_P[:, None]
         gain_R = candidates.weight_P @ new_PR - (misses_PR & ~wrong_P[:, None]).mean(axis=0)
         gain_R[(new_PR.sum(axis=0) < SUPPORT) | (candidates.precision_R < PRECISION)] = 0
         order = np.lexsort((-candidates.mass_R, -gain_R.round(9)))[:TRIED]
-        r = next((r for r in order if gain_R[r] > 0 and _fits([*rules, candidates.rules[r]])), None)
+        r = next((r for r in order if gain_R[r] > 0 and fits(r)), None)
         if r is None:
             return rules
         rules.append(candidates.rules[r])
         covered_P |= hits_PR[:, r]
         wrong_P |= misses_PR[:, r]
-
-
-def _fits(rules: Sequence[Rule]) -> bool:
-    return len(phrase(rules, lambda _: 0).split()) <= MAX_WORDS
 
 
 # ---- in words ----
@@ -258,11 +224,9 @@ def phrase(rules: Sequence[Rule], share: Callable[[Sequence[Rule]], float]) -> s
         together = same_context if is_text and len(same_context) >= len(same_target) else same_target
         left = [r for r in left if r not in together]
         what = ", ".join(dict.fromkeys(shown(r.target[1]) for r in together)) if is_text else value or "tokens"
-        contexts = dict.fromkeys(r.context[1] for r in together)
-        listed = " or ".join(contexts if context_kind == "in" else map(shown, contexts))
+        listed = " or ".join(shown(value) for value in dict.fromkeys(r.context[1] for r in together))
         special = {"any": "", "line": f" on {listed} lines", "starting": " starting lines", "early": " early"}
-        where = special.get(context_kind, f" {context_kind} {listed}")
-        said.append(f"{what}{where} ({share(together):.0%})")
+        said.append(f"{what}{special.get(context_kind, f' {context_kind} {listed}')} ({share(together):.0%})")
     return "; ".join(said)
 
 
@@ -295,8 +259,7 @@ def score_all(found: Mapping[int, Found], load: Callable[[int], Feature], *, see
 def label(feature: Feature, found: Found, other: Found | None, *, seed: int = 0) -> Label:
     """Return the label of a feature, scored by detection and by simulation on the passages that detection asks for.
 
-    As a detector, the predictor says that a feature fires in a passage if one of its rules holds there: which rules
-    there are was settled on the explaining examples.
+    As a detector, the predictor says that a feature fires in a passage if one of its rules holds there.
     """
     if found.explanation.status != "ok":
         return unexplained(found.explanation, EXPLAINER)

@@ -1,7 +1,7 @@
 """Features and a completer -> labels: explain, repair, score, compare with baselines. No torch, no network.
 
-    explanations = {e.feature: e async for e in explain_all(indices, load, completer)}
-    async for label in score_all(explanations, load, completer, explainer=model, seed=SEED): ...
+    explanations = await explain_all(indices, load, completer)
+    labels = await score_all(explanations, load, completer, explainer=model, seed=SEED)
 
 Two passes, since the baseline of one feature's scores is another one's explanation. Every request is a function of the
 features' records and the settings alone, so a completer with a journal answers those of an earlier run from it. What
@@ -10,8 +10,9 @@ goes wrong with one feature is a status; an exception of the completer's ends th
 
 import asyncio
 import itertools
+import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from mistral_sae.explain import prompts, scoring
@@ -37,8 +38,7 @@ BATCH = 8  # passages to judge in one request
 IN_FLIGHT = 64  # features at work at a time: each is in memory then, and has one request or some tens of them waiting
 FEWEST_EXAMPLES = 2  # to which the examples are halved while the prompt is too long
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+Result = TypeVar("Result", Explanation, Label)
 
 
 class Answer(NamedTuple):
@@ -47,13 +47,6 @@ class Answer(NamedTuple):
     status: Status
     value: Any = None  # None unless the status is "ok"
     reason: str = ""  # one line
-
-
-class Scored(NamedTuple):
-    """What one explanation got from one scorer."""
-
-    score: Score
-    judgements: list[Judgement]
 
 
 async def explain(feature: Feature, completer: Completer) -> Explanation:
@@ -99,35 +92,41 @@ async def score(
         "top_token": f"the token {prompts.quoted(scoring.strongest_token(feature))}",
     }
     distinct = list(dict.fromkeys(filter(None, texts.values())))  # two that say the same are asked once
-    outcomes = await _all(_scored(method, feature, text, completer, seed) for method in methods for text in distinct)
+    outcomes = await asyncio.gather(
+        *(_score(method, feature, text, completer, seed) for method in methods for text in distinct)
+    )
     found = dict(zip(itertools.product(methods, distinct), outcomes, strict=True))
     scores: dict[str, Score] = {}
     judgements: list[Judgement] = []
     reasons = [explanation.reason] if explanation.reason else []
     for method in methods:
-        by_name = {name: found[method, text] for name, text in texts.items() if text}
-        values = {name: scored.score.value for name, scored in by_name.items()}
-        scores[method] = by_name["own"].score._replace(
-            other_feature=values.get("other_feature"), top_token=values["top_token"]
-        )
-        judgements += by_name["own"].judgements
-        for name, scored in by_name.items():
-            requests, of = scored.score.requests, BASELINES.get(name, "")
-            total = sum(count for _, count in requests)
-            reasons += [f"{method}{of}: {count} of {total} requests {each}" for each, count in requests if each != "ok"]
+        by_name = {name: found[method, text][0] for name, text in texts.items() if text}
+        other_feature = by_name["other_feature"].value if other else None
+        scores[method] = by_name["own"]._replace(other_feature=other_feature, top_token=by_name["top_token"].value)
+        judgements += found[method, explanation.text][1]
+        for name, each in by_name.items():
+            total = sum(count for _, count in each.requests)
+            of = f"{method}{BASELINES.get(name, '')}"
+            reasons += [
+                f"{of}: {count} of {total} requests {status}" for status, count in each.requests if status != "ok"
+            ]
     return Label(feature.feature, explanation.text, explainer, "ok", scores, tuple(judgements), "; ".join(reasons))
 
 
 async def explain_all(
-    features: Iterable[int], load: Callable[[int], Feature], completer: Completer, *, in_flight: int = IN_FLIGHT
-) -> AsyncIterator[Explanation]:
-    """Yield explanations of features as they come; `load` gives a feature's record when its turn has come."""
+    features: Iterable[int],
+    load: Callable[[int], Feature],
+    completer: Completer,
+    *,
+    in_flight: int = IN_FLIGHT,
+    after_each: Callable[[], object] = lambda: None,
+) -> dict[int, Explanation]:
+    """Return explanations of features, ascending; `load` gives a feature's record when its turn has come."""
 
     async def work(index: int) -> Explanation:
         return await explain(load(index), completer)
 
-    async for explanation in _as_they_come(work, features, in_flight):
-        yield explanation
+    return await _for_each(features, work, in_flight, after_each)
 
 
 async def score_all(
@@ -139,8 +138,9 @@ async def score_all(
     methods: Sequence[str] = METHODS,
     seed: int = 0,
     in_flight: int = IN_FLIGHT,
-) -> AsyncIterator[Label]:
-    """Yield labels as they come, exactly one for each explanation."""
+    after_each: Callable[[], object] = lambda: None,
+) -> dict[int, Label]:
+    """Return labels, one for each explanation, ascending."""
     others = scoring.other_features(index for index, explanation in explanations.items() if explanation.status == "ok")
 
     async def work(index: int) -> Label:
@@ -152,8 +152,22 @@ async def score_all(
             load(index), explanation, baseline, completer, explainer=explainer, methods=methods, seed=seed
         )
 
-    async for label in _as_they_come(work, explanations, in_flight):
-        yield label
+    return await _for_each(explanations, work, in_flight, after_each)
+
+
+async def _for_each(
+    features: Iterable[int], work: Callable[[int], Awaitable[Result]], in_flight: int, after_each: Callable[[], object]
+) -> dict[int, Result]:
+    """What `work` returns for each feature, with at most `in_flight` at work at a time."""
+    waiting, results = iter(features), {}
+
+    async def worker() -> None:
+        for feature in waiting:
+            results[feature] = await work(feature)
+            after_each()
+
+    await asyncio.gather(*(worker() for _ in range(in_flight)))
+    return dict(sorted(results.items()))
 
 
 # ---- what came of it ----
@@ -215,74 +229,75 @@ def _figure(value: float | None) -> str:
 # ---- requests ----
 
 
-async def _scored(method: str, feature: Feature, explanation: str, completer: Completer, seed: int) -> Scored:
+async def _score(
+    method: str, feature: Feature, explanation: str, completer: Completer, seed: int
+) -> tuple[Score, list[Judgement]]:
     if method == "detection":
         questions = scoring.detection_questions(feature, seed)
-        scored = await _judge(method, [questions], explanation, completer, seed)
-        return scored._replace(score=scored.score._replace(recall=scoring.recall(feature, scored.judgements)))
+        score, judgements = await _judge(method, [questions], explanation, completer, seed)
+        return score._replace(recall=scoring.recall(feature, judgements)), judgements
     if method == "fuzzing":
         return await _judge(method, scoring.fuzzing_questions(feature, seed), explanation, completer, seed)
-    return await _simulate(feature, explanation, completer, seed)
+    return await _simulate(feature, explanation, completer, seed), []
 
 
 async def _judge(
     method: str, rounds: Sequence[Sequence[Question]], explanation: str, completer: Completer, seed: int
-) -> Scored:
+) -> tuple[Score, list[Judgement]]:
     """Ask for verdicts in batches that mix no rounds, smaller ones where they are too long for the model."""
     make_request = prompts.detection_request if method == "detection" else prompts.fuzzing_request
 
     async def ask(batch: Sequence[Question]) -> list[Answer]:
         ids = {question.id for question in batch}
-        request = make_request(explanation, batch)
-        answer = await _ask(completer, request, lambda reply: prompts.read_verdicts(reply, ids))
+        answer = await _ask(
+            completer, make_request(explanation, batch), lambda reply: prompts.read_verdicts(reply, ids)
+        )
         if answer.status == "overflow" and len(batch) > 1:
-            half = len(batch) // 2
-            return [*itertools.chain(*await _all(map(ask, (batch[:half], batch[half:]))))]
+            return await ask_all(scoring.batches(batch, math.ceil(len(batch) / 2)))
         return [answer]
 
-    batches = [batch for questions in rounds for batch in scoring.batches(questions, BATCH)]
-    answers = list(itertools.chain(*await _all(map(ask, batches))))
+    async def ask_all(batches: Iterable[Sequence[Question]]) -> list[Answer]:
+        return list(itertools.chain(*await asyncio.gather(*map(ask, batches))))
+
+    answers = await ask_all(batch for questions in rounds for batch in scoring.batches(questions, BATCH))
     verdicts = {id: verdict for answer in answers if answer.status == "ok" for id, verdict in answer.value.items()}
     judgements = [
         Judgement(method, question.kind, question.index, question.truth, verdicts.get(question.id))
-        for questions in rounds
-        for question in questions
+        for question in itertools.chain(*rounds)
     ]
-    return Scored(scoring.verdict_score(judgements, seed)._replace(requests=_by_status(answers)), judgements)
+    return scoring.verdict_score(judgements, seed)._replace(requests=_by_status(answers)), judgements
 
 
-async def _simulate(feature: Feature, explanation: str, completer: Completer, seed: int) -> Scored:
+async def _simulate(feature: Feature, explanation: str, completer: Completer, seed: int) -> Score:
     async def ask(passage: Example) -> Answer:
         request = prompts.simulation_request(explanation, passage)
         return await _ask(completer, request, lambda reply: prompts.read_activations(reply, len(passage.tokens)))
 
     passages = scoring.simulation_passages(feature)
-    answers = await _all(map(ask, passages))
+    answers = await asyncio.gather(*map(ask, passages))
     unit = feature.maximum / prompts.LEVELS
     simulated = [
         scoring.Simulated(passage.activations, [unit * level for level in answer.value])
         for passage, answer in zip(passages, answers, strict=True)
         if answer.status == "ok"
     ]
-    score = scoring.simulation_score(simulated, len(passages), seed)
-    return Scored(score._replace(requests=_by_status(answers)), [])
+    return scoring.simulation_score(simulated, len(passages), seed)._replace(requests=_by_status(answers))
 
 
 async def _ask(completer: Completer, request: Request, read: Callable[[str], Any]) -> Answer:
     """What `read` finds in the reply, or in that to one repair request; the status of whichever has none."""
-    problems: list[prompts.Unreadable] = []
     completion = await completer.complete(request)
-    while completion.status == "ok":
+    problems: list[prompts.Unreadable] = []
+    while completion.status == "ok" and len(problems) < 2:
         try:
             return Answer("ok", read(completion.text))
         except prompts.Unreadable as error:
             problems.append(error)
-        if len(problems) == 2:
-            break
-        completion = await completer.complete(prompts.repair_request(request, completion.text, str(problems[0])))
+        if len(problems) == 1:
+            completion = await completer.complete(prompts.repair_request(request, completion.text, str(problems[0])))
     for problem in reversed(problems):
         if isinstance(problem, prompts.TooLong):
-            return Answer("ok", prompts.cut(problem.explanation), f"cut to {prompts.MAX_WORDS} words: {problem}")
+            return Answer("ok", problem.beginning, f"cut to {prompts.MAX_WORDS} words: {problem}")
     if completion.status == "ok":
         return Answer("unparsed", reason=f"{problems[-1]}, in two attempts")
     text = f"the reply does not end: {completion.text}" if completion.status == "truncated" else completion.text
@@ -291,36 +306,3 @@ async def _ask(completer: Completer, request: Request, read: Callable[[str], Any
 
 def _by_status(answers: Iterable[Answer]) -> tuple[tuple[Status, int], ...]:
     return tuple(Counter(answer.status for answer in answers).items())
-
-
-async def _all(work: Iterable[Awaitable[Result]]) -> list[Result]:
-    """The results of awaitables that run together. If one fails, the others are stopped and waited for."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _as_they_come(
-    work: Callable[[Item], Awaitable[Result]], items: Iterable[Item], most: int
-) -> AsyncIterator[Result]:
-    """Results of `work` on the items, at most so many at a time. If one fails, the others are stopped."""
-    waiting = iter(items)
-    running: set[asyncio.Future[Result]] = set()
-    done: set[asyncio.Future[Result]] = set()
-    try:
-        while True:
-            for item in itertools.islice(waiting, most - len(running)):
-                running.add(asyncio.ensure_future(work(item)))
-            if not running:
-                return
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                yield task.result()
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, *done, return_exceptions=True)  # or asyncio complains of what nobody looked at

@@ -1,33 +1,33 @@
-"""What a language model is asked about a feature, and how its replies are read. Pure: no torch, no network.
+"""What a language model is asked about a feature, and how its replies are read.
 
 A request is a function of its arguments alone, so that a run that starts again asks the same questions. The corpus is
 data: every text taken from it, and every explanation, stands on one line as a JSON string, so that nothing in it can
 end a passage or begin a message; characters that are not printed, and the control tokens of chat formats, are escaped;
 and the marks around active tokens are characters that occur nowhere in the prompt's texts.
 
-Replies may come from servers that cannot enforce a JSON schema. Read are JSON, alone or inside other text or a code
-fence, and lines of the form "key: value". What stands before the last </think> is left out, and the last of several
-JSON values counts: models think first, and quote what they were shown while they do.
+Replies may come from servers that cannot enforce a JSON schema. Read are the JSON objects in a reply, whatever stands
+around them, and lines of the form "key: value". What stands before the last </think> is left out, and of several
+answers the last counts: models think first, and quote what they were shown while they do.
 """
 
 import itertools
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from typing import Any, TypeVar
 
 from mistral_sae.explain.types import Example, Feature, Question, Request, Status
 
 TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
 MAX_WORDS = 20  # of an explanation
-LONGEST_LINE = 600  # characters of an explanation; what is longer is an essay
 LEVELS = 10  # activations are shown as integers up to this, which stands for the feature's maximum
 PROMOTED = 10  # tokens shown of those a feature promotes, and of those it suppresses
 SHOWN_REPLY = 2000  # characters of a bad reply that are shown again
 NO_PATTERN: Status = "no pattern"
 
-MARKS = ("«»", "⟦⟧", "【】", "⟪⟫", "❰❱", "〘〙", "⦃⦄", "◁▷")
+SYMBOLS = [chr(code) for code in range(0x2500, 0x27C0)]  # for passages that hold all of the brackets
+MARKS = [*zip("«⟦【⟪❰〘⦃◁", "»⟧】⟫❱〙⦄▷", strict=True), *zip(SYMBOLS[::2], SYMBOLS[1::2], strict=True)]
 
 # What chat formats take for their own tokens when a server tokenizes a prompt: Mistral's, Llama's, ChatML's, Gemma's,
 # DeepSeek's, Qwen's, GLM's
@@ -40,9 +40,8 @@ CONTROL = re.compile(
 
 NONE_FOUND = re.compile(r"none|n/a|(there is )?no( clear| discernible)? pattern( found)?", re.IGNORECASE)
 THOUGHT_END = re.compile(r"</think>|\[/THINK\]")
-BRACKET = re.compile(r"[{\[]")
 LINE = re.compile(r"^[^\w{\n]*(\w+)[^\w\n]*?:[*_\s]*(\S.*)$", re.MULTILINE)  # key: value, with or without emphasis
-QUOTES = {('"', '"'), ("'", "'"), ("`", "`"), ("“", "”")}
+QUOTED = re.compile(r"""["“]([^"“”]*)["”]|'([^']*)'|`([^`]*)`""")
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 DATA = (
@@ -72,12 +71,9 @@ class TooLong(Unreadable):
     """An explanation of more than MAX_WORDS words."""
 
     def __init__(self, explanation: str):
-        super().__init__(f"the explanation has {len(explanation.split())} words, and at most {MAX_WORDS} are allowed")
-        self.explanation = explanation
-
-
-def _schema(title: str, **properties: dict[str, Any]) -> dict[str, Any]:
-    return {"title": title, **_object(**properties)}
+        words = explanation.split()
+        super().__init__(f"the explanation has {len(words)} words, and at most {MAX_WORDS} are allowed")
+        self.beginning = " ".join(words[:MAX_WORDS])
 
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:
@@ -91,9 +87,10 @@ def _request(system: str, parts: Sequence[str], schema: dict[str, Any], max_toke
 
 # One schema a kind of request, whatever its passages are: servers compile a schema when they first see it
 STRING, INTEGER, BOOLEAN = ({"type": name} for name in ("string", "integer", "boolean"))
-EXPLANATION = _schema("explanation", pattern=STRING, pattern_found=BOOLEAN, explanation=STRING)
-VERDICTS = _schema("verdicts", answers={"type": "array", "items": _object(id=STRING, answer=BOOLEAN)})
-ACTIVATIONS = _schema("activations", active={"type": "array", "items": _object(position=INTEGER, activation=INTEGER)})
+VERDICT, ACTIVATION = _object(id=STRING, answer=BOOLEAN), _object(position=INTEGER, activation=INTEGER)
+EXPLANATION = {"title": "explanation"} | _object(pattern=STRING, pattern_found=BOOLEAN, explanation=STRING)
+VERDICTS = {"title": "verdicts"} | _object(answers={"type": "array", "items": VERDICT})
+ACTIVATIONS = {"title": "activations"} | _object(active={"type": "array", "items": ACTIVATION})
 
 # ---- an explanation ----
 
@@ -142,31 +139,19 @@ def explain_request(feature: Feature, n_top: int = TOP, n_spread: int = SPREAD) 
 def read_explanation(reply: str) -> str:
     """Return the explanation in a reply, on one line; NO_PATTERN if it says that there is none.
 
-    Raises Unreadable if the reply holds no explanation, and TooLong with what it found.
+    Raises Unreadable if the reply holds no explanation, and TooLong for one that is too long.
     """
-    values = [each for value in _values(reply) for each in (value[::-1] if isinstance(value, list) else [value])]
-    found = [each for each in values if isinstance(each, dict) and isinstance(each.get("explanation"), str)]
+    found = [each for each in _objects(reply) if isinstance(each.get("explanation"), str)]
     if not found:
         raise Unreadable('it has no JSON object with the keys "pattern", "pattern_found" and "explanation"')
-    text, pattern_found = _unquoted(found[0]["explanation"]), _boolean(found[0].get("pattern_found"))
+    text, pattern_found = _unquoted(found[-1]["explanation"]), _boolean(found[-1].get("pattern_found"))
     if pattern_found is False or (pattern_found is None and not text) or NONE_FOUND.fullmatch(text.rstrip(".")):
         return NO_PATTERN
     if not re.search(r"\w", text):
         raise Unreadable("the explanation is empty")
-    if len(text) > LONGEST_LINE:
-        raise TooLong(text[:LONGEST_LINE].rsplit(" ", 1)[0])
     if len(text.split()) > MAX_WORDS:
         raise TooLong(text)
     return text
-
-
-def cut(explanation: str) -> str:
-    """Return the first MAX_WORDS words, up to the end of a clause if more than half of them are left."""
-    words = explanation.split()[:MAX_WORDS]
-    for end in range(len(words), MAX_WORDS // 2, -1):
-        if words[end - 1][-1] in ".;,:":
-            return " ".join(words[:end]).rstrip(".;,:")
-    return " ".join(words)
 
 
 def _observed(number: int, passage: Example, maximum: float, marks: tuple[str, str]) -> str:
@@ -215,27 +200,24 @@ def _verdicts_request(explanation: str, task: str, lines: Sequence[str], meaning
 def read_verdicts(reply: str, ids: Collection[str]) -> dict[str, bool]:
     """Return the verdicts on those of the `ids` that a reply answers for.
 
-    Ids that were not asked for are passed over, and an id with two different verdicts has none. Raises Unreadable
-    if the reply answers for no id.
+    Raises Unreadable if the reply answers for none of them.
     """
-    for value in _values(reply):
-        found: dict[str, set[bool]] = {}
-        for id, answer in _answers(value):
-            id, verdict = str(id).strip().lower(), _boolean(answer)
-            if id in ids and verdict is not None:
-                found.setdefault(id, set()).add(verdict)
-        if found:
-            return {id: verdicts.pop() for id, verdicts in found.items() if len(verdicts) == 1}
-    raise Unreadable("it answers for none of the ids")
+    answers = [(str(id).strip().lower(), _boolean(answer)) for each in _objects(reply) for id, answer in _answers(each)]
+    verdicts = {id: verdict for id, verdict in answers if id in ids and verdict is not None}
+    if not verdicts:
+        raise Unreadable("it answers for none of the ids")
+    return verdicts
 
 
-def _answers(value: Any) -> list[tuple[Any, Any]]:
-    """Ids and verdicts in a JSON value: the form that was asked for, the list alone, or {id: verdict}."""
-    answers = value.get("answers", value) if isinstance(value, dict) else value
-    if isinstance(answers, dict):
-        return list(answers.items())
-    entries = answers if isinstance(answers, list) else []
-    return [(e["id"], e["answer"]) for e in entries if isinstance(e, dict) and {"id", "answer"} <= set(e)]
+def _answers(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Ids and answers in the form that was asked for, as the list alone, or as {id: answer}."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _answers(each)
+    elif isinstance(value, dict):
+        is_answer = {"id", "answer"} <= value.keys()
+        yield from [(value["id"], value["answer"])] if is_answer else value.items()
+        yield from _answers(value.get("answers"))
 
 
 # ---- a simulation ----
@@ -264,10 +246,12 @@ def read_activations(reply: str, n_tokens: int) -> list[int]:
     Raises Unreadable if it is no list of positions and activations, or if one of these is out of its range: a reply
     that lost count says nothing.
     """
-    entries = next((found for value in _values(reply) if (found := _entries(value)) is not None), None)
-    if entries is None:
+    objects = _objects(reply)
+    lists = [each["active"] for each in objects if isinstance(each.get("active"), list)]
+    entries = lists[-1] if lists else [each for each in objects if "activation" in each]  # or the list alone
+    if not lists and not entries:
         raise Unreadable('it has no JSON object with the key "active"')
-    activations: dict[int, int] = {}
+    activations = [0] * n_tokens
     for entry in entries:
         fields = entry if isinstance(entry, dict) else {}
         position, activation = fields.get("position", -1), fields.get("activation", -1)
@@ -275,17 +259,8 @@ def read_activations(reply: str, n_tokens: int) -> list[int]:
             raise Unreadable(
                 f'an entry of "active" is not a position from 0 to {n_tokens - 1} and an activation from 0 to {LEVELS}'
             )
-        if activations.setdefault(int(position), int(activation)) != activation:
-            raise Unreadable(f"it has two activations at position {position}")
-    return [activations.get(position, 0) for position in range(n_tokens)]
-
-
-def _entries(value: Any) -> list[Any] | None:
-    """The entries of a simulation: the form that was asked for, or the list alone."""
-    if isinstance(value, dict):
-        value = value.get("active")
-        return value if isinstance(value, list) else None
-    return value if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value) else None
+        activations[int(position)] = int(activation)
+    return activations
 
 
 # ---- any request ----
@@ -327,9 +302,7 @@ def marks_for(texts: Iterable[str]) -> tuple[str, str]:
     Single ones, since the end of a text and the beginning of a longer mark could make up a mark between them.
     """
     used = set().union(*texts)
-    others = filter(str.isprintable, map(chr, itertools.count(0x2500)))
-    pairs = itertools.chain(map(tuple, MARKS), zip(others, others, strict=True))
-    return next((before, after) for before, after in pairs if before not in used and after not in used)
+    return next(marks for marks in MARKS if used.isdisjoint(marks))
 
 
 def level(activation: float, maximum: float) -> int:
@@ -368,33 +341,23 @@ def _defused(text: str) -> str:
     return CONTROL.sub(lambda match: f"\\u{ord(match[0][0]):04x}{match[0][1:]}", text)
 
 
-# ---- values in a reply ----
+# ---- what a reply holds ----
 
 
-def _values(reply: str) -> list[Any]:
-    """The JSON objects and lists of a reply that follow its thoughts, the last first; then its lines as one object."""
-    decoder = json.JSONDecoder(object_pairs_hook=_agreed, strict=False)  # models break lines within strings
-    found, position = [], 0
-    while bracket := BRACKET.search(reply, position):
+def _objects(reply: str) -> list[dict[str, Any]]:
+    """What follows the thoughts of a reply: its lines of the form "key: value" as one object, then its JSON objects."""
+    decoder = json.JSONDecoder(strict=False)  # models break lines within strings
+    found, end = [], 0
+    while (start := reply.find("{", end)) >= 0:
         try:
-            value, position = decoder.raw_decode(reply, bracket.start())
-            found.append((value, bracket.start(), position))
-        except ValueError:
-            position = bracket.end()
-        except RecursionError:  # thousands of brackets: nothing that was asked for
-            break
-    ends = [match.end() for match in THOUGHT_END.finditer(reply)]  # but for those inside a JSON value
-    said = max((end for end in ends if not any(start < end < stop for _, start, stop in found)), default=0)
-    lines = _agreed([(key.lower(), value) for key, value in LINE.findall(reply[said:])])
-    return [value for value, start, _ in found[::-1] if start >= said] + [lines]
-
-
-def _agreed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; None for a key that comes twice with different values, of which `dict` would keep the last."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        values[key] = value if values.get(key, value) == value else None
-    return values
+            value, end = decoder.raw_decode(reply, start)
+            found.append((value, start, end))
+        except (ValueError, RecursionError):
+            end = start + 1
+    thoughts = [match.end() for match in THOUGHT_END.finditer(reply)]  # but for those inside a JSON value
+    said = max((at for at in thoughts if not any(start < at < end for _, start, end in found)), default=0)
+    lines = {key.lower(): value for key, value in LINE.findall(reply[said:])}
+    return [lines, *(value for value, start, _ in found if start >= said)]
 
 
 def _boolean(value: Any) -> bool | None:
@@ -405,6 +368,5 @@ def _boolean(value: Any) -> bool | None:
 def _unquoted(text: str) -> str:
     """On one line and without what models put around a phrase: emphasis, a JSON string's comma, one pair of quotes."""
     text = " ".join(text.split()).strip("*_").rstrip(",").strip()
-    if len(text) > 1 and (text[0], text[-1]) in QUOTES and not {text[0], text[-1]} & set(text[1:-1]):
-        text = text[1:-1].strip()
-    return text
+    quoted = QUOTED.fullmatch(text)
+    return quoted[quoted.lastindex].strip() if quoted and quoted.lastindex else text

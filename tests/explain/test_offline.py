@@ -14,9 +14,9 @@ def fires_on_self_after_parenthesis(tokens, i):
     return 4.0 if tokens[i] == " self" and i > 0 and tokens[i - 1] == "(" else 0.0
 
 
-def fires_in_comments(tokens, i):
-    line = "".join(tokens[:i]).rsplit("\n", 1)[-1]
-    return 2.0 + i % 3 if "#" in line else 0.0
+def fires_on_if_lines(tokens, i):
+    lines = "".join(tokens[:i]).rsplit("\n", 1)
+    return 2.0 + i % 3 if lines[1:] and lines[1].split()[:1] == ["if"] else 0.0
 
 
 def fires_before_items(tokens, i):
@@ -42,7 +42,6 @@ def test_contexts_say_where_a_token_stands():
     assert names(parts, "continuing")[3:5] == [["area"], []]
     assert names(parts, "line")[2:5] == [["def"]] * 3
     assert [i for i, starting in enumerate(names(parts, "starting")) if starting] == [1, 9, 10]
-    assert names(parts, "in") == [[]] * 7 + [["comments"]] * 2 + [[]] * 2 + [["strings"]] * 3 + [[]]
     assert names(parts, "before")[6] == ["why"]
     assert [i for i, early in enumerate(names(offline.parts_of(passage(tokens, start=5)), "early")) if early] == [
         0,
@@ -59,42 +58,6 @@ def test_a_word_goes_on_in_the_next_token_but_not_over_a_line_break():
     classes = [dict(each.targets[1:])["class"] for each in offline.parts_of(passage(tokens))]
     assert classes[2] == "word parts"
     assert classes[4] == "words"
-
-
-def test_a_comment_ends_with_its_line_and_a_string_with_its_quote_or_its_line():
-    tokens = [
-        "#",
-        " it's",
-        " #",
-        " x",
-        "\n",
-        "'",
-        "a",
-        '"',
-        "\\'",
-        "b",
-        "'",
-        "c",
-        " don't",
-        " d",
-        "\n",
-        '"',
-        "e",
-        "\n",
-        "f",
-    ]
-    where = [values[0] if values else "" for values in names(offline.parts_of(passage(tokens)), "in")]
-    assert where == ["", *["comments"] * 4, "", *["strings"] * 5, "", "", "", "", "", "strings", "strings", ""]
-
-
-@pytest.mark.parametrize("prefix", ["f", "r", "b", "rb", "F", "Rb"])
-@pytest.mark.parametrize("quote", ["'", '"'])
-def test_a_string_may_have_a_prefix_and_an_apostrophe_is_none(prefix, quote):
-    tokens = ["x", " =", f" {prefix}{quote}", "a", quote, " +", " b", " don't", " c"]
-    where = names(offline.parts_of(passage(tokens)), "in")
-    assert where == [[]] * 3 + [["strings"]] * 2 + [[]] * 4
-    apart = [" =", f" {prefix}", f"{quote}a", quote, "b", f"x{prefix}", f"{quote}c"]
-    assert names(offline.parts_of(passage(apart)), "in") == [[]] * 3 + [["strings"]] + [[]] * 3
 
 
 @pytest.mark.parametrize(
@@ -143,9 +106,9 @@ def test_several_tokens_of_one_context_are_named_together():
     assert {'"self"', '"name"', '"x"'} == set(phrase[: -len(" (100%)")].split(", "))
 
 
-def test_a_feature_of_comments_and_one_of_what_comes_next_are_found():
-    comments = offline.find(make_feature(3, fires_in_comments, [*WORDS, " #", " the"]))
-    assert comments.explanation.text == "tokens in comments (100%)"
+def test_a_feature_of_some_lines_and_one_of_what_comes_next_are_found():
+    lines = offline.find(make_feature(3, fires_on_if_lines))
+    assert lines.explanation.text == 'tokens on "if" lines (100%)'
     before = offline.find(make_feature(4, fires_before_items))
     assert before.explanation.text == 'tokens before "items" (100%)'
 
@@ -225,8 +188,8 @@ def test_the_predictor_says_what_the_phrase_says():
 def test_rules_of_one_target_share_their_contexts_and_no_other_rule_is_implied():
     rules = [Rule(("core", "a"), ("after", "x"), 1), Rule(("core", "b"), ("after", "y"), 1)]
     assert offline.phrase(rules, lambda _: 1) == '"a" after "x" (100%); "b" after "y" (100%)'
-    rules = [Rule(ANY, ("after", "x"), 1), Rule(ANY, ("after", "y"), 1), Rule(ANY, ("in", "comments"), 1)]
-    assert offline.phrase(rules, lambda _: 1) == 'tokens after "x" or "y" (100%); tokens in comments (100%)'
+    rules = [Rule(ANY, ("after", "x"), 1), Rule(ANY, ("after", "y"), 1), Rule(ANY, ("early", ""), 1)]
+    assert offline.phrase(rules, lambda _: 1) == 'tokens after "x" or "y" (100%); tokens early (100%)'
 
 
 def test_strengths_are_mean_activations_as_shares_of_the_maximum():
@@ -241,7 +204,7 @@ def test_rules_are_scored_on_held_out_passages_beside_both_baselines():
     features = {
         0: make_feature(0, fires_on_self_after_parenthesis),
         1: make_feature(1, on(" 1")),
-        2: make_feature(2, fires_in_comments, [*WORDS, " #", " the"]),
+        2: make_feature(2, fires_on_if_lines),
     }
     # Hard negatives: the token without the parenthesis
     hard = tuple(passage([" x", " self", " ="]) for _ in range(10))

@@ -107,9 +107,8 @@ def of_kind(title):
 def run_all(completer, features, **options):
     async def work():
         load = features.__getitem__
-        explanations = {e.feature: e async for e in explain_all(features, load, completer)}
-        scored = score_all(explanations, load, completer, explainer="fake", **options)
-        return {label.feature: label async for label in scored}
+        explanations = await explain_all(features, load, completer)
+        return await score_all(explanations, load, completer, explainer="fake", **options)
 
     return asyncio.run(work())
 
@@ -365,7 +364,7 @@ def test_a_simulation_that_lost_count_is_asked_for_again_and_then_counted_apart(
     assert "simulation: 8 of 8 requests unparsed" in label.reason
 
 
-def test_what_the_completer_raises_ends_the_run_and_nothing_is_left_behind(features):
+def test_what_the_completer_raises_ends_the_run(features):
     class Stop(RuntimeError):
         pass
 
@@ -379,13 +378,11 @@ def test_what_the_completer_raises_ends_the_run_and_nothing_is_left_behind(featu
 
         fake_complete, fake.complete = fake.complete, complete
         load = features.__getitem__
-        explanations = {e.feature: e async for e in explain_all(features, load, fake)}
-        with pytest.raises(Stop):
-            async for _ in score_all(explanations, load, fake, explainer="fake"):
-                pass
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        explanations = await explain_all(features, load, fake)
+        await score_all(explanations, load, fake, explainer="fake")
 
-    asyncio.run(work())
+    with pytest.raises(Stop):
+        asyncio.run(work())
 
 
 def test_a_run_that_ends_does_not_wait_for_requests_that_hang(features):
@@ -449,22 +446,17 @@ def test_requests_depend_on_the_records_and_settings_alone(features):
 
 
 def test_features_are_loaded_and_asked_about_a_few_at_a_time(features):
-    loaded = []
+    fake, loaded, done = Fake(perfect), [], []
 
     def load(index):
         loaded.append(index)
+        assert len(loaded) <= 2 + len(done)
         return features[index]
 
-    async def work():
-        fake = Fake(perfect)
-        async for _ in explain_all(features, load, fake, in_flight=2):
-            assert len(loaded) <= 2 + seen[0]
-            seen[0] += 1
-        return fake.most_out
-
-    seen = [1]
-    assert asyncio.run(work()) <= 2
+    asyncio.run(explain_all(features, load, fake, in_flight=2, after_each=lambda: done.append(None)))
+    assert fake.most_out == 2
     assert sorted(loaded) == sorted(features)
+    assert len(done) == len(features)
 
 
 def test_a_dry_run_asks_as_much_as_a_run_in_which_all_goes_well(features):
@@ -519,11 +511,8 @@ def test_what_has_no_explanation_is_not_loaded_to_be_labelled():
 
     explanations = {3: Explanation(3, "stopped", reason="the budget")}
 
-    async def work():
-        found = pipeline.score_all(explanations, load, None, explainer="m")
-        return [label async for label in found]
-
-    assert asyncio.run(work()) == [Label(3, "", "m", "stopped", {}, (), "the budget")]
+    labels = asyncio.run(score_all(explanations, load, None, explainer="m"))
+    assert labels == {3: Label(3, "", "m", "stopped", {}, (), "the budget")}
 
 
 def test_the_summary_counts_statuses_requests_without_an_answer_and_means_of_scores():
