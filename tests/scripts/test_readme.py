@@ -15,6 +15,7 @@ from mistral_sae.explain.types import STATUSES
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 from mistral_sae.sae.evaluate import summary
+from mistral_sae.steer.chat import HELP
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -186,6 +187,10 @@ def test_the_statuses_of_the_page_are_those_of_the_code():
     rows = re.findall(r"^\| `([a-z ]+)` \| ([^|]+) \|$", PAGES["docs/explaining.md"], re.MULTILINE)
     for status, outcome in STATUSES.items():
         assert (status, outcome.meaning) in rows
+
+
+def test_the_commands_of_a_conversation_are_those_of_its_help():
+    assert HELP in [block.rstrip() for block in blocks(PAGES["docs/steering.md"])]
 
 
 # ---- habits ----
