@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results: `python -m benchmarks.tables`."""
+"""Write the tables of README.md and docs/ from benchmarks/results: `python -m benchmarks.tables`."""
 
 import json
 import re
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SHOWN_VERSIONS = ("torch", "sae-lens", "eai-sparsify")
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -15,13 +17,41 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])
 
 
-def _source(result: dict[str, Any]) -> str:
-    """Where a result comes from, in one line."""
-    versions = ", ".join(
-        f"{name} {v}" for name, v in result["versions"].items() if name in ("torch", "sae-lens", "eai-sparsify")
+def _source(*results: dict[str, Any]) -> str:
+    """Where a table's results come from, in one line."""
+    commands, dates, machines = {}, {}, {}
+    for result in results:
+        versions = [f"{name} {v}" for name, v in result["versions"].items() if name in SHOWN_VERSIONS]
+        on = result["gpu"] or f"{result['processor'].split(';')[0]}), {result['threads']} threads"
+        commands[f"`{result['command']}`"] = dates[result["date"]] = machines[", ".join([on, *versions])] = None
+    return f"*{', '.join(commands)}, {' and '.join(sorted(dates))}, {'; '.join(machines)}*"
+
+
+def peers(step: dict[str, Any], end_to_end: dict[str, Any], quality: dict[str, Any]) -> str:
+    """Speed, memory and quality beside the peers that were measured, a row each."""
+    rows = [["two CPU cores", "mistral-sae", "SAE Lens", "sparsify"]]
+    for entry in step["results"]:
+        if not (size := entry["size"])["dead"]:
+            ms = {name: f"{1000 * seconds:,.0f} ms" for name, seconds in entry["seconds"].items()}
+            own = f"{ms['mistral-sae']} ({ms['mistral-sae, float32 product']} in float32)"
+            name = f"a training step, D={size['D']}, F={size['F']:,}, K={size['K']}, B={size['B']:,}"
+            rows.append([name, own, ms["sae-lens"], ms["sparsify"]])
+    ours, theirs = (end_to_end["results"]["medians"][name] for name in ("mistral-sae", "sae-lens"))
+    tokens = f"{end_to_end['results']['tokens']:,} tokens, from text to autoencoder"
+    rows.append(
+        [tokens, *(f"{each['seconds']:.0f} s, {each['peak_megabytes']:,.0f} MB" for each in (ours, theirs)), ""]
     )
-    on = result["gpu"] or f"{result['processor'].split(';')[0]}), {result['threads']} threads"
-    return f"*`{result['command']}`, {result['date']}, {on}, {versions}*"
+
+    def mean(trainer: str, figure: str) -> float:
+        return statistics.mean(row[figure] for row in quality["results"] if row["trainer"] == trainer)
+
+    for name, figure, form in (
+        ("normalized MSE after 512,000 tokens, held out", "normalized_mse", ".3f"),
+        ("features dead after them", "dead_fraction", ".1%"),
+    ):
+        lens, at_ours = (format(mean(t, figure), form) for t in ("sae-lens", "sae-lens at our learning rate"))
+        rows.append([name, format(mean("mistral-sae", figure), form), f"{lens} ({at_ours} at our learning rate)", ""])
+    return _table(rows)
 
 
 def control(result: dict[str, Any]) -> str:
@@ -153,20 +183,33 @@ def steering_speed(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def pipeline(result: dict[str, Any]) -> str:
+    """Seconds of a run of train.py by stage, longest first."""
+    seconds = sorted(result["results"]["seconds"].items(), key=lambda stage: -stage[1])
+    total = sum(value for _, value in seconds)
+    rows = [["stage", "seconds", "share"]]
+    rows += [[name, f"{value:.1f}", f"{value / total:.0%}"] for name, value in seconds if value >= 0.005 * total]
+    return _table([*rows, ["**all**", f"{total:.1f}", ""]])
+
+
+# What makes each table, and the results that it is made from
 TABLES = {
-    f.__name__: f for f in (control, quality, step, growth, end_to_end, moments, collect, steering, steering_speed)
-}
+    make.__name__: (make, [make.__name__])
+    for make in (control, quality, step, growth, end_to_end, moments, collect, pipeline, steering, steering_speed)
+} | {"peers": (peers, ["step", "end_to_end", "quality"])}
 
 
-def filled(readme: str) -> str:
-    """The README's text with each table between its marks."""
-    for name, make in TABLES.items():
-        result = json.loads((RESULTS / f"{name}.json").read_text())
-        body = f"{make(result)}\n\n{_source(result)}"
-        marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        readme = re.sub(marks, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", readme, flags=re.DOTALL)
-    return readme
+def filled(page: str) -> str:
+    """The text of a page with each table between its marks."""
+
+    def table(mark: re.Match[str]) -> str:
+        make, names = TABLES[mark[2]]
+        results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
+        return f"{mark[1]}{make(*results)}\n\n{_source(*results)}\n{mark[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -521,17 +521,3 @@ def test_a_conversation_is_steered_ends_with_its_input_and_its_commands_find_fea
     with steer(model, loaded, {3: 4 * loaded.maximum_F[3]}):
         steered = model.tokenizer.decode(list(model.generate(ids, 12)))
     assert first["reply"].strip() == steered.strip() != plain.strip()
-
-
-def test_the_example_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    section = (ROOT / "README.md").read_text().split("## Steer with a feature")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    sae = SparseAutoencoder(256, 8192, 8)
-    sae.initialize(torch.randn(100, 256), seed=0)
-    metadata = Metadata("standin", "blocks.2.hook_resid_post", 2, True, 256, "stdlib")
-    save_sae(tmp_path / "runs/standin/sae", sae, metadata, torch.full((8192,), 0.01), torch.full((8192,), 9.0))
-    monkeypatch.chdir(tmp_path)
-    exec(code, names := {})
-    plain = names["model"].tokenizer.decode(list(names["model"].generate(names["prompt"], 80, temperature=0.7)))
-    assert len(capsys.readouterr().out) > 20
-    assert plain.strip()

@@ -11,7 +11,7 @@ from mistral_sae.loading import load_pair
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def opened(run_dir, **changed):
@@ -25,13 +25,14 @@ def write_sae(folder, model_name="standin"):
     save_sae(folder, sae, Metadata(model_name, "blocks.2.hook_resid_post", 2, True, 256, "stdlib"))
 
 
-def test_what_is_opened_is_said_as_the_readme_shows_it(tmp_path, monkeypatch, capsys):
+def test_what_is_opened_is_said_as_the_pages_show_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_sae(Path("runs/standin/sae"))
     loaded, model = opened("runs/standin")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["layer     2 of 0 to 5 (blocks.2.hook_resid_post)", "features  8,192 of runs/standin/sae"]
-    assert README.count("\n".join(lines)) == 2  # of explain.py and of demo.py
+    for page in ("explaining", "steering"):
+        assert "\n".join(lines) in (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert (loaded.sae.d_model, model.last_layer) == (256, None)
     opened("elsewhere", SAE_PATH="runs/standin/sae")
     assert capsys.readouterr().out.splitlines() == lines
