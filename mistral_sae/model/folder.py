@@ -92,8 +92,8 @@ def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str
     """Names and shapes of mistral-inference's tensors: embedding and layers 0..last_layer, or all."""
     D, hidden = params["dim"], params["hidden_dim"]
     q, kv = params["n_heads"] * params["head_dim"], params["n_kv_heads"] * params["head_dim"]
-    layer: dict[str, tuple[int, ...]] = {"attention_norm": (D,), "ffn_norm": (D,)}
-    layer |= {"attention.wq": (q, D), "attention.wk": (kv, D), "attention.wv": (kv, D), "attention.wo": (D, q)}
+    layer: dict[str, tuple[int, ...]] = {"attention_norm": (D,), "attention.wq": (q, D), "attention.wk": (kv, D)}
+    layer |= {"attention.wv": (kv, D), "attention.wo": (D, q), "ffn_norm": (D,)}
     experts = ["feed_forward"]
     if moe := params.get("moe"):
         layer["feed_forward.gate"] = (moe["num_experts"], D)

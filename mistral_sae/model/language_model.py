@@ -62,11 +62,9 @@ class LanguageModel:
     ):
         self.name, self.d_model, self.n_layers = spec.name, spec.d_model, spec.n_layers
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
-        self.tokenizer = tokenizer
-        self.last_layer = last_layer
+        self.tokenizer, self._backend, self.last_layer = tokenizer, backend, last_layer
         self.device, self.dtype = device, dtype
         self.span = (0, 0, 0)
-        self._backend = backend
 
     def block(self, layer: int) -> nn.Module:
         """The module whose output is blocks.{layer}.hook_resid_post; ModelError if it is not loaded."""
@@ -234,6 +232,9 @@ def load_model(
     tokenizer = load_tokenizer(folder)
     device, dtype = device_and_dtype(device, dtype)
     return LanguageModel(spec, tokenizer, load_backend(folder, last_layer, device, dtype), last_layer, device, dtype)
+
+
+load = load_model  # the name until lately
 
 
 def device_and_dtype(

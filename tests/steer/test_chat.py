@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_steering import F, autoencoder, loaded_of
 
-from mistral_sae.model.language_model import load
+from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import chat
 from mistral_sae.steer.chat import CommandError, Conversation, History, Sampling
@@ -19,7 +19,7 @@ EDIT = Edit({12: 1.0}, "clamp")
 
 @pytest.fixture(scope="module")
 def lm(mistral_folder):
-    return load(mistral_folder, device="cpu")
+    return load_model(mistral_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +126,14 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full(lm, is_instruc
 
 def test_a_tokenizer_without_a_chat_format_is_recognised(lm, hugging_face_folder, tmp_path):
     assert chat.has_chat_format(lm)
-    assert chat.has_chat_format(load(hugging_face_folder, device="cpu"))
+    assert chat.has_chat_format(load_model(hugging_face_folder, device="cpu"))
     folder = shutil.copytree(hugging_face_folder, tmp_path / "base")
     for name in ("chat_template.jinja", "chat_template.json"):
         (folder / name).unlink(missing_ok=True)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert not chat.has_chat_format(load(folder, device="cpu"))
+    assert not chat.has_chat_format(load_model(folder, device="cpu"))
 
 
 @pytest.fixture

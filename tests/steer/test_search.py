@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_steering import D, F, autoencoder, loaded_of
 
-from mistral_sae.model.language_model import load
+from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
 from mistral_sae.sae.features import Statistics
@@ -19,7 +19,7 @@ PROMPT = [1, 50, 60, 70]
 
 @pytest.fixture(scope="module")
 def lm(mistral_folder):
-    return load(mistral_folder, device="cpu")
+    return load_model(mistral_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from mistral_sae.files import SAEError
 from mistral_sae.model.hooks import HookError
-from mistral_sae.model.language_model import ModelError, load
+from mistral_sae.model.language_model import ModelError, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
 from mistral_sae.sae.features import Statistics
@@ -57,7 +57,7 @@ def residuals() -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=["mistral_folder", "hugging_face_folder"])
 def lm(request):
-    return load(request.getfixturevalue(request.param), device="cpu")
+    return load_model(request.getfixturevalue(request.param), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_steered_text_is_the_same_with_the_cache_on_and_off(lm, method, first_po
 
 def test_steered_text_is_the_same_with_the_cache_on_and_off_for_every_kind_of_model(folders, loaded):
     for folder in folders:
-        lm = load(folder, device="cpu")
+        lm = load_model(folder, device="cpu")
         with steer(lm, loaded, {3: 9.0, 20: 4.0}):
             with_cache = list(lm.generate([1, 50, 60], 10))
             assert with_cache == list(lm.generate([1, 50, 60], 10, use_cache=False))
@@ -303,7 +303,7 @@ def test_a_row_is_steered_alike_alone_and_in_a_batch(lm, loaded, tokens_BT, meth
 def test_both_libraries_are_steered_alike(mistral_folder, hugging_face_folder, loaded, tokens_BT, method):
     logits = []
     for folder in (mistral_folder, hugging_face_folder):
-        lm = load(folder, device="cpu")
+        lm = load_model(folder, device="cpu")
         with steer(lm, loaded, {3: strong(method), 12: 1.0}, method):
             logits.append(lm.forward(tokens_BT))
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
@@ -311,7 +311,7 @@ def test_both_libraries_are_steered_alike(mistral_folder, hugging_face_folder, l
 
 @pytest.mark.parametrize(("method", "c"), [("clamp", 9.0), ("add", 0.3), ("raw", 2.0)])
 def test_a_model_in_bfloat16_is_steered_in_float32_and_stays_bfloat16(mistral_folder, loaded, tokens_BT, method, c):
-    lm = load(mistral_folder, device="cpu", dtype="bfloat16")
+    lm = load_model(mistral_folder, device="cpu", dtype="bfloat16")
     plain = lm.residuals(tokens_BT, LAYER)
     with steer(lm, loaded, {3: c}, method):
         steered = lm.residuals(tokens_BT, LAYER)
@@ -394,7 +394,7 @@ def test_a_layer_that_the_model_has_not_is_refused(lm):
 
 
 def test_a_layer_that_is_not_loaded_is_refused(mistral_folder, loaded):
-    lm = load(mistral_folder, last_layer=0, device="cpu")
+    lm = load_model(mistral_folder, last_layer=0, device="cpu")
     with pytest.raises(ModelError, match="load more of it"), steer(lm, loaded, {3: 1.0}):
         pass
 
@@ -469,7 +469,7 @@ def test_what_training_measured_needs_no_text(lm, loaded, tmp_path):
 
 def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mistral_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(steering, "MAXIMUM_TOKENS", 60)
-    lm, other = load(mistral_folder, device="cpu"), load(mistral_folder, device="cpu")
+    lm, other = load_model(mistral_folder, device="cpu"), load_model(mistral_folder, device="cpu")
     with torch.no_grad():
         for parameter in other.block(LAYER).parameters():
             parameter.mul_(1.01)

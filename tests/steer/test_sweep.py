@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_steering import LAYER, autoencoder, loaded_of
 
-from mistral_sae.model.language_model import load
+from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import sweep
 from mistral_sae.steer.steering import Subject, activations_of, steer
@@ -18,7 +18,7 @@ PROMPT = [1, 50, 60]
 
 @pytest.fixture(scope="module")
 def lm(mistral_folder):
-    return load(mistral_folder, device="cpu")
+    return load_model(mistral_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
