@@ -219,7 +219,7 @@ def save(trainer: Trainer, history: list[dict[str, Any]], model_name: str, corpu
     """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
     layer = config.TARGET_LAYER
     metadata = Metadata(model_name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
-    save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.density_F(), trainer.counts.maximum_F)
+    save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.statistics())
     save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history)
 
 
