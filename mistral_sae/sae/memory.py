@@ -11,7 +11,6 @@ from mistral_sae.sae.optimizer import BLOCK_BYTES
 from mistral_sae.sae.trainer import TrainConfig
 
 SPARE = 0.03  # share of the free memory that a plan leaves to the allocator
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class MemoryPlan(NamedTuple):
@@ -45,14 +44,15 @@ class _Sizes(Protocol):
 
 
 def memory_plan(
-    config: TrainConfig, model: _Sizes, *, last_layer: int | None, model_dtype: str, device: str, free: int
+    config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, device: str, free: int
 ) -> MemoryPlan:
     """Estimate the memory of a run on a model of the given sizes; `free` is what its device has, in bytes.
 
     With `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
     """
     kind, D, F = device.partition(":")[0], model.d_model, config.d_hidden
-    model_bytes, moment_bytes = ELEMENT_BYTES[model_dtype], ELEMENT_BYTES[config.moments_dtype]
+    model_dtype = str(dtype).removeprefix("torch.")
+    model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
     weights = (2 * D + 1) * F + D
     tokens = config.rows_per_forward * config.context_length
     # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
