@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_
 from mistral_sae.sae.checkpoint import Metadata, hook_name, save_sae
 from mistral_sae.sae.evaluate import Evaluator, reconstruction, summary
 from mistral_sae.sae.memory import free_memory, memory_plan
-from mistral_sae.sae.trainer import TrainConfig, Trainer, load_checkpoint, save_checkpoint
+from mistral_sae.sae.trainer import Figures, TrainConfig, Trainer, load_checkpoint, save_checkpoint
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
 
@@ -90,14 +91,12 @@ def make_plan(corpus: Corpus) -> tuple[TrainConfig, int | None]:
     last = spec.n_layers - 1
     cli.expect("TARGET_LAYER", config.TARGET_LAYER, config.TARGET_LAYER <= last, f"0 to {last}, of {spec.name}")
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
-    training = TrainConfig.of(config, spec.d_model)
-    sizes: dict[str, Any] = {"model_dtype": str(dtype).removeprefix("torch."), "device": str(device)}
-    sizes["free"] = free_memory(str(device))
-    last_layer: int | None = None
-    plan = memory_plan(training, spec, last_layer=last_layer, **sizes)
+    training, last_layer = TrainConfig.of(config, spec.d_model), None
+    plan_for = partial(memory_plan, training, spec, dtype=dtype, device=str(device), free=free_memory(str(device)))
+    plan = plan_for(last_layer=last_layer)
     if not plan.fits:
         last_layer = config.TARGET_LAYER
-        plan = memory_plan(training, spec, last_layer=last_layer, **sizes)
+        plan = plan_for(last_layer=last_layer)
     print(f"model     {spec.n_layers} layers, width {spec.d_model}, {spec.parameters() / 1e6:,.1f}M parameters")
     print(f"layer     {config.TARGET_LAYER} of 0 to {last} ({hook_name(config.TARGET_LAYER)})")
     print(f"corpus    {corpus.check()}")
@@ -182,17 +181,12 @@ def train(
 
 def record_of(trainer: Trainer, step: int, figures: list[Tensor], seconds: float) -> dict[str, Any]:
     """A line of the log: the means of the steps since the last one."""
-    loss, normalized_mse, auxk, l0, gradient_norm = torch.stack(figures).mean(dim=0).tolist()
     return {
         "step": step,
         "tokens": step * config.BATCH_SIZE,
-        "loss": loss,
-        "normalized_mse": normalized_mse,
-        "auxk": auxk,
-        "l0": l0,
+        **dict(zip(Figures._fields, torch.stack(figures).mean(dim=0).tolist(), strict=True)),
         "dead": len(trainer.dead),
         "learning_rate": trainer.config.learning_rate_at(step - 1),
-        "gradient_norm": gradient_norm,
         "tokens_per_second": len(figures) * config.BATCH_SIZE / seconds,
     }
 
@@ -205,21 +199,20 @@ def as_held_out(figures: dict[str, float]) -> dict[str, float]:
 def check_loss(losses: list[float], step: int, run_dir: Path) -> None:
     """Raise Failed if one of the losses is no number, or far above that of predicting the mean."""
     exploded = [loss for loss in losses if not loss <= EXPLODED]  # NaN is among them
-    if not exploded:
-        return
-    last = run_dir / "checkpoint.safetensors"
-    kept = f"the last good checkpoint is kept in {last}" if last.exists() else "there was no checkpoint yet"
-    raise cli.Failed(
-        f"the normalized MSE is {exploded[0]:.3g} at step {step:,}, expected below {EXPLODED:g}; {kept}; "
-        "start it again with a lower LEARNING_RATE, and it goes on from there"
-    )
+    if exploded:
+        last = run_dir / "checkpoint.safetensors"
+        kept = f"the last good checkpoint is kept in {last}" if last.exists() else "there was no checkpoint yet"
+        raise cli.Failed(
+            f"the normalized MSE is {exploded[0]:.3g} at step {step:,}, expected below {EXPLODED:g}; {kept}; "
+            "start it again with a lower LEARNING_RATE, and it goes on from there"
+        )
 
 
 def save(trainer: Trainer, history: list[dict[str, Any]], model_name: str, corpus: Corpus, run_dir: Path) -> None:
     """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
     layer = config.TARGET_LAYER
     metadata = Metadata(model_name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
-    save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.density_F(), trainer.counts.maximum_F)
+    save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.statistics())
     save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history)
 
 

@@ -247,7 +247,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         replace(trainer.config, batch_size=batch),
         spec,
         last_layer=config.TARGET_LAYER,
-        model_dtype="bfloat16",
+        dtype=torch.bfloat16,
         device=DEVICE.type,
         free=0,
     )

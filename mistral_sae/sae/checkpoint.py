@@ -109,40 +109,30 @@ def _check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
 # ---- save ----
 
 
-def save_sae(
-    folder: Path,
-    sae: SparseAutoencoder,
-    metadata: Metadata,
-    density_F: Tensor | None = None,
-    maximum_F: Tensor | None = None,
-) -> None:
+def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistics: Statistics | None = None) -> None:
     """Write an SAE Lens directory that sae-lens 6 and `load_sae` read, in float32, in place of an older one.
 
-    `density_F` (F) is the share of the tokens on which each feature fires, `maximum_F` (F) its largest activation; the
-    second needs the first. Raises SAEError, before anything is written, where weights are not finite, a density is not
-    from 0 to 1, or a maximum not of at least 0.
+    Raises SAEError, before anything is written, where weights are not finite, or statistics of other sizes or numbers
+    than densities and maxima have.
     """
     folder = Path(folder)
     weights = {name: getattr(sae, name) for name in _shapes(sae.d_model, sae.n_features, sae.activation)}
     for name, tensor in weights.items():
         _check_finite(name, tensor, "the autoencoder to save")
-    statistics = {}
-    if density_F is not None:
-        _check_statistic("density_F", density_F, sae.n_features, 1)
-        statistics["sparsity"] = torch.log10(density_F.detach().float() + NEVER_FIRED)
-    if maximum_F is not None:
-        _check_statistic("maximum_F", maximum_F, sae.n_features, torch.finfo().max)
-        if density_F is None:
-            raise SAEError("found maximum_F without density_F, expected both: pass density_F")
-        statistics["maximum"] = maximum_F
+    contents = {}
+    if statistics is not None:
+        _check_statistic("density_F", statistics.density_F, sae.n_features, 1)
+        _check_statistic("maximum_F", statistics.maximum_F, sae.n_features, torch.finfo().max)
+        log_density_F = torch.log10(statistics.density_F.float() + NEVER_FIRED)
+        contents[SPARSITY] = {"sparsity": log_density_F, "maximum": statistics.maximum_F}
+    contents[WEIGHTS] = weights
 
     # The slow part: everything is written next to whatever is there, which stays as it is.
     cfg = json.dumps(_cfg(sae, metadata), indent=2) + "\n"
     new = {CFG: write_beside(folder / CFG, lambda path: path.write_text(cfg, encoding="utf-8"))}
-    for name, tensors in ((SPARSITY, statistics), (WEIGHTS, weights)):
-        if tensors:
-            exported = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
-            new[name] = write_beside(folder / name, partial(save_file, exported))
+    for name, tensors in contents.items():
+        exported = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
+        new[name] = write_beside(folder / name, partial(save_file, exported))
 
     # Three files cannot be renamed as one, so the files that describe the weights leave first and cfg.json
     # comes back last. What a crash in between leaves: complete weights, old or new, never beside the other's

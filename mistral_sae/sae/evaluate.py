@@ -3,7 +3,7 @@
 Shapes: R rows, T positions, D model width, F features, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -19,21 +19,18 @@ LOGITS_BYTES = 2**28  # of logits at a time, which exist HELD_LOGITS times over
 HELD_LOGITS = 5  # log-probabilities clean and spliced, and what their divergence is computed through
 
 
-class Model(Protocol):
-    """What cross-entropy needs of a language model."""
+class _Model(Protocol):
+    """A language model, as LanguageModel describes it."""
 
     name: str
     device: torch.device
     vocab_size: int
     last_layer: int | None  # None if all of it is loaded
 
-    def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
-        """The residual stream after `layer`, (B, T, D)."""
-
+    def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor: ...
     def log_probabilities(
         self, tokens_BT: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """Next-token log-probabilities (B, T - 1, V), `layer`'s residuals replaced at all but the first position."""
+    ) -> Tensor: ...
 
 
 class Reconstruction(NamedTuple):
@@ -45,7 +42,7 @@ class Reconstruction(NamedTuple):
     explained_variance: float  # 1 - |x - x^|^2 / |x - mean(x)|^2 of the residuals themselves, about their mean
     silent_fraction: float  # of the features: fired on none of these tokens
     rare_fraction: float  # of the features: fired on fewer than one token in ten thousand
-    density: Tensor  # (F) share of tokens on which each feature fired
+    density_F: Tensor  # share of the tokens on which each feature fired
 
 
 @torch.no_grad()
@@ -64,18 +61,18 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
             sums[space] += true.double().sum(dim=0).cpu()
             squares[space] += true.double().square().sum().item()
         counts.add(encoded.values, encoded.indices)
-    count, density = counts.tokens, counts.density_F()
-    if not count:
+    density_F = counts.density_F()
+    if not counts.tokens:
         raise ValueError("there are no held-out residuals to evaluate on: raise EVALUATION_ROWS or HELD_OUT_FRACTION")
-    unexplained = {s: errors[s] / (squares[s] - sums[s].square().sum().item() / count) for s in errors}
+    unexplained = {s: errors[s] / (squares[s] - sums[s].square().sum().item() / counts.tokens) for s in errors}
     return Reconstruction(
-        tokens=count,
-        l0=counts.fired_F.sum().item() / count,
+        tokens=counts.tokens,
+        l0=counts.fired_F.sum().item() / counts.tokens,
         normalized_mse=unexplained["z"],
         explained_variance=1 - unexplained["x"],
-        silent_fraction=(density == 0).double().mean().item(),
-        rare_fraction=(density < RARE).double().mean().item(),
-        density=density.float(),
+        silent_fraction=(density_F == 0).double().mean().item(),
+        rare_fraction=(density_F < RARE).double().mean().item(),
+        density_F=density_F.float(),
     )
 
 
@@ -94,19 +91,15 @@ class CrossEntropy(NamedTuple):
 class Evaluator:
     """Measures autoencoders of one layer on held-out rows (R, T); what the layer itself is worth is measured once."""
 
-    def __init__(self, model: Model, rows_RT: Tensor, layer: int, rows_per_forward: int):
+    def __init__(self, model: _Model, rows_RT: Tensor, layer: int, rows_per_forward: int):
         self.model, self.rows_RT, self.layer, self.rows_per_forward = model, rows_RT, layer, rows_per_forward
         self.n_tokens = len(rows_RT) * (rows_RT.shape[1] - 1)
 
     def __call__(self, sae: SparseAutoencoder) -> dict[str, float]:
         """The figures of `Reconstruction`, and of `CrossEntropy` if all of the model is loaded, by name."""
-        figures = self.reconstruction(sae)._asdict()
-        del figures["density"]
+        figures = reconstruction(sae, self._residuals())._asdict()
+        del figures["density_F"]
         return figures if self.model.last_layer is not None else figures | self.cross_entropy(sae)._asdict()
-
-    def reconstruction(self, sae: SparseAutoencoder) -> Reconstruction:
-        """How well the autoencoder reconstructs the rows' residuals."""
-        return reconstruction(sae, (self._residuals(part) for part in self.rows_RT.split(self.rows_per_forward)))
 
     @torch.no_grad()
     def cross_entropy(self, sae: SparseAutoencoder) -> CrossEntropy:
@@ -133,7 +126,7 @@ class Evaluator:
     @torch.no_grad()
     def _ablated(self) -> tuple[float, float]:
         """Cross-entropy with the mean, and with zero, in place of every residual."""
-        sums = [self._residuals(part).double().sum(dim=0) for part in self.rows_RT.split(self.rows_per_forward)]
+        sums = [x.double().sum(dim=0) for x in self._residuals()]
         mean = (torch.stack(sums).sum(dim=0) / self.n_tokens).float()
         totals = torch.zeros(2, dtype=torch.float64)
         for tokens in Progress(self._parts(), desc="cross-entropy without the layer", leave=False):
@@ -143,9 +136,10 @@ class Evaluator:
         with_mean, with_zero = (totals / self.n_tokens).tolist()
         return with_mean, with_zero
 
-    def _residuals(self, tokens_RT: Tensor) -> Tensor:
-        """Residuals (R * (T - 1), D) at all but the first position of each row."""
-        return self.model.residuals(tokens_RT, self.layer)[:, 1:].flatten(0, 1)
+    def _residuals(self) -> Iterator[Tensor]:
+        """Residuals (N, D) of some rows at a time, at all but the first position of each."""
+        for part in self.rows_RT.split(self.rows_per_forward):
+            yield self.model.residuals(part, self.layer)[:, 1:].flatten(0, 1)
 
     def _parts(self) -> list[Tensor]:
         """The rows, so many at a time that their logits have room."""

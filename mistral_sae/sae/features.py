@@ -18,9 +18,7 @@ from torch import Tensor
 from mistral_sae.files import SAEError, load_state, save_state
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
-# Shares of the tokens. A rare feature fires on fewer than one in ten thousand: evaluations have some ten thousand
-# tokens; between the two most features fire
-RARE, COMMON = 1e-4, 1e-2
+RARE, COMMON = 1e-4, 1e-2  # densities between which most features lie; evaluations have some ten thousand tokens
 SAMPLE = 8192  # decoder rows whose nearest neighbour the geometry looks for, among all; evenly spaced
 CHUNK_BYTES = 2**28  # of cosines or logits at a time
 
@@ -39,8 +37,8 @@ class Statistics(NamedTuple):
 
     def mid_density(self) -> list[int]:
         """The features that fire on more than RARE and less than COMMON of the tokens."""
-        is_it_F = (self.maximum_F > 0) & (self.density_F > RARE) & (self.density_F < COMMON)
-        return is_it_F.nonzero().flatten().tolist()
+        found_F = (self.maximum_F > 0) & (self.density_F > RARE) & (self.density_F < COMMON)
+        return found_F.nonzero().flatten().tolist()
 
 
 class Counts:
@@ -63,13 +61,13 @@ class Counts:
         return self.fired_F.double() / max(1, self.tokens)
 
     def statistics(self) -> Statistics:
-        """The same as Statistics, on the CPU."""
+        """Density and maximum, on the CPU."""
         return Statistics(self.maximum_F.cpu(), self.density_F().float().cpu(), self.tokens)
 
 
 @torch.no_grad()
 def measure_statistics(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Statistics:
-    """The same from residuals (B, D), for an autoencoder that comes without."""
+    """Statistics from residuals (B, D), for an autoencoder that comes without."""
     counts = Counts(sae.n_features, sae.W_dec.device)
     for x_BD in batches:
         encoded = sae.encode(x_BD)

@@ -2,13 +2,15 @@
 
 from typing import NamedTuple, Protocol
 
+import psutil
+import torch
+
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.kernels import CHUNK_BYTES
 from mistral_sae.sae.optimizer import BLOCK_BYTES
 from mistral_sae.sae.trainer import TrainConfig
 
 SPARE = 0.03  # share of the free memory that a plan leaves to the allocator
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class MemoryPlan(NamedTuple):
@@ -31,25 +33,26 @@ class MemoryPlan(NamedTuple):
         return "\n".join(lines)
 
 
-class ModelSizes(Protocol):
-    """What the plan needs to know of a language model, before it is loaded."""
+class _Sizes(Protocol):
+    """Those of a language model, before it is loaded."""
 
     @property
-    def d_model(self) -> int: ...  # noqa: D102
+    def d_model(self) -> int: ...
     @property
-    def vocab_size(self) -> int: ...  # noqa: D102
-    def parameters(self, last_layer: int | None = None) -> int: ...  # noqa: D102
+    def vocab_size(self) -> int: ...
+    def parameters(self, last_layer: int | None = None) -> int: ...
 
 
 def memory_plan(
-    config: TrainConfig, model: ModelSizes, *, last_layer: int | None, model_dtype: str, device: str, free: int
+    config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, device: str, free: int
 ) -> MemoryPlan:
     """Estimate the memory of a run on a model of the given sizes; `free` is what its device has, in bytes.
 
     With `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
     """
     kind, D, F = device.partition(":")[0], model.d_model, config.d_hidden
-    model_bytes, moment_bytes = ELEMENT_BYTES[model_dtype], ELEMENT_BYTES[config.moments_dtype]
+    model_dtype = str(dtype).removeprefix("torch.")
+    model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
     weights = (2 * D + 1) * F + D
     tokens = config.rows_per_forward * config.context_length
     # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
@@ -62,9 +65,8 @@ def memory_plan(
     # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
     # (as many as half of them), and four times their rows: of both matrices and of both gradients
     auxk = 4 * min(config.auxk_features, F) * (4 * config.batch_size + 4 * D)
-    logits = HELD_LOGITS * max(
-        min(LOGITS_BYTES, 4 * tokens * model.vocab_size), 4 * config.context_length * model.vocab_size
-    )
+    row_of_logits = 4 * config.context_length * model.vocab_size
+    logits = HELD_LOGITS * max(min(LOGITS_BYTES, config.rows_per_forward * row_of_logits), row_of_logits)
     step = encoder + bf16_encoder + batch + auxk
     evaluation = forward + logits + encoder
     part = "" if last_layer is None else f" to layer {last_layer}"
@@ -88,13 +90,7 @@ def memory_plan(
 
 def free_memory(device: str) -> int:
     """Bytes free on a device ("cpu", "cuda", "cuda:1")."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
 
 
 def _size(size: float) -> str:

@@ -18,11 +18,8 @@ from mistral_sae.sae.autoencoder import SparseAutoencoder, normalize_rows
 from mistral_sae.sae.kernels import MatrixGradient, Step
 
 BETAS = (0.9, 0.999)  # Gao et al. 2024, appendix A.3
-EPSILON = 6.25e-10  # likewise; activations are standardised, gradients small
-BLOCK_BYTES = {
-    "cpu": 2**20,
-    "cuda": 2**28,
-}  # of a parameter in float32, a block: L2 cache; few enough launches
+EPSILON = 6.25e-10  # from the same place; activations are standardised, gradients small
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of a parameter in float32, a block: L2 cache; few enough launches
 
 
 class SAEAdam:
@@ -35,14 +32,8 @@ class SAEAdam:
     def __init__(self, sae: SparseAutoencoder, moments: torch.dtype = torch.float32):
         if moments not in (torch.float32, torch.bfloat16):
             raise ValueError(f"moments must be float32 or bfloat16: found {moments}")
-        self.sae = sae
         # Feature by feature, as the matrices lie in memory
-        self.parameters = {
-            "W_enc": sae.W_enc.data.T,
-            "b_enc": sae.b_enc.data,
-            "W_dec": sae.W_dec.data,
-            "b_dec": sae.b_dec.data,
-        }
+        self.parameters = {name: p.data.T if name == "W_enc" else p.data for name, p in sae.named_parameters()}
         self.first = {name: torch.zeros_like(p, dtype=moments) for name, p in self.parameters.items()}
         self.second = {name: torch.zeros_like(p, dtype=moments) for name, p in self.parameters.items()}
         self.steps = torch.zeros((), device=sae.W_dec.device)
@@ -85,25 +76,17 @@ class SAEAdam:
             v.copy_(_round_stochastically(v32))
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step count, for `load`."""
+        """Moments and step count, which continuing needs."""
         moments = {"first": self.first, "second": self.second}
         tensors = {f"adam.{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
         return tensors | {"adam.steps": self.steps}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
-        for name, tensor in self.state().items():
-            tensor.copy_(tensors[name])
-
 
 def _in_blocks(gradient: MatrixGradient) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
-    """Something to iterate, more than once, over blocks of features and their gradients.
-
-    On a GPU the gradient is made whole, once: where the terms of a block begin would have to be waited for.
-    """
+    """A function that iterates over blocks of features and their gradients."""
     n_features, device = len(gradient.offsets), gradient.vectors.device.type
     size = max(1, BLOCK_BYTES[device] // (4 * gradient.vectors.shape[1]))
-    whole = None if device == "cpu" else gradient.whole()
+    whole = None if device == "cpu" else gradient.whole()  # a GPU would wait for where the terms of a block begin
 
     def blocks() -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, n_features, size):

@@ -13,6 +13,7 @@ from mistral_sae.files import SAEError
 from mistral_sae.sae import checkpoint
 from mistral_sae.sae.autoencoder import SparseAutoencoder, normalize_rows
 from mistral_sae.sae.checkpoint import Metadata, load_sae, save_sae
+from mistral_sae.sae.features import Statistics
 
 D, F, K = 32, 256, 8
 METADATA = Metadata("mistral-7b", "blocks.16.hook_resid_post", 16, True, 512, "text/files")
@@ -35,6 +36,10 @@ def sae() -> SparseAutoencoder:
             parameter.copy_(0.3 * torch.randn(parameter.shape))
         normalize_rows(made.W_dec)
     return made
+
+
+def statistics(density: float | torch.Tensor = 0.5, maximum: float | torch.Tensor = 3.0) -> Statistics:
+    return Statistics(torch.zeros(F) + maximum, torch.zeros(F) + density, None)
 
 
 def residuals(scale: float = 1.0) -> torch.Tensor:
@@ -144,10 +149,9 @@ def test_sae_lens_reads_our_metadata(sae_lens, sae, tmp_path):
     assert found.metadata.sae_lens_training_version is None
 
 
-@pytest.mark.parametrize("maximum", [None, torch.rand(F)])
-def test_sae_lens_reads_our_sparsity_as_log10_firing_frequencies(sae_lens, sae, tmp_path, monkeypatch, maximum):
+def test_sae_lens_reads_our_sparsity_as_log10_firing_frequencies(sae_lens, sae, tmp_path, monkeypatch):
     frequency = torch.linspace(0, 1, F)
-    save_sae(tmp_path, sae, METADATA, frequency, maximum)
+    save_sae(tmp_path, sae, METADATA, statistics(frequency))
     loaders = sae_lens.loading.pretrained_sae_loaders
     monkeypatch.setattr(loaders, "hf_hub_download", lambda filename, **_: str(tmp_path / Path(filename).name))
     found = loaders.sae_lens_huggingface_loader("owner/name", "sae")[2]
@@ -156,28 +160,30 @@ def test_sae_lens_reads_our_sparsity_as_log10_firing_frequencies(sae_lens, sae, 
     torch.testing.assert_close(load_sae(tmp_path).density_F, frequency)
 
 
-def test_maxima_come_back_and_sae_lens_passes_over_them(sae_lens, sae, tmp_path):
-    maximum = torch.linspace(0, 9, F)
-    save_sae(tmp_path, sae, METADATA, torch.rand(F), maximum)
-    assert torch.equal(load_sae(tmp_path).maximum_F, maximum)
+def test_statistics_come_back_and_sae_lens_passes_over_the_maxima(sae_lens, sae, tmp_path):
+    density, maximum = torch.linspace(0.1, 1, F), torch.linspace(0, 9, F)
+    save_sae(tmp_path, sae, METADATA, statistics(density, maximum))
+    found = load_sae(tmp_path).statistics
+    assert torch.equal(found.maximum_F, maximum)
+    torch.testing.assert_close(found.density_F, density)
     assert_same(sae_lens.SAE.load_from_disk(tmp_path, device="cpu"), sae, residuals())
-    save_sae(tmp_path, sae, METADATA, torch.rand(F))
-    assert load_sae(tmp_path).maximum_F is None
+
+
+def test_without_maxima_densities_are_loaded_alone(sae, tmp_path):
+    save_sae(tmp_path, sae, METADATA)
+    save_file({"sparsity": torch.full((F,), -2.0)}, tmp_path / "sparsity.safetensors")
+    loaded = load_sae(tmp_path)
+    torch.testing.assert_close(loaded.density_F, torch.full((F,), 0.01))
+    assert loaded.maximum_F is loaded.statistics is None
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "maximum"),
-    [
-        (None, torch.ones(F)),
-        (torch.rand(F), torch.ones(F + 1)),
-        (torch.rand(F), torch.full((F,), -1.0)),
-        (torch.rand(F), torch.full((F,), torch.inf)),
-        (torch.rand(F), torch.full((F,), torch.nan)),
-    ],
+    "wrong", [torch.ones(F + 1), *(torch.full((F,), value) for value in (-1, torch.inf, torch.nan))]
 )
-def test_maxima_that_are_none_or_stand_alone_are_refused(sae, tmp_path, sparsity, maximum):
-    with pytest.raises(SAEError, match="maximum_F") as error:
-        save_sae(tmp_path, sae, METADATA, sparsity, maximum)
+@pytest.mark.parametrize("name", ["density_F", "maximum_F"])
+def test_statistics_that_cannot_be_are_refused(sae, tmp_path, name, wrong):
+    with pytest.raises(SAEError, match=name) as error:
+        save_sae(tmp_path, sae, METADATA, statistics()._replace(**{name: wrong}))
     one_line(error)
     assert not list(tmp_path.iterdir())
 
@@ -207,7 +213,7 @@ def test_every_kind_we_can_load_we_can_save_for_sae_lens(sae_lens, tmp_path, act
 
 
 def test_files_hold_float32_and_no_more_than_the_tensors(sae, tmp_path):
-    save_sae(tmp_path, sae.to(torch.bfloat16), METADATA, torch.rand(4 * F)[:F])
+    save_sae(tmp_path, sae.to(torch.bfloat16), METADATA, statistics(torch.rand(4 * F)[:F]))
     weights = load_file(tmp_path / "sae_weights.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
         "W_enc": (D, F),
@@ -217,7 +223,7 @@ def test_files_hold_float32_and_no_more_than_the_tensors(sae, tmp_path):
     }
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert (tmp_path / "sae_weights.safetensors").stat().st_size < 4 * (2 * D * F + F + D) + 1024
-    assert (tmp_path / "sparsity.safetensors").stat().st_size < 4 * F + 1024
+    assert (tmp_path / "sparsity.safetensors").stat().st_size < 2 * 4 * F + 1024
 
 
 def test_loaded_encoders_lie_in_memory_feature_by_feature(sae, tmp_path):
@@ -239,18 +245,10 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(sae, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("wrong", [torch.full((F,), -3.0), torch.full((F + 1,), 0.5), torch.full((F,), torch.nan)])
-def test_sparsity_that_is_no_firing_frequency_is_refused(sae, tmp_path, wrong):
-    with pytest.raises(SAEError, match="density_F") as error:
-        save_sae(tmp_path, sae, METADATA, wrong)
-    one_line(error)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("crash_at", range(15))
 @pytest.mark.parametrize("new_k", [K, K + 1])
 def test_a_save_that_dies_never_leaves_a_mix_that_loads(sae, tmp_path, monkeypatch, crash_at, new_k):
-    save_sae(tmp_path, sae, METADATA, torch.full((F,), 0.25))
+    save_sae(tmp_path, sae, METADATA, statistics(0.25))
     changed = SparseAutoencoder(D, F, new_k)
     changed.load_state_dict(tensors())
     countdown = iter(range(crash_at))
@@ -266,7 +264,7 @@ def test_a_save_that_dies_never_leaves_a_mix_that_loads(sae, tmp_path, monkeypat
     for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint, "save_file")):
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
     with contextlib.suppress(KeyboardInterrupt):
-        save_sae(tmp_path, changed, METADATA, torch.full((F,), 0.75))
+        save_sae(tmp_path, changed, METADATA, statistics(0.75))
         assert crash_at > 12  # as many steps as a save has, and there are no more to die at
     monkeypatch.undo()
     if not (tmp_path / "cfg.json").exists():
@@ -284,7 +282,7 @@ def test_a_save_that_dies_never_leaves_a_mix_that_loads(sae, tmp_path, monkeypat
 
 
 def test_saving_without_sparsity_removes_that_of_the_checkpoint_before(sae, tmp_path):
-    save_sae(tmp_path, sae, METADATA, torch.rand(F))
+    save_sae(tmp_path, sae, METADATA, statistics())
     save_sae(tmp_path, sae, METADATA)
     assert load_sae(tmp_path).density_F is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
@@ -433,7 +431,7 @@ def test_a_run_folder_stands_for_the_autoencoder_in_it(sae, tmp_path):
     [("owner/name", "owner/name", ""), ("owner/name/a/b", "owner/name", "a/b/")],
 )
 def test_a_hub_repository_is_fetched_file_by_file(sae, tmp_path, monkeypatch, source, repository, subfolder):
-    save_sae(tmp_path / subfolder, sae, METADATA, torch.rand(F))
+    save_sae(tmp_path / subfolder, sae, METADATA, statistics())
     asked = []
 
     def snapshot_download(repo_id, *, allow_patterns):
@@ -495,7 +493,7 @@ def test_a_damaged_cfg_is_one_line(tmp_path, text):
 @pytest.mark.parametrize("name", ["sae_weights.safetensors", "sparsity.safetensors"])
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_truncated_safetensors_are_one_line(sae, tmp_path, name, kept):
-    save_sae(tmp_path, sae, METADATA, torch.rand(F))
+    save_sae(tmp_path, sae, METADATA, statistics())
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[:kept])
     with pytest.raises(SAEError, match=name) as error:

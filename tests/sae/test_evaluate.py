@@ -98,7 +98,7 @@ def test_the_figures_are_those_of_a_dense_computation(x):
     unexplained = float(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum())
     assert found.explained_variance == pytest.approx(1 - unexplained, rel=1e-4)
     assert found.l0 == pytest.approx(float((f > 0).sum(dim=1).double().mean()))
-    torch.testing.assert_close(found.density.double(), (f > 0).double().mean(dim=0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.density_F.double(), (f > 0).double().mean(dim=0), rtol=1e-5, atol=1e-7)
     assert found.silent_fraction == pytest.approx(float((~(f > 0).any(dim=0)).double().mean()))
 
 
@@ -115,7 +115,7 @@ def test_no_figure_depends_on_how_the_residuals_are_cut_into_batches(x, size):
     whole, cut = reconstruction(random_sae(), [x]), reconstruction(random_sae(), x.split(size))
     for name in ("tokens", "l0", "normalized_mse", "explained_variance", "silent_fraction", "rare_fraction"):
         assert getattr(cut, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
-    torch.testing.assert_close(cut.density, whole.density)
+    torch.testing.assert_close(cut.density_F, whole.density_F)
 
 
 def test_density_silent_and_rare_count_the_tokens_on_which_a_feature_fired(monkeypatch):
@@ -130,7 +130,7 @@ def test_density_silent_and_rare_count_the_tokens_on_which_a_feature_fired(monke
 
     found = reconstruction(sae, x.split(8))
 
-    assert found.density.tolist() == pytest.approx([1, 0.5, 0.05, 0])
+    assert found.density_F.tolist() == pytest.approx([1, 0.5, 0.05, 0])
     assert found.silent_fraction == 0.25
     assert found.rare_fraction == 0.5
     assert found.l0 == pytest.approx(31 / 20)

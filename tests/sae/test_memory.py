@@ -32,9 +32,9 @@ def config_7b(monkeypatch):
     override([], config)
 
 
-def plan_of(constants, spec, free, last_layer=16, model_dtype="bfloat16", **changed):
+def plan_of(constants, spec, free, last_layer=16, dtype=torch.bfloat16, **changed):
     training = replace(TrainConfig.of(constants, spec.d_model), **changed)
-    return memory_plan(training, spec, last_layer=last_layer, model_dtype=model_dtype, device="cuda", free=free)
+    return memory_plan(training, spec, last_layer=last_layer, dtype=dtype, device="cuda", free=free)
 
 
 def test_the_specs_of_the_tests_are_of_seven_billion_parameters():
@@ -76,7 +76,7 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     """Up to what is not worth a line: a few numbers a feature and Adam's step count."""
     spec = inspect(mistral_folder)
     sizes = {"d_hidden": 512, "k": 8, "batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
-    sizes |= {"last_layer": 1, "context_length": 12, "model_dtype": "float32", "moments_dtype": moments}
+    sizes |= {"last_layer": 1, "context_length": 12, "dtype": torch.float32, "moments_dtype": moments}
     plan = plan_of(config_7b, spec, free=0, **sizes).training
     trainer = Trainer(TrainConfig(spec.d_model, 512, 8, moments_dtype=moments))
     sae = trainer.sae
@@ -106,7 +106,7 @@ def test_the_buffer_of_the_plan_holds_that_of_a_run(config_7b, mistral_folder):
     batch = next(batches)
     held = [t for t in batches.gi_frame.f_locals.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, batch]}
-    plan = plan_of(config_7b, spec, free=0, model_dtype="float32", **options).training
+    plan = plan_of(config_7b, spec, free=0, dtype=torch.float32, **options).training
     assert plan["buffer of residuals (float32)"] == (330 + 64) * spec.d_model * 4
     assert sum(storages.values()) == plan["buffer of residuals (float32)"]
 

@@ -20,6 +20,7 @@ from mistral_sae.files import save_state
 from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
+from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import sweep
 from mistral_sae.steer.display import BARS, level_of
 from mistral_sae.steer.steering import steer
@@ -73,7 +74,7 @@ def corpus(tmp_path_factory):
 def run_dir(tmp_path):
     """What train.py leaves, as far as demo.py needs it."""
     density = torch.full((F,), 0.003)
-    save_sae(tmp_path / "run" / "sae", autoencoder(), METADATA, density, torch.linspace(1, 5, F))
+    save_sae(tmp_path / "run" / "sae", autoencoder(), METADATA, Statistics(torch.linspace(1, 5, F), density, None))
     return tmp_path / "run"
 
 
@@ -183,7 +184,7 @@ def test_the_marks_are_where_the_unsteered_model_finds_the_feature(demo, mistral
 def test_exact_encodes_all_features(demo, mistral_folder, run_dir):
     sae = load_sae(run_dir).sae
     sae.b_enc.data[3] = 0.5  # in itself active, and silent wherever TopK has stronger ones
-    save_sae(run_dir / "sae", sae, METADATA, torch.full((F,), 0.003), torch.linspace(1, 5, F))
+    save_sae(run_dir / "sae", sae, METADATA, Statistics(torch.linspace(1, 5, F), torch.full((F,), 0.003), None))
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
     texts = {}
@@ -198,7 +199,7 @@ def test_exact_encodes_all_features(demo, mistral_folder, run_dir):
 def test_the_tokens_that_the_feature_fires_on_are_marked(demo, monkeypatch, run_dir):
     sae = load_sae(run_dir).sae
     sae.b_enc.data[3] = 50.0  # on every token
-    save_sae(run_dir / "sae", sae, METADATA, torch.full((F,), 0.003), torch.full((F,), 50.0))
+    save_sae(run_dir / "sae", sae, METADATA, Statistics(torch.full((F,), 50.0), torch.full((F,), 0.003), None))
     ran = demo()
     assert "▇▇" in ran.out
     assert "fires on 100%" in ran.out
@@ -272,7 +273,7 @@ def test_without_an_explained_feature_that_fires_now_and_then_others_are_taken(d
     explain(run_dir, f7="brackets")
     densities = torch.full((F,), density)
     densities[7] = 0.5
-    save_sae(run_dir / "sae", autoencoder(), METADATA, densities, torch.linspace(1, 5, F))
+    save_sae(run_dir / "sae", autoencoder(), METADATA, Statistics(torch.linspace(1, 5, F), densities, None))
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
     assert re.search(rf"of \d+ {of}, those that raise", ran.out)
@@ -303,7 +304,8 @@ def test_an_autoencoder_without_maxima_is_measured_once(demo, run_dir, tmp_path)
 
 def test_the_label_of_another_model_is_a_warning(demo, run_dir):
     assert "warning" not in demo().out.replace("warning: the autoencoder explains", "")
-    save_sae(run_dir / "sae", autoencoder(), METADATA._replace(model_name="other/model"), *[torch.rand(F)] * 2)
+    metadata = METADATA._replace(model_name="other/model")
+    save_sae(run_dir / "sae", autoencoder(), metadata, Statistics(torch.rand(F), torch.rand(F), None))
     ran = demo()
     assert ran.code == 0
     assert "warning: the autoencoder was trained on other/model, by its label, and the model is tiny" in ran.out
