@@ -147,6 +147,12 @@ def test_every_link_leads_somewhere():
                 assert anchor in anchors[path.resolve().relative_to(ROOT).as_posix()], (page, link)
 
 
+def test_the_modules_that_contributors_are_sent_to_are_there():
+    for name in re.findall(r"`([a-z_]+/[a-z_]+(?:\.py)?)`", PAGES["CONTRIBUTING.md"]):
+        folders = (ROOT / "mistral_sae", ROOT)
+        assert any((folder / name).exists() or (folder / f"{name}.py").exists() for folder in folders), name
+
+
 def test_the_tree_of_the_readme_is_there():
     (tree,) = [block for block in blocks(README) if "mistral_sae/\n" in block]
     folder = ROOT
