@@ -79,7 +79,7 @@ def test_the_ten_lines_of_the_readme_read_encode_decode_and_steer(standin_run, c
     torch.testing.assert_close(names["x_hat"], names["loaded"].sae(names["x"]))
     assert names["encoded"].values.shape == (1, len(names["prompt"]), 8)
     steered = capsys.readouterr().out
-    exec(code.replace("2 * loaded.maximum[feature]", "None"), {})
+    exec(code.replace("2 * loaded.maximum_F[feature]", "None"), {})
     assert len(steered) > 20
     assert capsys.readouterr().out != steered
 
@@ -123,7 +123,7 @@ def test_every_command_that_a_page_shows_is_one(constants):
 
 
 def test_every_constant_that_a_page_names_is_one():
-    words = {"HF_TOKEN", "ACTIVATIONS", "ARCHITECTURES", "METHODS", "MAX_TOKENS", "NAME", "KL"}  # of other places
+    words = {"HF_TOKEN", "OLLAMA_CONTEXT_LENGTH", "ACTIVATIONS", "ARCHITECTURES", "METHODS", "MAX_TOKENS", "NAME", "KL"}  # of other places
     constants = set(config.__annotations__)
     for page, text in PAGES.items():
         text = re.sub(r"<!-- table.*?<!-- end -->", "", text, flags=re.DOTALL)  # which name tokens of a model
@@ -141,10 +141,16 @@ def test_every_link_leads_somewhere():
     for page, text in PAGES.items():
         for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
             target, _, anchor = link.partition("#")
-            path = (ROOT / page).parent / target
+            path = (ROOT / page).parent / target if target else ROOT / page
             assert path.exists(), (page, link)
             if anchor:
                 assert anchor in anchors[path.resolve().relative_to(ROOT).as_posix()], (page, link)
+
+
+def test_the_modules_that_contributors_are_sent_to_are_there():
+    for name in re.findall(r"`([a-z_]+/[a-z_]+(?:\.py)?)`", PAGES["CONTRIBUTING.md"]):
+        folders = (ROOT / "mistral_sae", ROOT)
+        assert any((folder / name).exists() or (folder / f"{name}.py").exists() for folder in folders), name
 
 
 def test_the_tree_of_the_readme_is_there():
