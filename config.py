@@ -69,10 +69,10 @@ HOOK_NAME: str | None = None  # where it belongs, if its folder says something e
 # ---- explain.py: what to look at ----
 # Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]"
 SELECT: str | int | list = "random 200"
-EXPLAIN_TOKENS: int = 600_000 if ON_STANDIN else 10_000_000  # of the corpus, read once for examples of all features
+# Of the corpus, read once. What all features do on them is kept in RUN_DIR: 0.08 GB, at 7B 5
+EXPLAIN_TOKENS: int = 600_000 if ON_STANDIN else 10_000_000
 EXPLAIN_STRIDE: int = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
-# To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many. At 7B each one
-# more takes 0.3 GB on the device
+# To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many
 EXAMPLES_PER_INTERVAL: int = 32 if ON_STANDIN else 3
 TOKENS_BEFORE: int = 48  # of an example, left of the token on which the feature is strongest: what it may react to
 TOKENS_AFTER: int = 15  # and right of it: what it may foretell

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mistral_sae.cli import Progress
 from mistral_sae.data.tokens import Corpus
-from mistral_sae.explain import examples
+from mistral_sae.explain import cache
 from mistral_sae.explain.labels import read_labels
 from mistral_sae.explain.types import Label
 from mistral_sae.loading import load_pair
@@ -62,10 +62,10 @@ def main() -> None:
 
 
 def read_explanations(loaded: LoadedSAE) -> dict[int, Explanation]:
-    """Those of RUN_DIR, unless the examples that they were made from say that they are of another autoencoder."""
+    """Those of RUN_DIR, unless the cache that they were made from is of another autoencoder."""
     run_dir = Path(config.RUN_DIR)
     labels = {f: label for f, label in read_labels(run_dir / "explanations.jsonl").items() if label.explanation}
-    if labels and not examples.are_of(run_dir / "examples.safetensors", hash_of_sae(loaded.sae)):
+    if labels and not cache.is_of(run_dir / cache.FOLDER, hash_of_sae(loaded.sae)):
         print(f"the explanations in {run_dir} are of another autoencoder: not used")
         return {}
     return {f: Explanation(label.explanation, source_of(label)) for f, label in labels.items()}

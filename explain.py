@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mistral_sae.data.documents import Skipped
-from mistral_sae.data.tokens import Corpus, prefetch
-from mistral_sae.explain import examples, offline, pipeline, prompts, report
+from mistral_sae.data.tokens import Corpus, Row, prefetch
+from mistral_sae.explain import cache, offline, pipeline, prompts, report
+from mistral_sae.explain.cache import Cache
 from mistral_sae.explain.client import Client, LocalClient, Server
-from mistral_sae.explain.collect import Collection, Settings, collect, encode
+from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
 from mistral_sae.explain.types import Completer, Label
@@ -59,18 +59,22 @@ def main() -> None:
         loaded, model = opened()
         selected.check(loaded.sae.n_features)  # before the corpus is read
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
-        collection, is_new = collect_examples(model, loaded, run_dir)
-        chosen = selected.choose(collection.firings, config.SEED)
-        labels, broken = label(examples.FeatureRecords(collection, chosen, model, loaded.sae), model, run_dir)
+        activations, settings = read_corpus(model, loaded, run_dir), settings_of_examples()
+        chosen = selected.choose(activations.counts_F, config.SEED)
+        records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
+        labels, broken = label(records, model, run_dir)
         if config.DRY_RUN:
             return
         path = run_dir / "explanations.jsonl"
-        every, moved_to = merge_labels(path, labels, of_other_examples=is_new)
+        are_new = cache.noted(run_dir / cache.FOLDER) != settings._asdict()
+        every, moved_to = merge_labels(path, labels, of_other_examples=are_new)
         if moved_to:
             print(f"the explanations of earlier runs are in {moved_to}")
         write_labels(path, every.values())
-        run = about_run(loaded, model, Corpus.of(config).check(), collection.tokens, collection.firings)
-        records = examples.FeatureRecords(collection, list(every), model, loaded.sae)
+        cache.note(run_dir / cache.FOLDER, settings._asdict())
+        run = about_run(loaded, model, Corpus.of(config).check(), activations.tokens, activations.counts_F)
+        if list(every) != chosen:
+            records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
         report.write_report(run_dir / "report.html", run, counted(records, bar(len(records), "report")), every)
     print_results(labels, len(every), run_dir)
     if broken:
@@ -97,39 +101,64 @@ def scorers() -> list[str]:
     return list(dict.fromkeys(config.SCORERS.replace(",", " ").split()))
 
 
-# ---- examples ----
+# ---- what the features do on the corpus ----
 
 
-def collect_examples(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> tuple[Collection, bool]:
-    """The examples of all features, those of RUN_DIR if they are of the same making, and whether they are new."""
-    corpus = Corpus.of(config)
+def read_corpus(model: lm.LanguageModel, loaded: LoadedSAE, run_dir: Path) -> Cache:
+    """The activations of all features on the corpus: those in RUN_DIR if they are of the same making, or a pass's."""
+    corpus, folder, n_rows = Corpus.of(config), run_dir / cache.FOLDER, rows_wanted()
     print(f"corpus    {corpus.check()}")
-    layer, per_row, n_rows, wanted = loaded.metadata.residual_layer, config.CONTEXT_LENGTH - 1, rows_wanted(), windows()
-    path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
-    collection, why = examples.load_collection(path, made_from)
-    if collection is not None:
-        print(f"examples  {path}, from {collection.tokens:,} tokens")
-        return collection, False
-    if why:
-        print(why)
-    print(f"looking for examples of all features in {n_rows * per_row:,} tokens")
-    skipped = Skipped()
-    packed = corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
-    rows = islice(prefetch(islice(packed, 0, None, config.EXPLAIN_STRIDE), depth=1024), n_rows)
-    with tqdm(total=n_rows * per_row, unit=" tokens", unit_scale=True) as progress:
-        collection = collect(
-            counted(rows, progress, per_row), model, loaded.sae, layer, wanted, rows_per_forward=config.ROWS_PER_FORWARD
+    made_from = made_of(model, loaded)
+    found, why = cache.open_cache(folder, made_from)
+    if found is None:
+        if why:
+            print(why)
+        print(f"reading {n_rows * (config.CONTEXT_LENGTH - 1):,} tokens for what activates each feature")
+        skipped, seen = Skipped(), set[str]()
+        packed = corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
+        rows = islice(prefetch(strided(packed, seen), depth=1024), n_rows)
+        with cli.Progress(total=n_rows * config.CONTEXT_LENGTH, unit=" tokens", unit_scale=True) as progress:
+            cache.write(
+                folder, made_from, counted(rows, progress, config.CONTEXT_LENGTH),
+                model, loaded.sae, loaded.metadata.residual_layer, config.ROWS_PER_FORWARD,
+            )  # fmt: skip
+        found, why = cache.open_cache(folder, made_from)
+        if found is None:
+            raise cli.Failed(why)
+        if skipped.count:
+            print(skipped.summary())
+        warn_of_few_documents(found, len(seen), n_rows)
+    print(f"cache     {folder}: {found.tokens:,} tokens of {len(found.names):,} documents")
+    return found
+
+
+def strided(rows: Iterable[Row], seen: set[str]) -> Iterator[Row]:
+    """Every EXPLAIN_STRIDE-th row; `seen` gets the documents that went by, until they are many."""
+    for number, row in enumerate(rows):
+        if len(seen) < 10 * FEW_DOCUMENTS:
+            seen.update(row.documents)
+        if number % config.EXPLAIN_STRIDE == 0:
+            yield row
+
+
+def warn_of_few_documents(found: Cache, n_seen: int, n_rows: int) -> None:
+    """Say so if the documents are few, and which constant gives more."""
+    scoring = int(found.for_scoring.sum())
+    explaining = len(found.names) - scoring
+    if min(explaining, scoring) >= FEW_DOCUMENTS:
+        return
+    if found.rows >= n_rows:
+        advice = "raise EXPLAIN_TOKENS"
+    elif n_seen > len(found.names):
+        advice = (
+            f"lower EXPLAIN_STRIDE, by which {config.EXPLAIN_STRIDE - 1} of {config.EXPLAIN_STRIDE} rows are left out"
         )
-    if skipped.count:
-        print(skipped.summary())
-    explaining, scoring = collection.documents()
-    if min(explaining, scoring) < FEW_DOCUMENTS:
-        print(
-            f"warning: found {explaining:,} documents to explain from and {scoring:,} to score on, and each gives a "
-            "feature one example: use text of more files, or a .jsonl with a document a line"
-        )
-    examples.save_collection(path, collection, made_from)
-    return collection, True
+    else:
+        advice = "use text of more files, or a .jsonl with a document a line"
+    print(
+        f"warning: found {explaining:,} documents to explain from and {scoring:,} to score on, and each gives a "
+        f"feature one example: {advice}"
+    )
 
 
 def rows_wanted() -> int:
@@ -137,21 +166,21 @@ def rows_wanted() -> int:
     return math.ceil(config.EXPLAIN_TOKENS / (config.CONTEXT_LENGTH - 1))
 
 
-def windows() -> Settings:
-    """What is kept around each example."""
+def settings_of_examples() -> Settings:
+    """Which passages a feature is shown by."""
     return Settings(
         spread=config.EXAMPLES_PER_INTERVAL, left=config.TOKENS_BEFORE, right=config.TOKENS_AFTER, seed=config.SEED
     )
 
 
 def made_of(model: lm.LanguageModel, loaded: LoadedSAE) -> dict[str, Any]:
-    """All that the examples depend on."""
+    """All that the activations depend on."""
     corpus = Corpus.of(config)
     rows = {"files": corpus.fingerprint(), "stride": config.EXPLAIN_STRIDE, "rows": rows_wanted()}
-    return examples.inputs(model, loaded.sae, loaded.metadata.residual_layer, asdict(corpus) | rows, windows())
+    return cache.made_from(model, loaded.sae, loaded.metadata.residual_layer, asdict(corpus) | rows)
 
 
-def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any]:
+def counted(items: Iterable[Any], progress: cli.Progress, each: int = 1) -> Iterator[Any]:
     """The same items, each of which moves the bar."""
     for item in items:
         yield item
@@ -161,7 +190,7 @@ def counted(items: Iterable[Any], progress: tqdm, each: int = 1) -> Iterator[Any
 # ---- explanations and scores ----
 
 
-def label(records: examples.FeatureRecords, model: lm.LanguageModel, run_dir: Path) -> tuple[dict[int, Label], str]:
+def label(records: FeatureRecords, model: lm.LanguageModel, run_dir: Path) -> tuple[dict[int, Label], str]:
     """A label for each of the features, none with DRY_RUN; and why the server answers no more, if that is so."""
     who, n = explainer(), len(records)
     if who == "offline":
@@ -219,7 +248,7 @@ def budget(journal: Journal) -> Budget:
     return Budget(journal, None if None in prices else prices, config.MAX_DOLLARS, config.MAX_API_TOKENS)
 
 
-async def ask_server(records: examples.FeatureRecords, journal: Journal) -> tuple[dict[int, Label], str]:
+async def ask_server(records: FeatureRecords, journal: Journal) -> tuple[dict[int, Label], str]:
     """Labels by a server, each of whose completions is in the journal before it is used; and as `label`."""
     async with Client(server(), journal, budget(journal)) as client:
         try:
@@ -229,7 +258,7 @@ async def ask_server(records: examples.FeatureRecords, journal: Journal) -> tupl
         return labels, client.stopped if client.is_broken else ""
 
 
-async def ask(records: examples.FeatureRecords, completer: Completer, who: str) -> dict[int, Label]:
+async def ask(records: FeatureRecords, completer: Completer, who: str) -> dict[int, Label]:
     """Explain all, then score all. A budget that is reached ends it early: the features that were left say so."""
     load = records.__getitem__
     with bar(len(records), "explaining") as progress:
@@ -253,12 +282,12 @@ async def ask(records: examples.FeatureRecords, completer: Completer, who: str) 
         )
 
 
-def bar(total: int, what: str) -> tqdm:
+def bar(total: int, what: str) -> cli.Progress:
     """A progress bar over features."""
-    return tqdm(total=total, desc=what, unit=" features")
+    return cli.Progress(total=total, desc=what, unit=" features")
 
 
-def advance(progress: tqdm, completer: Completer) -> None:
+def advance(progress: cli.Progress, completer: Completer) -> None:
     """One feature further; with a server, what it has cost so far."""
     progress.update()
     if isinstance(completer, Client):
@@ -295,24 +324,25 @@ def show_text(run_dir: Path) -> None:
     """Write the page of TEXT: the strongest features of each of its tokens."""
     loaded, model = opened()
     sae, ids = loaded.sae, model.tokenizer.encode(config.TEXT)
-    tokens_BT = torch.tensor([[model.tokenizer.bos_id, *ids]])
-    values, indices = encode(sae, model.residuals(tokens_BT, loaded.metadata.residual_layer))
-    strongest = values[0, 1:].topk(min(SHOWN_FEATURES, values.shape[-1]), dim=-1)
-    features = indices[0, 1:].gather(1, strongest.indices)
+    x_TD = model.residuals(torch.tensor([[model.tokenizer.bos_id, *ids]]), loaded.metadata.residual_layer)[0, 1:]
+    encoded = sae.encode(x_TD)
+    strongest = encoded.values.topk(min(SHOWN_FEATURES, encoded.values.shape[1]), dim=1)
+    features = encoded.indices.gather(1, strongest.indices)
     tokens = [
         report.TextToken(string, [(f, v) for f, v in zip(fs, vs, strict=True) if v > 0])
         for string, fs, vs in zip(
             model.tokenizer.strings(ids), features.tolist(), strongest.values.tolist(), strict=True
         )
     ]
-    path, made_from = run_dir / "examples.safetensors", made_of(model, loaded)
-    are_ours = examples.are_of(path, made_from["autoencoder"])
+    folder, made_from = run_dir / cache.FOLDER, made_of(model, loaded)
+    are_ours = cache.is_of(folder, made_from["autoencoder"])
     labels = read_labels(run_dir / "explanations.jsonl") if are_ours else {}
-    collection, why = examples.load_collection(path, made_from)
+    activations, why = cache.open_cache(folder, made_from)
     fired = sorted({feature for token in tokens for feature, _ in token.features})
-    records = [] if collection is None else examples.FeatureRecords(collection, fired, model, sae)
+    records = FeatureRecords(activations, fired, model, sae, Settings()) if activations else None
+    known = map(records.brief, fired) if records else ()
     page = run_dir / "text.html"
-    report.write_text_page(page, about_run(loaded, model, "your text", len(ids), None), tokens, labels, records)
+    report.write_text_page(page, about_run(loaded, model, "your text", len(ids), None), tokens, labels, known)
     print(
         f"page      {page}: {len(ids):,} tokens" + ("" if labels else "; run explain.py without TEXT for explanations")
     )
@@ -342,5 +372,5 @@ def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> Non
 if __name__ == "__main__":
     cli.run(
         main,
-        out_of_memory="ROWS_PER_FORWARD, EXAMPLES_PER_INTERVAL or TOKENS_BEFORE",
+        out_of_memory="ROWS_PER_FORWARD",
     )

@@ -1,144 +1,231 @@
-"""Collected examples on disk, and what they say of each feature.
+"""What a cache of activations says of single features: their passages, and the features that fire along with them.
 
-    made_from = inputs(lm, sae, layer, corpus, settings)
-    collection, why = load_collection(path, made_from)
-    if collection is None:
-        collection = collect(rows, lm, sae, layer, settings)
-        save_collection(path, collection, made_from)
-    for feature in FeatureRecords(collection, [3, 17, 42], lm, sae): ...
+    for feature in FeatureRecords(cache, [3, 17, 42], model, sae, Settings()): ...
 
-Shapes: F features, D model width, V vocabulary, n examples of a list, C features at a time.
+All of it is a function of the cache, the settings and the weights: no text goes through the model. Documents are split
+in two halves (`cache.is_for_scoring`), one to explain from and one to score on; no list of a feature's passages has two
+of one document.
+
+Shapes: F features, D model width, M passages, W tokens of the longest passage.
 """
 
-import json
-from collections.abc import Iterator, Sequence, Set
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.random import Generator
 
-from mistral_sae.explain.collect import Collection, Settings
-from mistral_sae.explain.pool import Pool, PoolIndex, Span
-from mistral_sae.explain.reservoir import Windows
-from mistral_sae.explain.types import Example, Feature
-from mistral_sae.files import SAEError, hash_of, load_metadata, load_state, save_state
+from mistral_sae.explain.cache import Cache, Passages
+from mistral_sae.explain.types import BINS, INTERVALS, Example, Feature
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
-from mistral_sae.sae import features as sae_features
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.checkpoint import hash_of_sae
+from mistral_sae.sae.features import logit_lens, nearest
 
-FORMAT = 1  # of the file and of what is collected: raised by whoever changes either
-LISTS = ("top", "spread", "held_out")
 NEGATIVES = 10  # random passages of a feature, and hard ones
 NEIGHBORS = 10  # nearest and coactive features
 TOKENS = 10  # promoted and suppressed
 AROUND = 7  # tokens on either side of the peak by which two passages are the same
-OTHER = {
-    "autoencoder": "another autoencoder",
-    "model": "another model",
-    "corpus": "another corpus, or another part of it",
-    "settings": "other settings",
-}
-CHUNK_BYTES = 2**28  # of cosines or logits at a time
+SAMPLE_SHARDS = 8  # evenly spread: half a million tokens, where negatives come from and coactive features are counted
+DRAWN = 512  # passages of each kind among which hard ones are looked for
+AT_ONCE = 256  # features for which weights and shards are gone through together
+RECORDS = 512  # that are kept, at 100 KB
 
 
-# ---- on disk ----
+class Settings(NamedTuple):
+    """Which passages a feature is shown by."""
+
+    top: int = 10  # strongest passages
+    spread: int = 3  # passages of each interval of its range
+    held_out: int = 5  # passages of each interval, to score on
+    left: int = 48  # tokens of a passage before its peak, as far as row and document have them
+    right: int = 15  # and after it
+    seed: int = 0
 
 
-def inputs(
-    lm: LanguageModel, sae: SparseAutoencoder, layer: int, corpus: dict[str, Any], settings: Settings
-) -> dict[str, Any]:
-    """All that a collection depends on: hashes of the autoencoder's and the layers' weights, corpus and settings.
+# ---- where a feature fires ----
 
-    `corpus` is whatever names the rows: `text.fingerprint`, the part, the row's length, how many.
+
+def peaks(found: Passages, left: int, right: int) -> Passages:
+    """Of a feature's activations those that are the largest within `left` tokens before and `right` after them.
+
+    In the order of the text, with stretches of that extent, as far as document and row go.
     """
-    tensors = {f"{i}.{name}": tensor for i in range(layer + 1) for name, tensor in lm.block(i).state_dict().items()}
-    found = {
-        "autoencoder": hash_of_sae(sae),
-        "model": hash_of((lm.name, layer, lm.vocab_size), tensors),
-        "corpus": corpus,
-        "settings": settings._asdict() | {"format": FORMAT},
-    }
-    return json.loads(json.dumps(found))  # as it will be read
+    first, last = np.maximum(found.tokens - left, found.first), np.minimum(found.tokens + right, found.last)
+    begins, ends = np.searchsorted(found.tokens, first), np.searchsorted(found.tokens, last, side="right")
+    bounds = np.stack((begins, ends), axis=1).ravel()  # every other stretch is the gap before the next passage
+    largest = np.maximum.reduceat(np.append(found.values, 0), bounds)[::2] if len(bounds) else found.values
+    return found._replace(first=first, last=last).at(found.values == largest)
 
 
-def are_of(path: Path, autoencoder: str) -> bool:
-    """Whether a file of examples, and so the explanations beside it, are of the autoencoder of this `hash_of_sae`.
+def strongest(passages: Passages, count: int) -> Passages:
+    """The `count` strongest, strongest first, one a document; of equals the first in the text."""
+    order = np.argsort(-passages.values, kind="stable")
+    return passages.at(_one_a_document(passages.documents, order)[:count])
 
-    True where there is no such file.
+
+def from_intervals(passages: Passages, maximum: float, count: int, generator: Generator) -> Passages:
+    """Random ones, `count` of each of the INTERVALS of (0, maximum], strongest first, one a document.
+
+    The interval with the fewest documents chooses first, so that a document is left to the one that has no other.
     """
-    try:
-        made_from = load_metadata(path).get("made_from", {}).get("autoencoder")
-    except SAEError:
-        return True
-    return made_from == autoencoder
+    interval = np.minimum(INTERVALS * passages.values.astype(float) / maximum, INTERVALS - 1).astype(int)
+    shuffled = generator.permutation(len(interval))
+    choices = [_one_a_document(passages.documents, shuffled[interval[shuffled] == i]) for i in range(INTERVALS)]
+    chosen = shuffled[:0]
+    for choice in sorted(choices, key=len):
+        free = ~np.isin(passages.documents[choice], passages.documents[chosen])
+        chosen = np.concatenate((chosen, choice[free][:count]))
+    return passages.at(chosen[np.argsort(-passages.values[chosen], kind="stable")])
 
 
-def save_collection(path: Path, collection: Collection, made_from: dict[str, Any]) -> None:
-    """Write a collection as one safetensors file; `made_from` are its `inputs`."""
-    tensors = {name: getattr(collection, name) for name in ("firings", "maximum", "histogram")}
-    for name in (*LISTS, "pool"):
-        part = getattr(collection, name)
-        tensors |= {f"{name}.{field}": tensor for field, tensor in part._asdict().items()}
-    names = np.frombuffer(json.dumps(collection.names).encode(), dtype=np.uint8)
-    tensors["names"] = torch.from_numpy(names.copy())  # JSON: there can be more of them than a header may hold
-    save_state(path, tensors, {"made_from": made_from, "tokens": collection.tokens})
+def _one_a_document(documents: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Those places of an order at which a document is met for the first time."""
+    _, firsts = np.unique(documents[order], return_index=True)
+    return order[np.sort(firsts)]
 
 
-def load_collection(path: Path, made_from: dict[str, Any]) -> tuple[Collection | None, str]:
-    """The collection in a file, or None and one line that says why it cannot be used; "" where there is no file."""
-    if not Path(path).exists():
-        return None, ""
-    try:
-        tensors, metadata = load_state(path, "cpu")
-    except SAEError:
-        return None, f"the examples in {path} are damaged: collecting anew"
-    there = metadata.get("made_from", {})
-    other = [OTHER[name] for name in made_from if there.get(name) != made_from[name]]
-    if other:
-        return None, f"the examples in {path} are of {' and '.join(other)}: collecting anew"
-    settings = {name: value for name, value in there["settings"].items() if name != "format"}
-    collection = Collection(
-        Settings(**settings),
-        metadata["tokens"],
-        *(tensors[name] for name in ("firings", "maximum", "histogram")),
-        *(Windows(*(tensors[f"{name}.{field}"] for field in Windows._fields)) for name in LISTS),
-        Pool(*(tensors[f"pool.{field}"] for field in Pool._fields)),
-        json.loads(tensors["names"].numpy().tobytes()),
-    )
-    return collection, ""
+def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """begins[0], begins[0] + 1, ... (lengths[0] of them), begins[1], ...: one array."""
+    ends = lengths.cumsum()
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - ends + lengths, lengths)
 
 
-# ---- as records ----
+# ---- where it does not fire, and what fires along with it ----
+
+
+class Sample:
+    """Some of a cache's shards, in which all features are looked at together."""
+
+    def __init__(self, cache: Cache, settings: Settings):
+        self.cache, self._seed = cache, settings.seed
+        n_shards = len(cache.shards)
+        self.shards = np.unique(np.linspace(0, n_shards - 1, min(SAMPLE_SHARDS, n_shards)).round().astype(int)).tolist()
+        parts = []
+        for number in self.shards:
+            shard, start = cache.shards[number], number * cache.shard_tokens
+            documents = cache.documents[number][shard.documents]
+            (at,) = cache.for_scoring[documents].nonzero()
+            first = np.maximum(at - settings.left, shard.first[at].astype(np.int64))
+            last = np.minimum(at + settings.right, shard.last[at].astype(np.int64))
+            parts.append((at + start, first + start, last + start, documents[at], shard.tokens[at]))
+        tokens, first, last, documents, ids = map(np.concatenate, zip(*parts, strict=True))
+        # Passages around every token of the documents to score on
+        self.passages = Passages(tokens, first, last, documents, np.zeros(len(tokens), dtype=np.float32))
+        self._shuffled = np.random.default_rng(settings.seed).permutation(len(tokens))
+        self._by_id = np.argsort(ids, kind="stable")
+        self._ids = ids[self._by_id]
+
+    def random(self, feature: int, fires: np.ndarray, count: int, without: np.ndarray) -> Passages:
+        """Up to `count` passages that hold none of the tokens `fires`, and are of none of the documents `without`."""
+        documents, n = self.passages.documents, len(self._shuffled)
+        start = self._generator(feature, 0).integers(max(1, n))
+        found, seen, step = self._shuffled[:0], 0, 8 * count
+        while len(found) < count and seen < n:
+            silent = self._silent(self._shuffled[(start + np.arange(seen, min(seen + step, n))) % n], fires)
+            new = silent[~np.isin(documents[silent], without)]
+            found = _one_a_document(documents, np.concatenate((found, new)))
+            seen, step = seen + step, 2 * step
+        return self.passages.at(found[:count])
+
+    def hard(self, feature: int, fires: np.ndarray, ids: Sequence[int], near: Sequence[int], count: int) -> Passages:
+        """Up to `count` passages that hold none of the tokens `fires`, though the feature might be thought to fire.
+
+        Half of them around a token of `ids` (the peaks of its examples; one that is there twice is drawn twice as
+        often), half around one on which another feature of `near` fires; more of one kind where there are too few of
+        the other.
+        """
+        generator, documents = self._generator(feature, 1), self.passages.documents
+        drawn = generator.choice(ids, DRAWN) if len(ids) else np.zeros(0, dtype=np.int64)
+        begins, ends = (np.searchsorted(self._ids, drawn, side=side) for side in ("left", "right"))
+        at = (begins + generator.random(len(drawn)) * (ends - begins)).astype(int)[begins < ends]
+        fires_near = [places for other in near if len(places := self._places(other))]
+        around = [generator.choice(places, DRAWN // len(fires_near)) for places in fires_near]
+        of_ids, of_near = (
+            _one_a_document(documents, self._silent(places, fires))
+            for places in (self._by_id[at], generator.permutation(np.concatenate((at[:0], *around))))
+        )
+        half = max(-(-count // 2), count - len(of_near))
+        mixed = np.concatenate((of_ids[:half], of_near, of_ids[half:]))
+        return self.passages.at(_one_a_document(documents, mixed)[:count])
+
+    def coactive(self, features: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
+        """For each feature those that fire most often along with it, and on which share of its tokens they do."""
+        n_features = len(self.cache.counts_F)
+        together = np.zeros((len(features), n_features), dtype=np.int32)
+        for number in self.shards:
+            shard = self.cache.shards[number]
+            order = np.argsort(shard.positions, kind="stable")  # by token; a radix sort, as they have 16 bits
+            by_token = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(shard.offsets))[order]
+            lengths = np.bincount(shard.positions, minlength=len(shard.tokens))
+            begins = lengths.cumsum() - lengths
+            for counts, feature in zip(together, features, strict=True):
+                at = shard.positions[slice(*shard.offsets[feature : feature + 2])]
+                counts += np.bincount(by_token[_ranges(begins[at], lengths[at])], minlength=n_features)
+        found = []
+        for counts, feature in zip(together, features, strict=True):
+            own, counts[feature] = int(counts[feature]), 0
+            most = np.argpartition(-counts, min(count, n_features - 1))[:count]
+            most = most[np.lexsort((most, -counts[most]))]
+            found.append([(int(other), float(counts[other] / own)) for other in most if counts[other]])
+        return found
+
+    def _generator(self, feature: int, purpose: int) -> Generator:
+        return np.random.default_rng([self._seed, feature, purpose])
+
+    def _places(self, feature: int) -> np.ndarray:
+        """The passages around tokens on which a feature fires."""
+        found = self.cache.activations(feature, self.shards)
+        return np.searchsorted(self.passages.tokens, found.tokens[self.cache.for_scoring[found.documents]])
+
+    def _silent(self, places: np.ndarray, fires: np.ndarray) -> np.ndarray:
+        """Those of some passages that hold none of the tokens `fires`, which ascend."""
+        before = np.searchsorted(fires, self.passages.first[places])
+        return places[before == np.searchsorted(fires, self.passages.last[places], side="right")]
+
+
+# ---- records ----
+
+
+class Selected(NamedTuple):
+    """The activations of a feature, and passages around some of them."""
+
+    found: Passages
+    top: Passages
+    spread: Passages
+    held_out: Passages
+
+
+class Related(NamedTuple):
+    """What the weights and other features say of a feature: fields of Feature."""
+
+    promoted: tuple[tuple[str, float], ...]
+    suppressed: tuple[tuple[str, float], ...]
+    nearest: tuple[tuple[int, float], ...]
+    coactive: tuple[tuple[int, float], ...]
 
 
 class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
     Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
-    Those that repeat a passage to explain from are left out: documents share licences, boilerplate, quotations.
-    Iterating over many is a millisecond each, and holding all of them is 100 KB each. Raises ValueError for a feature
-    that the autoencoder does not have, and ModelError unless the whole model is loaded: it says which tokens a feature
-    promotes.
+    Those that repeat a passage to explain from are left out: documents share licences, boilerplate, quotations. Raises
+    ValueError for a feature that the autoencoder does not have, and ModelError unless the whole model is loaded.
     """
 
-    def __init__(self, collection: Collection, features: Sequence[int], lm: LanguageModel, sae: SparseAutoencoder):
+    def __init__(
+        self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings
+    ):
         wrong = [feature for feature in features if not 0 <= feature < sae.n_features]
         if wrong:
             raise ValueError(f"found feature {wrong[0]}: expected 0 to {sae.n_features - 1}")
-        self.features, self._collection, self._lm, self._sae = list(features), collection, lm, sae
-        settings = collection.settings
-        self._pool = PoolIndex(
-            collection.pool, sae.n_features, left=settings.left, right=settings.right, seed=settings.seed
-        )
+        self.features, self._settings = list(features), settings
+        self._cache, self._model, self._sae = cache, model, sae
         self._place = {feature: place for place, feature in enumerate(self.features)}
-        self._texts = _Texts(lm.tokenizer)
-        self._step = max(1, CHUNK_BYTES // (4 * max(sae.n_features, lm.vocab_size)))
-        self._weights: list[tuple] = []  # of one chunk of the features
-        self._weights_begin = -1  # its first one's place
+        self._texts = _Texts(model.tokenizer)
+        self._record = lru_cache(RECORDS)(self._make)
+        self._related = lru_cache(1)(self._relate)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -148,111 +235,103 @@ class FeatureRecords:
 
     def __getitem__(self, feature: int) -> Feature:
         """The record of one of the features."""
-        collection, pool = self._collection, self._pool
-        nearest, promoted, suppressed = self._of_weights(feature)
-        generator = np.random.default_rng([collection.settings.seed, feature, 2])  # 0 and 1 are the pool's
-        peaks = [id for name in LISTS for id in self._peaks(getattr(collection, name), feature)]
-        seen = {around for name in ("top", "spread") for around in self._arounds(getattr(collection, name), feature)}
-        hard = pool.hard(feature, peaks, [other for other, _ in nearest], NEGATIVES)
+        return self._record(feature)
+
+    def brief(self, feature: int) -> Feature:
+        """The record without what takes time: passages to score on, and what weights and other features say."""
+        return self._brief(feature, self._select(feature))
+
+    def _brief(self, feature: int, selected: Selected) -> Feature:
+        found, maximum = selected.found, float(self._cache.maxima_F[feature])
         return Feature(
             feature=feature,
-            density=int(collection.firings[feature]) / max(1, collection.tokens),
-            maximum=float(collection.maximum[feature]),
-            histogram=tuple(collection.histogram[feature].tolist()),
-            promoted=promoted,
-            suppressed=suppressed,
-            nearest=nearest,
-            coactive=tuple(pool.coactive(feature, NEIGHBORS)),
-            top=self._examples(collection.top, feature),
-            spread=self._examples(collection.spread, feature),
-            held_out=self._examples(collection.held_out, feature, generator, without=seen),
-            random=self._silent(pool.random(feature, NEGATIVES, without=hard), generator),
-            hard=self._silent(hard, generator),
+            density=len(found.tokens) / max(1, self._cache.tokens),
+            maximum=maximum,
+            histogram=tuple(np.histogram(found.values, BINS, (0, maximum or 1))[0].tolist()),
+            promoted=(), suppressed=(), nearest=(), coactive=(),
+            top=self._examples(selected.top, found),
+            spread=self._examples(selected.spread, found),
+            held_out=(), random=(), hard=(),
+        )  # fmt: skip
+
+    def _make(self, feature: int) -> Feature:
+        selected, related = self._select(feature), self._related(self._place[feature] // AT_ONCE)[feature]
+        found, top, spread, held_out = selected
+        peak_ids = [self._cache.ids(token, token)[0] for part in (top, spread, held_out) for token in part.tokens]
+        near = [other for other, _ in related.nearest]
+        hard = self._sample.hard(feature, found.tokens, peak_ids, near, NEGATIVES)
+        random = self._sample.random(feature, found.tokens, NEGATIVES, without=hard.documents)
+        seen = {*self._around(top), *self._around(spread)}
+        held_out = held_out.at(np.array([around not in seen for around in self._around(held_out)], dtype=bool))
+        generator = self._generator(feature, 3)
+        return self._brief(feature, selected)._replace(
+            **related._asdict(),
+            held_out=self._examples(self._shortened(held_out, generator), found),
+            random=self._examples(self._shortened(random, generator), found),
+            hard=self._examples(self._shortened(hard, generator), found),
         )
 
-    def _examples(
-        self,
-        windows: Windows,
-        feature: int,
-        generator: np.random.Generator | None = None,
-        without: Set[tuple[int, ...] | None] = frozenset(),
-    ) -> tuple[Example, ...]:
-        """The passages of a list but those of certain `_arounds`; shortened if there is a generator."""
-        lengths = windows.lengths[feature].tolist()
-        rows = zip(
-            lengths,
-            windows.documents[feature].tolist(),
-            windows.starts[feature].tolist(),
-            token_ids(windows.tokens[feature]).tolist(),
-            windows.activations[feature].tolist(),
-            strict=True,
-        )
-        examples = []
-        for around, (n, document, start, ids, activations) in zip(self._arounds(windows, feature), rows, strict=True):
-            if n and around not in without:
-                first, stop = 0, n
-                if generator is not None:
-                    first, stop = self._shortened(activations.index(max(activations[:n])), n, generator)
-                texts, values = self._texts.of(ids[first:stop]), tuple(activations[first:stop])
-                examples.append(Example(self._collection.names[document], start + first, texts, values))
-        return tuple(examples)
+    def _select(self, feature: int) -> Selected:
+        settings, maximum = self._settings, float(self._cache.maxima_F[feature])
+        found = self._cache.activations(feature)
+        passages = peaks(found, settings.left, settings.right)
+        for_scoring = self._cache.for_scoring[passages.documents]
+        explaining, scoring = passages.at(~for_scoring), passages.at(for_scoring)
+        generator = self._generator(feature, 2)  # 0 and 1 are the sample's
+        spread = from_intervals(explaining, maximum, settings.spread, generator)
+        held_out = from_intervals(scoring, maximum, settings.held_out, generator)
+        return Selected(found, strongest(explaining, settings.top), spread, held_out)
 
-    def _shortened(self, anchor: int, n: int, generator: np.random.Generator) -> tuple[int, int]:
-        """Which of a passage's n tokens are left, first and last + 1, after each end has lost a random number.
+    def _generator(self, feature: int, purpose: int) -> Generator:
+        return np.random.default_rng([self._settings.seed, feature, purpose])
 
-        Evenly from 0 to `right` or to what stands on that side of the anchor, around which the passage was cut.
+    @cached_property
+    def _sample(self) -> Sample:
+        return Sample(self._cache, self._settings)
+
+    def _relate(self, number: int) -> dict[int, Related]:
+        """What weights and other features say of the `number`th AT_ONCE features."""
+        some = self.features[number * AT_ONCE :][:AT_ONCE]
+        W_dec_FD, tokenizer = self._sae.W_dec.detach(), self._model.tokenizer
+        lens = logit_lens(self._model.unembed, W_dec_FD[some], TOKENS, tokenizer.vocab_size)
+        promoted, suppressed = ([tuple((self._texts.one(id), by) for id, by in row) for row in side] for side in lens)
+        near, coactive = nearest(W_dec_FD, some, NEIGHBORS), self._sample.coactive(some, NEIGHBORS)
+        rows = zip(some, promoted, suppressed, near, coactive, strict=True)
+        return {feature: Related(up, down, tuple(n), tuple(c)) for feature, up, down, n, c in rows}
+
+    def _shortened(self, passages: Passages, generator: Generator) -> Passages:
+        """The passages after each end has lost a random number of tokens.
+
+        Evenly from 0 to `right` or to what stands on that side of the token that the passage was cut around.
         """
-        most = self._collection.settings.right
-        first, last = generator.integers([min(anchor, most), min(n - 1 - anchor, most)], endpoint=True).tolist()
-        return first, n - last
+        sides = np.stack((passages.tokens - passages.first, passages.last - passages.tokens))
+        less_first, less_last = generator.integers(np.minimum(sides, self._settings.right), endpoint=True)
+        return passages._replace(first=passages.first + less_first, last=passages.last - less_last)
 
-    def _peaks(self, windows: Windows, feature: int) -> list[int]:
-        """The tokens on which the examples of a list are strongest."""
-        there = windows.lengths[feature] > 0
-        peaks = windows.activations[feature].float().argmax(dim=1, keepdim=True)
-        return token_ids(windows.tokens[feature]).gather(1, peaks).squeeze(1)[there].tolist()
+    def _around(self, passages: Passages) -> list[tuple[int, ...]]:
+        """The tokens at and around each peak, by which passages are the same."""
+        first = np.maximum(passages.tokens - AROUND, passages.first).tolist()
+        last = np.minimum(passages.tokens + AROUND, passages.last).tolist()
+        return [tuple(self._cache.ids(*ends)) for ends in zip(first, last, strict=True)]
 
-    def _arounds(self, windows: Windows, feature: int) -> list[tuple[int, ...] | None]:
-        """The tokens at and around the peak of each place of a list, by which passages are the same; None for none."""
-        lengths, peaks = windows.lengths[feature].tolist(), windows.activations[feature].float().argmax(dim=1).tolist()
-        tokens = windows.tokens[feature].tolist()
-        return [
-            tuple(ids[max(0, peak - AROUND) : min(n, peak + AROUND + 1)]) if n else None
-            for n, peak, ids in zip(lengths, peaks, tokens, strict=True)
-        ]
-
-    def _silent(self, spans: list[Span], generator: np.random.Generator) -> tuple[Example, ...]:
-        """Passages of the pool in which the feature does not fire, shortened, as examples."""
-        pool, names = self._collection.pool, self._collection.names
+    def _examples(self, passages: Passages, found: Passages) -> tuple[Example, ...]:
+        """The passages with the activations of a feature, all of which are `found`."""
+        begins, lengths = np.searchsorted(found.tokens, passages.first), passages.last - passages.first + 1
+        within = np.searchsorted(found.tokens, passages.last, side="right") - begins
+        at, which = _ranges(begins, within), np.repeat(np.arange(len(lengths)), within)
+        values_MW = np.zeros((len(lengths), lengths.max(initial=0)), dtype=np.float32)
+        values_MW[which, found.tokens[at] - passages.first[which]] = found.values[at]
         examples = []
-        for row, start, end, anchor in spans:
-            first, stop = self._shortened(anchor - start, end - start, generator)
-            texts = self._texts.of(pool.tokens[row, start + first : start + stop].tolist())
-            examples.append(Example(names[pool.documents[row, start]], start + first, texts, (0.0,) * (stop - first)))
+        for document, first, last, values in zip(
+            *(array.tolist() for array in (passages.documents, passages.first, passages.last, values_MW)), strict=True
+        ):
+            texts = self._texts.of(self._cache.ids(first, last))
+            start = first % self._cache.row_tokens
+            examples.append(Example(self._cache.names[document], start, texts, tuple(values[: len(texts)])))
         return tuple(examples)
 
-    def _of_weights(self, feature: int) -> tuple:
-        """Nearest features, promoted and suppressed tokens; computed for as many features at once as have room."""
-        begin = self._place[feature] // self._step * self._step
-        if begin != self._weights_begin:
-            chunk = self.features[begin : begin + self._step]
-            W_dec, vocab_size = self._sae.W_dec, self._lm.tokenizer.vocab_size
-            promoted, suppressed = (
-                [tuple((self._texts.one(id), logit) for id, logit in tokens) for tokens in each]
-                for each in sae_features.logit_lens(self._lm.unembed, W_dec[chunk], TOKENS, vocab_size)
-            )
-            nearest = sae_features.nearest(W_dec, chunk, NEIGHBORS)
-            self._weights = list(zip(map(tuple, nearest), promoted, suppressed, strict=True))
-            self._weights_begin = begin
-        return self._weights[self._place[feature] - begin]
 
-
-def token_ids(tokens: Tensor) -> Tensor:
-    """Stored token ids as they are: 16 bits hold ids modulo 2**16."""
-    return tokens.long() & 0xFFFF if tokens.dtype == torch.int16 else tokens.long()
-
-
-class _Texts(dict):
+class _Texts(dict[int, str | None]):
     """The text of each token id that is whole characters, else None."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -268,9 +347,9 @@ class _Texts(dict):
 
     def one(self, id: int) -> str:
         """The text of one token."""
-        return self.tokenizer.strings([id])[0] if self[id] is None else self[id]
+        return self.of([id])[0]
 
     def of(self, ids: list[int]) -> tuple[str, ...]:
         """What `Tokenizer.strings` gives, for many passages."""
-        texts = [self[id] for id in ids]
-        return tuple(self.tokenizer.strings(ids) if None in texts else texts)
+        whole = tuple(text for id in ids if (text := self[id]) is not None)
+        return whole if len(whole) == len(ids) else tuple(self.tokenizer.strings(ids))

@@ -103,12 +103,16 @@ class SparseAutoencoder(nn.Module):
             std = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12) / self.d_model**0.5
         return x / std, mean, std
 
-    def encode(self, x: Tensor) -> Encoded:
-        """Residuals (..., D) -> their active features, the strongest K of each token for a TopK autoencoder."""
+    def encode(self, x: Tensor, *, bf16: bool = False) -> Encoded:
+        """Residuals (..., D) -> their active features, the strongest K of each token for a TopK autoencoder.
+
+        With `bf16` bfloat16 nominates the K features: as exact, not differentiable, and faster where
+        `kernels.bf16_pays`.
+        """
         z, mean, std = self.standardize(x)
         centered = z - self.b_dec if self.center else z
         if self.activation == "topk":
-            values, indices = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k)
+            values, indices = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k, bf16)
             shape = (*x.shape[:-1], self.k)
             return Encoded(values.relu().view(shape), indices.view(shape), mean, std)
         pre = centered @ self.W_enc + self.b_enc

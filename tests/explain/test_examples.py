@@ -1,102 +1,27 @@
 """Examples of features, against a search through all activations of a small corpus."""
 
 import itertools
-import math
-import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from test_benchmarks import smoke
+from synthetic_activations import SETTINGS, Corpus, F, Letters, T, cache_of
 
-from benchmarks.collect import operations
-from mistral_sae.data.documents import Document
-from mistral_sae.data.tokens import pack_with_documents
-from mistral_sae.explain import collect as collecting
-from mistral_sae.explain import scoring
-from mistral_sae.explain.collect import FINE_BINS, STRATA, Collector, Settings, collect, encode
-from mistral_sae.explain.examples import LISTS, FeatureRecords, inputs, load_collection, save_collection, token_ids
-from mistral_sae.explain.firings import document_key, is_for_scoring
-from mistral_sae.explain.pool import PoolIndex
-from mistral_sae.explain.reservoir import EMPTY, drawn, mix
+from mistral_sae.data.tokens import Document, pack_with_documents
+from mistral_sae.explain import cache, examples, scoring
+from mistral_sae.explain.cache import is_for_scoring
+from mistral_sae.explain.examples import FeatureRecords, Sample, Settings, from_intervals, peaks, strongest
 from mistral_sae.explain.types import BINS, INTERVALS
-from mistral_sae.model.language_model import load
+from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
-T, F, K = 24, 12, 4
-SETTINGS = Settings(top=4, spread=4, held_out=3, left=6, right=3, pool_rows=20, seed=5)
 
-
-class Letters:
-    """A tokenizer of one token a character, with the BOS that a test can see: 0."""
-
-    bos_id = 0
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
-
-
-class Corpus:
-    """Random rows of documents of all lengths, and random activations, larger and larger ones as it goes on."""
-
-    def __init__(self, n_documents=120, seed=0):
-        random = np.random.default_rng(seed)
-        contents = [
-            "".join(chr(97 + i) for i in random.integers(0, 26, n)) for n in random.integers(1, 60, n_documents)
-        ]
-        documents = [Document(f"document {i}", text) for i, text in enumerate(contents)]
-        self.rows = list(pack_with_documents(documents, Letters(), T))
-        shape = (len(self.rows), T)
-        # Feature 0 fires often, the last hardly ever
-        weights = np.geomspace(1, 0.002, F)
-        chance = random.exponential(size=(*shape, F)) / weights
-        self.indices = torch.from_numpy(chance.argsort(axis=-1)[..., :K].copy())
-        growth = np.geomspace(0.1, 8, len(self.rows))[:, None, None]
-        values = growth * random.exponential(size=(*shape, K)) * (random.random((*shape, K)) < 0.7)
-        values = np.ceil(8 * values) / 8  # so that some are equal
-        values[:, 0] = 1000.0  # the first position, which has to be ignored
-        values[values == 0] = -1.0  # as an encoder without relu may give
-        self.values = torch.from_numpy(values).float()
-
-    def collector(self, settings=SETTINGS, cuts=(5,), device="cpu"):
-        """What has taken in all rows, in batches of these sizes by turns."""
-        collector, start = Collector(F, 1000, settings, device), 0
-        for size in itertools.cycle(cuts):
-            if start >= len(self.rows):
-                return collector
-            part = slice(start, start + size)
-            collector.add(self.rows[part], self.values[part].to(device), self.indices[part].to(device))
-            start += size
-
-    def activations(self, feature):
-        """A feature's activations on all tokens that count, (rows, T), as float16 holds them."""
-        values = torch.where(self.indices == feature, self.values, 0).clamp_min(0).half().float().sum(dim=-1).numpy()
-        places = np.stack([row.places for row in self.rows])
-        return np.where(places >= 0, values, 0.0)
-
-    def window(self, row, position):
-        """First and last position of the window around a token."""
-        places = self.rows[row].places
-        first = last = position
-        while first > max(0, position - SETTINGS.left) and places[first - 1] == places[position]:
-            first -= 1
-        while last < min(T - 1, position + SETTINGS.right) and places[last + 1] == places[position]:
-            last += 1
-        return first, last
-
-    def document(self, row, position):
-        return self.rows[row].documents[self.rows[row].places[position]]
-
-    def peaks(self, feature):
-        """All (value, row, position) that are the largest of their windows, in the order of the text."""
-        values = self.activations(feature)
-        found = []
-        for row, position in zip(*values.nonzero(), strict=True):
-            first, last = self.window(row, position)
-            if values[row, first : last + 1].max() == values[row, position]:
-                found.append((values[row, position], int(row), int(position)))
-        return found
+@pytest.fixture(scope="module", autouse=True)
+def small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD_TOKENS", 30 * T)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -105,494 +30,285 @@ def corpus():
 
 
 @pytest.fixture(scope="module")
-def collector(corpus):
-    return corpus.collector()
+def cached(corpus, tmp_path_factory):
+    return corpus.cached(tmp_path_factory.mktemp("activations"))
 
 
-@pytest.fixture(scope="module")
-def collection(collector):
-    return collector.finish()
+def peaks_of(cached, feature, scoring):
+    """The peaks of a feature in the documents to score on, or in the others."""
+    found = peaks(cached.activations(feature), SETTINGS.left, SETTINGS.right)
+    return found.at(cached.for_scoring[found.documents] == scoring)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_a_gpu_collects_exactly_what_a_cpu_does(corpus, collection):
-    found = corpus.collector(device="cuda").finish()
-    assert (found.tokens, found.names) == (collection.tokens, collection.names)
-    for name in ("firings", "maximum", "histogram"):
-        assert torch.equal(getattr(found, name), getattr(collection, name))
-    for name in (*LISTS, "pool"):
-        for mine, theirs in zip(getattr(found, name), getattr(collection, name), strict=True):
-            assert torch.equal(mine, theirs)
+def as_tuples(passages):
+    """(value, row, position) of each passage."""
+    return [(value, *divmod(token, T)) for value, token in zip(passages.values, passages.tokens.tolist(), strict=True)]
 
 
-def passages(windows, names, feature):
-    """(document, start, tokens, activations) of each passage of a list."""
-    for n, document, start, tokens, values in zip(*(x[feature].tolist() for x in order_of(windows)), strict=True):
-        if n:
-            yield names[document], start, tokens[:n], values[:n]
+# ---- where a feature fires ----
 
 
-def order_of(windows):
-    return windows.lengths, windows.documents, windows.starts, windows.tokens, windows.activations
-
-
-def expected(corpus, row, position, feature):
-    """The passage around a token, as `passages` gives it."""
-    first, last = corpus.window(row, position)
-    values = corpus.activations(feature)[row, first : last + 1].tolist()
-    return corpus.document(row, position), first, corpus.rows[row].tokens[first : last + 1].tolist(), values
-
-
-# ---- statistics ----
-
-
-def test_firings_maximum_and_histogram_are_those_of_all_activations(corpus, collection):
-    assert collection.tokens == sum(int((row.places >= 0).sum()) for row in corpus.rows)
-    for feature in range(F):
-        values = corpus.activations(feature)
-        values = np.sort(values[values > 0]).astype(float)
-        assert collection.firings[feature] == len(values)
-        assert collection.maximum[feature].item() == (values.max() if len(values) else 0)
-        histogram = collection.histogram[feature].numpy()
-        assert histogram.sum() == len(values)
-        assert (histogram >= 0).all()
-        # How many values lie below an edge is known at the edges of fine bins, and in between them from both sides
-        if len(values):
-            fine = 2.0 ** (math.frexp(values.max())[1]) / FINE_BINS
-            edges = np.arange(1, BINS) * values.max() / BINS
-            below = histogram.cumsum()[:-1]
-            assert (below >= np.searchsorted(values, np.floor(edges / fine) * fine)).all()
-            assert (below <= np.searchsorted(values, np.ceil(edges / fine) * fine)).all()
-    assert collection.firings.sum() > 2000
-
-
-def test_the_histogram_has_its_counts_where_the_activations_are():
-    values = torch.tensor([0.05] * 3 + [0.53] * 5 + [1.0] * 2)
-    rows = list(pack_with_documents([Document("a", "b" * 10)], Letters(), 11))
-    collector = Collector(2, 1000, SETTINGS, "cpu")
-    collector.add(rows, torch.cat((values.new_zeros(1), values)).view(1, 11, 1), torch.ones(1, 11, 1, dtype=torch.long))
-    histogram = collector.finish().histogram
-    assert histogram[0].sum() == 0
-    assert {i: n for i, n in enumerate(histogram[1].tolist()) if n} == {2: 3, 26: 5, 49: 2}
-
-
-# ---- examples ----
-
-
-def test_the_top_examples_are_the_strongest_of_all_with_one_a_document(corpus, collection):
-    for feature in range(F):
-        best = {}
-        for _, row, position in sorted(corpus.peaks(feature), key=lambda p: -p[0]):
-            if not is_for_scoring(corpus.document(row, position)):
-                best.setdefault(corpus.document(row, position), (row, position))
-        wanted = [expected(corpus, *place, feature) for place in list(best.values())[: SETTINGS.top]]
-        assert list(passages(collection.top, collection.names, feature)) == wanted
-    assert (collection.top.lengths > 0).sum() > 0.8 * F * SETTINGS.top
-
-
-@pytest.mark.parametrize("name", ["spread", "held_out"])
-def test_each_stratum_keeps_the_lowest_ranks_of_all_its_peaks_with_one_a_document(corpus, collector, name):
-    reservoir = getattr(collector, name)
-    scoring, places = name == "held_out", -(-getattr(SETTINGS, name) // 2)
-    n_full = 0
-    for feature in range(F):
-        largest = corpus.activations(feature).max()
-        strata = [{} for _ in range(STRATA)]
-        for value, row, position in corpus.peaks(feature):
-            document = corpus.document(row, position)
-            if is_for_scoring(document) == scoring:
-                rank = drawn(mix(torch.tensor([row * T + position])) ^ feature, SETTINGS.seed).item()
-                stratum = strata[int(STRATA * value / 2.0 ** math.frexp(largest)[1])]
-                stratum[document] = min(stratum.get(document, (EMPTY,)), (rank, document))
-        for stratum, ranks in enumerate(reservoir.ranks[feature * STRATA : (feature + 1) * STRATA]):
-            wanted = sorted(strata[stratum].values())[:places]
-            n_full += len(wanted) == places
-            assert sorted(rank for rank in ranks.tolist() if rank < EMPTY) == [rank for rank, _ in wanted]
-            there = reservoir.windows.documents[feature * STRATA + stratum][ranks < EMPTY].tolist()
-            assert sorted(there) == sorted(document_key(document) for _, document in wanted)
-    assert n_full > 20
-
-
-@pytest.mark.parametrize("name", ["spread", "held_out"])
-def test_spread_and_held_out_fill_the_intervals_with_what_was_kept(collector, collection, name):
-    windows, reservoir, per_interval = getattr(collection, name), getattr(collector, name), getattr(SETTINGS, name)
-    for feature in range(F):
-        maximum = collection.maximum[feature].item()
-        found = list(passages(windows, collection.names, feature))
-        documents = [document for document, *_ in found]
-        assert len(set(documents)) == len(documents)
-        assert [max(x[3]) for x in found] == sorted((max(x[3]) for x in found), reverse=True)
-        counts = Counter(min(INTERVALS - 1, int(INTERVALS * max(x[3]) / maximum)) for x in found)
-        assert all(count <= per_interval for count in counts.values())
-        kept = slice(feature * STRATA, (feature + 1) * STRATA)
-        there = reservoir.ranks[kept] < EMPTY
-        strengths = reservoir.windows.activations[kept][there].amax(dim=1).tolist()
-        for key, strength in zip(reservoir.windows.documents[kept][there].tolist(), strengths, strict=True):
-            full = counts[min(INTERVALS - 1, int(INTERVALS * strength / maximum))] == per_interval
-            assert full or collector.names[key] in documents  # else it should have been taken
-        if feature < 4:  # which fire in most documents
-            assert set(counts) == set(range(INTERVALS))
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_examples_are_windows_around_a_peak_within_one_document_and_row(corpus, collection, name):
+def test_peaks_are_the_largest_of_their_windows_within_one_document_and_row(corpus, cached):
     lengths = set()
     for feature in range(F):
-        peaks = [expected(corpus, row, position, feature) for _, row, position in corpus.peaks(feature)]
-        for passage in passages(getattr(collection, name), collection.names, feature):
-            assert passage in peaks
-            assert passage[1] > 0
-            assert Letters.bos_id not in passage[2]
-            lengths.add(len(passage[2]))
+        found = peaks(cached.activations(feature), SETTINGS.left, SETTINGS.right)
+        assert as_tuples(found) == corpus.peaks(feature)
+        for token, first, last in zip(found.tokens.tolist(), found.first.tolist(), found.last.tolist(), strict=True):
+            assert (first % T, last % T) == corpus.window(*divmod(token, T))
+            assert Letters.bos_id not in cached.ids(first, last)
+            lengths.add(last - first + 1)
     assert max(lengths) == SETTINGS.left + 1 + SETTINGS.right
     assert min(lengths) < 5
 
 
-def test_documents_to_explain_from_and_documents_to_score_on_are_different_ones(collection):
-    def documents(name):
-        return {d for feature in range(F) for d, *_ in passages(getattr(collection, name), collection.names, feature)}
-
-    pooled = {collection.names[place] for place in collection.pool.documents.unique().tolist() if place >= 0}
-    explaining, scoring = documents("top") | documents("spread"), documents("held_out") | pooled
-    assert len(explaining) > 10
-    assert len(scoring) > 10
-    assert not explaining & scoring
-    assert all(is_for_scoring(document) for document in scoring)
-
-
-def test_half_of_the_documents_are_for_scoring_whether_or_not_they_were_held_out_of_training():
-    from mistral_sae.data.tokens import is_held_out
-
-    ids = [f"file {i}.py" for i in range(4000)]
-    for held_out in (True, False):
-        part = [is_for_scoring(i) for i in ids if is_held_out(i, 0.5) == held_out]
-        assert 0.45 < np.mean(part) < 0.55
-
-
-@pytest.mark.parametrize("cuts", [(1,), (1, 2, 3, 17), (1000,)])
-def test_the_result_does_not_depend_on_how_rows_are_batched(corpus, collection, cuts):
-    other = corpus.collector(cuts=cuts).finish()
-    assert other.names == collection.names
-    assert other.tokens == collection.tokens
-    for name in ("firings", "maximum", "histogram"):
-        assert torch.equal(getattr(other, name), getattr(collection, name))
-    for name in (*LISTS, "pool"):
-        for mine, theirs in zip(getattr(collection, name), getattr(other, name), strict=True):
-            assert torch.equal(mine, theirs)
-
-
-def test_the_windows_of_many_passages_are_cut_out_some_at_a_time(corpus, collection, monkeypatch):
-    monkeypatch.setattr(collecting, "MOST_WINDOWS", 7)
-    assert torch.equal(corpus.collector().finish().held_out.activations, collection.held_out.activations)
-
-
-def test_another_seed_chooses_other_examples_but_the_same_strongest(corpus, collection):
-    other = corpus.collector(SETTINGS._replace(seed=6)).finish()
-    strongest = [list(passages(c.top, c.names, 0)) for c in (collection, other)]
-    spread = [list(passages(c.spread, c.names, 0)) for c in (collection, other)]
-    assert strongest[0] == strongest[1]
-    assert spread[0] != spread[1]
-
-
-def test_early_and_late_documents_are_chosen_alike():
-    n_features, n_documents = 400, 60
-    rows = [row for i in range(n_documents) for row in pack_with_documents([Document(f"{i}", "abcd")], Letters(), 5)]
-    collector = Collector(n_features, 1000, SETTINGS, "cpu")
-    values, indices = torch.ones(1, 5, n_features), torch.arange(n_features).expand(1, 5, -1)
-    for row in rows:
-        collector.add([row], values, indices)
-    collection = collector.finish()
-    there = collection.spread.lengths > 0
-    chosen = torch.bincount(collection.spread.documents[there].long(), minlength=len(collection.names))
-    place = {name: i for i, name in enumerate(collection.names)}
-    chosen = np.array([chosen[place[str(i)]] for i in range(n_documents) if not is_for_scoring(str(i))])
-    even = chosen.sum() / len(chosen)
-    assert chosen.sum() == n_features * SETTINGS.spread // 2  # they are of one stratum, which keeps half as many
-    assert ((chosen - even) ** 2 / even).sum() < 2 * len(chosen)  # chi-squared; biased by age it would be hundreds
-
-
-def test_zeros_beside_the_active_features_change_nothing(corpus, collection):
-    """An autoencoder without a fixed K gives as many columns as a batch needs."""
-    collector = Collector(F, 1000, SETTINGS, "cpu")
-    for start in range(0, len(corpus.rows), 5):
-        part, more = slice(start, start + 5), start % 3
-        pad = torch.nn.functional.pad
-        collector.add(corpus.rows[part], pad(corpus.values[part], (more, 0)), pad(corpus.indices[part], (more, 0)))
-    other = collector.finish()
-    assert torch.equal(other.held_out.activations, collection.held_out.activations)
-    assert other.pool.values.shape[2] == K + 2
+def test_the_strongest_are_the_strongest_of_all_with_one_a_document(corpus, cached):
     for feature in range(F):
-        assert torch.equal(pooled(other, feature), pooled(collection, feature))
+        best = {}
+        for peak in sorted(corpus.peaks(feature, scoring=False), key=lambda peak: -peak[0]):
+            best.setdefault(corpus.document(*peak[1:]), peak)
+        assert as_tuples(strongest(peaks_of(cached, feature, False), 4)) == list(best.values())[:4]
 
 
-def test_the_state_does_not_grow_with_the_corpus(monkeypatch):
-    monkeypatch.setattr(collecting, "NAMES", 50)
-    corpus = Corpus(40)
-    collector = Collector(F, 1000, SETTINGS, "cpu")
-    at_start = collector.bytes()
-    names = set()
-    for epoch in range(30):  # of other documents each time
-        rows = [row._replace(documents=[f"{epoch} {name}" for name in row.documents]) for row in corpus.rows]
-        names |= {name for row in rows for name in row.documents}
-        collector.add(rows, corpus.values, corpus.indices)
-    assert collector.bytes() == at_start
-    in_use = len(collector._documents())
-    assert len(collector.names) <= 2 * in_use + 50 + 40 < len(names)
-    assert len(collector.finish().names) == in_use
-    assert len(collector.finish().pool.tokens) == SETTINGS.pool_rows
+@pytest.mark.parametrize("scoring", [False, True])
+def test_each_interval_of_the_range_is_filled_as_far_as_documents_go(corpus, cached, scoring):
+    for feature in range(F):
+        maximum, passages = float(cached.maxima_F[feature]), peaks_of(cached, feature, scoring)
+        found = from_intervals(passages, maximum, 4, np.random.default_rng(0))
+        assert set(as_tuples(found)) <= set(corpus.peaks(feature, scoring))
+        assert len(set(found.documents)) == len(found.documents)
+        assert found.values.tolist() == sorted(found.values, reverse=True)
+
+        def interval(value, maximum=maximum):
+            return min(INTERVALS - 1, int(INTERVALS * float(value) / maximum))
+
+        counts = Counter(map(interval, found.values))
+        for value, document in zip(passages.values, passages.documents, strict=True):
+            assert counts[interval(value)] == 4 or document in found.documents  # else it should have been taken
+        if feature < 4:  # which fire in most documents
+            assert set(counts) == set(range(INTERVALS))
 
 
-def test_a_document_is_left_to_the_interval_that_has_no_other():
-    names = [name for name in map(str, range(100)) if not is_for_scoring(name)][:2]
-    rows = list(pack_with_documents([Document(name, "a" * 39) for name in names], Letters(), 40))
+def test_a_document_is_left_to_the_interval_that_has_no_other(tmp_path):
+    rows = list(pack_with_documents([Document(name, "a" * 39) for name in "ab"], Letters(), 40))
     values = torch.zeros(2, 40, 1)
     values[0, 5], values[0, 30], values[1, 20] = 1.0, 0.1, 0.9
-    collector = Collector(1, 1000, SETTINGS._replace(spread=1), "cpu")
-    collector.add(rows, values, torch.zeros(2, 40, 1, dtype=torch.long))
-    collection = collector.finish()
-    found = [(name, max(activations)) for name, _, _, activations in passages(collection.spread, collection.names, 0)]
-    assert found == [(names[1], pytest.approx(0.9, rel=1e-3)), (names[0], pytest.approx(0.1, rel=1e-3))]
+    found = cache_of(tmp_path, rows, values, torch.zeros(2, 40, 1, dtype=torch.long), 1).activations(0)
+    for seed in range(10):
+        chosen = from_intervals(peaks(found, 3, 3), 1.0, 1, np.random.default_rng(seed))
+        assert chosen.tokens.tolist() == [60, 30]
 
 
-def test_settings_that_keep_nothing_and_a_corpus_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="found held_out=0"):
-        Collector(F, 1000, SETTINGS._replace(held_out=0), "cpu")
-    with pytest.raises(ValueError, match="not one row"):
-        Collector(F, 1000, SETTINGS, "cpu").finish()
+def test_early_and_late_documents_are_chosen_alike(tmp_path):
+    n_documents, chosen = 60, Counter()
+    rows = [row for i in range(n_documents) for row in pack_with_documents([Document(f"{i}", "abcd")], Letters(), 5)]
+    found = cache_of(tmp_path, rows, torch.ones(60, 5, 1), torch.zeros(60, 5, 1, dtype=torch.long), 1)
+    passages = peaks(found.activations(0), 3, 3)
+    for seed in range(400):
+        chosen.update(from_intervals(passages, 1.0, 4, np.random.default_rng(seed)).documents.tolist())
+    even = 400 * 4 / n_documents
+    assert chosen.total() == 400 * 4
+    assert sum((chosen[i] - even) ** 2 / even for i in range(n_documents)) < 2 * n_documents  # chi-squared
 
 
-# ---- passages on which a feature does not fire ----
+# ---- where it does not fire, and what fires along with it ----
 
 
 @pytest.fixture(scope="module")
-def index(collection):
-    return PoolIndex(collection.pool, F, left=SETTINGS.left, right=SETTINGS.right, seed=SETTINGS.seed)
+def sample(cached):
+    return Sample(cached, SETTINGS)
 
 
-def pooled(collection, feature):
-    """A feature's activations on the pool, (R, T)."""
-    return torch.where(collection.pool.indices == feature, collection.pool.values.float(), 0).sum(dim=-1)
+def fires(cached, feature):
+    return cached.activations(feature).tokens
 
 
-def check_silent(collection, feature, spans):
-    values, documents = pooled(collection, feature), collection.pool.documents
-    for row, start, stop, anchor in spans:
-        assert 0 < start <= anchor < stop
-        assert not values[row, start:stop].any()
-        assert len(documents[row, start:stop].unique()) == 1
-    found = [int(documents[row, start]) for row, start, _, _ in spans]
-    assert len(set(found)) == len(found)
-    assert min(found, default=0) >= 0
+def check_silent(corpus, cached, feature, passages):
+    values = corpus.activations(feature).ravel()
+    for token, first, last, document in zip(*(array.tolist() for array in passages[:4]), strict=True):
+        assert first <= token <= last
+        assert not values[first : last + 1].any()
+        assert (first % T, last % T) == corpus.window(*divmod(token, T))
+        assert cached.names[document] == corpus.document(*divmod(token, T))
+        assert is_for_scoring(cached.names[document])
+    assert len(set(passages.documents)) == len(passages.documents)
 
 
-def test_the_pool_holds_whole_rows_with_all_their_activations(corpus, collection):
-    by_tokens = {tuple(row.tokens.tolist()): i for i, row in enumerate(corpus.rows)}
-    numbers = [by_tokens[tuple(tokens)] for tokens in collection.pool.tokens.tolist()]
-    eligible = [i for i, row in enumerate(corpus.rows) if any(is_for_scoring(name) for name in row.documents)]
-    chosen = sorted(eligible, key=drawn(torch.arange(len(corpus.rows)), SETTINGS.seed).tolist().__getitem__)
-    assert len(chosen) > SETTINGS.pool_rows
-    assert sorted(numbers) == sorted(chosen[: SETTINGS.pool_rows])
+def random(sample, cached, feature, count, without=()):
+    return sample.random(feature, fires(cached, feature), count, np.array(without, dtype=int))
+
+
+def test_a_feature_does_not_fire_in_its_random_passages(corpus, cached, sample):
     for feature in range(F):
-        there = torch.from_numpy(corpus.activations(feature)[numbers])
-        for_scoring = collection.pool.documents >= 0
-        assert torch.equal(pooled(collection, feature)[for_scoring], there[for_scoring])
+        passages = random(sample, cached, feature, 6)
+        check_silent(corpus, cached, feature, passages)
+        assert as_tuples(passages) == as_tuples(random(sample, cached, feature, 6))
+    drawn = [as_tuples(random(sample, cached, feature, 6)) for feature in (F - 2, F - 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 6
+    assert drawn[0] != drawn[1]
 
 
-def test_a_feature_does_not_fire_in_its_random_passages(collection, index):
-    for feature in range(F):
-        spans = index.random(feature, 6)
-        check_silent(collection, feature, spans)
-        assert spans == index.random(feature, 6)
-    assert len(index.random(F - 1, 6)) == 6
-    assert index.random(F - 1, 6) != index.random(F - 2, 6)
-
-
-def test_random_passages_are_found_if_there_are_any(collection, index):
+def test_random_passages_are_found_if_there_are_any(corpus, cached, sample):
     """Feature 0 fires on most tokens: few windows are without it."""
-    values, documents = pooled(collection, 0), collection.pool.documents
-    silent = set()
-    for row, position in (documents >= 0).nonzero().tolist():
-        same = (documents[row] == documents[row, position]).nonzero().flatten()
-        first, last = max(int(same.min()), position - SETTINGS.left), min(int(same.max()), position + SETTINGS.right)
-        if not values[row, first : last + 1].any():
-            silent.add(int(documents[row, position]))
+    values, silent = corpus.activations(0), set()
+    for row, position in itertools.product(range(len(corpus.rows)), range(1, T)):
+        if corpus.rows[row].places[position] >= 0 and is_for_scoring(corpus.document(row, position)):
+            first, last = corpus.window(row, position)
+            if not values[row, first : last + 1].any():
+                silent.add(corpus.document(row, position))
     assert 0 < len(silent) < 20
-    assert len(index.random(0, 100)) == len(silent)
+    assert len(random(sample, cached, 0, 100).tokens) == len(silent)
 
 
-def test_random_passages_leave_out_the_documents_of_others(collection, index):
-    documents = collection.pool.documents
+def test_random_passages_leave_out_the_documents_of_others(corpus, cached, sample):
     for feature in range(3, F):
-        hard = index.hard(feature, [ord("e"), ord("t")], [1, 2], 10)
-        free = index.random(feature, 10)
-        apart = index.random(feature, 10, without=hard)
-        taken = {int(documents[span.row, span.anchor]) for span in hard}
-        check_silent(collection, feature, apart)
-        assert not taken & {int(documents[span.row, span.anchor]) for span in apart}
-        kept = [span for span in free if int(documents[span.row, span.anchor]) not in taken]
-        assert kept == apart[: len(kept)]
-        assert len(kept) < len(free)
+        free = random(sample, cached, feature, 10)
+        apart = random(sample, cached, feature, 10, without=free.documents[::2])
+        check_silent(corpus, cached, feature, apart)
+        assert not set(apart.documents) & set(free.documents[::2])
+        kept = as_tuples(free.at(np.arange(len(free.tokens)) % 2 == 1))
+        assert as_tuples(apart)[: len(kept)] == kept
 
 
-def test_half_of_the_hard_passages_have_a_token_to_mistake_and_half_a_near_feature(collection, index):
-    tokens = collection.pool.tokens
+def test_half_of_the_hard_passages_have_a_token_to_mistake_and_half_a_near_feature(corpus, cached, sample):
     mistaken, near = [ord("e"), ord("t"), ord("t")], [3, 4]
+
+    def hard(feature, ids, near, count):
+        return sample.hard(feature, fires(cached, feature), ids, near, count)
+
     for feature in range(6, F):
-        spans = index.hard(feature, mistaken, near, 6)
-        assert len(spans) == 6
-        check_silent(collection, feature, spans)
-        assert all(tokens[row, anchor] in mistaken for row, _, _, anchor in spans[:3])
-        fires = sum(pooled(collection, other) for other in near)
-        assert all(fires[row, anchor] for row, _, _, anchor in spans[3:])
-        assert spans == index.hard(feature, mistaken, near, 6)
-        assert len(index.hard(feature, [], near, 4)) == len(index.hard(feature, mistaken, [], 4)) == 4
-        assert index.hard(feature, [], [], 4) == []
+        passages = hard(feature, mistaken, near, 6)
+        check_silent(corpus, cached, feature, passages)
+        assert len(passages.tokens) == 6
+        assert all(cached.ids(token, token)[0] in mistaken for token in passages.tokens[:3].tolist())
+        near_fires = sum(corpus.activations(other).ravel() for other in near)
+        assert all(near_fires[passages.tokens[3:]])
+        assert as_tuples(passages) == as_tuples(hard(feature, mistaken, near, 6))
+        assert len(hard(feature, [], near, 4).tokens) == len(hard(feature, mistaken, [], 4).tokens) == 4
+        assert len(hard(feature, [], [], 4).tokens) == 0
 
 
-def test_coactive_features_are_those_that_share_tokens(collection, index):
-    for feature in range(F):
-        fires = (pooled(collection, feature) > 0) & (collection.pool.documents >= 0)
-        shares = {
-            other: ((pooled(collection, other) > 0) & fires).sum().item() / max(1, fires.sum().item())
-            for other in range(F)
-            if other != feature
-        }
+def test_coactive_features_are_those_that_share_tokens(corpus, cached, sample):
+    activations = np.stack([corpus.activations(feature) > 0 for feature in range(F)])
+    for feature, found in zip(range(F), sample.coactive(range(F), 3), strict=True):
+        own = activations[feature]
+        shares = {other: (activations[other] & own).sum() / own.sum() for other in range(F) if other != feature}
         best = sorted((other for other in shares if shares[other]), key=lambda other: (-shares[other], other))
-        assert [share for _, share in index.coactive(feature, 3)] == pytest.approx([shares[o] for o in best[:3]])
-        assert all(shares[other] == pytest.approx(share) for other, share in index.coactive(feature, 3))
+        assert [other for other, _ in found] == best[:3]
+        assert [share for _, share in found] == pytest.approx([shares[other] for other in best[:3]])
 
 
-def test_a_corpus_without_documents_for_scoring_gives_no_negatives():
+def test_a_sample_is_of_shards_all_over_the_corpus(cached, monkeypatch):
+    monkeypatch.setattr(examples, "SAMPLE_SHARDS", 3)
+    n_shards = len(cached.shards)
+    assert n_shards > 4
+    assert Sample(cached, SETTINGS).shards == [0, round((n_shards - 1) / 2), n_shards - 1]
+
+
+def test_a_corpus_without_documents_for_scoring_gives_no_negatives(tmp_path):
     name = next(name for name in map(str, range(100)) if not is_for_scoring(name))
     rows = list(pack_with_documents([Document(name, "abcd")], Letters(), 5))
-    collector = Collector(F, 1000, SETTINGS, "cpu")
-    collector.add(rows, torch.ones(1, 5, 1), torch.zeros(1, 5, 1, dtype=torch.long))
-    index = PoolIndex(collector.finish().pool, F, left=4, right=2, seed=0)
-    assert index.random(3, 5) == index.hard(3, [97], [0], 5) == index.coactive(0, 5) == []
+    found = cache_of(tmp_path, rows, torch.ones(1, 5, 1), torch.zeros(1, 5, 1, dtype=torch.long), 4)
+    sample, none = Sample(found, SETTINGS), np.zeros(0, dtype=int)
+    assert len(sample.random(3, none, 5, none).tokens) == 0
+    assert len(sample.hard(3, none, [97], [0], 5).tokens) == 0
+    assert sample.coactive([0, 3], 5) == [[], []]
 
 
-# ---- with a model ----
+# ---- records ----
 
 TEXTS = [f"def square_{i}(x):\n    return x * x + {i}  # größer als ∑ {'ab' * i}\n" * (i % 5 + 2) for i in range(40)]
 
 
 @pytest.fixture(scope="module")
 def parts(mistral_folder):
-    lm = load(mistral_folder, device="cpu")
-    sae = SparseAutoencoder(lm.d_model, 64, 4)
-    sae.initialize(torch.randn(64, lm.d_model, generator=torch.Generator().manual_seed(0)), seed=0)
+    model = load_model(mistral_folder, device="cpu")
+    sae = SparseAutoencoder(model.d_model, 64, 4)
+    sae.initialize(torch.randn(64, model.d_model, generator=torch.Generator().manual_seed(0)), seed=0)
     sae.W_dec.data *= torch.linspace(0.5, 2, 64).unsqueeze(1)  # what others trained has rows of any norm
     documents = [Document(f"text {i}", text) for i, text in enumerate(TEXTS)]
-    rows = list(pack_with_documents(documents, lm.tokenizer, 32))
-    return lm, sae, rows
+    rows = list(pack_with_documents(documents, model.tokenizer, 32))
+    return model, sae, rows
 
 
 @pytest.fixture(scope="module")
-def of_model(parts):
-    lm, sae, rows = parts
-    return collect(iter(rows), lm, sae, 1, SETTINGS, rows_per_forward=4)
+def of_model(parts, tmp_path_factory):
+    model, sae, rows = parts
+    return cache_of_model(tmp_path_factory.mktemp("activations"), model, sae, rows)
 
 
-def test_activations_are_those_of_the_autoencoder_on_the_layers_residuals(parts, of_model):
-    lm, sae, rows = parts
-    with torch.no_grad():
-        acts = sae.encode(torch.cat([lm.residuals(torch.from_numpy(r.tokens)[None], 1) for r in rows])).dense(64)
-    acts[torch.from_numpy(np.stack([row.places for row in rows])) < 0] = 0
-    torch.testing.assert_close(of_model.maximum, acts.flatten(0, 1).amax(dim=0), rtol=1e-3, atol=1e-4)
-    assert (of_model.firings - (acts > 0).flatten(0, 1).sum(dim=0)).abs().max() <= 1
-    assert of_model.firings.sum() > 1000
+def cache_of_model(folder, model, sae, rows):
+    described = cache.made_from(model, sae, 1, {})
+    cache.write(folder, described, rows, model, sae, 1)
+    return cache.open_cache(folder, described)[0]
 
 
-@pytest.mark.parametrize("kind", [{"activation": "relu"}, {"activation": "jumprelu"}, {"normalize": "none"}])
-def test_what_others_trained_is_encoded_as_it_encodes(parts, kind):
-    lm, _, rows = parts
-    sae = SparseAutoencoder(lm.d_model, 64, 4, **kind)
-    sae.initialize(torch.zeros(1, lm.d_model), seed=0)
-    x = lm.residuals(torch.from_numpy(rows[0].tokens)[None], 1)
-    with torch.no_grad():
-        values, indices = encode(sae, x)
-        dense = torch.zeros(1, 32, 64).scatter_(-1, indices, values.relu())
-        torch.testing.assert_close(dense, sae.encode(x).dense(64), rtol=1e-4, atol=1e-5)
-
-
-def test_what_a_bos_activates_does_not_widen_what_is_kept_of_all_tokens(parts):
-    """An autoencoder without a K may have all its features active on a first position."""
-    lm, _, rows = parts
-    x = lm.residuals(torch.from_numpy(np.stack([row.tokens for row in rows[:4]])), 1)
-    counts = torch.from_numpy(np.stack([row.places for row in rows[:4]]) >= 0)
-    counts[:, 0] = False
-    clean = collecting.without_sinks(rows[:4], x)
-    assert torch.equal(clean[counts], x[counts])
-    assert (clean[~counts] == x[counts][0]).all()
-    assert not torch.equal(clean[:, 0], x[:, 0])
-
-    class Sinks:
-        """Its residual at each first position is one that activates every feature."""
-
-        def residuals(self, tokens, layer):
-            x = lm.residuals(tokens, layer)
-            x[:, 0] = 1000 * sae.W_enc.sum(dim=1)
-            return x
-
-        vocab_size, device = lm.vocab_size, lm.device
-
-    sae = SparseAutoencoder(lm.d_model, 64, 4, activation="relu", normalize="none")
-    sae.initialize(torch.zeros(1, lm.d_model), seed=0)
-    sae.b_enc.data.fill_(-1.0)
-    plain, widest = (collect(rows[:8], each, sae, 1, SETTINGS).pool.values for each in (lm, Sinks()))
-    assert widest.shape == plain.shape
+def records_of(of_model, features, parts, settings=SETTINGS):
+    model, sae, _ = parts
+    return FeatureRecords(of_model, features, model, sae, settings)
 
 
 def test_records_of_many_features_are_those_of_each(parts, of_model, monkeypatch):
-    """What the weights say is computed for some features at a time, in whatever order they are asked for."""
-    lm, sae, _ = parts
-    whole = {record.feature: record for record in FeatureRecords(of_model, range(64), lm, sae)}
-    monkeypatch.setattr("mistral_sae.explain.examples.CHUNK_BYTES", 4 * lm.vocab_size * 3)
-    few = FeatureRecords(of_model, [40, 3, 9, 11, 60, 2, 63], lm, sae)
+    """What weights and shards say is looked up for some features at a time, in whatever order they are asked for."""
+    whole = {record.feature: record for record in records_of(of_model, range(64), parts)}
+    monkeypatch.setattr(examples, "AT_ONCE", 3)
+    few = records_of(of_model, [40, 3, 9, 11, 60, 2, 63], parts)
     for feature in (63, 3, 40, 60, 9):
         mine, its = few[feature], whole[feature]
         assert (mine.top, mine.held_out, mine.random, mine.hard) == (its.top, its.held_out, its.random, its.hard)
         assert [text for text, _ in mine.promoted] == [text for text, _ in its.promoted]
         assert [other for other, _ in mine.nearest] == [other for other, _ in its.nearest]
+        assert mine.coactive == its.coactive
 
 
-def test_held_out_passages_that_repeat_an_explaining_one_are_left_out(parts, of_model):
-    lm, sae, _ = parts
-    record = FeatureRecords(of_model, [5], lm, sae)[5]
-    assert len(record.held_out) > 3
-    windows, repeated = of_model.held_out, of_model.top
-    changed = windows._replace(
-        **{name: getattr(windows, name).clone() for name in ("lengths", "tokens", "activations")}
-    )
-    for name in (
-        "lengths",
-        "tokens",
-        "activations",
-    ):  # the first one becomes a passage that explains, of another document
-        getattr(changed, name)[5, 0] = getattr(repeated, name)[5, 0]
-    found = FeatureRecords(of_model._replace(held_out=changed), [5], lm, sae)[5]
-    assert len(found.held_out) == len(record.held_out) - 1
-    assert {passage.document for passage in found.held_out} < {passage.document for passage in record.held_out}
-    assert (found.top, found.spread) == (record.top, record.spread)
+def test_other_features_and_other_settings_run_no_model(parts, of_model, monkeypatch):
+    model, _, _ = parts
+    monkeypatch.setattr(model, "_run", None)  # any forward would fail
+    before = records_of(of_model, [3], parts)[3]
+    changes = {"spread": 1, "held_out": 1, "top": 2, "left": 3, "right": 1, "seed": 1}
+    for name, value in changes.items():
+        record = records_of(of_model, [3, 20], parts, SETTINGS._replace(**{name: value}))[3]
+        assert record != before
+        assert (record.density, record.maximum, record.histogram) == (before.density, before.maximum, before.histogram)
+        assert record.top[0].strength == before.top[0].strength
 
 
-def test_activations_beyond_float16_are_taken_for_its_largest(corpus):
-    collector = Collector(F, 1000, SETTINGS, "cpu")
-    collector.add(corpus.rows[:5], 1e6 * corpus.values[:5], corpus.indices[:5])
-    collection = collector.finish()
-    assert collection.maximum.max() == torch.finfo(torch.float16).max
-    assert torch.equal(collection.histogram.sum(dim=1), collection.firings)
+def test_another_seed_chooses_other_examples_but_the_same_strongest(parts, of_model):
+    a, b = (records_of(of_model, [5], parts, SETTINGS._replace(spread=1, seed=seed))[5] for seed in (1, 2))
+    assert a.top == b.top
+    assert a.spread != b.spread
+    assert a.random != b.random
 
 
-def test_a_collection_counts_the_documents_of_either_kind(collection):
-    explaining, scoring = collection.documents()
-    assert explaining + scoring == len(collection.names)
-    assert scoring == sum(is_for_scoring(name) for name in collection.names) > 0
+def test_held_out_passages_that_repeat_an_explaining_one_are_left_out(parts, tmp_path):
+    """Two documents are copies of explaining ones, under names that are for scoring."""
+    model, sae, _ = parts
+    names = map(str, itertools.count())
+    scoring = (name for name in names if is_for_scoring(name))
+    explaining = (name for name in map(str, itertools.count()) if not is_for_scoring(name))
+    documents = [Document(next(explaining), text) for text in TEXTS[:20]]
+    copies, others = TEXTS[:20], [text.replace("square", "cube") for text in TEXTS[20:]]
+    documents += [Document(next(scoring), text) for text in (*copies, *others)]
+    rows = [row for each in documents for row in pack_with_documents([each], model.tokenizer, 32)]
+    found = cache_of_model(tmp_path, model, sae, rows)
+    everything = SETTINGS._replace(top=100, spread=100, held_out=100, right=0)
+    records = list(records_of(found, range(64), parts, everything))
+
+    def around(passage):
+        return passage.tokens[max(0, passage.peak - 7) :]
+
+    held_out = [passage for record in records for passage in record.held_out]
+    assert len(held_out) > 100
+    for record in records:
+        seen = {around(passage) for passage in (*record.top, *record.spread) if passage.peak >= 6}
+        assert not seen & {around(passage) for passage in record.held_out if passage.peak >= 6}
+    names_held_out = Counter(int(passage.document) for passage in held_out)
+    copied = {int(document.id) for document in documents[20:40]}
+    assert sum(names_held_out[name] for name in copied) < 0.3 * len(held_out)
 
 
 def test_records_hold_passages_of_the_text_and_what_the_weights_say(parts, of_model):
-    lm, sae, _ = parts
-    records = FeatureRecords(of_model, [5, 0, 63], lm, sae)
+    model, sae, _ = parts
+    records = records_of(of_model, [5, 0, 63], parts)
     assert [record.feature for record in records] == [5, 0, 63]
     assert len(records) == 3
     record = records[63]
@@ -601,23 +317,25 @@ def test_records_hold_passages_of_the_text_and_what_the_weights_say(parts, of_mo
     cosines[63] = -1
     assert [other for other, _ in record.nearest] == cosines.argsort(descending=True)[:10].tolist()
     assert record.nearest[0][1] == pytest.approx(cosines.max().item(), rel=1e-5)
-    logits = lm.unembed(sae.W_dec[63:64].detach())[0]
+    logits = model.unembed(sae.W_dec[63:64].detach())[0]
     logits -= logits.mean()
     for found, order in ((record.promoted, logits.argsort(descending=True)), (record.suppressed, logits.argsort())):
-        assert [text for text, _ in found] == [lm.tokenizer.strings([i])[0] for i in order[:10].tolist()]
+        assert [text for text, _ in found] == [model.tokenizer.strings([i])[0] for i in order[:10].tolist()]
         assert [value for _, value in found] == pytest.approx(logits[order[:10]].tolist(), rel=1e-4)
 
     texts = {f"text {i}": text for i, text in enumerate(TEXTS)}
     for record in records:
-        assert record.density == of_model.firings[record.feature].item() / of_model.tokens
+        assert record.density == of_model.counts_F[record.feature].item() / of_model.tokens
         assert record.maximum >= max(e.strength for e in (*record.top, *record.held_out))
-        assert len(record.histogram) == BINS
-        examples = (*record.top, *record.spread, *record.held_out)
-        assert len(examples) > 5
-        for example in (*examples, *record.random, *record.hard):
+        values = of_model.activations(record.feature).values
+        bins = np.minimum(BINS * values.astype(float) / record.maximum, BINS - 1).astype(int)
+        assert record.histogram == tuple(np.bincount(bins, minlength=BINS).tolist())
+        passages = (*record.top, *record.spread, *record.held_out)
+        assert len(passages) > 5
+        for example in (*passages, *record.random, *record.hard):
             assert len(example.tokens) == len(example.activations)
             assert "".join(example.tokens).strip("\ufffd") in texts[example.document]
-        assert all(example.strength > 0 for example in examples)
+        assert all(example.strength > 0 for example in passages)
         assert record.random
         assert not any(example.strength for example in (*record.random, *record.hard))
         documents = [example.document for example in (*record.random, *record.hard)]
@@ -626,64 +344,87 @@ def test_records_hold_passages_of_the_text_and_what_the_weights_say(parts, of_mo
         assert not explaining & {e.document for e in (*record.held_out, *record.random, *record.hard)}
 
 
+def test_a_brief_record_is_the_record_without_what_takes_time(parts, of_model):
+    whole, brief = (
+        each(5) for each in (records_of(of_model, [5], parts).__getitem__, records_of(of_model, [5], parts).brief)
+    )
+    assert brief == whole._replace(
+        **dict.fromkeys(("promoted", "suppressed", "nearest", "coactive", "held_out", "random", "hard"), ())
+    )
+
+
+def test_a_dead_feature_has_a_record(parts, tmp_path):
+    rows = list(pack_with_documents([Document("a", "abcd")], Letters(), 5))
+    found = cache_of(tmp_path, rows, torch.ones(1, 5, 1), torch.zeros(1, 5, 1, dtype=torch.long), 64)
+    record = records_of(found, [7], parts)[7]
+    assert (record.density, record.maximum, sum(record.histogram)) == (0, 0, 0)
+    assert record.top == record.spread == record.held_out == record.coactive == ()
+
+
 @pytest.fixture(scope="module")
-def sparse(parts):
-    """What was collected from long documents, at random places, by 64 features, and the records."""
-    lm, sae, _ = parts
+def sparse(parts, tmp_path_factory):
+    """The cache of long documents in which 64 features fire at random places, and their records."""
+    model, sae, _ = parts
     random = np.random.default_rng(0)
     texts = ("".join(chr(97 + i) for i in random.integers(0, 26, n)) for n in random.integers(50, 700, 300))
     documents = [Document(f"text {i}", text) for i, text in enumerate(texts)]
-    rows = list(pack_with_documents(documents, lm.tokenizer, 256))
+    rows = list(pack_with_documents(documents, model.tokenizer, 256))
     values = random.exponential(size=(len(rows), 256, 2)) * (random.random((len(rows), 256, 2)) < 0.15)
     indices = random.integers(0, 32, values.shape) + np.array([0, 32])
-    collector = Collector(64, lm.vocab_size, Settings(spread=5, pool_rows=100), "cpu")
-    collector.add(rows, torch.from_numpy(values).float(), torch.from_numpy(indices))
-    collection = collector.finish()
-    return collection, list(FeatureRecords(collection, range(64), lm, sae))
+    folder = tmp_path_factory.mktemp("activations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD_TOKENS", 2**16)
+        found = cache_of(folder, rows, torch.from_numpy(values).float(), torch.from_numpy(indices), 64)
+    return found, list(FeatureRecords(found, range(64), model, sae, Settings(spread=5)))
 
 
-def test_passages_to_score_on_are_a_part_of_what_was_collected_with_its_peak(parts, sparse):
-    lm, sae, _ = parts
-    collection, records = sparse
-    assert records == list(FeatureRecords(collection, range(64), lm, sae))
+def window_of(found, example, every):
+    """First and last token of the window that an example is a part of, of all windows of a feature."""
+    same = (every.values == example.strength) & np.array([found.names[d] == example.document for d in every.documents])
+    peak = example.start + example.peak
+    (which,) = (same & (every.tokens % found.row_tokens == peak)).nonzero()[0][:1]
+    return int(every.first[which]), int(every.last[which])
+
+
+def test_passages_to_score_on_are_a_part_of_their_windows_with_its_peak(parts, sparse):
+    model, sae, _ = parts
+    found, records = sparse
+    assert records == list(FeatureRecords(found, range(64), model, sae, Settings(spread=5)))
     for record in records:
-        for name in LISTS:
-            found = list(passages(getattr(collection, name), collection.names, record.feature))
-            examples = getattr(record, name)
-            assert [example.document for example in examples] == [document for document, *_ in found]
-            for example, (_, start, tokens, values) in zip(examples, found, strict=True):
-                part = slice(example.start - start, example.start - start + len(example.tokens))
-                assert example.tokens == tuple(lm.tokenizer.strings(tokens[part]))
-                assert list(example.activations) == values[part]
-                assert example.strength == max(values)
-                assert part.start <= 15
-                assert len(values) - part.stop <= 15
-                assert name == "held_out" or len(example.tokens) == len(tokens)
+        every = peaks(found.activations(record.feature), 48, 15)
+        for name in ("top", "spread", "held_out"):
+            for example in getattr(record, name):
+                first, last = window_of(found, example, every)
+                ids, skipped = found.ids(first, last), example.start - first % 256
+                stop = skipped + len(example.tokens)
+                assert example.tokens == tuple(model.tokenizer.strings(ids[skipped:stop]))
+                assert 0 <= skipped <= 15
+                assert 0 <= len(ids) - stop <= 15
+                assert name == "held_out" or len(example.tokens) == len(ids)
 
 
 def test_where_the_peak_of_a_passage_to_score_on_stands_tells_nothing(sparse):
     """Windows end 15 tokens after their peak; what is left of them does as often as it ends 0 to 14 after it."""
-    collection, records = sparse
-    examples = [
-        (example, len(values))
-        for record in records
-        for example, (*_, values) in zip(
-            record.held_out, passages(collection.held_out, collection.names, record.feature), strict=True
-        )
-    ]
-    peaks = [(example.peak, len(example.tokens) - 1 - example.peak) for example, n in examples if n == 64]
-    assert len(peaks) > 500
-    for distances, places in zip(zip(*peaks, strict=True), (range(33, 49), range(16)), strict=True):
+    found, records = sparse
+    places = []
+    for record in records:
+        every = peaks(found.activations(record.feature), 48, 15)
+        for example in record.held_out:
+            first, last = window_of(found, example, every)
+            if last - first == 63:
+                places.append((example.peak, len(example.tokens) - 1 - example.peak))
+    assert len(places) > 500
+    for distances, possible in zip(zip(*places, strict=True), (range(33, 49), range(16)), strict=True):
         counts = Counter(distances)
-        assert set(counts) == set(places)
-        even = len(peaks) / 16
+        assert set(counts) == set(possible)
+        even = len(places) / 16
         assert sum((count - even) ** 2 / even for count in counts.values()) < 45  # chi-squared of 15 degrees
-    assert abs(np.corrcoef(np.array(peaks).T)[0, 1]) < 0.1
+    assert abs(np.corrcoef(np.array(places).T)[0, 1]) < 0.1
     lengths = [
         np.mean([len(example.tokens) for record in records for example in getattr(record, kind)])
         for kind in ("held_out", "random", "hard")
     ]
-    assert max(lengths) - min(lengths) < 1.5
+    assert max(lengths) - min(lengths) < 2.5
 
 
 def places_of(passage):
@@ -726,133 +467,41 @@ def test_activations_cannot_be_foretold_by_their_places(sparse):
 
 
 def test_hard_passages_of_a_record_hold_a_peak_token_or_a_near_feature(parts, of_model):
-    lm, sae, _ = parts
-    pool, kinds = of_model.pool, Counter()
-    for record in FeatureRecords(of_model, range(64), lm, sae):
-        peaks = {example.tokens[example.peak] for example in (*record.top, *record.spread, *record.held_out)}
-        near = torch.isin(pool.indices, torch.tensor([other for other, _ in record.nearest])) & (pool.values > 0)
+    kinds = Counter()
+    for record in records_of(of_model, range(64), parts):
+        mistaken = {example.tokens[example.peak] for example in (*record.top, *record.spread, *record.held_out)}
+        near = {token for other, _ in record.nearest for token in of_model.activations(other).tokens.tolist()}
+        documents = np.concatenate([of_model.documents[i][shard.documents] for i, shard in enumerate(of_model.shards)])
         for example in record.hard:
-            place, window = of_model.names.index(example.document), slice(example.start, None)
-            rows = (pool.documents[:, example.start] == place).nonzero().flatten().tolist()
-            near_fires = any(near[row, window][: len(example.tokens)].any() for row in rows)
-            has_peak = bool(peaks & set(example.tokens))
+            name = of_model.names.index(example.document)
+            starts = [t for t in (documents == name).nonzero()[0].tolist() if t % 32 == example.start]
+            near_fires = any(t + i in near for t in starts for i in range(len(example.tokens)))
+            has_peak = bool(mistaken & set(example.tokens))
             assert has_peak or near_fires
             kinds[has_peak, near_fires] += 1
     assert kinds.total() > 64
-    assert kinds[True, False]
+    assert kinds[True, True]
     assert kinds[False, True]
 
 
-def test_characters_that_tokens_share_come_out_whole(parts):
-    lm, sae, rows = parts
-    texts = FeatureRecords(collect(rows, lm, sae, 1, SETTINGS), [0], lm, sae)._texts
-    ids = lm.tokenizer.encode("größer ∑ x")
-    assert texts.of(ids) == tuple(lm.tokenizer.strings(ids))
+def test_documents_to_explain_from_and_documents_to_score_on_are_different_ones(parts, of_model):
+    explaining, scoring = set(), set()
+    for record in records_of(of_model, range(64), parts):
+        explaining |= {example.document for example in (*record.top, *record.spread)}
+        scoring |= {example.document for example in (*record.held_out, *record.random, *record.hard)}
+    assert len(explaining) > 10
+    assert len(scoring) > 10
+    assert not any(map(is_for_scoring, explaining))
+    assert all(map(is_for_scoring, scoring))
+
+
+def test_characters_that_tokens_share_come_out_whole(parts, of_model):
+    tokenizer, texts = parts[0].tokenizer, records_of(of_model, [0], parts)._texts
+    ids = tokenizer.encode("größer ∑ x")
+    assert texts.of(ids) == tuple(tokenizer.strings(ids))
     assert "".join(texts.of(ids)) == "größer ∑ x"
 
 
 def test_a_feature_that_does_not_exist_is_refused(parts, of_model):
-    lm, sae, _ = parts
     with pytest.raises(ValueError, match="found feature 64: expected 0 to 63"):
-        FeatureRecords(of_model, [3, 64], lm, sae)
-
-
-@pytest.mark.parametrize(("vocab_size", "ids"), [(65_536, [40_000, 65_535, 32_768]), (131_072, [70_000, 131_071, 7])])
-def test_large_vocabularies_keep_their_token_ids(vocab_size, ids):
-    row = next(pack_with_documents([Document("b", "abc")], Letters(), 4))._replace(tokens=np.array([0, *ids]))
-    collector = Collector(1, vocab_size, SETTINGS, "cpu")
-    collector.add([row], torch.ones(1, 4, 1), torch.zeros(1, 4, 1, dtype=torch.long))
-    collection = collector.finish()
-    (windows,) = (x for x in (collection.top, collection.held_out) if x.lengths.any())
-    assert token_ids(windows.tokens[0, 0, :3]).tolist() == ids
-
-
-# ---- the cache ----
-
-
-def test_what_was_collected_is_read_as_it_was_written(parts, of_model, tmp_path):
-    lm, sae, _ = parts
-    path, made_from = tmp_path / "examples.safetensors", inputs(lm, sae, 1, {"path": "x"}, SETTINGS)
-    assert load_collection(path, made_from) == (None, "")
-    save_collection(path, of_model, made_from)
-    loaded, why = load_collection(path, inputs(lm, sae, 1, {"path": "x"}, SETTINGS))
-    assert why == ""
-    assert (loaded.settings, loaded.tokens, loaded.names) == (of_model.settings, of_model.tokens, of_model.names)
-    assert list(FeatureRecords(loaded, range(64), lm, sae)) == list(FeatureRecords(of_model, range(64), lm, sae))
-
-
-def test_what_was_collected_from_anything_else_is_not_used(parts, of_model, tmp_path):
-    lm, sae, _ = parts
-    path, corpus = tmp_path / "examples.safetensors", {"path": "x", "rows": 10}
-    save_collection(path, of_model, inputs(lm, sae, 1, corpus, SETTINGS))
-
-    def refused(sae=sae, layer=1, corpus=corpus, settings=SETTINGS):
-        found, why = load_collection(path, inputs(lm, sae, layer, corpus, settings))
-        assert found is None
-        assert "\n" not in why
-        return why
-
-    other = SparseAutoencoder(lm.d_model, 64, 4)
-    other.load_state_dict(sae.state_dict())
-    assert load_collection(path, inputs(lm, other, 1, corpus, SETTINGS))[0] is not None
-    other.W_enc.data[3, 60] += 1e-4
-    assert refused(sae=other) == f"the examples in {path} are of another autoencoder: collecting anew"
-    wider = SparseAutoencoder(lm.d_model, 64, 5)
-    wider.load_state_dict(sae.state_dict())
-    assert "another autoencoder:" in refused(sae=wider)
-    assert "another model:" in refused(layer=0)
-    assert "another corpus, or another part of it:" in refused(corpus=corpus | {"rows": 11})
-    assert "other settings:" in refused(settings=SETTINGS._replace(left=7))
-    assert "part of it and other settings:" in refused(corpus={}, settings=SETTINGS._replace(seed=1))
-    weight = next(iter(lm.block(1).parameters()))
-    before = weight.data.flatten()[-1].clone()
-    weight.data.view(-1)[-1] += 1
-    try:
-        assert "another model:" in refused()
-    finally:
-        weight.data.view(-1)[-1] = before
-    path.write_bytes(path.read_bytes()[:-100])
-    assert "are damaged:" in refused()
-
-
-def test_an_interrupted_pass_leaves_the_model_as_it_was(parts, of_model):
-    lm, sae, rows = parts
-
-    def interrupted():
-        yield from rows[:6]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        collect(interrupted(), lm, sae, 1, SETTINGS, rows_per_forward=2)
-    again = collect(rows, lm, sae, 1, SETTINGS, rows_per_forward=4)
-    assert torch.equal(again.firings, of_model.firings)
-
-
-# ---- benchmark ----
-
-
-def test_the_benchmark_of_collecting_shows_cost_and_memory():
-    printed = smoke("collect")
-    (state,) = re.findall(r"bookkeeping alone, F=512, K=8: state ([\d,]+) MB", printed)
-    assert int(state) > 0
-    assert len(re.findall(r"tokens +[\d.]+ us a token since the line before +[\d,]+ MB resident", printed)) == 2
-    stages = dict(re.findall(r"^  ([a-z].*?) +([\d.]+) us a token$", printed, re.M))
-    assert list(stages)[:4] == ["reading and tokenizing", "language model to layer 2", "encoder", "bookkeeping"]
-    assert all(float(value) > 0 for value in stages.values())
-    shares = re.search(r"adds ([\d.]+)%, of the last quarter ([\d.]+)%", printed).groups()
-    assert all(float(share) > 0 for share in shares)
-    at_7b = re.search(r"at F=131,072, K=128: state ([\d.]+) GB.+ (\d+) operations a batch", printed)
-    assert 2 < float(at_7b[1]) < 4
-    assert int(at_7b[2]) > 100
-
-
-def test_config_says_what_one_more_example_costs_at_7b():
-    few, more = (Collector(131_072, 32_768, Settings(spread=n), "meta").bytes() for n in (3, 5))
-    assert (more - few) / 2 == pytest.approx(0.3e9, rel=0.2)
-
-
-def test_a_batch_is_as_many_operations_whatever_its_size_and_the_number_of_features():
-    """Each costs a GPU microseconds, however little it does: a loop over features or rows would be felt."""
-    counts = {operations({"F": F, "K": 8, "rows": rows}, batches=8) for F, rows in ((64, 4), (4096, 4), (64, 16))}
-    assert len(counts) == 1
-    assert 100 < counts.pop() < 1000
+        records_of(of_model, [3, 64], parts)

@@ -79,3 +79,13 @@ def test_the_speed_of_steering_is_measured_beside_the_model_alone():
     found = dict(re.findall(r"^  (\S.*?) +[\d.]+ ms a token +([+-][\d.]+)%$", printed, re.M))
     assert found.pop("without steering") == "+0.0"
     assert set(found) == {"clamp, one feature", "clamp, eight features", "add, one feature", "clamp, exact"}
+
+
+def test_the_cost_of_the_cache_of_activations_is_measured_beside_model_and_encoder():
+    printed = smoke("collect")
+    assert len(re.findall(r"tokens +[\d.]+ us a token since the line before +[\d,]+ MB resident", printed)) == 2
+    assert re.search(r"MB on disk, [\d,]+ bytes a token", printed)
+    stages = dict(re.findall(r"^  ([a-z].*?) +([\d.]+) us a token$", printed, re.M))
+    assert list(stages)[:4] == ["reading and tokenizing", "language model", "encoder", "writing"]
+    assert all(float(value) > 0 for value in stages.values())
+    assert re.search(r"writing [\d,]+ tokens adds [\d.]+%", printed)

@@ -224,7 +224,7 @@ def test_an_offline_run_writes_a_label_of_each_selected_feature_and_the_report(f
     assert all({"value", "low", "high", "other_feature", "top_token"} <= set(score) for score in scored)
     assert any(score["value"] is not None for score in scored)
     assert "feature" in (run_dir / "report.html").read_text()
-    names = {"explanations.jsonl", "report.html", "examples.safetensors"}
+    names = {"explanations.jsonl", "report.html", "activations/manifest.json", "activations/00000.safetensors"}
     assert {name for name in contents_of(run_dir) if not name.startswith("sae/")} == names
 
 
@@ -243,47 +243,71 @@ def test_the_output_says_what_runs_and_where_the_results_are(finished, mistral_f
     assert any(line.startswith("6 features: ") for line in lines)
 
 
-def test_text_of_few_documents_is_said_to_give_few_examples(here, arguments, run_dir, tmp_path):
-    (tmp_path / "one.txt").write_text("def area(self):\n    return self.width * self.height\n" * 300)
-    ran = here(arguments(run_dir, DATA_PATH=tmp_path / "one.txt", HELD_OUT_FRACTION=0.0001))
-    assert "warning: found 1 documents to explain from and 0 to score on" in ran.out or (
-        "warning: found 0 documents to explain from and 1 to score on" in ran.out
+@pytest.mark.parametrize(
+    ("documents", "constants", "advice"),
+    [
+        (1, {}, "use text of more files, or a .jsonl with a document a line"),
+        (300, {"EXPLAIN_STRIDE": 50}, "lower EXPLAIN_STRIDE, by which 49 of 50 rows are left out"),
+        (300, {"EXPLAIN_TOKENS": 300}, "raise EXPLAIN_TOKENS"),
+    ],
+)
+def test_few_documents_are_said_to_give_few_examples(here, arguments, run_dir, tmp_path, documents, constants, advice):
+    text = "def area(self):\n    return self.width * self.height\n" * max(2, 300 // documents)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": text}) + "\n") * documents)
+    constants |= {"DATA_PATH": tmp_path / "a.jsonl", "HELD_OUT_FRACTION": 0.0001}
+    ran = here(arguments(run_dir, **({"EXPLAIN_TOKENS": 40_000} | constants)))
+    assert re.search(
+        rf"warning: found \d+ documents to explain from and \d+ to score on, .*: {re.escape(advice)}\n", ran.out
     )
 
 
-def test_nothing_but_progress_bars_goes_to_the_error_stream(finished):
-    assert finished[1].problems == []
-    assert "explaining: " in finished[1].err
-    assert re.search(r"<\d\d:\d\d, .* tokens/s", finished[1].err)  # time left and rate
+def test_a_short_run_leaves_the_error_stream_empty(finished):
+    assert finished[1].err == ""
 
 
-def test_a_second_run_reuses_the_examples_and_says_the_same(here, arguments, finished, run_dir):
+def test_a_second_run_reads_no_text_and_says_the_same(here, arguments, finished, run_dir):
     ran = here(arguments(run_dir))
     assert ran.code == 0, ran.err
-    assert f"\nexamples  {run_dir / 'examples.safetensors'}, from 3,0" in ran.out  # tokens, without each row's BOS
-    assert "looking for examples" not in ran.out
+    assert f"\ncache     {run_dir / 'activations'}: 3,0" in ran.out  # tokens, without each row's BOS
+    assert "reading" not in ran.out
     assert (run_dir / "explanations.jsonl").read_bytes() == (finished[0] / "explanations.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("changed", "why"),
-    [({"CONTEXT_LENGTH": 24}, "another corpus, or another part of it"), ({"TOKENS_AFTER": 2}, "other settings")],
+    "changed", [{"TOKENS_BEFORE": 2}, {"TOKENS_AFTER": 2}, {"EXAMPLES_PER_INTERVAL": 1}, {"SELECT": "0-9"}]
 )
-def test_other_settings_of_the_examples_collect_anew_and_say_why(here, arguments, run_dir, changed, why):
-    before = (run_dir / "examples.safetensors").read_bytes()
+def test_other_examples_and_other_features_run_no_model(here, arguments, run_dir, monkeypatch, changed):
+    before = contents_of(run_dir / "activations")
+    monkeypatch.setattr("mistral_sae.model.language_model.LanguageModel._run", None)  # any forward would fail
     ran = here(arguments(run_dir, **changed))
     assert ran.code == 0, ran.err
-    assert f"are of {why}: collecting anew" in ran.out
-    assert "looking for examples" in ran.out
-    assert (run_dir / "examples.safetensors").read_bytes() != before
+    assert "reading" not in ran.out
+    after = contents_of(run_dir / "activations")
+    assert {name for name in after if after[name] != before[name]} <= {"manifest.json"}
 
 
-def test_another_autoencoder_collects_anew_and_says_why(here, arguments, run_dir):
+def test_explanations_from_other_examples_are_set_aside(here, arguments, run_dir):
+    assert here(arguments(run_dir)).code == 0
+    ran = here(arguments(run_dir, SELECT="3", TOKENS_BEFORE=2))
+    assert f"the explanations of earlier runs are in {run_dir / 'explanations-1.jsonl'}\n" in ran.out
+    assert [label.feature for label in labels_of(run_dir)] == [3]
+    assert "earlier runs are" not in here(arguments(run_dir, SELECT="5", TOKENS_BEFORE=2)).out
+    assert [label.feature for label in labels_of(run_dir)] == [3, 5]
+
+
+def test_a_cache_of_another_corpus_is_made_again(here, arguments, run_dir):
+    before = contents_of(run_dir / "activations")
+    ran = here(arguments(run_dir, CONTEXT_LENGTH=24))
+    assert ran.code == 0, ran.err
+    assert "is of another corpus, or another part of it: made again\nreading " in ran.out
+    assert contents_of(run_dir / "activations") != before
+
+
+def test_a_cache_of_another_autoencoder_is_made_again(here, arguments, run_dir):
     write_sae(run_dir / "sae", seed=1)
     ran = here(arguments(run_dir))
     assert ran.code == 0, ran.err
-    assert "are of another autoencoder: collecting anew" in ran.out
-    assert "looking for examples" in ran.out
+    assert "is of another autoencoder: made again\nreading " in ran.out
 
 
 # ---- what is explained ----
@@ -334,7 +358,7 @@ def test_select_draws_living_features_by_the_seed(here, arguments, run_dir):
 def firings_of(run_dir):
     from safetensors.torch import load_file
 
-    return load_file(run_dir / "examples.safetensors")["firings"]
+    return load_file(run_dir / "activations/00000.safetensors")["offsets"].diff()
 
 
 @pytest.mark.parametrize(
@@ -345,7 +369,7 @@ def test_a_bad_select_is_refused_in_one_line_and_nothing_is_lost(here, arguments
     before = contents_of(folder)
     ran = here(arguments(folder, SELECT=select, EXPLAIN_TOKENS=2000))  # examples that are not there yet
     assert_refused(ran, f"SELECT is '{select}': expected ")
-    assert "looking for examples" not in ran.out  # which takes long
+    assert "reading" not in ran.out  # which takes long
     assert contents_of(folder) == before
 
 
@@ -385,8 +409,11 @@ def test_a_scorer_named_twice_scores_once(here, arguments, served, run_dir):
     assert len(label.judgements) == len(set(label.judgements)) == label.scores["detection"].answered
 
 
-def test_the_progress_bar_shows_what_is_spent(served):
-    assert re.search(r"scoring: .*\$0\.\d{3}, \d+ requests, 0 retries, \d+ at once", served[1].err)
+def test_the_progress_bar_shows_what_is_spent(here, arguments, served, tmp_path, monkeypatch):
+    folder = shutil.copytree(served[0], tmp_path / "run")
+    monkeypatch.setattr("mistral_sae.cli.QUIET_SECONDS", 0)  # a line at every step
+    ran = here(arguments(folder, **openai("http://127.0.0.1:9/v1")))
+    assert re.search(r"scoring: .*\$0\.\d{3}, \d+ requests, 0 retries, \d+ at once", ran.err)
 
 
 def test_a_second_run_asks_the_server_nothing(here, arguments, served, tmp_path):
@@ -960,10 +987,10 @@ def test_damaged_explanations_are_one_line(here, arguments, finished, tmp_path):
 
 def test_a_text_is_shown_without_passages_where_the_examples_are_damaged(here, arguments, finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    (folder / "examples.safetensors").write_bytes(b"damaged")
+    (folder / "activations/00000.safetensors").write_bytes(b"damaged")
     ran = here(arguments(folder, TEXT="the value"))
     assert ran.code == 0, ran.err
-    assert f"without passages: the examples in {folder / 'examples.safetensors'} are damaged\n" in ran.out
+    assert f"without passages: the cache in {folder / 'activations'} is damaged\n" in ran.out
 
 
 def test_a_text_without_explanations_says_how_to_get_them(here, arguments, tmp_path):
