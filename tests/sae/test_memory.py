@@ -1,6 +1,7 @@
 """The memory plan: what 7B needs on a 24 GB card, and that the parts are what is allocated."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,11 @@ def test_the_defaults_for_7b_fit_a_24_gb_card(config_7b, vocab_size):
     assert sum(plan.training.values()) <= 24e9
     # Cross-entropy waits for the end of the run
     assert not plan_of(config_7b, mistral_7b(vocab_size), CARD_24_GB, last_layer=None).fits
+
+
+def test_the_page_on_7b_shows_this_plan(config_7b):
+    page = Path(__file__).parent.parent.parent / "docs" / "mistral-7b.md"
+    assert f"```\n{plan_of(config_7b, mistral_7b(32_768), CARD_24_GB)}\n```" in page.read_text(encoding="utf-8")
 
 
 def test_with_float32_moments_the_defaults_for_7b_do_not_fit(config_7b):
