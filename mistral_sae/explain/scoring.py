@@ -108,16 +108,13 @@ def strongest_token(feature: Feature) -> str:
     return passage.tokens[passage.peak]
 
 
-def other_features(explained: Iterable[int]) -> dict[int, int | None]:
+def other_features(explained: Iterable[int]) -> dict[int, int]:
     """Return for each feature another one, whose explanation is its baseline: the next in a fixed random order.
 
-    So one that is added changes the baseline of one other. None if it is the only one.
+    So one that is added changes the baseline of one other. A feature that is the only one has none.
     """
     features = sorted(explained, key=lambda feature: random.Random(feature).random())
-    return {
-        feature: other if other != feature else None
-        for feature, other in zip(features, features[1:] + features[:1], strict=True)
-    }
+    return dict(zip(features, features[1:] + features[:1], strict=True)) if len(features) > 1 else {}
 
 
 def _counts_by_kind(feature: Feature, active: int, silent: int) -> dict[str, int]:
