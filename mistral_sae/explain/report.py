@@ -15,25 +15,26 @@ import gzip
 import hashlib
 import json
 import math
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files as resources
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from mistral_sae.cli import one_line
 from mistral_sae.explain import figures
 from mistral_sae.explain.scoring import METHODS, summarize_scores
-from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Judgement, Label
-from mistral_sae.files import SAEError, write_atomically
+from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Label
+from mistral_sae.files import SAEError, write_text
 from mistral_sae.sae.features import Geometry
 
-TEMPLATES = resources("mistral_sae.explain") / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 CHUNK = 32  # features: a third of a megabyte compressed, which a browser unpacks in some 20 ms
 NAMED_TOKENS = 5  # that a feature is found by: the most frequent among those it peaks on, the first of its logit lens
+VIEWED = ("feature", "histogram", "promoted", "suppressed", "nearest", "coactive")  # as they are, of a Feature
 INPUT_SHARE, OUTPUT_SHARE = 0.5, 0.25  # TokenShares from which on a feature is an input, an output feature
 
 
@@ -71,24 +72,22 @@ def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapp
     addressed as report.html#feature=1234.
     """
     scores = summarize_scores(label.scores for label in labels.values())
+    index, chunks = pack(features, labels)
     shares = {"input_share": INPUT_SHARE, "output_share": OUTPUT_SHARE}
-    with tempfile.TemporaryFile() as chunks:
-        index = pack(features, labels, chunks)
-        chunks.seek(0)
-        context = {
-            "run": run,
-            "scores": scores,
-            "training_panels": figures.training_panels(run.metrics, run.evaluation, run.density_F),
-            "score_panels": figures.score_panels(scores),
-            "geometry_panels": figures.geometry_panels(run.geometry),
-            "shown": len(index["feature"]),
-            "explained": sum(map(bool, index["explanation"])),
-            "trained_tokens": next((r["tokens"] for r in reversed(run.metrics) if "tokens" in r), None),
-            **shares,
-            "index": compressed(index | shares | {"chunk": CHUNK, "intervals": INTERVALS}).decode(),
-            "chunks": (line.decode().rstrip() for line in chunks),
-        }
-        _write(Path(path), "report", context)
+    context = {
+        "run": run,
+        "scores": scores,
+        "training_panels": figures.training_panels(run.metrics, run.evaluation, run.density_F),
+        "score_panels": figures.score_panels(scores),
+        "geometry_panels": figures.geometry_panels(run.geometry),
+        "shown": len(index["feature"]),
+        "explained": sum(map(bool, index["explanation"])),
+        "trained_tokens": next((r["tokens"] for r in reversed(run.metrics) if "tokens" in r), None),
+        **shares,
+        "index": compressed(index | shares | {"chunk": CHUNK, "intervals": INTERVALS}),
+        "chunks": chunks,
+    }
+    _write(path, "report", context)
 
 
 def write_text_page(
@@ -107,22 +106,21 @@ def write_text_page(
         "maxima": {f: feature.maximum for f, feature in known.items()},
         "fires_on": {f: fires_on(feature) for f, feature in known.items()},
     }
-    context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data).decode()}
-    _write(Path(path), "text", context)
+    context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data)}
+    _write(path, "text", context)
 
 
 def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What train.py left of evaluation.json and metrics.jsonl in a folder: {} and [] where there is nothing.
+    """Return what train.py left of evaluation.json and metrics.jsonl in a folder: {} and [] where there is nothing.
 
-    A last line without its end is left out: train.py may be writing it. Raises SAEError, one line, for a damaged file.
+    A last line without its end is left out: train.py may be writing it. Raises SAEError for a damaged file.
     """
-    evaluation, metrics = Path(run_dir) / "evaluation.json", Path(run_dir) / "metrics.jsonl"
-    path = evaluation
+    path = run_dir / "evaluation.json"
     try:
-        measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path = metrics
+        evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path = run_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return measured, [json.loads(line) for line in lines]
+        return evaluation, [json.loads(line) for line in lines]
     except ValueError as error:
         raise SAEError(
             f"found a damaged {path} ({one_line(error)}), expected what train.py writes: delete it or train again"
@@ -140,10 +138,10 @@ class TokenShares(NamedTuple):
 
 
 def token_shares(feature: Feature) -> TokenShares:
-    """The shares by which a feature is an input feature, an output feature, both or neither."""
-    passages = [(passage, passage.peak) for passage in (*feature.top, *feature.spread)]
-    peaks = Counter(_bare(passage.tokens[peak]) for passage, peak in passages)
-    followers = [passage.tokens[peak + 1] for passage, peak in passages if peak + 1 < len(passage.tokens)]
+    """Return the shares by which a feature is an input feature, an output feature, both or neither."""
+    passages = [(passage.tokens, passage.peak) for passage in (*feature.top, *feature.spread)]
+    peaks = Counter(tokens[peak].strip().lower() or tokens[peak] for tokens, peak in passages)
+    followers = [tokens[peak + 1] for tokens, peak in passages if peak + 1 < len(tokens)]
     raised = {token for token, _ in feature.promoted}
     return TokenShares(
         same_token=max(peaks.values()) / len(passages) if passages else 0.0,
@@ -151,102 +149,73 @@ def token_shares(feature: Feature) -> TokenShares:
     )
 
 
-def _bare(token: str) -> str:
-    return token.strip().lower() or token
-
-
 def fires_on(feature: Feature) -> list[str]:
-    """The tokens that a feature's passages peak on, the most frequent first."""
+    """Return the tokens that a feature's passages peak on, the most frequent first."""
     peaks = Counter(passage.tokens[passage.peak] for passage in (*feature.top, *feature.spread))
     return [token for token, _ in peaks.most_common(NAMED_TOKENS)]
 
 
 def main_score(label: Label | None) -> float | None:
-    """The score that features are ranked by: that of the first of METHODS that gave one."""
+    """Return the score that features are ranked by: that of the first of METHODS that gave one."""
     values = [label.scores[m].value for m in METHODS if label and m in label.scores]
     return next((value for value in values if value is not None), None)
 
 
-class IndexRow(NamedTuple):
-    """A feature's line in the list, and what it is found by."""
-
-    feature: int
-    explanation: str
-    density: float
-    maximum: float
-    score: float | None  # main_score
-    same_token: float  # as in TokenShares
-    predicted_next: float
-    fires_on: list[str]
-    logit_lens: list[str]  # the tokens that it raises most
-
-
-def index_row(feature: Feature, label: Label | None) -> IndexRow:
-    """What the list knows of a feature."""
-    raised = [token for token, _ in feature.promoted[:NAMED_TOKENS]]
-    explanation, score = label.explanation if label else "", main_score(label)
-    about = (feature.feature, explanation, feature.density, feature.maximum, score)
-    return IndexRow(*about, *token_shares(feature), fires_on(feature), raised)
+# What a feature is found by in the list
+INDEXED: dict[str, Callable[[Feature, Label | None], Any]] = {
+    "feature": lambda feature, label: feature.feature,
+    "explanation": lambda feature, label: label.explanation if label else "",
+    "density": lambda feature, label: feature.density,
+    "maximum": lambda feature, label: feature.maximum,
+    "score": lambda feature, label: main_score(label),
+    "same_token": lambda feature, label: token_shares(feature).same_token,
+    "predicted_next": lambda feature, label: token_shares(feature).predicted_next,
+    "fires_on": lambda feature, label: fires_on(feature),
+    "logit_lens": lambda feature, label: [token for token, _ in feature.promoted[:NAMED_TOKENS]],
+}
 
 
 def feature_record(feature: Feature, label: Label | None) -> dict[str, Any]:
-    """What the view of a feature shows besides. Of the passages to score it on, only those that a scorer judged."""
-    judgements = label.judgements if label else ()
+    """Return what the view of a feature shows besides; of the passages to score it on, those that a scorer judged."""
+    judged = [(j, getattr(feature, j.kind)) for j in label.judgements] if label else []
     return {
-        "feature": feature.feature,
-        "histogram": feature.histogram,
-        "promoted": feature.promoted,
-        "suppressed": feature.suppressed,
-        "nearest": feature.nearest,
-        "coactive": feature.coactive,
+        **{name: getattr(feature, name) for name in VIEWED},
         "top": [passage(example) for example in feature.top],
         "spread": [[*passage(example), example.interval(feature.maximum)] for example in feature.spread],
         "label": label and label_record(label),
-        "judged": [[j.method, f"{j.kind} {j.index}", j.truth, j.verdict] for j in judgements],
-        "judged_passages": {f"{j.kind} {j.index}": _judged_passage(feature, j) for j in judgements},
+        "judged": [[j.method, f"{j.kind} {j.index}", j.truth, j.verdict] for j, _ in judged],
+        "judged_passages": {f"{j.kind} {j.index}": passage(of[j.index]) for j, of in judged if j.index < len(of)},
     }
 
 
 def label_record(label: Label) -> dict[str, Any]:
-    """A label without its judgements, and what its status means."""
+    """Return a label without its judgements, and what its status means."""
     scores = {method: score._asdict() for method, score in label.scores.items()}
     return label._asdict() | {"scores": scores, "judgements": None, "meaning": STATUSES[label.status].meaning}
 
 
 def passage(example: Example) -> list[Any]:
-    """Document, start, tokens, and the tokens that are active with their activations: most are not."""
-    active = [(i, value) for i, value in enumerate(example.activations) if value > 0]
-    return [example.document, example.start, example.tokens, [i for i, _ in active], [value for _, value in active]]
+    """Return document, start, tokens, and the tokens that are active with their activations: most are not."""
+    active = [i for i, value in enumerate(example.activations) if value > 0]
+    return [example.document, example.start, example.tokens, active, [example.activations[i] for i in active]]
 
 
-def _judged_passage(feature: Feature, judgement: Judgement) -> list[Any] | None:
-    passages: tuple[Example, ...] = getattr(feature, judgement.kind)
-    return passage(passages[judgement.index]) if 0 <= judgement.index < len(passages) else None
+def pack(features: Iterable[Feature], labels: Mapping[int, Label]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return the index, a list for each column, and the chunks, compressed; `features` are held a chunk at a time."""
+    index: dict[str, list[Any]] = {name: [] for name in INDEXED}
+    chunks: list[str] = []
+    labelled = ((feature, labels.get(feature.feature)) for feature in features)
+    while chunk := list(islice(labelled, CHUNK)):
+        for name, value in INDEXED.items():
+            index[name] += [value(feature, label) for feature, label in chunk]
+        chunks.append(compressed([feature_record(feature, label) for feature, label in chunk]))
+    return index, chunks
 
 
-def pack(features: Iterable[Feature], labels: Mapping[int, Label], chunks: BinaryIO) -> dict[str, Any]:
-    """Write the chunks to a file, one a line, and return the index, a list for each column.
-
-    One chunk of features is held at a time.
-    """
-    rows: list[IndexRow] = []
-    pending: list[dict[str, Any]] = []
-    for feature in features:
-        label = labels.get(feature.feature)
-        rows.append(index_row(feature, label))
-        pending.append(feature_record(feature, label))
-        if len(pending) == CHUNK:
-            chunks.write(compressed(pending) + b"\n")
-            pending = []
-    if pending:
-        chunks.write(compressed(pending) + b"\n")
-    return {name: [getattr(row, name) for row in rows] for name in IndexRow._fields}
-
-
-def compressed(value: Any) -> bytes:
-    """base64 of gzip of JSON: characters that need no escaping anywhere in HTML."""
+def compressed(value: Any) -> str:
+    """Return base64 of gzip of JSON: characters that need no escaping anywhere in HTML."""
     text = json.dumps(_rounded(value), separators=(",", ":"), allow_nan=False)  # ASCII: lone surrogates pass too
-    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0))
+    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode()
 
 
 def _rounded(value: Any) -> Any:
@@ -263,10 +232,8 @@ def _rounded(value: Any) -> Any:
 
 def _write(path: Path, page: str, context: dict[str, Any]) -> None:
     """Render a template with its style and script, and the policy that lets the page run these two and nothing else."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     environment = Environment(
-        loader=PackageLoader("mistral_sae.explain"),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -279,15 +246,10 @@ def _write(path: Path, page: str, context: dict[str, Any]) -> None:
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    template = environment.get_template(f"{page}.html")
-    parts = template.generate(context, page=page, style=style, script=script, policy=policy)
-    write_atomically(path, lambda partial: _write_parts(partial, parts))
-
-
-def _write_parts(path: Path, parts: Iterator[str]) -> None:
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part.encode("utf-8", errors="replace"))  # a path may hold bytes that are not UTF-8
+    html = environment.get_template(f"{page}.html").render(
+        context, page=page, style=style, script=script, policy=policy
+    )
+    write_text(path, html.encode("utf-8", "replace").decode())  # a path may hold bytes that are not UTF-8
 
 
 def _fixed(value: float | None, digits: int) -> str:

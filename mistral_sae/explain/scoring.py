@@ -1,4 +1,4 @@
-"""How well an explanation predicts where a feature fires: the questions asked, and scores of the answers. Pure.
+"""How well an explanation predicts where a feature fires: the questions asked, and scores of the answers.
 
 Questions are chosen at random from a seed and the feature's index, and bootstrap samples from the seed alone, so that a
 run that starts again makes the same. All passages are of documents that the explanation was not made from.
@@ -44,14 +44,14 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
     of each in a batch is left to chance, so that it tells nothing.
     """
     count = min(len(feature.held_out), len(feature.random) + len(feature.hard))
-    chosen = {"held_out": count} | _silent_counts(feature, count)
     questions = [
         Question("", kind, index, kind == "held_out", getattr(feature, kind)[index].visible())
-        for kind, n in chosen.items()
+        for kind, n in _counts_by_kind(feature, count, count).items()
         for index in evenly(range(len(getattr(feature, kind))), n)
     ]
     _generator(feature, seed, "detection").shuffle(questions)
-    return _with_ids(questions, opaque_ids(feature, seed, "detection", len(questions)))
+    ids = opaque_ids(feature, seed, "detection", len(questions))
+    return [question._replace(id=id) for question, id in zip(questions, ids, strict=True)]
 
 
 def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
@@ -66,27 +66,23 @@ def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
     rounds: tuple[list[Question], list[Question]] = ([], [])
     passages = [passage.visible() for passage in feature.held_out]
     for index, passage in enumerate(passages):
-        active = frozenset(i for i, activation in enumerate(passage.activations) if activation > 0)
-        shift = _shift_of_marks(passage, active, passages[:index] + passages[index + 1 :], generator)
-        if shift is None:
+        right = frozenset(i for i, activation in enumerate(passage.activations) if activation > 0)
+        wrong = _moved(right, passage, passages[:index] + passages[index + 1 :], generator)
+        if wrong is None:
             continue
-        moved = frozenset(i + shift for i in active)
-        pair = [
-            Question("", "held_out", index, True, passage, active),
-            Question("", "held_out", index, False, passage, moved),
-        ]
+        pair = [Question("", "held_out", index, marked is right, passage, marked) for marked in (right, wrong)]
         generator.shuffle(pair)
         for questions, question in zip(rounds, pair, strict=True):
             questions.append(question)
     for questions in rounds:
         generator.shuffle(questions)
-    ids = opaque_ids(feature, seed, "fuzzing", sum(map(len, rounds)))
-    return [_with_ids(rounds[0], ids), _with_ids(rounds[1], ids[len(rounds[0]) :])]
+    ids = iter(opaque_ids(feature, seed, "fuzzing", sum(map(len, rounds))))
+    return [[question._replace(id=next(ids)) for question in questions] for questions in rounds]
 
 
 def simulation_passages(feature: Feature) -> list[Example]:
     """Return passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
-    chosen = {"held_out": ACTIVE_SIMULATED} | _silent_counts(feature, SILENT_SIMULATED)
+    chosen = _counts_by_kind(feature, ACTIVE_SIMULATED, SILENT_SIMULATED)
     return [passage.visible() for kind, count in chosen.items() for passage in evenly(getattr(feature, kind), count)]
 
 
@@ -112,55 +108,48 @@ def strongest_token(feature: Feature) -> str:
     return passage.tokens[passage.peak]
 
 
-def other_features(explained: Iterable[int]) -> dict[int, int | None]:
+def other_features(explained: Iterable[int]) -> dict[int, int]:
     """Return for each feature another one, whose explanation is its baseline: the next in a fixed random order.
 
-    So one that is added changes the baseline of one other. None if it is the only one.
+    So one that is added changes the baseline of one other. A feature that is the only one has none.
     """
     features = sorted(explained, key=lambda feature: random.Random(feature).random())
-    return {
-        feature: other if other != feature else None
-        for feature, other in zip(features, features[1:] + features[:1], strict=True)
-    }
+    return dict(zip(features, features[1:] + features[:1], strict=True)) if len(features) > 1 else {}
 
 
-def _with_ids(questions: Sequence[Question], ids: Sequence[str]) -> list[Question]:
-    return [question._replace(id=id) for question, id in zip(questions, ids, strict=False)]
-
-
-def _silent_counts(feature: Feature, count: int) -> dict[str, int]:
-    """How many of `count` passages in which a feature does not fire are of each kind: half, or what there is."""
-    hard = min(len(feature.hard), max(count // 2, count - len(feature.random)))
-    return {"random": count - hard, "hard": hard}
+def _counts_by_kind(feature: Feature, active: int, silent: int) -> dict[str, int]:
+    """How many passages of each kind to take; half of the silent ones are hard, or what there is."""
+    hard = min(len(feature.hard), max(silent // 2, silent - len(feature.random)))
+    return {"held_out": active, "random": silent - hard, "hard": hard}
 
 
 def _generator(feature: Feature, seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed} {feature.feature} {purpose}")
 
 
-def _shift_of_marks(
-    passage: Example, active: frozenset[int], others: Sequence[Example], generator: random.Random
-) -> int | None:
-    """By how much to move the marks of a passage so that they are on silent tokens; None if they fit nowhere else.
+def _moved(
+    marked: frozenset[int], passage: Example, others: Sequence[Example], generator: random.Random
+) -> frozenset[int] | None:
+    """The marks of a passage moved as a whole to silent tokens; None if they fit nowhere else.
 
     The peak comes near to the place that another's peak has, counted from both ends together: so it is the peak of a
     passage of about the same length, and no place is likelier for right marks than for wrong ones. Of the nearest
     places, up to SLACK beyond the best, it is one where as many of the marked tokens stand in the passage
     without a mark, too, as of the right ones: a judge without an explanation could count those.
     """
-    n_tokens = len(passage.tokens)
-    shifts = [s for s in range(-min(active), n_tokens - max(active)) if all(i + s not in active for i in active)]
-    if not shifts:
-        return None
+    end = len(passage.tokens) - 1
     peaks = [(other.peak, len(other.tokens) - 1 - other.peak) for other in others]
-    distances = [
-        min((abs(at - before) + abs(n_tokens - 1 - at - after) for before, after in peaks), default=0)
-        for at in (passage.peak + s for s in shifts)
-    ]
-    near = [s for s, distance in zip(shifts, distances, strict=True) if distance <= min(distances) + SLACK]
-    repeated = _repeated_unmarked(passage, active)
-    gaps = [abs(_repeated_unmarked(passage, frozenset(i + s for i in active)) - repeated) for s in near]
-    return generator.choice([s for s, gap in zip(near, gaps, strict=True) if gap == min(gaps)])
+    distances: dict[frozenset[int], int] = {}
+    for shift in range(-min(marked), end - max(marked) + 1):
+        at, moved = passage.peak + shift, frozenset(i + shift for i in marked)
+        if not moved & marked:
+            distances[moved] = min((abs(at - before) + abs(end - at - after) for before, after in peaks), default=0)
+    if not distances:
+        return None
+    near = [moved for moved, distance in distances.items() if distance <= min(distances.values()) + SLACK]
+    repeated = _repeated_unmarked(passage, marked)
+    gaps = [abs(_repeated_unmarked(passage, moved) - repeated) for moved in near]
+    return generator.choice([moved for moved, gap in zip(near, gaps, strict=True) if gap == min(gaps)])
 
 
 def _repeated_unmarked(passage: Example, marked: frozenset[int]) -> int:
@@ -175,19 +164,17 @@ def _repeated_unmarked(passage: Example, marked: frozenset[int]) -> int:
 def verdict_score(judgements: Sequence[Judgement], seed: int) -> Score:
     """Return the balanced accuracy of verdicts, without baselines and recall."""
     answered = sum(j.verdict is not None for j in judgements)
-    groups = _counts(judgements)
-    low, high = _interval(_accuracy, groups, seed)
-    return Score(_value(_accuracy, groups), low, high, answered=answered, unanswered=len(judgements) - answered)
+    estimate = _estimate(_accuracy, _counts(judgements), seed)
+    return Score(*estimate, answered=answered, unanswered=len(judgements) - answered)
 
 
 def simulation_score(simulated: Sequence[Simulated], asked: int, seed: int) -> Score:
     """Return the correlation of those of the `asked` passages that were simulated, without baselines.
 
-    Of few passages the bootstrap makes too little: with 8 of them the interval covers the truth in 80 to 85 % of cases.
+    Of few passages the bootstrap makes too little: with 8 of them the interval covers the truth in about 80 % of cases.
     """
-    r, r2 = correlation(simulated)
-    low, high = _interval(_r, _moments(simulated), seed)
-    return Score(r, low, high, answered=len(simulated), unanswered=asked - len(simulated), r2=r2)
+    estimate, (_, r2) = _estimate(_r, _moments(simulated), seed), correlation(simulated)
+    return Score(*estimate, answered=len(simulated), unanswered=asked - len(simulated), r2=r2)
 
 
 def balanced_accuracy(judgements: Sequence[Judgement]) -> float | None:
@@ -201,8 +188,8 @@ def correlation(simulated: Sequence[Simulated]) -> tuple[float | None, float | N
     R2 is 1 - |true - predicted|^2 / |true - mean(true)|^2. A prediction that is the same everywhere has r = 0. Both are
     None where the truth is the same everywhere.
     """
-    groups = _moments(simulated)
-    return _value(_r, groups), _value(_r2, groups)
+    rows = _moments(simulated)
+    return _value(_r, rows), _value(_r2, rows)
 
 
 def recall(feature: Feature, judgements: Sequence[Judgement]) -> tuple[float | None, ...]:
@@ -214,20 +201,20 @@ def recall(feature: Feature, judgements: Sequence[Judgement]) -> tuple[float | N
     return tuple(sum(each) / len(each) if each else None for each in found)
 
 
-# Scores are statistics of sums over passages: a row for each, in two groups, those that activate the feature first
-Groups = Sequence[Sequence[np.ndarray]]
-Statistic = Callable[[np.ndarray], np.ndarray]  # of sums (S, N): (S), nan where it is not defined
+# A score is a statistic of sums over passages, of each of which there is a row of terms
+Rows = Sequence[np.ndarray]
+Statistic = Callable[[np.ndarray], np.ndarray]  # of sums (S, terms): (S), nan where it is not defined
 
 
-def _counts(judgements: Sequence[Judgement]) -> Groups:
+def _counts(judgements: Sequence[Judgement]) -> Rows:
     """For each passage: right and all answers to true items, right and all answers to false items."""
-    groups: dict[bool, dict[tuple[str, int], np.ndarray]] = {True: {}, False: {}}
+    passages: dict[tuple[str, int], np.ndarray] = {}
     for j in judgements:
-        passage = groups[j.kind == "held_out"].setdefault((j.kind, j.index), np.zeros(4))
+        terms = passages.setdefault((j.kind, j.index), np.zeros(4))
         if j.verdict is not None:
-            passage[0 if j.truth else 2] += j.verdict == j.truth
-            passage[1 if j.truth else 3] += 1
-    return [list(group.values()) for group in groups.values()]
+            terms[0 if j.truth else 2] += j.verdict == j.truth
+            terms[1 if j.truth else 3] += 1
+    return list(passages.values())
 
 
 def _accuracy(sums_S4: np.ndarray) -> np.ndarray:
@@ -235,15 +222,10 @@ def _accuracy(sums_S4: np.ndarray) -> np.ndarray:
     return (right_true / true + right_false / false) / 2
 
 
-def _moments(simulated: Sequence[Simulated]) -> Groups:
+def _moments(simulated: Sequence[Simulated]) -> Rows:
     """For each passage: tokens, and sums of x, y, xx, yy and xy, for x the true and y the predicted activations."""
-    groups: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    for each in simulated:
-        x, y = np.asarray(each.true, dtype=float), np.asarray(each.predicted, dtype=float)
-        assert x.shape == y.shape, (x.shape, y.shape)
-        moments = np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
-        groups[bool(x.any())].append(moments)
-    return list(groups.values())
+    pairs = [(np.asarray(each.true, dtype=float), np.asarray(each.predicted, dtype=float)) for each in simulated]
+    return [np.array([len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y]) for x, y in pairs]
 
 
 def _r(moments_S6: np.ndarray) -> np.ndarray:
@@ -259,25 +241,21 @@ def _r2(moments_S6: np.ndarray) -> np.ndarray:
     return np.where(var_x > 1e-9 * xx, 1 - (xx - 2 * xy + yy) / var_x, np.nan)
 
 
-def _value(statistic: Statistic, groups: Groups) -> float | None:
-    rows = list(itertools.chain(*groups))
+def _value(statistic: Statistic, rows: Rows) -> float | None:
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(statistic(np.sum(rows, axis=0, keepdims=True))[0]) if rows else math.nan
     return None if math.isnan(value) else value
 
 
-def _interval(statistic: Statistic, groups: Groups, seed: int) -> tuple[float | None, float | None]:
-    """The 95 % bootstrap interval. Passages are resampled whole, as many of each group as there are."""
-    if _value(statistic, groups) is None:
-        return None, None
-    generator = np.random.default_rng(seed)
-    sums_SN = sum(
-        generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=RESAMPLES) @ np.stack(group)
-        for group in filter(None, groups)
-    )
+def _estimate(statistic: Statistic, rows: Rows, seed: int) -> tuple[float | None, float | None, float | None]:
+    """The value and its 95 % bootstrap interval, for which passages are resampled whole."""
+    value = _value(statistic, rows)
+    if value is None:
+        return None, None, None
+    weights_SP = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
     with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = np.nanpercentile(statistic(np.asarray(sums_SN)), [2.5, 97.5])
-    return float(low), float(high)
+        low, high = np.nanpercentile(statistic(weights_SP @ np.stack(rows)), [2.5, 97.5])
+    return value, float(low), float(high)
 
 
 # ---- over features ----
@@ -297,23 +275,22 @@ class ScoreSummary(NamedTuple):
 
 def summarize_scores(scores: Iterable[dict[str, Score]]) -> list[ScoreSummary]:
     """Return a summary for each method that scored at least one feature; `scores` are those of each feature's label."""
-    by_method: dict[str, list[Score]] = {method: [] for method in METHODS}
-    for of_feature in scores:
-        for method, score in of_feature.items():
-            if score.value is not None:
-                by_method.setdefault(method, []).append(score)
+    scored: dict[str, list[Score]] = {method: [] for method in METHODS}
+    for method, score in itertools.chain.from_iterable(each.items() for each in scores):
+        if score.value is not None:
+            scored.setdefault(method, []).append(score)
     return [
         ScoreSummary(
             method,
-            features=len(scored),
-            value=statistics.fmean(values),
-            other_feature=_mean([score.other_feature for score in scored]),
-            top_token=_mean([score.top_token for score in scored]),
-            recall=tuple(map(_mean, itertools.zip_longest(*(score.recall for score in scored)))),
-            values=tuple(values),
+            features=len(each),
+            value=statistics.fmean(score.value for score in each if score.value is not None),
+            other_feature=_mean(score.other_feature for score in each),
+            top_token=_mean(score.top_token for score in each),
+            recall=tuple(map(_mean, itertools.zip_longest(*(score.recall for score in each)))),
+            values=tuple(score.value for score in each if score.value is not None),
         )
-        for method, scored in by_method.items()
-        if (values := [score.value for score in scored if score.value is not None])
+        for method, each in scored.items()
+        if each
     ]
 
 

@@ -206,12 +206,8 @@ def test_a_simulation_takes_more_of_one_kind_of_negatives_where_the_other_is_sho
 def test_every_explained_feature_has_another_one_for_a_baseline(n):
     features = [7 * i for i in range(n)]
     others = scoring.other_features(reversed(features))
-    assert sorted(others) == features
-    if n > 1:
-        assert all(other != feature for feature, other in others.items())
-        assert sorted(others.values()) == features
-    else:
-        assert list(others.values()) == [None] * n
+    assert sorted(others) == sorted(others.values()) == (features if n > 1 else [])
+    assert all(other != feature for feature, other in others.items())
 
 
 def test_one_explained_feature_more_changes_the_baselines_of_hardly_any():
@@ -268,13 +264,6 @@ def test_both_judgements_of_a_passage_are_resampled_together():
     ]
     low, high = accuracy_interval(fuzzing, seed=0)  # passages are all right or all wrong: 40 items, not 80
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 40), rel=0.15)
-
-
-def test_passages_that_activate_the_feature_are_resampled_apart_from_the_others():
-    """As many of each are asked, by design: with all true items right and half of the false, only the latter vary."""
-    low, high = accuracy_interval(judgements(6, 0, 3, 3), seed=0)
-    draws = np.random.default_rng(0).binomial(6, 0.5, size=10_000) / 6
-    assert (low, high) == pytest.approx(tuple(0.5 + np.percentile(draws, [2.5, 97.5]) / 2))
 
 
 def test_recall_is_by_the_interval_of_the_passage(feature):
@@ -335,14 +324,3 @@ def test_passages_are_resampled_whole():
     few = [Simulated([x], [y]) for x, y in zip(truth, truth + generator.normal(size=100), strict=True)]
     repeated = [Simulated(each.true * 50, each.predicted * 50) for each in few]
     assert correlation_interval(repeated, 0) == pytest.approx(correlation_interval(few, 0))
-
-
-def test_simulated_passages_that_are_active_are_resampled_apart_from_the_silent():
-    """Every resample holds as many of each: where all of a kind are alike, the interval has no width."""
-    active, silent = Simulated([0.0, 0.0, 4.0], [0.0, 1.0, 2.0]), Simulated([0.0, 0.0, 0.0], [0.0, 2.0, 1.0])
-    both = [active] * 4 + [silent] * 4
-    r, _ = scoring.correlation(both)
-    assert 0 < r < 1
-    assert correlation_interval(both, seed=0) == pytest.approx((r, r))
-    assert correlation_interval(both[:4], seed=0) == pytest.approx((scoring.correlation(both[:4])[0],) * 2)
-    assert correlation_interval(both[4:], seed=0) == (None, None)
