@@ -14,8 +14,8 @@ from mistral_sae.cli import override
 from mistral_sae.explain.types import STATUSES
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
-from mistral_sae.sae.features import Statistics
 from mistral_sae.sae.evaluate import summary
+from mistral_sae.sae.features import Statistics
 from mistral_sae.steer.chat import HELP
 
 ROOT = Path(__file__).parent.parent.parent
