@@ -62,24 +62,19 @@ def tensors(**extra: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def write(folder: Path, weights: dict[str, torch.Tensor] | None = None, **cfg) -> Path:
     """A directory with what SAE Lens 6 writes for a TopK autoencoder, changed by `cfg`."""
-    base = {
-        "architecture": "topk",
-        "k": K,
-        "d_in": D,
-        "d_sae": F,
-        "dtype": "float32",
-        "device": "cpu",
-        "metadata": V6,
-    }
+    base = {"architecture": "topk", "k": K, "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "metadata": V6}
+    return write_folder(folder, base | cfg, weights or tensors())
+
+
+def write_folder(folder: Path, cfg: dict, weights: dict[str, torch.Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    folder.joinpath("cfg.json").write_text(json.dumps({**base, **cfg}))
-    save_file(weights or tensors(), folder / "sae_weights.safetensors")
+    folder.joinpath("cfg.json").write_text(json.dumps(cfg))
+    save_file(weights, folder / "sae_weights.safetensors")
     return folder
 
 
 def write_2024(folder: Path, weights: dict[str, torch.Tensor] | None = None, **cfg) -> Path:
     """A directory like the published one for layer 16 of Mistral 7B."""
-    folder.mkdir(parents=True, exist_ok=True)
     base = {
         "architecture": "standard",
         "activation_fn_str": "topk",
@@ -99,9 +94,7 @@ def write_2024(folder: Path, weights: dict[str, torch.Tensor] | None = None, **c
         "normalize_activations": "layer_norm",
         "prepend_bos": False,
     }
-    folder.joinpath("cfg.json").write_text(json.dumps({**base, **cfg}))
-    save_file(weights or tensors(), folder / "sae_weights.safetensors")
-    return folder
+    return write_folder(folder, base | cfg, weights or tensors())
 
 
 def assert_same(theirs, ours: SparseAutoencoder, x: torch.Tensor) -> None:
@@ -193,9 +186,8 @@ def test_what_is_loaded_equals_what_was_saved(sae, tmp_path):
     loaded = load_sae(str(tmp_path))
     assert loaded.metadata == METADATA
     assert loaded.density_F is None
-    assert (loaded.sae.k, loaded.sae.activation, loaded.sae.normalize, loaded.sae.center) == (
-        (K, "topk", "layer_norm", True)
-    )
+    variant = (loaded.sae.k, loaded.sae.activation, loaded.sae.normalize, loaded.sae.center)
+    assert variant == (K, "topk", "layer_norm", True)
     for name, parameter in sae.named_parameters():
         assert torch.equal(getattr(loaded.sae, name), parameter)
 
@@ -215,12 +207,8 @@ def test_every_kind_we_can_load_we_can_save_for_sae_lens(sae_lens, tmp_path, act
 def test_files_hold_float32_and_no_more_than_the_tensors(sae, tmp_path):
     save_sae(tmp_path, sae.to(torch.bfloat16), METADATA, statistics(torch.rand(4 * F)[:F]))
     weights = load_file(tmp_path / "sae_weights.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
-        "W_enc": (D, F),
-        "b_enc": (F,),
-        "W_dec": (F, D),
-        "b_dec": (D,),
-    }
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert (tmp_path / "sae_weights.safetensors").stat().st_size < 4 * (2 * D * F + F + D) + 1024
     assert (tmp_path / "sparsity.safetensors").stat().st_size < 2 * 4 * F + 1024

@@ -15,6 +15,7 @@ from mistral_sae.explain.types import STATUSES
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 from mistral_sae.sae.evaluate import summary
+from mistral_sae.sae.features import Statistics
 from mistral_sae.steer.chat import HELP
 
 ROOT = Path(__file__).parent.parent.parent
@@ -40,7 +41,7 @@ def standin_run(tmp_path, monkeypatch):
     sae.initialize(torch.randn(100, 256), seed=0)
     metadata = Metadata("standin", "blocks.2.hook_resid_post", 2, True, 256, "stdlib")
     folder = tmp_path / "runs/standin/sae"
-    save_sae(folder, sae, metadata, torch.full((8192,), 0.01), torch.full((8192,), 9.0))
+    save_sae(folder, sae, metadata, Statistics(torch.full((8192,), 9.0), torch.full((8192,), 0.01), None))
     monkeypatch.chdir(tmp_path)
 
 
