@@ -10,7 +10,9 @@ from mistral_sae import cli
 if __name__ == "__main__":
     cli.start("demo", config)  # before the imports below take their seconds
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,15 +27,8 @@ from mistral_sae.loading import load_pair
 from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.sae.evaluate import reconstruction
 from mistral_sae.steer import chat, display, search, sweep
-from mistral_sae.steer.steering import (
-    Coefficient,
-    Edit,
-    Explanation,
-    SteeringError,
-    Subject,
-    activations_of,
-    statistics_of,
-)
+from mistral_sae.steer.display import print_line
+from mistral_sae.steer.steering import Coefficient, Edit, Explanation, SteeringError, Subject, statistics_of
 
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
 SHOWN = 10  # tokens that a feature raises, or lowers
@@ -81,23 +76,23 @@ def source_of(label: Label) -> str:
 
 def choose_edit(subject: Subject) -> Edit:
     """The edit that the constants describe. Raises SteeringError for what cannot be steered."""
-    generated_only = config.POSITIONS == "generated"
-    coefficient = config.COEFFICIENT
-    if config.FEATURE_INDEX is None:
-        trial, strength = Edit({}, config.METHOD, generated_only), coefficient or 0.0
-        if config.METHOD == "ablate" or strength <= 0:  # which push a feature away: it must show before
-            trial, strength = Edit({}, "clamp", generated_only), 1.0
-        feature = search.most_visible(subject, trial, strength, trials_of(subject, TRIED_TEXTS))
-        return Edit({feature: coefficient}, config.METHOD, generated_only, config.EXACT)
-    return Edit(choose(subject, config.FEATURE_INDEX, coefficient), config.METHOD, generated_only, config.EXACT)
+    edit = Edit({}, config.METHOD, config.POSITIONS == "generated", config.EXACT)
+    if config.FEATURE_INDEX is not None:
+        return replace(edit, coefficients=choose(subject, config.FEATURE_INDEX, config.COEFFICIENT))
+    trial, strength = replace(edit, exact=False), config.COEFFICIENT or 0.0
+    if config.METHOD == "ablate" or strength <= 0:  # which push a feature away: it must show before
+        trial, strength = replace(trial, method="clamp"), 1.0
+    feature = search.most_visible(subject, trial, strength, trials_of(subject, TRIED_TEXTS))
+    return replace(edit, coefficients={feature: config.COEFFICIENT})
 
 
 def choose(subject: Subject, wanted: int | str | dict, coefficient: Coefficient) -> dict[int, Coefficient]:
     """The features meant and their coefficients; words are looked up in explanations and held-out text."""
-    corpus, tokenizer = Corpus.of(config), subject.model.tokenizer
-    return search.choose(
-        wanted, coefficient, subject, lambda n: corpus.held_out_rows(tokenizer, n, config.EVALUATION_STRIDE)
-    )
+
+    def rows(n: int) -> torch.Tensor:
+        return Corpus.of(config).held_out_rows(subject.model.tokenizer, n, config.EVALUATION_STRIDE)
+
+    return search.choose(wanted, coefficient, subject, rows)
 
 
 def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
@@ -105,11 +100,6 @@ def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
     seeds = range(config.SEED, config.SEED + n_texts)
     prompt_ids = subject.model.encode(config.PROMPT)
     return sweep.Trials(subject.model, subject.loaded, prompt_ids, seeds, config.NEW_TOKENS, config.TEMPERATURE)
-
-
-def print_line(name: str, value: str) -> None:
-    """A name and a value on the terminal, cut at its width."""
-    display.print_line(Console(highlight=False), name, value)
 
 
 # ---- side by side ----
@@ -132,7 +122,7 @@ def show_texts(subject: Subject, edit: Edit) -> None:
         print_feature(subject, feature, own)
     print_line("prompt", repr(config.PROMPT))
     print()
-    marks = [read_back(subject, edit, prompt_ids, ids) for ids in generated.values()]
+    marks = [marks_of(subject, edit, prompt_ids, ids) for ids in generated.values()]
     display.print_side_by_side(console, list(generated), marks)
     console.print(display.legend(console), no_wrap=True, overflow="ellipsis")
     fires = "one of them fires" if len(edit.coefficients) > 1 else "fires"
@@ -171,15 +161,14 @@ def print_feature(subject: Subject, feature: int, own: torch.Tensor) -> None:
         print_line("  lowers when steered", "  ".join(map(repr, lowered)))
 
 
-def read_back(subject: Subject, edit: Edit, prompt_ids: list[int], ids: list[int]) -> list[display.Mark]:
+def marks_of(subject: Subject, edit: Edit, prompt_ids: list[int], ids: list[int]) -> list[display.Mark]:
     """The texts of generated tokens, marked by the strongest of the features when read without the edit."""
     if not ids:
         return []
     model, n = subject.model, len(prompt_ids)
-    x_TD = model.residuals(torch.tensor([prompt_ids + ids]), subject.loaded.metadata.residual_layer)[0, n:]
-    of_S = torch.tensor(list(edit.coefficients), device=x_TD.device)
-    activations_TS = activations_of(subject.loaded.sae, x_TD, of_S)[0].cpu()
-    shares_T = (activations_TS / subject.statistics.maximum_F[of_S.cpu()].clamp_min(1e-6)).amax(dim=1)
+    of_S = torch.tensor(list(edit.coefficients))
+    activations_TS = sweep.read_back(model, subject.loaded, of_S, torch.tensor([prompt_ids + ids]), n)[0]
+    shares_T = (activations_TS / subject.statistics.maximum_F[of_S].clamp_min(1e-6)).amax(dim=1)
     pieces = model.tokenizer.strings(prompt_ids + ids)[n:]
     return [display.Mark(text, display.level_of(share)) for text, share in zip(pieces, shares_T.tolist(), strict=True)]
 
@@ -194,7 +183,7 @@ def show_sweep(subject: Subject, edit: Edit) -> None:
     if not signs:
         raise SteeringError("found SWEEP with COEFFICIENT None or 0, which has no sign: expected 1 or -1")
     if len(signs) == 1:  # several keep their proportions
-        signs = {feature: -1.0 if c < 0 else 1.0 for feature, c in signs.items()}
+        signs = {feature: math.copysign(1.0, c) for feature, c in signs.items()}
     own = trials.unsteered(list(signs))
     print_line("prompt", f"{config.PROMPT!r}, {config.SWEEP_SAMPLES} texts each")
     scales = list(config.SWEEP_COEFFICIENTS)
@@ -202,21 +191,15 @@ def show_sweep(subject: Subject, edit: Edit) -> None:
 
         def context(scales_B: list[float], of=of, directions_SD=directions_SD) -> AbstractContextManager:
             scaled = {feature: c * torch.tensor(scales_B) for feature, c in of.items()}
-            scaled_edit = Edit(scaled, edit.method, edit.generated_only, edit.exact)
-            return scaled_edit.context(subject, len(trials.prompt_ids), directions_SD)
+            return replace(edit, coefficients=scaled).context(subject, len(trials.prompt_ids), directions_SD)
 
         steered = trials.steered(scales, context, lambda _: list(signs))
         found = list(Progress(steered, title, len(scales), unit=" coefficients", leave=False))
         strongest = sweep.strongest_fluent(scales, found, own.pooled)
-        rows = [("none", own), *((f"{scale:g}", trial) for scale, trial in zip(scales, found, strict=True))]
+        named = zip(["none", *(f"{scale:g}" for scale in scales)], [own, *found], strict=True)
+        rows = [(name, trial.pooled, subject.model.tokenizer.decode(trial.texts[0])) for name, trial in named]
         print()
-        console.print(
-            display.sweep_table(
-                title,
-                [(name, each.pooled, subject.model.tokenizer.decode(each.texts[0])) for name, each in rows],
-                marked=None if strongest is None else f"{strongest:g}",
-            )
-        )
+        console.print(display.sweep_table(title, rows, marked=None if strongest is None else f"{strongest:g}"))
     print(
         f"\n→ strongest setting at which the text is still fluent: at most {sweep.MOST_NATS:g} nat a token above the "
         f"model's own text, and at most {sweep.MOST_REPETITION:.0%} more of it repeated"

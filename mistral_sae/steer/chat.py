@@ -34,19 +34,16 @@ class Sampling(NamedTuple):
     seed: int  # of the first turn; each later one counts it up
 
 
-class CommandError(UserError):
-    """A command that does not exist or cannot be carried out: one line."""
-
-
 class Conversation:
     """A conversation with a model that commands steer; every turn is added to a transcript.
 
     Args:
         edit: what the first replies are steered with.
         choose: finds the features that /feature means; what it raises is printed.
-        context: tokens the model is given at most, with the reply to come.
+        context: tokens the model is given at most, with the reply to come; the oldest turns are forgotten.
         transcript: JSONL file.
-        is_instruct: use the tokenizer's chat format.
+        is_instruct: use the tokenizer's chat format. Without it the conversation is one text, in which each line of
+            the user's is followed by what the model made of it.
     """
 
     def __init__(
@@ -61,9 +58,10 @@ class Conversation:
         is_instruct: bool,
     ):
         self.edit, self.is_on, self.shows_both = edit, True, False
+        self.messages: list[dict[str, str]] = []  # by user and assistant in turn
         self._subject, self._choose, self._sampling = subject, choose, sampling
         self._transcript, self._is_instruct, self._turn = transcript, is_instruct, 0
-        self.history = History(subject.model, is_instruct, context - sampling.max_tokens)
+        self._room = context - sampling.max_tokens
 
     def run(self) -> None:
         """Read lines and commands from the standard input until it ends, and answer. Ctrl-C stops a reply."""
@@ -95,13 +93,13 @@ class Conversation:
 
     def command(self, line: str) -> None:
         """Carry out a command and print what holds from now on; one that fails changes nothing. Raises UserError."""
-        name, _, argument = line.strip().partition(" ")
+        name, _, argument = line.partition(" ")
         argument, edit = argument.strip(), self.edit
         if name == "/help":
             print(HELP)
             return
         if name in ("/feature", "/coefficient", "/method") and not argument:
-            raise CommandError(f"{name} needs a value: /help shows examples")
+            raise UserError(f"{name} needs a value: /help shows examples")
         if name == "/feature":
             first = next(iter(edit.coefficients.values()))
             edit = replace(edit, coefficients=self._choose(argument, first))
@@ -110,7 +108,7 @@ class Conversation:
         elif name == "/method":
             edit = replace(edit, method=argument)
         elif name not in ("/on", "/off", "/both"):
-            raise CommandError(f"there is no command {name}: /help lists them")
+            raise UserError(f"there is no command {name}: /help lists them")
         edit.in_units_of_steer(self._subject)  # raises for what cannot be steered
         self.edit = edit
         if name == "/both":
@@ -121,15 +119,15 @@ class Conversation:
 
     def _coefficient(self, argument: str) -> float | None:
         if len(self.edit.coefficients) > 1:
-            raise CommandError("each of several features has its own coefficient: expected /feature {12: 2, 40: -1}")
+            raise UserError("each of several features has its own coefficient: expected /feature {12: 2, 40: -1}")
         try:
             return None if argument.lower() == "none" else float(argument)
         except ValueError:
-            raise CommandError(f"found coefficient {argument!r}: expected a number or None") from None
+            raise UserError(f"found coefficient {argument!r}: expected a number or None") from None
 
     def say(self, line: str) -> str:
-        """Print the model's reply to a line as it comes, and return it. Raises CommandError if the line is too long."""
-        ids = self.history.prompt(line)
+        """Print the model's reply to a line as it comes, and return it. Raises UserError if the line is too long."""
+        ids = self.prompt(line)
         record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "turn": self._turn, "user": line}
         record |= {"features": dict(self.edit.coefficients), "method": self.edit.method, "on": self.is_on}
         if self.shows_both and self.is_on:
@@ -138,10 +136,26 @@ class Conversation:
             print("with steering>")
         reply, stopped = self._reply(ids, self.edit.context(self._subject, len(ids)) if self.is_on else nullcontext())
         if reply.strip():  # chat formats take no empty turn
-            self.history.add(line, reply)
+            self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
         append_line(self._transcript, record | {"reply": reply, "stopped": stopped})
         self._turn += 1
         return reply
+
+    def prompt(self, line: str) -> list[int]:
+        """Token ids, BOS included, that a reply to `line` continues; turns that leave no room for it are forgotten."""
+        while True:
+            messages = [*self.messages, {"role": "user", "content": line}]
+            if self._is_instruct:
+                ids = self._subject.model.tokenizer.chat(messages)
+            else:
+                ids = self._subject.model.encode("".join(message["content"] + "\n" for message in messages))
+            if len(ids) <= self._room:
+                return ids
+            if not self.messages:
+                raise UserError(
+                    f"found a line of {len(ids)} tokens, expected at most {self._room}: shorten it, or see CHAT_CONTEXT"
+                )
+            del self.messages[:2]
 
     def _reply(self, ids: list[int], edit: AbstractContextManager) -> tuple[str, bool]:
         """Print a reply as it comes; the reply, and whether Ctrl-C stopped it."""
@@ -162,45 +176,6 @@ class Conversation:
         return "".join(parts), stopped
 
 
-class History:
-    """The turns so far, and the prompt they make.
-
-    In the chat format of the model's tokenizer, or, for a model that has none, as one text in which each line of the
-    user's is followed by what the model made of it. Turns that no longer fit into `room` tokens are forgotten, the
-    oldest first.
-    """
-
-    def __init__(self, model: LanguageModel, is_instruct: bool, room: int):
-        self._model, self._is_instruct, self._room = model, is_instruct, room
-        self._turns: list[tuple[str, str]] = []  # what the user wrote, the reply
-
-    def prompt(self, line: str) -> list[int]:
-        """Token ids, BOS included, that a reply to `line` continues. Raises CommandError if they are too many."""
-        while True:
-            ids = self._format(line)
-            if len(ids) <= self._room:
-                return ids
-            if not self._turns:
-                raise CommandError(
-                    f"found a line of {len(ids)} tokens, expected at most {self._room}: shorten it, or see CHAT_CONTEXT"
-                )
-            del self._turns[0]
-
-    def add(self, line: str, reply: str) -> None:
-        """Remember a turn."""
-        self._turns.append((line, reply))
-
-    def _format(self, line: str) -> list[int]:
-        tokenizer = self._model.tokenizer
-        if not self._is_instruct:
-            text = "".join(f"{said}\n{reply}\n" for said, reply in self._turns) + f"{line}\n"
-            return [tokenizer.bos_id, *tokenizer.encode(text)]
-        messages = []
-        for said, reply in self._turns:
-            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
-        return tokenizer.chat([*messages, {"role": "user", "content": line}])
-
-
 def has_chat_format(model: LanguageModel) -> bool:
     """Whether the model's tokenizer has a chat format."""
     try:
@@ -212,7 +187,4 @@ def has_chat_format(model: LanguageModel) -> bool:
 
 def pieces(model: LanguageModel, ids: Iterator[int]) -> Iterator[str]:
     """The texts of tokens as they come; characters whose bytes are spread over several come with the last."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for id in ids:
-        yield decoder.decode(model.tokenizer.token_bytes(id))
-    yield decoder.decode(b"", final=True)
+    return codecs.iterdecode(map(model.tokenizer.token_bytes, ids), "utf-8", errors="replace")

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mistral_sae.cli import Progress
@@ -23,8 +22,8 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer.display import print_line
-from mistral_sae.steer.steering import Coefficient, Edit, Explanation, SteeringError, Subject, check_coefficients, steer
-from mistral_sae.steer.sweep import LOGITS_BYTES, MOST_NATS, MOST_REPETITION, Trial, Trials, firing_rates, is_fluent
+from mistral_sae.steer.steering import Coefficient, Edit, SteeringError, Subject, check_coefficients, steer
+from mistral_sae.steer.sweep import LOGITS_BYTES, MOST_NATS, MOST_REPETITION, Trial, Trials, is_fluent, read_back
 
 SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
 CLASS = 5  # tokens by which a class of raised tokens is judged
@@ -86,22 +85,17 @@ def _look_up(words: str, subject: Subject, rows: Rows) -> int:
     else:
         how = "no explanations of it (explain.py writes them): by tokens fired on"
     print(f"features for {words!r}, {how}; the number: by how much the words' tokens are raised when steered")
-    _print_found(by_words[:LISTED], found[0], subject.explanations)
+    for i, each in enumerate(by_words[:LISTED]):
+        _print_ranked(i, each.feature, f"{each.strength:4.1f}", subject.explanations[each.feature].text)
     if by_words and by_tokens:
         print("and by tokens fired on, with no explanation that matches")
-    _print_found(by_tokens[:LISTED], found[0], {})
+    for i, each in enumerate(by_tokens[:LISTED], start=len(by_words)):
+        _print_ranked(i, each.feature, f"{each.strength:4.1f}", "raises " + "  ".join(map(repr, each.raised)))
     return found[0].feature
 
 
-def _print_found(found: "list[Found]", best: "Found", explanations: Mapping[int, Explanation]) -> None:
-    for each in found:
-        explanation = explanations.get(each.feature)
-        what = explanation.text if explanation else "raises " + "  ".join(map(repr, each.raised))
-        _print_ranked(each is best, each.feature, f"{each.strength:4.1f}", what)
-
-
-def _print_ranked(is_best: bool, feature: int, figure: str, what: str) -> None:
-    print_line(Console(highlight=False), f"  {'→' if is_best else ' '} {feature:>6}  {figure}", what)
+def _print_ranked(rank: int, feature: int, figure: str, what: str) -> None:
+    print_line(f"  {' ' if rank else '→'} {feature:>6}  {figure}", what)
 
 
 # ---- what a feature raises when it is clamped ----
@@ -109,17 +103,17 @@ def _print_ranked(is_best: bool, feature: int, figure: str, what: str) -> None:
 
 @torch.no_grad()
 def logit_changes(
-    model: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, float], tokens_RT: Tensor, what: str = "features"
+    model: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, float], tokens_RT: Tensor
 ) -> Tensor:
     """How far clamping each feature raises each token's logit (N, V), in standard deviations over the vocabulary.
 
     Measured: the mean change over the positions of some text (R, T), through the layers above, which the logit lens
-    leaves out. `activations` are {feature: what it is clamped to}; each is clamped alone. `what` names the bar.
+    leaves out. `activations` are {feature: what it is clamped to}; each is clamped alone.
     """
     (R, T), plain_V = tokens_RT.shape, model.forward(tokens_RT)[:, 1:].mean(dim=(0, 1))
     at_once = max(1, LOGITS_BYTES // (4 * R * T * model.vocab_size))
     features, parts = list(activations), []
-    with Progress(total=len(features), desc=what, unit=" features", leave=False) as bar:
+    with Progress(total=len(features), desc="what they raise", unit=" features", leave=False) as bar:
         for some in (features[i : i + at_once] for i in range(0, len(features), at_once)):
             with steer(model, loaded, each_alone([feature for feature in some for _ in range(R)], activations)):
                 logits_NTV = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:]
@@ -139,14 +133,15 @@ def each_alone(of_row: Sequence[int], values: Mapping[int, float]) -> dict[int, 
 
 def clearness(change_NV: Tensor) -> Tensor:
     """How clear the class of tokens is that each feature raises (N): the mean of its CLASS highest changes."""
-    return change_NV.topk(CLASS, dim=1).values.mean(dim=1)
+    return change_NV.topk(min(CLASS, change_NV.shape[1]), dim=1).values.mean(dim=1)
 
 
 def extremes(model: LanguageModel, scores_V: Tensor, count: int) -> tuple[list[str], list[str]]:
     """The tokens with the highest scores and those with the lowest, most extreme first."""
-    order = scores_V.argsort(descending=True).tolist()
-    highest, lowest = order[:count], order[: -count - 1 : -1]
-    return [model.tokenizer.strings([id])[0] for id in highest], [model.tokenizer.strings([id])[0] for id in lowest]
+    names = [
+        model.tokenizer.strings([id])[0] for sign in (1, -1) for id in (sign * scores_V).topk(count).indices.tolist()
+    ]
+    return names[:count], names[count:]
 
 
 # ---- by words ----
@@ -234,12 +229,12 @@ def find(query: str, subject: Subject, rows: Rows) -> list[Found]:
     activations = {f: float(statistics.maximum_F[f]) for f in candidates if statistics.maximum_F[f] > 0}
     if not activations:
         return []
-    found = []
-    changes_NV = logit_changes(model, loaded, activations, own_text(model), "what they raise")
-    for feature, change_V in zip(activations, changes_NV, strict=True):
-        wanted = change_V[ids] if ids else change_V
-        strength = wanted.topk(min(CLASS, len(wanted))).values.mean().item()
-        found.append(Found(feature, matches.get(feature, 0.0), strength, extremes(model, change_V, CLASS)[0]))
+    changes_NV = logit_changes(model, loaded, activations, own_text(model))
+    strengths = clearness(changes_NV[:, ids] if ids else changes_NV).tolist()
+    found = [
+        Found(feature, matches.get(feature, 0.0), strength, extremes(model, change_V, CLASS)[0])
+        for feature, strength, change_V in zip(activations, strengths, changes_NV, strict=True)
+    ]
     return sorted(found, key=lambda each: (-each.match, -each.strength))
 
 
@@ -271,23 +266,27 @@ def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trial
     of their tokens than of the model's own while each text stays fluent. Raises SteeringError if no feature ever fired.
     """
     kind, among = _pool(subject)
-    tried = _clearest(subject, random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among))), trials)
+    looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
+    tried = _clearest(subject, looked_at, trials)
     print(
-        f"choosing a feature: {len(tried)} of {min(LOOKED_AT, len(among)):,} {kind}, those that raise the clearest "
+        f"choosing a feature: {len(tried)} of {len(looked_at):,} {kind}, those that raise the clearest "
         f"class of tokens, are tried in {len(trials.seeds)} texts each"
     )
     found = _shown(subject, edit, coefficient, tried, trials)
-    best = found[0]
-    bounds = f"together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition more"
     print(
         "→ fires on most more tokens of its texts than of the model's own"
-        + (f" and leaves them fluent ({bounds})" if best.is_fluent else "; none leaves them fluent")
+        + (
+            f" and leaves them fluent (together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition "
+            "more)"
+            if found[0].is_fluent
+            else "; none leaves them fluent"
+        )
     )
-    for each in found[:LISTED]:
+    for i, each in enumerate(found[:LISTED]):
         explanation = subject.explanations.get(each.feature)
         rates = f"fires on {each.own_rate:3.0%}, steered {each.rate:4.0%} "
-        _print_ranked(each is best, each.feature, rates, explanation.text if explanation else "no explanation")
-    return best.feature
+        _print_ranked(i, each.feature, rates, explanation.text if explanation else "no explanation")
+    return found[0].feature
 
 
 def _pool(subject: Subject) -> tuple[str, list[int]]:
@@ -307,22 +306,23 @@ def _clearest(subject: Subject, candidates: Sequence[int], trials: Trials) -> li
     """The TRIED of the candidates that raise the clearest classes of tokens in a text of the model's own."""
     text = subject.model.sample(trials.prompt_ids, trials.seeds[:1], LOOKED_AT_TOKENS, trials.temperature)[0]
     activations = {feature: float(subject.statistics.maximum_F[feature]) for feature in candidates}
-    changes_NV = logit_changes(
-        subject.model, subject.loaded, activations, torch.tensor([[*trials.prompt_ids, *text]]), "what they raise"
-    )
+    changes_NV = logit_changes(subject.model, subject.loaded, activations, torch.tensor([[*trials.prompt_ids, *text]]))
     order = clearness(changes_NV).argsort(descending=True).tolist()
     return [candidates[i] for i in order[:TRIED]]
 
 
 def _shown(subject: Subject, edit: Edit, coefficient: float, tried: Sequence[int], trials: Trials) -> list[Shown]:
     """The features tried, the most visible first; those that leave a text not fluent come last."""
+    ids = trials.prompt_ids
 
     def context(of_text: list[int]) -> AbstractContextManager:
         alone = each_alone(of_text, dict.fromkeys(of_text, coefficient))
-        return replace(edit, coefficients=alone).context(subject, len(trials.prompt_ids))
+        return replace(edit, coefficients=alone).context(subject, len(ids))
 
-    own = trials.unsteered(tried[:1])
-    own_rates = firing_rates(subject.model, subject.loaded, tried, trials.prompt_ids, own.texts)
+    own, of = trials.unsteered(tried[:1]), torch.tensor(tried)
+    texts = [torch.tensor([[*ids, *text]]) for text in own.texts if text]
+    fired = [read_back(subject.model, subject.loaded, of, text, len(ids))[0] > 0 for text in texts]
+    own_rates = torch.cat(fired or [torch.zeros(1, len(tried))]).float().mean(dim=0).tolist()
     steered = trials.steered(tried, context, lambda feature: [feature], with_kl=False)
     bar = Progress(steered, "steered texts", len(tried), unit=" features", leave=False)
     found = [

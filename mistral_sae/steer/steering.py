@@ -54,8 +54,7 @@ def steer(
 ) -> Iterator[None]:
     """Steer every forward of `model` inside the block. Contexts nest: each edits what those entered before it left.
 
-    With a KV cache and without one the same positions are edited, so the text is the same. Where no coefficient is
-    left after the `None`s the model runs as if there were no block, bit for bit.
+    Where no coefficient is left after the `None`s the model runs as if there were no block, bit for bit.
 
     Args:
         model: with at least the autoencoder's layer loaded.
@@ -102,7 +101,7 @@ def make_edit(
     target_S = torch.stack(torch.broadcast_tensors(*values), dim=-1)
     if target_S.ndim == 2:  # (B, S): the same at all positions of a row
         target_S = target_S.unsqueeze(1)
-    as_it_is_S = target_S.isnan() if target_S.isnan().any() else None
+    as_it_is_S = target_S.isnan()
     rows_SD = sae.W_dec[features_S] if directions_SD is None else directions_SD
     rows_SD = rows_SD.detach().to(device, torch.float32)
 
@@ -114,12 +113,16 @@ def make_edit(
         return lambda x_BTD: x_BTD + shift_D
     if method == "ablate":
         target_S = 0 * target_S
-    activations = _exact_activations(sae, features_S, device) if exact else _own_activations(sae, features_S, device)
+    if exact and sae.W_dec.device != device:
+        raise SteeringError(
+            f"found the autoencoder on {sae.W_dec.device} and the model on {device}, expected one device for "
+            "exact=True: load the autoencoder with device=model.device"
+        )
+    own = _own_activations(sae, features_S, device)
 
     def clamp(x_BTD: Tensor) -> Tensor:
-        f_BTS, std_BT1 = activations(x_BTD)
-        change_BTS = target_S - f_BTS if as_it_is_S is None else (target_S - f_BTS).masked_fill(as_it_is_S, 0.0)
-        return x_BTD + (change_BTS * std_BT1) @ rows_SD
+        f_BTS, std_BT1 = activations_of(sae, x_BTD, features_S) if exact else own(x_BTD)
+        return x_BTD + ((target_S - f_BTS).masked_fill(as_it_is_S, 0.0) * std_BT1) @ rows_SD
 
     return clamp
 
@@ -132,26 +135,14 @@ def _own_activations(
     if sae.center:
         b_S = b_S - W_SD @ sae.b_dec
     W_SD, b_S = W_SD.to(device), b_S.to(device)
-    threshold_S = sae.get_buffer("threshold")[features_S].to(device) if sae.activation == "jumprelu" else None
+    threshold_S = sae.get_buffer("threshold")[features_S].to(device) if sae.activation == "jumprelu" else 0.0
 
     def activations(x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         z_BTD, _, std_BT1 = sae.standardize(x_BTD)
         pre_BTS = F.linear(z_BTD, W_SD, b_S)
-        return pre_BTS.relu() if threshold_S is None else pre_BTS * (pre_BTS > threshold_S), std_BT1
+        return pre_BTS * (pre_BTS > threshold_S), std_BT1
 
     return activations
-
-
-def _exact_activations(
-    sae: SparseAutoencoder, features_S: Tensor, device: torch.device
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The same from an encoding of all features."""
-    if sae.W_dec.device != device:
-        raise SteeringError(
-            f"found the autoencoder on {sae.W_dec.device} and the model on {device}: exact=True encodes all features, "
-            "load the autoencoder with device=model.device"
-        )
-    return lambda x_BTD: activations_of(sae, x_BTD, features_S)
 
 
 @torch.no_grad()
@@ -171,31 +162,13 @@ def check_coefficients(sae: SparseAutoencoder, coefficients: Mapping[int, Coeffi
         raise SteeringError(f"found METHOD {method!r}: expected {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     for feature, c in coefficients.items():
         if type(feature) is not int or not 0 <= feature < sae.n_features:
-            raise SteeringError(
-                f"found feature {feature!r}: expected a whole number from 0 to {sae.n_features - 1}, as the "
-                f"autoencoder has {sae.n_features:,} features"
-            )
+            raise SteeringError(f"found feature {feature!r}: expected a whole number from 0 to {sae.n_features - 1}")
         if isinstance(c, Tensor):
             is_finite = not bool(c.isinf().any())
         else:
             is_finite = c is None or (isinstance(c, int | float) and math.isfinite(c))
         if not is_finite:
             raise SteeringError(f"found coefficient {c!r} of feature {feature}: expected a finite number")
-
-
-def times_maximum(coefficients: Mapping[int, Coefficient], maximum_F: Tensor) -> dict[int, Coefficient]:
-    """Multiples of each feature's maximum (F) as the activations that "clamp" takes; None stays None.
-
-    Raises SteeringError for a feature that never fired where the maximum was measured.
-    """
-    activations = {}
-    for feature, c in coefficients.items():
-        if (largest := float(maximum_F[feature])) <= 0 and c is not None:
-            raise SteeringError(
-                f"feature {feature} never fired where its maximum was measured: expected one that did, or METHOD=add"
-            )
-        activations[feature] = None if c is None else c * largest
-    return activations
 
 
 # ---- edits in the user's units ----
@@ -231,7 +204,16 @@ class Edit:
         check_coefficients(subject.loaded.sae, self.coefficients, self.method)
         if self.method != "clamp":
             return self.coefficients
-        return times_maximum(self.coefficients, subject.statistics.maximum_F)
+        found: dict[int, Coefficient] = {}
+        for feature, c in self.coefficients.items():
+            maximum = float(subject.statistics.maximum_F[feature])
+            if maximum <= 0 and c is not None:
+                raise SteeringError(
+                    f"found feature {feature}, which never fired where its maximum was measured: "
+                    "expected one that did, or METHOD=add"
+                )
+            found[feature] = None if c is None else c * maximum
+        return found
 
     def context(
         self, subject: Subject, prompt_length: int, directions_SD: Tensor | None = None
@@ -249,18 +231,17 @@ class Edit:
 
     def describe(self, subject: Subject) -> str:
         """The edit in words, with its units. Raises SteeringError for what cannot be steered."""
+        words = {
+            "clamp": "{} set to {:g} times its maximum ({:.1f})",
+            "ablate": "{} set to 0",
+            "add": "{} added at {:g} times the residual's norm",
+            "raw": "{} added at {:g} times its decoder row",
+        }
         in_units = self.in_units_of_steer(subject)
-        parts = []
-        for feature, c in self.coefficients.items():
-            if c is None:
-                parts.append(f"{feature} as it is")
-            elif self.method == "clamp":
-                parts.append(f"{feature} set to {c:g} times its maximum ({in_units[feature]:.1f})")
-            elif self.method == "ablate":
-                parts.append(f"{feature} set to 0")
-            else:
-                unit = "times the residual's norm" if self.method == "add" else "times its decoder row"
-                parts.append(f"{feature} added at {c:g} {unit}")
+        parts = [
+            f"{feature} as it is" if c is None else words[self.method].format(feature, c, in_units[feature])
+            for feature, c in self.coefficients.items()
+        ]
         return f"{self.method}: {', '.join(parts)}" + ("; on generated tokens only" if self.generated_only else "")
 
 

@@ -4,7 +4,7 @@ Shapes: B texts, T positions of a text with its prompt, S features, V vocabulary
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
-from mistral_sae.sae.features import Statistics
 from mistral_sae.steer.steering import Subject, activations_of
 
 NGRAM = 4  # tokens of a phrase that counts as repeated
@@ -72,11 +71,10 @@ def measure(
         with steered:
             edited_BTV = model.log_probabilities(tokens_BT)[:, n - 1 :]
         kl_BT = F.kl_div(plain_BTV, edited_BTV, log_target=True, reduction="none").sum(dim=-1).cpu()
-    x_BTD = model.residuals(tokens_BT, loaded.metadata.residual_layer)[:, n:].float()
-    features_S = torch.as_tensor(features, device=x_BTD.device)
+    features_S = torch.as_tensor(features)
     if features_S.ndim == 2:
         features_S = features_S[:, None, None]  # (B, S): the same at all positions of a text
-    activation_BT = activations_of(loaded.sae, x_BTD, features_S)[0].amax(dim=-1).cpu()
+    activation_BT = read_back(model, loaded, features_S, tokens_BT, n).amax(dim=-1)
 
     figures = (nats_BT, kl_BT, activation_BT, activation_BT > 0)
     means = [((values * is_text_BT).sum(dim=1) / lengths_B.clamp_min(1)).tolist() for values in figures]
@@ -86,20 +84,12 @@ def measure(
     ]
 
 
-@torch.no_grad()
-def firing_rates(
-    model: LanguageModel,
-    loaded: LoadedSAE,
-    features: Sequence[int],
-    prompt_ids: Sequence[int],
-    texts: Sequence[Sequence[int]],
-) -> list[float]:
-    """The share of the texts' tokens on which each of the features fires."""
-    of, fired_S = torch.tensor(features, device=loaded.sae.W_dec.device), torch.zeros(len(features))
-    for text in filter(None, texts):
-        x_TD = model.residuals(torch.tensor([[*prompt_ids, *text]]), loaded.metadata.residual_layer)[0]
-        fired_S += (activations_of(loaded.sae, x_TD[len(prompt_ids) :], of)[0] > 0).sum(dim=0).cpu()
-    return (fired_S / max(1, sum(map(len, texts)))).tolist()
+def read_back(
+    model: LanguageModel, loaded: LoadedSAE, features_S: Tensor, tokens_BT: Tensor, prompt_length: int
+) -> Tensor:
+    """Activations (B, T, S) of features after the prompt, on the CPU, of tokens (B, T) that include it."""
+    x_BTD = model.residuals(tokens_BT, loaded.metadata.residual_layer)[:, prompt_length:].float()
+    return activations_of(loaded.sae, x_BTD, features_S.to(x_BTD.device))[0].cpu()
 
 
 def repetition(text: Sequence[int]) -> float:
@@ -199,16 +189,22 @@ def strongest_fluent(scales: Sequence[float], trials: Sequence[Trial], unsteered
 def with_controls(
     subject: Subject, coefficients: Mapping[int, float], seed: int
 ) -> list[tuple[str, dict[int, float], Tensor | None]]:
-    """The steered features and what to compare them with: (title, coefficients, directions to write along or None)."""
-    others = other_features(subject.statistics, seed, coefficients)
-    directions_SD = random_directions(subject.loaded.sae.W_dec[list(coefficients)], seed)
+    """The steered features and what to compare them with: (title, coefficients, directions to write along or None).
+
+    The controls are an edit of the same size along random directions, and as many random features of middle density,
+    if there are as many.
+    """
+    own = dict(coefficients)
+    directions_SD = random_directions(subject.loaded.sae.W_dec[list(own)], seed)
     found = [
-        (f"feature {', '.join(map(str, coefficients))}", dict(coefficients), None),
-        ("control: random direction, the same size of edit", dict(coefficients), directions_SD),
+        (f"feature {', '.join(map(str, own))}", own, None),
+        ("control: random direction, the same size of edit", own, directions_SD),
     ]
-    if others:
+    others = [feature for feature in subject.statistics.mid_density() if feature not in own]
+    if len(others) >= len(own):
+        others = random.Random(seed).sample(others, len(own))
         title = f"control: at random, feature {', '.join(map(str, others))}"
-        found.append((title, dict(zip(others, coefficients.values(), strict=True)), None))
+        found.append((title, dict(zip(others, own.values(), strict=True)), None))
     return found
 
 
@@ -217,9 +213,3 @@ def random_directions(rows_SD: Tensor, seed: int) -> Tensor:
     noise_SD = torch.randn(rows_SD.shape, generator=torch.Generator().manual_seed(seed))
     norms_S1 = torch.linalg.vector_norm(rows_SD.detach().float().cpu(), dim=1, keepdim=True)
     return F.normalize(noise_SD, dim=1) * norms_S1
-
-
-def other_features(statistics: Statistics, seed: int, those: Collection[int]) -> list[int]:
-    """As many random features of middle density as the given ones, other than those; none if there are fewer."""
-    others = [feature for feature in statistics.mid_density() if feature not in those]
-    return random.Random(seed).sample(others, len(those)) if len(others) >= len(those) else []

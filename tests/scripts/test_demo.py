@@ -22,7 +22,7 @@ from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
 from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import sweep
 from mistral_sae.steer.display import BARS, level_of
-from mistral_sae.steer.steering import steer
+from mistral_sae.steer.steering import Subject, steer
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "def f(x):"
@@ -50,7 +50,7 @@ class Ran(NamedTuple):
     @property
     def columns(self) -> list[str]:
         """The texts of the two columns, without what marks them."""
-        lines = [line for line in self.out.splitlines() if "│" in line][2:]
+        lines = [line for line in self.out.splitlines() if "│" in line][1:]
         lines = [line for line in lines if not re.fullmatch(r"[ ▁▃▅▇│]*[▁▃▅▇][ ▁▃▅▇│]*", line)]
         return ["".join(line.split("│")[i].strip() for line in lines).replace(" ", "") for i in (0, 1)]
 
@@ -428,8 +428,7 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     statistics = loaded.statistics
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
-    others = dict(zip(sweep.other_features(statistics, 0, of), of.values(), strict=True))
-    directions = sweep.random_directions(loaded.sae.W_dec[list(of)], 0)
+    _, (_, _, directions), (_, others, _) = sweep.with_controls(Subject(model, loaded, statistics, {}), of, 0)
     expected = []
     for signs, along in ((of, None), (of, directions), (others, None)):
         for scale in (0.5, 2.0, 8.0):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from test_steering import F, autoencoder, loaded_of
 
+from mistral_sae.cli import UserError
 from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import chat
-from mistral_sae.steer.chat import CommandError, Conversation, History, Sampling
+from mistral_sae.steer.chat import Conversation, Sampling
 from mistral_sae.steer.steering import Edit, SteeringError, Subject
 
 EDIT = Edit({12: 1.0}, "clamp")
@@ -84,44 +85,48 @@ def test_whatever_is_set_turns_steering_on_again(conversation_of, command):
 
 def test_several_features_keep_their_coefficients(conversation_of):
     conversation = conversation_of(Edit({3: 2.0, 4: -1.0}))
-    with pytest.raises(CommandError, match="each of several"):
+    with pytest.raises(UserError, match="each of several"):
         conversation.command("/coefficient 3")
     assert conversation.edit == Edit({3: 2.0, 4: -1.0})
 
 
 @pytest.mark.parametrize("command", ["/coefficient two", "/coefficient", "/feature", "/method", "/of"])
 def test_unknown_commands_and_missing_values_say_so(conversation_of, command):
-    with pytest.raises(CommandError, match=r"/|coefficient"):
+    with pytest.raises(UserError, match=r"/|coefficient"):
         conversation_of().command(command)
 
 
-def test_the_prompt_is_in_the_chat_format_of_the_tokenizer(lm):
-    history = History(lm, is_instruct=True, room=490)
-    history.add("def f", "return 1")
-    messages = [("user", "def f"), ("assistant", "return 1"), ("user", "more")]
-    assert history.prompt("more") == lm.tokenizer.chat([{"role": r, "content": c} for r, c in messages])
+def turns(*pairs):
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
-def test_without_a_chat_format_the_prompt_is_one_text(lm):
-    history = History(lm, is_instruct=False, room=490)
-    history.add("def f():", "    return 1")
+def test_the_prompt_is_in_the_chat_format_of_the_tokenizer(lm, conversation_of):
+    conversation = conversation_of()
+    conversation.messages = turns(("def f", "return 1"))
+    expected = [*turns(("def f", "return 1")), {"role": "user", "content": "more"}]
+    assert conversation.prompt("more") == lm.tokenizer.chat(expected)
+
+
+def test_without_a_chat_format_the_prompt_is_one_text(lm, conversation_of):
+    conversation = conversation_of(is_instruct=False)
+    conversation.messages = turns(("def f():", "    return 1"))
     expected = lm.tokenizer.encode("def f():\n    return 1\nf()\n")
-    assert history.prompt("f()") == [lm.tokenizer.bos_id, *expected]
+    assert conversation.prompt("f()") == [lm.tokenizer.bos_id, *expected]
 
 
 @pytest.mark.parametrize("is_instruct", [True, False])
-def test_the_oldest_turns_are_forgotten_where_the_context_is_full(lm, is_instruct):
-    history = History(lm, is_instruct, room=80)
-    for i in range(10):
-        history.add(f"question {i}", f"reply {i}")
-    ids = history.prompt("last")
+def test_the_oldest_turns_are_forgotten_where_the_context_is_full(lm, conversation_of, is_instruct):
+    conversation = conversation_of(is_instruct=is_instruct, context=86)  # six of which are the reply's
+    conversation.messages = turns(*((f"question {i}", f"reply {i}") for i in range(10)))
+    ids = conversation.prompt("last")
     text = lm.tokenizer.decode(ids)
     assert len(ids) <= 80
     assert "last" in text
     assert "reply 9" in text
     assert "question 0" not in text
-    with pytest.raises(CommandError, match="expected at most 80"):
-        history.prompt("word " * 100)
+    with pytest.raises(UserError, match="expected at most 80"):
+        conversation.prompt("word " * 100)
 
 
 def test_a_tokenizer_without_a_chat_format_is_recognised(lm, hugging_face_folder, tmp_path):

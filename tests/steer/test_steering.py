@@ -20,7 +20,6 @@ from mistral_sae.steer.steering import (
     make_edit,
     statistics_of,
     steer,
-    times_maximum,
 )
 
 D, F, K, LAYER = 32, 64, 6, 1
@@ -399,18 +398,19 @@ def test_a_layer_that_is_not_loaded_is_refused(mistral_folder, loaded):
         pass
 
 
-def test_multiples_of_the_maximum_become_activations():
-    maximum = torch.tensor([0.0, 2.0, 5.0])
-    assert times_maximum({1: 1.5, 2: -1, 0: None}, maximum) == {1: 3.0, 2: -5.0, 0: None}
-    with pytest.raises(SteeringError, match="feature 0 never fired"):
-        times_maximum({0: 1.0}, maximum)
-
-
 # ---- in the user's units ----
 
 
 def subject_of(lm, loaded) -> Subject:
-    return Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.001), None), {})
+    return Subject(lm, loaded, Statistics(loaded.maximum_F.clone(), torch.full((F,), 0.001), None), {})
+
+
+def test_multiples_of_the_maximum_become_activations(lm, loaded):
+    subject = subject_of(lm, loaded)
+    subject.statistics.maximum_F[:3] = torch.tensor([0.0, 2.0, 5.0])
+    assert Edit({1: 1.5, 2: -1, 0: None}).in_units_of_steer(subject) == {1: 3.0, 2: -5.0, 0: None}
+    with pytest.raises(SteeringError, match="feature 0, which never fired"):
+        Edit({0: 1.0}).in_units_of_steer(subject)
 
 
 @pytest.mark.parametrize(("method", "unit"), [("clamp", 3.0), ("add", 1.0), ("raw", 1.0), ("ablate", 1.0)])

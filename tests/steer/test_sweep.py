@@ -141,12 +141,11 @@ def test_the_models_own_texts_have_no_divergence(lm, loaded):
     assert own.pooled.kl == 0
 
 
-def test_firing_rates_are_those_of_each_feature_over_all_texts(lm, loaded):
-    texts = [list(range(90, 110)), [], [300, 301]]
-    found = sweep.firing_rates(lm, loaded, [3, 7, 11], PROMPT, texts)
-    for feature, rate in zip([3, 7, 11], found, strict=True):
-        assert rate == pytest.approx(sweep.pooled(sweep.measure(lm, loaded, [feature], PROMPT, texts)).rate, abs=1e-6)
-    assert sweep.firing_rates(lm, loaded, [3], PROMPT, [[], []]) == [0.0]
+def test_features_are_read_back_after_the_prompt(lm, loaded):
+    tokens_BT, features_S = torch.tensor([[*PROMPT, 90, 91, 92]]), torch.tensor([3, 7])
+    dense_TF = loaded.sae.encode(lm.residuals(tokens_BT, LAYER)[0, len(PROMPT) :]).dense(loaded.sae.n_features)
+    found = sweep.read_back(lm, loaded, features_S, tokens_BT, len(PROMPT))
+    torch.testing.assert_close(found[0], dense_TF[:, features_S])
 
 
 def test_random_directions_have_the_norms_of_the_rows():
@@ -158,27 +157,31 @@ def test_random_directions_have_the_norms_of_the_rows():
     assert not torch.equal(found, sweep.random_directions(rows, seed=1))
 
 
-def test_other_features_are_as_many_random_ones_that_fire_now_and_then():
+@pytest.fixture
+def controls_of(lm, loaded):
+    """The controls of a sweep where three features are of middle density, one of which never fired."""
     maximum, density = torch.ones(64), torch.full((64,), 0.5)
     density[[5, 9, 20]] = 0.001
     maximum[20] = 0.0
-    statistics = Statistics(maximum, density, None)
-    assert {tuple(sweep.other_features(statistics, seed, [3])) for seed in range(20)} == {(5,), (9,)}
-    assert {tuple(sweep.other_features(statistics, seed, [3, 4])) for seed in range(20)} == {(5, 9), (9, 5)}
-    assert sweep.other_features(statistics, 0, [5]) == [9]
-    assert sweep.other_features(statistics, 0, [5, 9]) == []
-    assert sweep.other_features(statistics, 0, [3, 4, 5]) == []  # too few
+    subject = Subject(lm, loaded, Statistics(maximum, density, None), {})
+    return lambda coefficients, seed=0: sweep.with_controls(subject, coefficients, seed)
 
 
-def test_a_sweep_is_compared_with_a_random_direction_and_other_features_of_the_same_coefficients(lm, loaded):
-    density = torch.full((64,), 0.5)
-    density[[5, 9]] = 0.001
-    subject = Subject(lm, loaded, Statistics(torch.ones(64), density, None), {})
-    (_, of, none), (_, same, directions), (title, others, none_too) = sweep.with_controls(subject, {3: 1.0, 4: -2.0}, 0)
+def test_a_sweep_is_compared_with_a_random_direction_and_other_features_of_the_same_coefficients(loaded, controls_of):
+    (_, of, none), (_, same, directions), (title, others, none_too) = controls_of({3: 1.0, 4: -2.0})
     assert of == same == {3: 1.0, 4: -2.0}
     assert none is none_too is None
     torch.testing.assert_close(directions.norm(dim=1), loaded.sae.W_dec[[3, 4]].norm(dim=1))
     assert set(others) == {5, 9}
     assert list(others.values()) == [1.0, -2.0]
     assert ", ".join(map(str, others)) in title
-    assert len(sweep.with_controls(subject, {3: 1.0, 4: 1.0, 6: 1.0}, 0)) == 2  # too few others
+
+
+def test_other_features_are_as_many_random_ones_that_fire_now_and_then(controls_of):
+    def others(seed, *features):
+        return tuple(tuple(of) for _, of, _ in controls_of(dict.fromkeys(features, 1.0), seed)[2:])
+
+    assert {others(seed, 3) for seed in range(20)} == {((5,),), ((9,),)}
+    assert {others(seed, 3, 4) for seed in range(20)} == {((5, 9),), ((9, 5),)}
+    assert others(0, 5) == ((9,),)
+    assert others(0, 5, 9) == others(0, 3, 4, 6) == ()  # too few
