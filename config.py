@@ -162,7 +162,10 @@ expect("EXPLAIN_TOKENS", EXPLAIN_TOKENS, EXPLAIN_TOKENS >= CONTEXT_LENGTH, "at l
 expect("EXPLAINER", EXPLAINER, EXPLAINER in (None, "openai", "mistral", "offline"), "openai, mistral or offline")
 expect("EXPLAINER", EXPLAINER, not (EXPLAINER == "mistral" and ON_STANDIN), "another, as the stand-in cannot explain")
 expect(
-    "SCORERS", SCORERS, set(SCORERS.split()) <= {"detection", "fuzzing", "simulation"}, "detection, fuzzing, simulation"
+    "SCORERS",
+    SCORERS,
+    set(SCORERS.replace(",", " ").split()) <= {"detection", "fuzzing", "simulation"},
+    "any of detection, fuzzing, simulation",
 )
 expect(
     "MAX_DOLLARS",

@@ -13,10 +13,14 @@ and a half. Its range, 6e-8 to 65,504, is far wider than that of activations of 
 Shapes: B rows, T positions, D model width, F features, S tokens of a shard, N activations, M passages.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,17 +30,19 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from mistral_sae.cli import UserError
-from mistral_sae.data.tokens import Row
+from mistral_sae.cli import Failed, Progress, UserError
+from mistral_sae.data.documents import Skipped
+from mistral_sae.data.tokens import Corpus, Row, prefetch
 from mistral_sae.files import SAEError, hash_of, opened, write_atomically, write_text
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae import kernels
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.checkpoint import hash_of_sae
+from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 
 FORMAT = 1  # of the files: raise it with any change of what is in them
 SHARD_TOKENS = 2**16  # so that 16 bits hold a position; at K=128 a shard is 34 MB and takes 0.3 GB while it is sorted
 LARGEST = torch.finfo(torch.float16).max  # larger activations are stored as this
+FEW_DOCUMENTS = 30  # below which a feature has hardly ten examples to explain it from
 FOLDER = "activations"  # of a RUN_DIR
 MANIFEST = "manifest.json"
 OTHER = {
@@ -55,7 +61,28 @@ def is_for_scoring(document_id: str) -> bool:
     return bool(hashlib.sha256(document_id.encode()).digest()[15] & 2)
 
 
-# ---- what a cache was made from ----
+# ---- what a cache is made from ----
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which rows of a corpus a pass reads."""
+
+    corpus: Corpus
+    n_rows: int
+    stride: int = 1  # every so many rows one
+    rows_per_forward: int = 16
+
+    @classmethod
+    def of(cls, constants: Any) -> Reading:
+        """Read from constants such as config.py's."""
+        n_rows = math.ceil(constants.EXPLAIN_TOKENS / (constants.CONTEXT_LENGTH - 1))
+        return cls(Corpus.of(constants), n_rows, constants.EXPLAIN_STRIDE, constants.ROWS_PER_FORWARD)
+
+    def described(self) -> dict[str, Any]:
+        """What tells the rows from others, as JSON."""
+        files = {"files": self.corpus.fingerprint()}
+        return asdict(self.corpus) | files | {"stride": self.stride, "rows": self.n_rows}
 
 
 def made_from(model: LanguageModel, sae: SparseAutoencoder, layer: int, corpus: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +239,62 @@ def _runs(documents_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, last
 
 
+def read_corpus(folder: Path, reading: Reading, model: LanguageModel, loaded: LoadedSAE) -> Cache:
+    """The cache in a folder if it is of this making, or the one that a pass over the corpus now writes there.
+
+    Prints what is done and found. Raises TextError for a corpus that cannot be read.
+    """
+    layer, row_tokens = loaded.metadata.residual_layer, reading.corpus.context_length
+    print(f"corpus    {reading.corpus.check()}")
+    described = made_from(model, loaded.sae, layer, reading.described())
+    found, why = open_cache(folder, described)
+    if found is None:
+        if why:
+            print(why)
+        print(f"reading {reading.n_rows * (row_tokens - 1):,} tokens for what activates each feature")
+        skipped, seen = Skipped(), set[str]()
+        packed = reading.corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
+        rows = prefetch(itertools.islice(_strided(packed, reading.stride, seen), reading.n_rows), depth=1024)
+        with Progress(total=reading.n_rows * row_tokens, unit=" tokens", unit_scale=True) as progress:
+            counted = (row for row in rows if progress.update(row_tokens) or True)
+            write(folder, described, counted, model, loaded.sae, layer, reading.rows_per_forward)
+        found, why = open_cache(folder, described)
+        if found is None:
+            raise Failed(why)
+        if skipped.count:
+            print(skipped.summary())
+        _warn_of_few_documents(found, reading, len(seen))
+    print(f"cache     {folder}: {found.tokens:,} tokens of {len(found.names):,} documents")
+    return found
+
+
+def _strided(rows: Iterable[Row], stride: int, seen: set[str]) -> Iterator[Row]:
+    """Every `stride`-th row; `seen` gets the documents that went by, until they are many."""
+    for number, row in enumerate(rows):
+        if len(seen) < 10 * FEW_DOCUMENTS:
+            seen.update(row.documents)
+        if number % stride == 0:
+            yield row
+
+
+def _warn_of_few_documents(found: Cache, reading: Reading, n_seen: int) -> None:
+    """Say so if the documents are few, and which constant gives more."""
+    scoring = int(found.for_scoring.sum())
+    explaining = len(found.names) - scoring
+    if min(explaining, scoring) >= FEW_DOCUMENTS:
+        return
+    if found.rows >= reading.n_rows:
+        advice = "raise EXPLAIN_TOKENS"
+    elif n_seen > len(found.names):
+        advice = f"lower EXPLAIN_STRIDE, by which {reading.stride - 1} of {reading.stride} rows are left out"
+    else:
+        advice = "use text of more files, or a .jsonl with a document a line"
+    print(
+        f"warning: found {explaining:,} documents to explain from and {scoring:,} to score on, and each gives a "
+        f"feature one example: {advice}"
+    )
+
+
 # ---- read ----
 
 
@@ -238,7 +321,7 @@ class Passages(NamedTuple):
     documents: np.ndarray  # (M) int64, place in the cache's `names`
     values: np.ndarray  # (M) float32, a feature's activation on the token; 0 where it does not fire
 
-    def at(self, which: np.ndarray) -> "Passages":
+    def at(self, which: np.ndarray) -> Passages:
         """Some of these, by index or mask."""
         return Passages(*(array[which] for array in self))
 

@@ -11,7 +11,7 @@ Shapes: F features, D model width, M passages, W tokens of the longest passage.
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -42,6 +42,16 @@ class Settings(NamedTuple):
     left: int = 48  # tokens of a passage before its peak, as far as row and document have them
     right: int = 15  # and after it
     seed: int = 0
+
+    @classmethod
+    def of(cls, constants: Any) -> "Settings":
+        """Read from constants such as config.py's."""
+        return cls(
+            spread=constants.EXAMPLES_PER_INTERVAL,
+            left=constants.TOKENS_BEFORE,
+            right=constants.TOKENS_AFTER,
+            seed=constants.SEED,
+        )
 
 
 # ---- where a feature fires ----

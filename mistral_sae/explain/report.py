@@ -26,10 +26,12 @@ from torch import Tensor
 
 from mistral_sae.cli import one_line
 from mistral_sae.explain import figures
+from mistral_sae.explain.cache import Cache
 from mistral_sae.explain.scoring import METHODS, summarize_scores
 from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Label
 from mistral_sae.files import SAEError, write_text
-from mistral_sae.sae.features import Geometry
+from mistral_sae.sae.checkpoint import LoadedSAE
+from mistral_sae.sae.features import Geometry, decoder_geometry
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHUNK = 32  # features: a third of a megabyte compressed, which a browser unpacks in some 20 ms
@@ -53,6 +55,26 @@ class Run(NamedTuple):
     metrics: Sequence[Mapping[str, float]]  # the records of metrics.jsonl
     density_F: Tensor | None  # share of the tokens on which each feature fires
     geometry: Geometry | None  # of the decoder rows
+
+
+def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activations: Cache | None) -> Run:
+    """What the pages say of a run with constants such as config.py's; `activations` are those of its corpus."""
+    evaluation, metrics = read_figures(Path(constants.RUN_DIR)) if constants.SAE_PATH is None else ({}, [])
+    sae, counts_F = loaded.sae, activations.counts_F if activations else None
+    return Run(
+        model=model,
+        layer=loaded.metadata.residual_layer,
+        hook_name=loaded.metadata.hook_name,
+        corpus=corpus,
+        tokens=activations.tokens if activations else 0,
+        sae_path=constants.SAE_PATH or str(Path(constants.RUN_DIR) / "sae"),
+        d_model=sae.d_model,
+        n_features=sae.n_features,
+        evaluation=evaluation,
+        metrics=metrics,
+        density_F=counts_F.double() / activations.tokens if activations and counts_F is not None else None,
+        geometry=None if counts_F is None else decoder_geometry(sae.W_dec, counts_F > 0),
+    )
 
 
 class TextToken(NamedTuple):
