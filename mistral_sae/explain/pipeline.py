@@ -17,8 +17,21 @@ from typing import Any, NamedTuple, TypeVar
 
 from mistral_sae.explain import prompts, scoring
 from mistral_sae.explain.scoring import METHODS
-from mistral_sae.explain.types import STATUSES, Completer, Example, Explanation, Feature, Judgement, Label, Question
-from mistral_sae.explain.types import Request, Score, Status, unexplained, without_passages
+from mistral_sae.explain.types import (
+    STATUSES,
+    Completer,
+    Example,
+    Explanation,
+    Feature,
+    Judgement,
+    Label,
+    Question,
+    Request,
+    Score,
+    Status,
+    unexplained,
+    without_passages,
+)
 
 BASELINES = {"other_feature": " of another feature's explanation", "top_token": " of the top token"}
 BATCH = 8  # passages to judge in one request
