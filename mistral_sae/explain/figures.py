@@ -11,17 +11,19 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from mistral_sae.explain.scoring import ScoreSummary
 from mistral_sae.files import write_atomically
 from mistral_sae.sae.features import RARE, Geometry
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # The page's colours in the light, by their names in report.css
 COLOURS = {"ink": "#1d1b18", "muted": "#625d55", "rule": "#e2ddd4", "curve": "#4a7fb5", "mark": "#b3431e"}
@@ -44,14 +46,14 @@ class Panel(NamedTuple):
 
     title: str
     meaning: str
-    draw: Callable[["Axes"], None]
+    draw: Callable[[Axes], None]
 
 
 # ---- what is drawn ----
 
 
 def training_panels(history: Records, evaluation: Mapping[str, Any], density_F: Tensor | None) -> list[Panel]:
-    """What tells how training went and what it came to, as far as that was recorded.
+    """Return what tells how training went and what it came to, as far as that was recorded.
 
     Args:
         history: the records of metrics.jsonl.
@@ -63,10 +65,9 @@ def training_panels(history: Records, evaluation: Mapping[str, Any], density_F: 
         end = {"tokens": history[-1].get("tokens", 0)} | {k: v for k, v in evaluation.items() if k.startswith("ce_")}
         if "normalized_mse" in evaluation:
             end["held_out_normalized_mse"] = evaluation["normalized_mse"]
-        history = [*history, end]
-        panels.append(_normalized_mse(history))
-        if len(_points(history, "ce_loss_with_sae")) > 1:
-            panels.append(_cross_entropy(history, evaluation))
+        panels.append(_normalized_mse([*history, end]))
+        if sum("ce_loss_with_sae" in record for record in (*history, end)) > 1:
+            panels.append(_cross_entropy([*history, end], evaluation))
         dead = max(record.get("dead", 0) for record in history)
         if density_F is not None and dead >= DEAD_WORTH_SHOWING * len(density_F):
             panels.append(_dead(history))
@@ -81,38 +82,32 @@ def _normalized_mse(history: Records) -> Panel:
         "The share of the residuals' variance that the features leave unexplained: 0 is perfect, 1 is predicting the "
         "mean.",
         history,
-        {
-            "normalized_mse": {"color": CURVE, "label": "training"},
-            "held_out_normalized_mse": {"color": MARK, "label": "held out", "marker": "o", "linestyle": ""},
-        },
-        yscale="log",
+        normalized_mse={"color": CURVE, "label": "training"},
+        held_out_normalized_mse={"color": MARK, "label": "held out", "marker": "o", "linestyle": ""},
+        axes={"yscale": "log"},
     )
 
 
 def _cross_entropy(history: Records, evaluation: Mapping[str, Any]) -> Panel:
     meaning = "The model's loss on held-out text, with the features in the place of the layer's output."
-    if "ce_loss_ablated" in evaluation and "ce_loss_recovered" in evaluation:
-        recovered = percent(evaluation["ce_loss_recovered"])
-        meaning += (
-            f" Its mean there gives {evaluation['ce_loss_ablated']:.2f}; {recovered} of the difference is recovered."
-        )
+    if {"ce_loss_ablated", "ce_loss_recovered"} <= evaluation.keys():
+        ablated, recovered = evaluation["ce_loss_ablated"], percent(evaluation["ce_loss_recovered"])
+        meaning += f" Its mean there gives {ablated:.2f}; {recovered} of the difference is recovered."
     return _curves(
         "Cross-entropy",
         meaning,
         history,
-        {
-            "ce_loss_with_sae": {"color": MARK, "label": "with the SAE", "marker": "o"},
-            "ce_loss_clean": {"color": CURVE, "label": "the model alone", "linestyle": "--"},
-        },
-        ylabel="nats a token",
-        xlim=(0, None),
-        ymargin=0.12,
+        ce_loss_with_sae={"color": MARK, "label": "with the SAE", "marker": "o"},
+        ce_loss_clean={"color": CURVE, "label": "the model alone", "linestyle": "--"},
+        axes={"ylabel": "nats a token", "xlim": (0, None), "ymargin": 0.12},
     )
 
 
 def _dead(history: Records) -> Panel:
     meaning = "Features that had not fired for a long while: each is capacity that the run paid for and did not use."
-    return _curves("Dead features", meaning, history, {"dead": {"color": CURVE}}, ylabel="features", ylim=(0, None))
+    return _curves(
+        "Dead features", meaning, history, dead={"color": CURVE}, axes={"ylabel": "features", "ylim": (0, None)}
+    )
 
 
 def _density(density_F: Tensor) -> Panel:
@@ -135,7 +130,7 @@ def _density(density_F: Tensor) -> Panel:
 
 
 def score_panels(scores: Sequence[ScoreSummary]) -> list[Panel]:
-    """The scores of the first method, and the share of passages it found by strength."""
+    """Return the scores of the first method, and the share of passages it found by strength."""
     if not scores:
         return []
     first = scores[0]
@@ -156,7 +151,7 @@ def score_panels(scores: Sequence[ScoreSummary]) -> list[Panel]:
 
 
 def _recall(found: Sequence[float]) -> Panel:
-    def draw(axes: "Axes") -> None:
+    def draw(axes: Axes) -> None:
         names = [f"{100 * i // len(found)}\N{EN DASH}{100 * (i + 1) // len(found)}%" for i in range(len(found))]
         axes.bar_label(axes.bar(names, found, color=CURVE, width=0.7), fmt="%.2f", padding=2)
         axes.set(xlabel="strength, as a share of the feature's maximum", ylabel="found", ylim=(0, 1.15))
@@ -169,7 +164,7 @@ def _recall(found: Sequence[float]) -> Panel:
 
 
 def geometry_panels(geometry: Geometry | None) -> list[Panel]:
-    """How near decoder rows come to each other, and how many features write to a dimension."""
+    """Return how near decoder rows come to each other, and how many features write to a dimension."""
     if geometry is None:
         return []
     return [
@@ -194,26 +189,21 @@ def geometry_panels(geometry: Geometry | None) -> list[Panel]:
     ]
 
 
-def _points(history: Records, key: str) -> list[tuple[float, float]]:
-    return [(record["tokens"] / 1e6, record[key]) for record in history if "tokens" in record and key in record]
-
-
 def _curves(
-    title: str, meaning: str, history: Records, curves: Mapping[str, Mapping[str, Any]], **properties: Any
+    title: str, meaning: str, history: Records, *, axes: Mapping[str, Any], **curves: Mapping[str, Any]
 ) -> Panel:
-    """Curves over the tokens: `curves` has the options of each by its key in the records; `properties` of the axes."""
+    """Curves over the tokens: `curves` has the options of each by its key in the records; `axes` are properties."""
 
-    def draw(axes: "Axes") -> None:
-        from matplotlib.ticker import LogLocator
-
+    def draw(into: Axes) -> None:
         for key, options in curves.items():
-            if points := _points(history, key):
-                axes.plot(*zip(*points, strict=True), **{"linewidth": 1.4, "markersize": 4.5, **options})
-        axes.set(xlabel="million tokens", **properties)
-        axes.locator_params(axis="x", nbins=5)
-        if properties.get("yscale") == "log":
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
+            points = [(record["tokens"] / 1e6, record[key]) for record in history if {"tokens", key} <= record.keys()]
+            if points:
+                into.plot(*zip(*points, strict=True), **{"linewidth": 1.4, "markersize": 4.5, **options})
+        into.set(xlabel="million tokens", **axes)
+        into.locator_params(axis="x", nbins=5)
+        if axes.get("yscale") == "log":
+            into.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            into.yaxis.set_major_formatter("{x:g}")
 
     return Panel(title, meaning, draw)
 
@@ -228,7 +218,7 @@ def _histogram(
 ) -> Panel:
     """A histogram with vertical lines: where, in what style, called what. `properties` are the axes'."""
 
-    def draw(axes: "Axes") -> None:
+    def draw(axes: Axes) -> None:
         spaced = np.geomspace if properties.get("xscale") == "log" else np.linspace
         axes.hist(values, bins=spaced(*limits, BINS + 1).tolist(), color=CURVE)
         for where, style, name in lines:
@@ -248,30 +238,23 @@ def _histogram(
 
 def plot_training(path: Path, history: Records, evaluation: Mapping[str, Any], density_F: Tensor | None) -> None:
     """Draw `training_panels` side by side into a PNG at `path`."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     panels = training_panels(history, evaluation, density_F)
-    meanings = [textwrap.wrap(panel.meaning, 61) for panel in panels]
+    meanings = ["\n".join(textwrap.wrap(panel.meaning, 61)) for panel in panels]
+    height = 12 * max(meaning.count("\n") + 1 for meaning in meanings)  # points; the same for all: they stand in a row
+    above = {"xycoords": "axes fraction", "textcoords": "offset points"}
     with rc_context(STYLE):
         figure = Figure(figsize=(4.0 * len(panels), 3.6), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
         for panel, meaning, axes in zip(
             panels, meanings, figure.subplots(1, len(panels), squeeze=False)[0], strict=True
         ):
             _draw(panel, axes)
-            height = 12 * max(map(len, meanings))  # in points; the same for all, so that they stand in one row
-            above = {"xycoords": "axes fraction", "textcoords": "offset points"}
-            axes.annotate("\n".join(meaning), (0, 1), (0, 8 + height), va="top", fontsize=8, **above)
+            axes.annotate(meaning, (0, 1), (0, 8 + height), va="top", fontsize=8, **above)
             axes.annotate(panel.title, (0, 1), (0, 13 + height), fontsize=11, fontweight="bold", color=INK, **above)
         write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
 def svg(panel: Panel) -> str:
-    """A panel as SVG for use inside HTML: without inline styles, which the page forbids; its ids are its own."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
+    """Return a panel as SVG for use inside HTML: without inline styles, which the page forbids; its ids are its own."""
     with rc_context(STYLE | {"svg.hashsalt": panel.title}):
         figure, file = Figure(figsize=(3.5, 2.4), layout="constrained"), io.StringIO()
         _draw(panel, figure.subplots())
@@ -279,13 +262,14 @@ def svg(panel: Panel) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     markup = file.getvalue()[file.getvalue().index("<svg") :]
     markup = re.sub(r'<style.*?</style>|<!--.*?-->| id="[\w.]+_\d+"', "", markup, flags=re.DOTALL)
-    markup = re.sub(r'style="(.*?)"', _attributes, markup)
+    markup = re.sub(r'style="(.*?)"', lambda style: re.sub(r"([\w-]+): ([^;]+);?", r'\1="\2"', style[1]), markup)
+    markup = re.sub(r' ?font-family="[^"]*"', "", markup)  # the page's is taken
     for variable, colour in COLOURS.items():
         markup = markup.replace(colour, f"var(--{variable})")
     return markup
 
 
-def _draw(panel: Panel, axes: "Axes") -> None:
+def _draw(panel: Panel, axes: Axes) -> None:
     panel.draw(axes)
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -296,14 +280,8 @@ def _draw(panel: Panel, axes: "Axes") -> None:
         axes.legend()
 
 
-def _attributes(style: re.Match[str]) -> str:
-    """Declarations of CSS as attributes of SVG; the font is the page's."""
-    declarations = re.findall(r"([\w-]+): ([^;]+)", style[1])
-    return " ".join(f'{name}="{value}"' for name, value in declarations if name != "font-family")
-
-
 def percent(share: float) -> str:
-    """A share in percent, to two significant digits below 10 % and one decimal above: 0.012%, 98.2%."""
+    """Return a share in percent, to two significant digits below 10 % and one decimal above: 0.012%, 98.2%."""
     value = 100 * share
     text = f"{value:.1f}" if value >= 9.95 else f"{Decimal(f'{value:.2g}'):f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) + "%"

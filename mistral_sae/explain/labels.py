@@ -26,12 +26,11 @@ class Selection(NamedTuple):
 
     words: str
     how: str  # "all", "random", "densest" or "listed"
-    number: int = 0  # of "random" and "densest"
-    listed: Sequence[int] = ()  # ascending
+    numbers: Sequence[int] = ()  # those listed, ascending; how many of "random" and "densest"
 
     def check(self, n_features: int) -> None:
         """Raise UserError where features are listed that the autoencoder does not have."""
-        if self.listed and self.listed[-1] >= n_features:
+        if self.how == "listed" and self.numbers[-1] >= n_features:
             raise UserError(f"SELECT is {self.words!r}: expected features from 0 to {n_features - 1}")
 
     def choose(self, firings_F: Tensor, seed: int) -> list[int]:
@@ -40,29 +39,31 @@ class Selection(NamedTuple):
         Dead ones are chosen only if they are listed, or with all.
         """
         if self.how == "listed":
-            return list(self.listed)
+            return list(self.numbers)
         if self.how == "all":
             return list(range(len(firings_F)))
         living = firings_F.nonzero().squeeze(1).tolist()
-        count = min(self.number, len(living))
-        if self.how == "random":
-            return sorted(random.Random(seed).sample(living, count))
-        return sorted(firings_F.topk(count).indices.tolist())
+        count = min(self.numbers[0], len(living))
+        chosen = (
+            random.Random(seed).sample(living, count) if self.how == "random" else firings_F.topk(count)[1].tolist()
+        )
+        return sorted(chosen)
 
 
 def parse_select(select: str | int | list[Any]) -> Selection:
     """Return what SELECT says. Raises UserError for words that say nothing."""
     words = str(select)
     text = words.strip().lower()
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
     if text == "all":
         return Selection(words, "all")
-    if (match := re.fullmatch(r"(random|densest)\s+(\d+)", text)) and int(match[2]):
-        return Selection(words, match[1], int(match[2]))
-    if (match := re.fullmatch(r"(\d+)\s*-\s*(\d+)", text)) and int(match[1]) <= int(match[2]):
-        return Selection(words, "listed", listed=range(int(match[1]), int(match[2]) + 1))
-    numbers = r"\d+(\s*,\s*\d+)*\s*,?"
-    if re.fullmatch(rf"{numbers}|\[\s*{numbers}\s*\]|\(\s*{numbers}\s*\)", text):
-        return Selection(words, "listed", listed=sorted({int(number) for number in re.findall(r"\d+", text)}))
+    if (match := re.fullmatch(r"(random|densest)\s+\d+", text)) and numbers[0]:
+        return Selection(words, match[1], numbers)
+    if re.fullmatch(r"\d+\s*-\s*\d+", text) and numbers[0] <= numbers[1]:
+        return Selection(words, "listed", range(numbers[0], numbers[1] + 1))
+    inside = text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text
+    if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*,?\s*", inside):
+        return Selection(words, "listed", sorted(set(numbers)))
     raise UserError(
         f"SELECT is {words!r}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
     )
@@ -82,8 +83,8 @@ def read_labels(path: Path) -> dict[int, Label]:
     A line needs feature, explanation, explainer, scores and status; what else a label has may be missing, and more may
     be there. Raises SAEError for a line that is no label.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     labels = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             label = from_json(line)
@@ -106,21 +107,21 @@ def from_json(line: str) -> Label:
     """Return the label in a line of explanations.jsonl. Raises ValueError if it is none."""
     try:
         record = json.loads(line)
-        record["scores"] = {method: _score(fields) for method, fields in record["scores"].items()}
+        record["scores"] = {method: _record(Score, fields) for method, fields in record["scores"].items()}
         record["judgements"] = tuple(Judgement(*fields) for fields in record.get("judgements", ()))
         STATUSES[record["status"]]  # one of them
-        return _from_fields(Label, record)
+        return _record(Label, record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"found {line[:60]!r} ({error}), expected a label as explain.py writes them") from None
 
 
-def _score(fields: dict[str, Any]) -> Score:
-    lists = {"recall": tuple(fields.get("recall", ())), "requests": tuple(map(tuple, fields.get("requests", ())))}
-    return _from_fields(Score, fields | lists)
+def _record(kind: Any, fields: dict[str, Any]) -> Any:
+    """A record of those of the fields that it has; lists, and lists in lists, become tuples."""
 
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
 
-def _from_fields(kind: Any, fields: dict[str, Any]) -> Any:
-    return kind(**{name: fields[name] for name in kind._fields if name in fields})
+    return kind(**{name: frozen(fields[name]) for name in kind._fields if name in fields})
 
 
 def merge_labels(

@@ -105,11 +105,8 @@ async def score(
         scores[method] = by_name["own"]._replace(other_feature=other_feature, top_token=by_name["top_token"].value)
         judgements += found[method, explanation.text][1]
         for name, each in by_name.items():
-            total = sum(count for _, count in each.requests)
-            of = f"{method}{BASELINES.get(name, '')}"
-            reasons += [
-                f"{of}: {count} of {total} requests {status}" for status, count in each.requests if status != "ok"
-            ]
+            of, total = f"{method}{BASELINES.get(name, '')}", sum(dict(each.requests).values())
+            reasons += [f"{of}: {n} of {total} requests {status}" for status, n in each.requests if status != "ok"]
     return Label(feature.feature, explanation.text, explainer, "ok", scores, tuple(judgements), "; ".join(reasons))
 
 
@@ -122,11 +119,7 @@ async def explain_all(
     after_each: Callable[[], object] = lambda: None,
 ) -> dict[int, Explanation]:
     """Return explanations of features, ascending; `load` gives a feature's record when its turn has come."""
-
-    async def work(index: int) -> Explanation:
-        return await explain(load(index), completer)
-
-    return await _for_each(features, work, in_flight, after_each)
+    return await _for_each(features, lambda index: explain(load(index), completer), in_flight, after_each)
 
 
 async def score_all(
@@ -144,13 +137,11 @@ async def score_all(
     others = scoring.other_features(index for index, explanation in explanations.items() if explanation.status == "ok")
 
     async def work(index: int) -> Label:
-        explanation, other = explanations[index], others.get(index)
+        explanation = explanations[index]
         if explanation.status != "ok":  # whose record need not be made
             return unexplained(explanation, explainer)
-        baseline = None if other is None else explanations[other]
-        return await score(
-            load(index), explanation, baseline, completer, explainer=explainer, methods=methods, seed=seed
-        )
+        other = explanations[others[index]] if index in others else None
+        return await score(load(index), explanation, other, completer, explainer=explainer, methods=methods, seed=seed)
 
     return await _for_each(explanations, work, in_flight, after_each)
 
@@ -178,52 +169,44 @@ def has_failed(label: Label) -> bool:
 
     A feature without passages to be explained from, or without a pattern, as the explainer says, lacks nothing.
     """
-    in_vain = (score.requests for score in label.scores.values() if score.answered < score.unanswered)
-    return any(STATUSES[status].is_failure for status in [label.status, *_statuses(in_vain)])
+    in_vain = [score for score in label.scores.values() if score.answered < score.unanswered]
+    statuses = [label.status, *(status for score in in_vain for status, _ in score.requests)]
+    return any(STATUSES[status].is_failure for status in statuses)
 
 
 def is_worth_asking_again(label: Label) -> bool:
     """Return whether the next run may get an answer that this label lacks."""
-    requests = (score.requests for score in label.scores.values())
-    return any(STATUSES[status].ask_again for status in [label.status, *_statuses(requests)])
-
-
-def _statuses(requests: Iterable[Iterable[tuple[Status, int]]]) -> list[Status]:
-    return [status for each in requests for status, _ in each]
+    statuses = [label.status, *(status for score in label.scores.values() for status, _ in score.requests)]
+    return any(STATUSES[status].ask_again for status in statuses)
 
 
 def summary(labels: Collection[Label]) -> list[str]:
     """Return lines for people: labels by status, requests for scores that got no answer, and mean scores."""
     statuses = Counter(label.status for label in labels)
-    unscored = sum(any(not score.answered for score in label.scores.values()) for label in labels)
-    lines = [
-        f"{len(labels):,} features: {_counts(statuses)}"
-        + (f"; {unscored:,} of the ok ones lack a score" if unscored else "")
-    ]
     asked: Counter[Status] = Counter()
-    for score in (score for label in labels for score in label.scores.values()):
-        asked.update(dict(score.requests))
-    unanswered = asked.copy()
-    del unanswered["ok"]
-    if unanswered:
-        which = f"of {asked.total():,} requests for the scores {_counts(unanswered)}"
-        lines.append(f"{which}: what these asked for counts neither way")
+    unscored = 0
+    for label in labels:
+        unscored += any(not score.answered for score in label.scores.values())
+        for score in label.scores.values():
+            asked.update(dict(score.requests))
+    lack = f"; {unscored:,} of the ok ones lack a score" if unscored else ""
+    lines = [f"{len(labels):,} features: {_counts(statuses)}{lack}"]
+    total, answered = asked.total(), asked.pop("ok", 0)
+    if total > answered:
+        lines.append(f"of {total:,} requests for the scores {_counts(asked)}: what these asked for counts neither way")
     for each in scoring.summarize_scores(label.scores for label in labels):
-        lines.append(
-            f"  {each.method:10} {_figure(each.value)}   another feature's explanation "
-            f"{_figure(each.other_feature)}, its top token {_figure(each.top_token)}"
-            + (f" (over {each.features:,} features)" if each.features < statuses["ok"] else "")
+        value, other_feature, top_token = (
+            "none" if mean is None else f"{round(mean, 2) + 0.0:.2f}"  # not -0.00
+            for mean in (each.value, each.other_feature, each.top_token)
         )
+        over = f" (over {each.features:,} features)" if each.features < statuses["ok"] else ""
+        baselines = f"another feature's explanation {other_feature}, its top token {top_token}"
+        lines.append(f"  {each.method:10} {value}   {baselines}{over}")
     return lines
 
 
 def _counts(statuses: Counter[Status]) -> str:
     return ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
-
-
-def _figure(value: float | None) -> str:
-    """A mean score, if there is one: a feature that is explained alone has no other to be compared with."""
-    return "none" if value is None else f"{round(value, 2) + 0.0:.2f}"  # not -0.00
 
 
 # ---- requests ----

@@ -96,7 +96,7 @@ ACTIVATIONS = {"title": "activations"} | _object(active={"type": "array", "items
 
 
 def explain_request(feature: Feature, n_top: int = TOP, n_spread: int = SPREAD) -> Request:
-    """Ask for a feature's pattern and then its explanation; the reply is EXPLANATION's.
+    """Return the request for a feature's pattern and then its explanation; the reply is EXPLANATION's.
 
     Shown are its `n_top` strongest passages and `n_spread` from all over its range, taken evenly from `spread`, at most
     one of a document.
@@ -165,7 +165,7 @@ def _observed(number: int, passage: Example, maximum: float, marks: tuple[str, s
 
 
 def detection_request(explanation: str, questions: Sequence[Question]) -> Request:
-    """Ask which passages hold a token on which a feature is active; the reply is VERDICTS'."""
+    """Return the request that asks which passages hold a token on which a feature is active; the reply is VERDICTS'."""
     task = (
         "Going by it, in which of these passages is the feature active on at least one token? It may be any number of "
         "them, none and all included."
@@ -175,7 +175,7 @@ def detection_request(explanation: str, questions: Sequence[Question]) -> Reques
 
 
 def fuzzing_request(explanation: str, questions: Sequence[Question]) -> Request:
-    """Ask in which passages the marked tokens are those on which a feature is active; the reply is VERDICTS'."""
+    """Return the request that asks where the marked tokens are those a feature is active on; the reply is VERDICTS'."""
     before, after = marks = marks_for([*(question.passage.text for question in questions), explanation])
     task = (
         f"In each of these passages some tokens stand between {before} and {after}. Going by the "
@@ -224,7 +224,7 @@ def _answers(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def simulation_request(explanation: str, passage: Example) -> Request:
-    """Ask for the activation, 0 to LEVELS, of each token of a passage; the reply is ACTIVATIONS'.
+    """Return the request for the activation, 0 to LEVELS, of each token of a passage; the reply is ACTIVATIONS'.
 
     The reply names positions and leaves out zeros: models lose count in a list with an entry for every token.
     """
@@ -251,16 +251,15 @@ def read_activations(reply: str, n_tokens: int) -> list[int]:
     entries = lists[-1] if lists else [each for each in objects if "activation" in each]  # or the list alone
     if not lists and not entries:
         raise Unreadable('it has no JSON object with the key "active"')
-    activations = [0] * n_tokens
-    for entry in entries:
-        fields = entry if isinstance(entry, dict) else {}
-        position, activation = fields.get("position", -1), fields.get("activation", -1)
-        if isinstance(activation, bool) or position not in range(n_tokens) or activation not in range(LEVELS + 1):
-            raise Unreadable(
-                f'an entry of "active" is not a position from 0 to {n_tokens - 1} and an activation from 0 to {LEVELS}'
-            )
-        activations[int(position)] = int(activation)
-    return activations
+    try:
+        found = {int(entry["position"]): int(entry["activation"]) for entry in entries}
+    except (KeyError, TypeError, ValueError, OverflowError):
+        found = {-1: -1}
+    if not (found.keys() <= set(range(n_tokens)) and set(found.values()) <= set(range(LEVELS + 1))):
+        raise Unreadable(
+            f'an entry of "active" is not a position from 0 to {n_tokens - 1} and an activation from 0 to {LEVELS}'
+        )
+    return [found.get(position, 0) for position in range(n_tokens)]
 
 
 # ---- any request ----
