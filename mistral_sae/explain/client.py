@@ -11,6 +11,7 @@ answered is worth keeping, and every further completion is "stopped", as it is w
 
 import asyncio
 import itertools
+import json
 import logging
 import math
 import re
@@ -18,18 +19,16 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import parse_qsl, urlsplit
-from weakref import WeakValueDictionary
 
 import anyio  # what openai itself runs on; asyncio.timeout needs Python 3.11
 import httpx2
 import openai
 
-from mistral_sae.cli import UserError
+from mistral_sae.cli import UserError, one_line
 from mistral_sae.explain.journal import Budget, Journal, Tokens, estimate_tokens, most_tokens, request_key
 from mistral_sae.explain.prompts import fold_system
-from mistral_sae.explain.replies import ANSWERED, FORMAT, SYSTEM_ROLE, Reply, one_line, read_reply
 from mistral_sae.explain.types import Completion, Request, Status
 from mistral_sae.files import hash_of
 from mistral_sae.model.language_model import LanguageModel, ModelError
@@ -39,24 +38,57 @@ CONNECT_SECONDS = 10.0
 FIRST_CONNECTIONS = 3  # attempts to reach a server that has completed nothing yet
 LATE_IN_A_ROW = 5  # requests past their deadlines, with no completion between, after which nobody is there
 PAUSE = 8.0  # seconds before a server that stays busy or away through all of openai's retries is asked again
+MOST_PATIENCE = 600  # seconds; a server that asks to wait longer ends the run
 MODEL_CONTEXT = 32_768  # positions of Mistral's instruct models from 7B v0.2 on, whose own format does not say so
-PLACEHOLDERS = ("ollama", "lm-studio", "no-key", "no-key-required", "sk-no-key-required", "not-needed")  # no secrets
 
 FATAL = {  # what ends the run: "the server at ..."
-    "key": "refused the key ({words}): check OPENAI_API_KEY",
-    "no key": "wants a key ({words}): set OPENAI_API_KEY",
+    "key": "wants a valid key ({words}): check OPENAI_API_KEY",
     "model": "has no model {model!r} ({words}): correct OPENAI_MODEL, or load the model there",
     "address": "has no chat completions for model {model!r} ({words}): check OPENAI_BASE_URL, which mostly ends in /v1",
-    "quota": "has no quota left for this key ({words}): add credit and start again to go on",
-    "region": "serves nobody from here ({words}): set OPENAI_BASE_URL to one that does",
+    "quota": "has no quota left for this key ({words}): add credit, or wait, and start again to go on",
     "no server": "cannot be reached ({words}): start it, or correct OPENAI_BASE_URL",
     "late": "does not answer ({words}): look whether it still runs, and start again to go on",
-    "patience": "asks to be left alone for a while ({words}): start again then to go on",
     "unusable": "sends no chat completion with a text ({words}): check OPENAI_BASE_URL, and SAMPLING of a model that "
     "only thinks",
 }
-
 INSTEAD = {"max_tokens": "with max_completion_tokens", "json_schema": "for json_object", "json_object": "for text"}
+
+FORMAT = r"response.?format|json.?(schema|object|mode)|structured.output|guided|grammar"
+SYSTEM_ROLE = (  # chat templates say it in the words of the model's makers
+    r"system.{0,20}\b(role|message|prompt|instruction)|\broles?\b.{0,40}(system|alternate|only|user)|only user and"
+)
+OVERFLOW = (
+    r"context[ _-]?(length|size|window)|exceed_context|max(imum |_)(model|prompt)|must have less than \d+ tokens"
+    r"|(prompt|inputs?)\b.{0,60}\b(too (long|large)|exceed)|max_new_tokens. must be <="
+)
+KEY = (  # Google's and Mistral's; whoever serves no such region says so when the key is good
+    r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key"
+    r"|(country|region|territory|location).{0,40}not supported|unsupported_country"
+)
+ERRORS = (  # kind, HTTP statuses, words of OpenAI, Azure, Mistral, vLLM, llama.cpp, Ollama and others; the first counts
+    ("truncated", {400}, "could not finish the message because max_tokens"),
+    ("overflow", {413}, ""),
+    ("overflow", {429}, "request too large"),
+    ("overflow", {400, 422, 500}, OVERFLOW),
+    (
+        "filtered",
+        {400, 403, 422},
+        r"content[ _-]?(filter|policy|management)|ResponsibleAI|moderation|flagged|inspection",
+    ),
+    ("quota", {402}, ""),
+    ("quota", {400, 403, 429}, r"insufficient[ _-](quota|balance|funds|credits)|billing_|credit balance is too low"),
+    ("key", {401}, ""),
+    ("key", {400, 403}, KEY),
+    ("forbidden", {403, 451}, ""),
+    ("busy", {429, 503, 504, 529}, ""),
+    ("rejected", {400, 404, 422, 500, 501}, f"{FORMAT}|{SYSTEM_ROLE}"),
+    ("model", {400, 404}, r"model_not_found|invalid[ _]model|\bmodel .*(not found|not exist|unknown|not available)"),
+    ("address", {404, 405}, ""),
+    ("rejected", {400, 422, 501}, ""),
+    ("fault", {408, 409, 425, *range(500, 600)}, ""),
+    ("failed", range(1000), ""),
+)
+TELLING = ("error", "message", "detail", "msg", "code", "type", "param", "loc", "innererror")  # fields of error bodies
 
 
 @dataclass(frozen=True)
@@ -76,14 +108,9 @@ class Server:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[!-~]*", self.key or ""):
             raise UserError("found a key with a space, a line break or a foreign letter in it: check OPENAI_API_KEY")
-        url = self.base_url or OPENAI
-        try:
-            is_url = bool(re.match("https?://", url) and urlsplit(url).hostname and urlsplit(url).port != 0)
-        except ValueError:
-            is_url = False
-        if not is_url:
-            shown = "one with a secret in it" if set("@?") & set(url) else repr(url)
-            raise UserError(f"found the base URL {shown}, expected one like http://localhost:8000/v1: correct it")
+        if not re.fullmatch(r"https?://([^/@]*@)?(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?([/?].*)?", self.base_url or OPENAI):
+            # It is not shown, as there may be a secret in it
+            raise UserError("found the base URL of no server, expected one like http://localhost:8000/v1: correct it")
 
     @property
     def address(self) -> str:
@@ -97,9 +124,8 @@ class Server:
         return key, f"{key} cut off at {self.longest_reply}"
 
     def without_key(self, text: str) -> str:
-        """A text of the server's without the key, which some servers repeat."""
-        is_secret = self.key and len(self.key) > 5 and self.key.lower() not in PLACEHOLDERS
-        return text.replace(self.key or "", "[key]") if is_secret else text
+        """A text of the server's without the key, which some servers repeat; "ollama" and the like are no secrets."""
+        return text.replace(self.key, "[key]") if self.key and len(self.key) > 6 else text
 
 
 class Client:
@@ -127,8 +153,6 @@ class Client:
         self._halved, self._answered = 0.0, -math.inf  # when these last were; when a request last was
         self._served = False  # whether any was
         self._done = self._known = self._retries = self._slow = self._late = 0
-        self._scopes: set[anyio.CancelScope] = set()  # of the requests in flight
-        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         for name in ("openai", "httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         url, _, query = (server.base_url or OPENAI).partition("?")
@@ -173,46 +197,37 @@ class Client:
 
         Raises UserError where no request can succeed, and none has, and where the journal cannot be written.
         """
-        keys = self.server.keys(request)
-        async with self._asking.setdefault(keys[0], asyncio.Lock()):
-            if known := self._journal.get(*keys):
-                self._known += 1
-                return known
-            call = _Call(request)
-            try:
-                async with self._turns:
-                    status, text = await self._within_deadline(call)
-            except BaseException as error:
-                if any(call.spent):  # which counts even so
-                    self._keep(keys[0], Completion("failed", "the run was stopped", *call.spent))
-                if not isinstance(error, _Ended):
-                    raise
-                if self.is_broken and not self._served:
-                    raise UserError(self.stopped) from None
-                return Completion("stopped", self.stopped)
-            self._done += 1
-            completion = Completion(cast(Status, status), self.server.without_key(text), *call.spent)
-            self._keep(keys[status == "truncated"], completion)
-            return completion
+        keys, call = self.server.keys(request), _Call(request)
+        if known := self._journal.get(*keys):
+            self._known += 1
+            return known
+        try:
+            async with self._turns:
+                status, text = await self._within_deadline(call)
+        except BaseException as error:
+            if any(call.spent):  # which counts even so
+                self._keep(keys[0], Completion("failed", "the run was stopped", *call.spent))
+            if not isinstance(error, _Ended):
+                raise
+            if self.is_broken and not self._served:
+                raise UserError(self.stopped) from None
+            return Completion("stopped", self.stopped)
+        self._done += 1
+        completion = Completion(cast(Status, status), self.server.without_key(text), *call.spent)
+        self._keep(keys[status == "truncated"], completion)
+        return completion
 
     def _keep(self, key: str, completion: Completion) -> None:
         self._journal.append(key, completion, self._budget.dollars(Tokens(*completion[2:])))
 
     async def _within_deadline(self, call: "_Call") -> tuple[str, str]:
         """A request's status, and its reply or the reason."""
-        if self.stopped:
-            raise _Ended
-        with anyio.CancelScope() as call.scope:  # whose deadline is set when the first attempt goes out
-            self._scopes.add(call.scope)
-            try:
-                return await self._ask(call)
-            finally:
-                self._scopes.remove(call.scope)
-        if self.is_broken:
-            raise _Ended
-        last = call.reply.text or "none was finished"
-        text = f"no answer within {self.server.deadline:g} s; the last attempt: {last}"
+        with call.scope:  # whose deadline is set when the first attempt goes out
+            return await self._ask(call)
         self._late += 1
+        text = (
+            f"no answer within {self.server.deadline:g} s; the last attempt: {call.reply.text or 'none was finished'}"
+        )
         if self._late == LATE_IN_A_ROW or not self._served:
             self._end("late", f"{self._late} in a row had {text}" if self._served else text)
         return "failed", text
@@ -233,14 +248,16 @@ class Client:
                     )
                     return status, cut_off
                 room = min(max(2 * room, self._rooms.get(kind, 0)), longest)
-            elif status in ("overflow", "rejected") and not cut_off and room > least:
-                room = least  # what another request needed was too much for this one
-            elif status in ("overflow", "rejected"):
-                return ("truncated", cut_off) if cut_off else ("failed" if status == "rejected" else status, text)
-            else:
+            elif status not in ("overflow", "rejected"):
                 if kind and cut_off:
                     self._rooms[kind] = max(room, self._rooms.get(kind, 0))
                 return status, text
+            elif cut_off:
+                return "truncated", cut_off
+            elif room > least:
+                room = least  # what another request needed was too much for this one
+            else:
+                return "failed" if status == "rejected" else status, text
 
     async def _answer(self, call: "_Call", room: int) -> tuple[str, str]:
         """Ask in the form that the server takes, when it has time."""
@@ -269,16 +286,16 @@ class Client:
         """Send once, within the timeout and the budget; openai sends again what the response's header says."""
         call = _CALL.get()
         async with self._slots:
-            if reached := await self._budget.reserve(call.most):
+            if reached := self.stopped or await self._budget.reserve(call.most):
                 self.stopped = self.stopped or reached
                 raise _Ended
+            reply: Reply | None = None
             began = anyio.current_time()
             if call.reply.kind:
                 self._retries += 1
             else:
                 call.scope.deadline = began + self.server.deadline
             call.attempts += 1
-            reply = None
             try:
                 with anyio.fail_after(self.server.timeout):  # httpx's own timeout starts again with each byte
                     response = await send()
@@ -287,14 +304,11 @@ class Client:
                 reply = self._broken(error)
                 raise httpx2.ReadTimeout(reply.text) if isinstance(error, TimeoutError) else error from None
             finally:
-                spent = reply.spent if reply else None
-                if spent is None:  # of what is given up when the others are refused, nothing
-                    spent = call.most if reply or not self.is_broken else Tokens()
+                spent = call.most if reply is None or reply.spent is None else reply.spent
                 self._budget.settle(call.most, spent)
                 call.spent = call.spent.plus(spent)
                 if reply:
-                    call.reply = reply
-                    self._learn(call, began)
+                    call.reply = self._learn(call, reply, began)
         again = call.reply.kind in ("fault", "busy")
         if call.reply.kind == "unusable":
             again = self._served or call.attempts < 2
@@ -303,7 +317,7 @@ class Client:
             response.status_code = 502  # which it should have had
         return response
 
-    def _broken(self, error: Exception) -> Reply:
+    def _broken(self, error: Exception) -> "Reply":
         """What an attempt without a response means."""
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             return Reply("no server", str(error) or "no connection")
@@ -311,10 +325,10 @@ class Client:
             return Reply("late", f"no reply within {self.server.timeout:g} s", None)
         return Reply("fault", f"the connection broke ({type(error).__name__})", None)
 
-    def _learn(self, call: "_Call", began: float) -> None:
-        """Note what the outcome of an attempt says of the server, and see it in the light of what is known."""
-        reply, now = call.reply, anyio.current_time()
-        if reply.kind in ANSWERED:
+    def _learn(self, call: "_Call", reply: "Reply", began: float) -> "Reply":
+        """Note what the outcome of an attempt says of the server; the reply in the light of what is known of it."""
+        kind, now = reply.kind, anyio.current_time()
+        if kind in ANSWERED:
             self._served, self._late, self._answered = True, 0, now
             self._turns.total_tokens = self.server.concurrency
             self._taken.add(call.body.get("response_format", {}).get("type", ""))
@@ -326,26 +340,25 @@ class Client:
                     f"the server read only {reply.spent.prompt:,} of about {round(estimate, -2):,} tokens of a prompt: "
                     "raise its context length (Ollama: OLLAMA_CONTEXT_LENGTH)"
                 )
-        elif reply.kind == "late" and not self._served:  # this request may be to blame: let another one try
+        elif kind == "late" and not self._served:  # this request may be to blame: let another one try
             self._width = self._turns.total_tokens = min(2, self.server.concurrency)
-        elif reply.kind in ("busy", "late") and began >= self._halved:  # else it was out with one that has halved them
+        elif kind in ("busy", "late") and began >= self._halved:  # else it was out with one that has halved them
             self._width, self._halved = max(1.0, self._width / 2), now
         self._slots.total_tokens = int(self._width)
-        if reply.kind in ("busy", "late"):
+        if kind in ("busy", "late"):
             call.scope.deadline = max(call.scope.deadline, self._answered + self.server.deadline)
-        if reply.kind == "late":
+        if kind == "late":
             self._slow += 1
             self.notes["slow"] = (
                 f"{self._slow:,} attempts had {reply.text}: raise REQUEST_TIMEOUT, or lower CONCURRENCY for a server "
                 "that answers one after the other"
             )
-            call.reply = reply._replace(kind="fault")
-        elif reply.kind == "forbidden":  # by a filter that does not like this request, if the key is good
-            call.reply = reply._replace(kind="filtered" if self._served else "key")
-        elif reply.kind in ("model", "address") and self._served:  # a balancer's, which passes
-            call.reply = reply._replace(kind="fault")
-        elif reply.kind == "no server" and not self._served and call.attempts == FIRST_CONNECTIONS:
-            self._end("no server", reply.text)
+        elif kind == "no server" and not self._served and call.attempts == FIRST_CONNECTIONS:
+            self._end(kind, reply.text)
+        if kind == "forbidden":  # by a filter that does not like this request, if the key is good
+            return reply._replace(kind="filtered" if self._served else "key")
+        passes = kind == "late" or (kind in ("model", "address") and self._served)  # the latter are a balancer's
+        return reply._replace(kind="fault") if passes else reply
 
     def _body(self, request: Request, room: int) -> dict[str, Any]:
         """The arguments of `chat.completions.create`, without what the server has rejected."""
@@ -375,14 +388,11 @@ class Client:
         return form if form not in self._taken or re.search(FORMAT, words, re.IGNORECASE) else ""
 
     def _end(self, kind: str, words: str) -> NoReturn:
-        """End the run: nothing is asked any more, and what is in flight is given up."""
-        if not self.is_broken:
-            kind = "no key" if kind == "key" and not self.server.key else kind
+        """End the run: nothing more is asked; what is in flight may still be answered."""
+        if not self.stopped:
             words = one_line(self.server.without_key(words))
             reason = FATAL[kind].format(model=self.server.model, words=words)
             self.stopped, self.is_broken = f"the server at {self.server.address} {reason}", True
-            for scope in self._scopes:
-                scope.cancel()
         raise _Ended
 
 
@@ -413,6 +423,92 @@ class _Http(openai.DefaultAsyncHttpxClient):
 
 class _Ended(openai.OpenAIError):  # which openai hands on
     """No further request is answered; `Client.stopped` says why."""
+
+
+# ---- what a response means ----
+
+ANSWERED = frozenset({"ok", "refused", "filtered", "truncated"})
+
+
+class Reply(NamedTuple):
+    """What came of one attempt."""
+
+    # One of ANSWERED or FATAL, "overflow" or "failed"; or "rejected" (a part of the request may be at fault), "busy"
+    # (later, and less at once), "fault" (again), "forbidden"; "" before the first
+    kind: str = ""
+    text: str = ""  # the reply, or the reason in the server's words
+    spent: Tokens | None = Tokens()  # None where the server may have charged for a reply that was lost
+
+
+def read_reply(response: httpx2.Response, request: Request) -> Reply:
+    """The meaning of a server's response."""
+    try:
+        body = json.loads(response.content, strict=False)
+    except (ValueError, RecursionError):
+        body = response.text
+    if not response.is_success:
+        return _read_error(response.status_code, body, response.headers)
+    try:
+        choice = body["choices"][0]
+        message, finish, usage = choice["message"], choice.get("finish_reason"), body.get("usage")
+        text, refusal = _text(message.get("content")), str(message.get("refusal") or "")
+        thoughts = str(message.get("reasoning") or message.get("reasoning_content") or "")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        if isinstance(body, dict) and isinstance(body.get("error"), dict):  # OpenRouter reports errors so
+            code = body["error"].get("code")
+            return _read_error(code if code in range(400, 600) else 502, body, response.headers)._replace(spent=None)
+        return Reply("unusable", f"no chat completion but {one_line(response.text)[:80]!r}", None)
+    text = text if text.strip() or not _is_json(thoughts) else thoughts
+    counted = [usage.get(f"{kind}_tokens") if isinstance(usage, dict) else None for kind in Tokens._fields]
+    guessed = [estimate_tokens(*(each["content"] for each in request.messages)), estimate_tokens(text)]
+    spent = Tokens(*(n if type(n) is int and n >= 0 else m for n, m in zip(counted, guessed, strict=True)))
+    if finish == "content_filter":
+        return Reply("filtered", text or "the provider's content filter withheld the reply", spent)
+    if finish == "refusal" or refusal:
+        return Reply("refused", refusal or text, spent)
+    if finish == "error":
+        return Reply("fault", "a reply that broke off with an error", spent)
+    if finish in ("length", "model_length") and not _is_json(text):  # else only white space is missing
+        return Reply("truncated", text, spent)
+    if not text.strip():
+        return Reply("unusable", f"an empty reply after the thoughts {one_line(thoughts)[:80]!r}", spent)
+    return Reply("ok", text, spent)
+
+
+def _read_error(status: int, body: Any, headers: httpx2.Headers) -> Reply:
+    words, wait = _words(body), headers.get("retry-after", "")
+    kind = next(k for k, statuses, pattern in ERRORS if status in statuses and re.search(f"(?is){pattern}", words))
+    if kind == "truncated":
+        return Reply(kind, "", None)
+    if kind == "busy" and wait.isdecimal() and int(wait) > MOST_PATIENCE:
+        return Reply("quota", f"HTTP {status}, for {int(wait):,} s")
+    # What comes with a 401 may show a part of the key
+    return Reply(kind, f"HTTP {status}: {one_line(words)}" if words and status != 401 else f"HTTP {status}")
+
+
+def _words(body: Any) -> str:
+    """What an error body says, without what it repeats of the request."""
+    if isinstance(body, dict):
+        body = [body[name] for name in TELLING if name in body]
+    return " ".join(filter(None, map(_words, body))) if isinstance(body, list) else str("" if body is None else body)
+
+
+def _text(content: Any) -> str:
+    """A message's content: a string, or a list of parts of which some are text (Mistral's thinking); else TypeError."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    return "" + (content or "")
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a whole JSON object or list."""
+    try:
+        return isinstance(json.loads(text, strict=False), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+# ---- the loaded model ----
 
 
 class LocalClient:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -62,8 +61,7 @@ class Journal:
         dollars: what they cost.
         unpriced: those of `tokens` that cost nothing, since prices were not known when they were used.
 
-    Raises:
-        UserError: the file holds something else.
+    Raises UserError where the file holds something else.
     """
 
     def __init__(self, path: Path | str):
@@ -99,16 +97,15 @@ class Journal:
         line = json.dumps({"key": key, **completion._asdict(), "dollars": dollars}).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(self.path, "ab") as file:
+                file.write(line)
+                file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, self._size)
             raise UserError(
-                f"could not write {self.path} ({error.strerror}), expected room for a line: "
-                "make some and start again, what is in it is safe"
+                f"could not write {self.path} ({error.strerror}), expected room for a line: start again with some"
             ) from None
         self._size += len(line)
         self._take(key, completion, dollars)

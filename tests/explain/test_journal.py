@@ -1,5 +1,7 @@
 import asyncio
+import errno
 import io
+import os
 
 import pytest
 
@@ -109,10 +111,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_file_whole(path, monkeypatch):
         """A disk with room for ten more bytes."""
 
         def write(self, data):
+            if self.tell() >= len(whole) + 10:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data[:10])
 
     with monkeypatch.context() as patched:
-        patched.setattr("builtins.open", lambda path, mode, buffering: Full(path, "a"))
+        patched.setattr("builtins.open", lambda path, mode: io.BufferedWriter(Full(path, "a")))
         with pytest.raises(UserError, match="No space left on device") as error:
             journal.append("d", Completion("ok", "text"))
     assert "\n" not in str(error.value)

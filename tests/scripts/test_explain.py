@@ -505,7 +505,7 @@ def test_a_run_that_was_killed_goes_on_and_asks_nothing_twice(here, arguments, s
     assert (run_dir / "explanations.jsonl").read_bytes() == (served[0] / "explanations.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("fault", "words"), [("quota", "has no quota left"), ("401", "wants a key")])
+@pytest.mark.parametrize(("fault", "words"), [("quota", "has no quota left"), ("401", "wants a valid key")])
 def test_a_server_that_refuses_everything_in_the_middle_leaves_labels_of_what_it_answered(
     here, arguments, served, run_dir, fault, words
 ):
@@ -784,7 +784,7 @@ def test_a_wrong_key_is_refused_in_one_line_and_shown_nowhere(here, arguments, r
     with Server(reply, key="sk-another-one") as server:
         ran = here(arguments(run_dir, **openai(server)))
         gc.collect()
-    assert_refused(ran, "refused the key (")
+    assert_refused(ran, "wants a valid key (")
     assert caplog.text == ""  # asyncio writes tracebacks for exceptions that nobody took, when they are collected
     assert "check OPENAI_API_KEY" in ran.problems[0]
     assert KEY not in ran.out + ran.err
