@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -217,7 +218,7 @@ def talk(subject: Subject, edit: Edit) -> None:
     conversation = chat.Conversation(
         subject,
         edit,
-        lambda words, coefficient: choose(subject, words, coefficient),
+        partial(choose, subject),
         context=config.CHAT_CONTEXT,
         sampling=chat.Sampling(config.NEW_TOKENS, config.TEMPERATURE, config.SEED),
         transcript=Path(config.RUN_DIR) / "chat.jsonl",

