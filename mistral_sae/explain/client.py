@@ -61,24 +61,16 @@ OVERFLOW = (
     r"context[ _-]?(length|size|window)|exceed_context|max(imum |_)(model|prompt)|must have less than \d+ tokens"
     r"|(prompt|inputs?)\b.{0,60}\b(too (long|large)|exceed)|max_new_tokens. must be <="
 )
-KEY = (  # Google's and Mistral's; whoever serves no such region says so when the key is good
-    r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key"
-    r"|(country|region|territory|location).{0,40}not supported|unsupported_country"
-)
 ERRORS = (  # kind, HTTP statuses, words of OpenAI, Azure, Mistral, vLLM, llama.cpp, Ollama and others; the first counts
     ("truncated", {400}, "could not finish the message because max_tokens"),
     ("overflow", {413}, ""),
     ("overflow", {429}, "request too large"),
     ("overflow", {400, 422, 500}, OVERFLOW),
-    (
-        "filtered",
-        {400, 403, 422},
-        r"content[ _-]?(filter|policy|management)|ResponsibleAI|moderation|flagged|inspection",
-    ),
+    ("filtered", {400, 403, 422}, r"content[ _-]?(filter|policy|management)|responsibleai|moderation|flagged|inspect"),
     ("quota", {402}, ""),
     ("quota", {400, 403, 429}, r"insufficient[ _-](quota|balance|funds|credits)|billing_|credit balance is too low"),
     ("key", {401}, ""),
-    ("key", {400, 403}, KEY),
+    ("key", {400, 403}, r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key"),
     ("forbidden", {403, 451}, ""),
     ("busy", {429, 503, 504, 529}, ""),
     ("rejected", {400, 404, 422, 500, 501}, f"{FORMAT}|{SYSTEM_ROLE}"),
@@ -225,9 +217,8 @@ class Client:
         with call.scope:  # whose deadline is set when the first attempt goes out
             return await self._ask(call)
         self._late += 1
-        text = (
-            f"no answer within {self.server.deadline:g} s; the last attempt: {call.reply.text or 'none was finished'}"
-        )
+        last = call.reply.text or "none was finished"
+        text = f"no answer within {self.server.deadline:g} s; the last attempt: {last}"
         if self._late == LATE_IN_A_ROW or not self._served:
             self._end("late", f"{self._late} in a row had {text}" if self._served else text)
         return "failed", text
