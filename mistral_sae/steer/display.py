@@ -86,10 +86,9 @@ def sweep_table(title: str, rows: Sequence[tuple[str, Measured, str]], marked: s
 
 def legend(console: Console) -> Text:
     """What the marks mean, in themselves."""
-    line = Text("read back unsteered, at ")
-    for bar, style, bound in zip(BARS[1:], STYLES[1:], ("up to ¼", "½", "¾", "more"), strict=True):
-        line.append(bound if console.color_system else f"{bar} {bound}", style).append("  ")
-    return line.append("of its maximum")
+    pairs = zip(BARS[1:], STYLES[1:], ("up to ¼", "½", "¾", "more"), strict=True)
+    marks = [Text(bound if console.color_system else f"{bar} {bound}", style) for bar, style, bound in pairs]
+    return Text.assemble("read back unsteered, at ", Text("  ").join(marks), " of its maximum")
 
 
 def print_line(name: str, value: str) -> None:

@@ -239,10 +239,9 @@ def find(query: str, subject: Subject, rows: Rows) -> list[Found]:
 
 def own_text(model: LanguageModel) -> Tensor:
     """Text of the model's own (R, T), of SAMPLE's size and the same each time: this needs no corpus."""
-    R, T = SAMPLE
-    start = [model.tokenizer.bos_id]
-    texts = model.sample(start, range(R), T - 1, temperature=1.0)
-    return torch.tensor([start + text + [model.tokenizer.eos_id] * (T - 1 - len(text)) for text in texts])
+    (R, T), bos, eos = SAMPLE, model.tokenizer.bos_id, model.tokenizer.eos_id
+    texts = model.sample([bos], range(R), T - 1, temperature=1.0)
+    return torch.tensor([[bos, *text, *[eos] * (T - 1 - len(text))] for text in texts])
 
 
 # ---- by what shows in text ----
@@ -272,15 +271,9 @@ def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trial
         f"class of tokens, are tried in {len(trials.seeds)} texts each"
     )
     found = _shown(subject, edit, coefficient, tried, trials)
-    print(
-        "→ fires on most more tokens of its texts than of the model's own"
-        + (
-            f" and leaves them fluent (together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition "
-            "more)"
-            if found[0].is_fluent
-            else "; none leaves them fluent"
-        )
-    )
+    bounds = f"together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition more"
+    how = f" and leaves them fluent ({bounds})" if found[0].is_fluent else "; none leaves them fluent"
+    print(f"→ fires on most more tokens of its texts than of the model's own{how}")
     for i, each in enumerate(found[:LISTED]):
         explanation = subject.explanations.get(each.feature)
         rates = f"fires on {each.own_rate:3.0%}, steered {each.rate:4.0%} "
