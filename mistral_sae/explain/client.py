@@ -11,7 +11,6 @@ answered is worth keeping, and every further completion is "stopped", as it is w
 
 import asyncio
 import itertools
-import json
 import logging
 import math
 import re
@@ -19,7 +18,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import anyio  # what openai itself runs on; asyncio.timeout needs Python 3.11
@@ -29,6 +28,7 @@ import openai
 from mistral_sae.cli import UserError, one_line
 from mistral_sae.explain.journal import Budget, Journal, Tokens, estimate_tokens, most_tokens, request_key
 from mistral_sae.explain.prompts import fold_system
+from mistral_sae.explain.replies import ANSWERED, FORMAT, SYSTEM_ROLE, Reply, read_reply
 from mistral_sae.explain.types import Completion, Request, Status
 from mistral_sae.files import hash_of
 from mistral_sae.model.language_model import LanguageModel, ModelError
@@ -38,7 +38,6 @@ CONNECT_SECONDS = 10.0
 FIRST_CONNECTIONS = 3  # attempts to reach a server that has completed nothing yet
 LATE_IN_A_ROW = 5  # requests past their deadlines, with no completion between, after which nobody is there
 PAUSE = 8.0  # seconds before a server that stays busy or away through all of openai's retries is asked again
-MOST_PATIENCE = 600  # seconds; a server that asks to wait longer ends the run
 MODEL_CONTEXT = 32_768  # positions of Mistral's instruct models from 7B v0.2 on, whose own format does not say so
 
 FATAL = {  # what ends the run: "the server at ..."
@@ -52,35 +51,6 @@ FATAL = {  # what ends the run: "the server at ..."
     "only thinks",
 }
 INSTEAD = {"max_tokens": "with max_completion_tokens", "json_schema": "for json_object", "json_object": "for text"}
-
-FORMAT = r"response.?format|json.?(schema|object|mode)|structured.output|guided|grammar"
-SYSTEM_ROLE = (  # chat templates say it in the words of the model's makers
-    r"system.{0,20}\b(role|message|prompt|instruction)|\broles?\b.{0,40}(system|alternate|only|user)|only user and"
-)
-OVERFLOW = (
-    r"context[ _-]?(length|size|window)|exceed_context|max(imum |_)(model|prompt)|must have less than \d+ tokens"
-    r"|(prompt|inputs?)\b.{0,60}\b(too (long|large)|exceed)|max_new_tokens. must be <="
-)
-ERRORS = (  # kind, HTTP statuses, words of OpenAI, Azure, Mistral, vLLM, llama.cpp, Ollama and others; the first counts
-    ("truncated", {400}, "could not finish the message because max_tokens"),
-    ("overflow", {413}, ""),
-    ("overflow", {429}, "request too large"),
-    ("overflow", {400, 422, 500}, OVERFLOW),
-    ("filtered", {400, 403, 422}, r"content[ _-]?(filter|policy|management)|responsibleai|moderation|flagged|inspect"),
-    ("quota", {402}, ""),
-    ("quota", {400, 403, 429}, r"insufficient[ _-](quota|balance|funds|credits)|billing_|credit balance is too low"),
-    ("key", {401}, ""),
-    ("key", {400, 403}, r"api[ _-]?key.{0,20}(not valid|invalid|missing|incorrect)|invalid.api.key"),
-    ("forbidden", {403, 451}, ""),
-    ("busy", {429, 503, 504, 529}, ""),
-    ("rejected", {400, 404, 422, 500, 501}, f"{FORMAT}|{SYSTEM_ROLE}"),
-    ("model", {400, 404}, r"model_not_found|invalid[ _]model|\bmodel .*(not found|not exist|unknown|not available)"),
-    ("address", {404, 405}, ""),
-    ("rejected", {400, 422, 501}, ""),
-    ("fault", {408, 409, 425, *range(500, 600)}, ""),
-    ("failed", range(1000), ""),
-)
-TELLING = ("error", "message", "detail", "msg", "code", "type", "param", "loc", "innererror")  # fields of error bodies
 
 
 @dataclass(frozen=True)
@@ -308,7 +278,7 @@ class Client:
             response.status_code = 502  # which it should have had
         return response
 
-    def _broken(self, error: Exception) -> "Reply":
+    def _broken(self, error: Exception) -> Reply:
         """What an attempt without a response means."""
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             return Reply("no server", str(error) or "no connection")
@@ -316,7 +286,7 @@ class Client:
             return Reply("late", f"no reply within {self.server.timeout:g} s", None)
         return Reply("fault", f"the connection broke ({type(error).__name__})", None)
 
-    def _learn(self, call: "_Call", reply: "Reply", began: float) -> "Reply":
+    def _learn(self, call: "_Call", reply: Reply, began: float) -> Reply:
         """Note what the outcome of an attempt says of the server; the reply in the light of what is known of it."""
         kind, now = reply.kind, anyio.current_time()
         if kind in ANSWERED:
@@ -414,89 +384,6 @@ class _Http(openai.DefaultAsyncHttpxClient):
 
 class _Ended(openai.OpenAIError):  # which openai hands on
     """No further request is answered; `Client.stopped` says why."""
-
-
-# ---- what a response means ----
-
-ANSWERED = frozenset({"ok", "refused", "filtered", "truncated"})
-
-
-class Reply(NamedTuple):
-    """What came of one attempt."""
-
-    # One of ANSWERED or FATAL, "overflow" or "failed"; or "rejected" (a part of the request may be at fault), "busy"
-    # (later, and less at once), "fault" (again), "forbidden"; "" before the first
-    kind: str = ""
-    text: str = ""  # the reply, or the reason in the server's words
-    spent: Tokens | None = Tokens()  # None where the server may have charged for a reply that was lost
-
-
-def read_reply(response: httpx2.Response, request: Request) -> Reply:
-    """The meaning of a server's response."""
-    try:
-        body = json.loads(response.content, strict=False)
-    except (ValueError, RecursionError):
-        body = response.text
-    if not response.is_success:
-        return _read_error(response.status_code, body, response.headers)
-    try:
-        choice = body["choices"][0]
-        message, finish, usage = choice["message"], choice.get("finish_reason"), body.get("usage")
-        text, refusal = _text(message.get("content")), str(message.get("refusal") or "")
-        thoughts = str(message.get("reasoning") or message.get("reasoning_content") or "")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        if isinstance(body, dict) and isinstance(body.get("error"), dict):  # OpenRouter reports errors so
-            code = body["error"].get("code")
-            return _read_error(code if code in range(400, 600) else 502, body, response.headers)._replace(spent=None)
-        return Reply("unusable", f"no chat completion but {one_line(response.text)[:80]!r}", None)
-    text = text if text.strip() or not _is_json(thoughts) else thoughts
-    counted = [usage.get(f"{kind}_tokens") if isinstance(usage, dict) else None for kind in Tokens._fields]
-    guessed = [estimate_tokens(*(each["content"] for each in request.messages)), estimate_tokens(text)]
-    spent = Tokens(*(n if type(n) is int and n >= 0 else m for n, m in zip(counted, guessed, strict=True)))
-    if finish == "content_filter":
-        return Reply("filtered", text or "the provider's content filter withheld the reply", spent)
-    if finish == "refusal" or refusal:
-        return Reply("refused", refusal or text, spent)
-    if finish == "error":
-        return Reply("fault", "a reply that broke off with an error", spent)
-    if finish in ("length", "model_length") and not _is_json(text):  # else only white space is missing
-        return Reply("truncated", text, spent)
-    if not text.strip():
-        return Reply("unusable", f"an empty reply after the thoughts {one_line(thoughts)[:80]!r}", spent)
-    return Reply("ok", text, spent)
-
-
-def _read_error(status: int, body: Any, headers: httpx2.Headers) -> Reply:
-    words, wait = _words(body), headers.get("retry-after", "")
-    kind = next(k for k, statuses, pattern in ERRORS if status in statuses and re.search(f"(?is){pattern}", words))
-    if kind == "truncated":
-        return Reply(kind, "", None)
-    if kind == "busy" and wait.isdecimal() and int(wait) > MOST_PATIENCE:
-        return Reply("quota", f"HTTP {status}, for {int(wait):,} s")
-    # What comes with a 401 may show a part of the key
-    return Reply(kind, f"HTTP {status}: {one_line(words)}" if words and status != 401 else f"HTTP {status}")
-
-
-def _words(body: Any) -> str:
-    """What an error body says, without what it repeats of the request."""
-    if isinstance(body, dict):
-        body = [body[name] for name in TELLING if name in body]
-    return " ".join(filter(None, map(_words, body))) if isinstance(body, list) else str("" if body is None else body)
-
-
-def _text(content: Any) -> str:
-    """A message's content: a string, or a list of parts of which some are text (Mistral's thinking); else TypeError."""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part.get("type") == "text")
-    return "" + (content or "")
-
-
-def _is_json(text: str) -> bool:
-    """Whether a text is a whole JSON object or list."""
-    try:
-        return isinstance(json.loads(text, strict=False), dict | list)
-    except (ValueError, RecursionError):
-        return False
 
 
 # ---- the loaded model ----
