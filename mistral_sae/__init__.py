@@ -10,15 +10,13 @@ if TYPE_CHECKING:
     from mistral_sae.model.language_model import load_model
     from mistral_sae.sae.autoencoder import SparseAutoencoder
     from mistral_sae.sae.checkpoint import load_sae
-    from mistral_sae.steer.steering import steer
 
-__all__ = ["SparseAutoencoder", "load_model", "load_sae", "steer"]
+__all__ = ["SparseAutoencoder", "load_model", "load_sae"]
 
 _MODULES = {
     "SparseAutoencoder": "mistral_sae.sae.autoencoder",
     "load_model": "mistral_sae.model.language_model",
     "load_sae": "mistral_sae.sae.checkpoint",
-    "steer": "mistral_sae.steer.steering",
 }
 
 

@@ -121,10 +121,10 @@ class LanguageModel:
         """The token ids of a text, BOS first."""
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
-    def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor:
+    def residuals(self, tokens_BT: Tensor | list[list[int]], layer: int) -> Tensor:
         """The residual stream after `layer`, (B, T, D) in the model's dtype; later layers do not run."""
         with read_residuals(self, [layer]) as residuals:
-            self._run(tokens_BT, None)
+            self._run(torch.as_tensor(tokens_BT), None)
         return residuals[layer]
 
     def generate(
