@@ -75,7 +75,7 @@ EXPLAIN_STRIDE: int = 8 if ON_STANDIN else 1  # every so many rows one: the stan
 # To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many
 EXAMPLES_PER_INTERVAL: int = 32 if ON_STANDIN else 3
 TOKENS_BEFORE: int = 48  # of an example, left of the token on which the feature is strongest: what it may react to
-TOKENS_AFTER: int = 15  # and right of it: what it may foretell
+TOKENS_AFTER: int = 15  # and right of it: what it may predict
 # A text of your own: RUN_DIR/text.html shows which features fire on it, and nothing else is done
 TEXT: str | None = None
 

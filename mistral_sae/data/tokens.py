@@ -36,7 +36,7 @@ class Row(NamedTuple):
     """A row of tokens, and the documents it holds a part of."""
 
     tokens: np.ndarray  # (T,) int64
-    places: np.ndarray  # (T,) int64: the place in `documents` of each token's own; -1 for a BOS
+    document_of: np.ndarray  # (T,) int64: index into `documents` of each token's own; -1 for a BOS
     documents: list[str]  # their ids, in the order of the row
 
 
@@ -170,7 +170,7 @@ def pack_with_documents(documents: Iterable[Document], tokenizer: Tokenizer, con
                 break
             fits, tokens = np.split(tokens, [context_length - filled])
             row.tokens[filled : filled + len(fits)] = fits
-            row.places[filled : filled + len(fits)] = len(row.documents)
+            row.document_of[filled : filled + len(fits)] = len(row.documents)
             row.documents.append(document.id)
             filled += len(fits)
 

@@ -174,7 +174,7 @@ def _shard_of(
     while batch := list(itertools.islice(rows, rows_per_forward)):
         tokens_BT = np.stack([row.tokens for row in batch])
         numbers = [[*(names.setdefault(name, len(names)) for name in row.documents), -1] for row in batch]
-        documents_BT = np.stack([np.array(of)[row.places] for of, row in zip(numbers, batch, strict=True)])
+        documents_BT = np.stack([np.array(of)[row.document_of] for of, row in zip(numbers, batch, strict=True)])
         documents_BT[:, 0] = -1
         documents_BT[np.isin(tokens_BT, (model.tokenizer.bos_id, model.tokenizer.eos_id))] = -1
         counts_BT = torch.from_numpy(documents_BT >= 0)

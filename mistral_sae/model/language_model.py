@@ -234,9 +234,6 @@ def load_model(
     return LanguageModel(spec, tokenizer, load_backend(folder, last_layer, device, dtype), last_layer, device, dtype)
 
 
-load = load_model  # the name until lately
-
-
 def device_and_dtype(
     device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:

@@ -2,7 +2,7 @@
 
 The first pass measures the norm of the gradient without its component along each decoder row. The second removes that
 component, clips, updates and renormalises. Both go through the matrices in blocks of features small enough to stay in
-cache; on a CPU the gradient of a block is made anew in each, which is cheaper than writing it to memory and reading it
+cache; on a CPU the gradient of a block is made again in each, which is cheaper than writing it to memory and reading it
 back. Neither pass waits for the device.
 
 Shapes: D model width, F features.

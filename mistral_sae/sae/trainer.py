@@ -132,7 +132,7 @@ class Trainer:
         if missing := self.state().keys() - tensors.keys():
             raise SAEError(
                 f"found a training state without {', '.join(sorted(missing))}, expected one of this version: "
-                "train anew with RESUME=False, or in another RUN_DIR"
+                "start over with RESUME=False, or in another RUN_DIR"
             )
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])

@@ -174,7 +174,7 @@ def test_no_token_of_any_document_is_dropped():
 def test_rows_say_of_which_document_each_token_is():
     rows = list(pack_with_documents(as_documents("abc", "", "de", "fghijk"), Letters(), 5))
     assert [row.tokens.tolist() for row in rows] == [[ord(c) for c in row] for row in ("\0abc\0", "\0de\0f", "\0ghij")]
-    assert [row.places.tolist() for row in rows] == [[-1, 0, 0, 0, -1], [-1, 0, 0, -1, 1], [-1, 0, 0, 0, 0]]
+    assert [row.document_of.tolist() for row in rows] == [[-1, 0, 0, 0, -1], [-1, 0, 0, -1, 1], [-1, 0, 0, 0, 0]]
     assert [row.documents for row in rows] == [["0"], ["2", "3"], ["3"]]
 
 
@@ -187,8 +187,8 @@ def test_every_token_of_a_row_is_of_the_document_it_came_from():
         assert all((row.tokens == other).all() for row, other in zip(rows, plain, strict=True))
         found = {}
         for row in rows:
-            assert ((row.tokens == 0) == (row.places == -1)).all()
-            for token, place in zip(row.tokens, row.places, strict=True):
+            assert ((row.tokens == 0) == (row.document_of == -1)).all()
+            for token, place in zip(row.tokens, row.document_of, strict=True):
                 if place >= 0:
                     found[row.documents[place]] = found.get(row.documents[place], "") + chr(token)
         last = max(found, key=int)

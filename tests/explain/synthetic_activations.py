@@ -77,12 +77,12 @@ class Corpus:
     def activations(self, feature):
         """A feature's activations on all tokens that count, (rows, T), as float16 holds them."""
         values = torch.where(self.indices == feature, self.values, 0).clamp_min(0).half().float().sum(dim=-1).numpy()
-        places = np.stack([row.places for row in self.rows])
+        places = np.stack([row.document_of for row in self.rows])
         return np.where(places >= 0, values, 0.0) * (np.arange(T) > 0)
 
     def window(self, row, position):
         """First and last position of the window around a token."""
-        places = self.rows[row].places
+        places = self.rows[row].document_of
         first = last = position
         while first > max(1, position - SETTINGS.left) and places[first - 1] == places[position]:
             first -= 1
@@ -91,7 +91,7 @@ class Corpus:
         return first, last
 
     def document(self, row, position):
-        return self.rows[row].documents[self.rows[row].places[position]]
+        return self.rows[row].documents[self.rows[row].document_of[position]]
 
     def peaks(self, feature, scoring=None):
         """All (value, row, position) that are the largest of their windows, in the order of the text."""

@@ -41,7 +41,7 @@ def test_every_activation_is_in_the_cache_in_the_order_of_the_text(corpus, tmp_p
     found = corpus.cached(tmp_path)
     assert len(found.shards) == -(-len(corpus.rows) // PER_SHARD) > 2
     assert found.rows == len(corpus.rows)
-    assert found.tokens == sum(int((row.places[1:] >= 0).sum()) for row in corpus.rows)
+    assert found.tokens == sum(int((row.document_of[1:] >= 0).sum()) for row in corpus.rows)
     for feature in range(F):
         values = corpus.activations(feature)
         of_feature = found.activations(feature)
@@ -58,7 +58,7 @@ def test_an_activation_knows_its_document_and_how_far_that_goes_in_the_row(corpu
     for token, first, last, document in zip(*(array.tolist() for array in of_feature[:4]), strict=True):
         row, position = divmod(token, T)
         assert found.names[document] == corpus.document(row, position)
-        own = corpus.rows[row].places == corpus.rows[row].places[position]
+        own = corpus.rows[row].document_of == corpus.rows[row].document_of[position]
         own[0] = False
         assert (first % T, last % T) == (own.nonzero()[0][0], own.nonzero()[0][-1])
         assert found.ids(first, last) == corpus.rows[row].tokens[own].tolist()
@@ -276,7 +276,7 @@ def test_activations_are_those_of_the_autoencoder_on_the_layers_residuals(parts,
     found, _ = open_cache(tmp_path, described)
     with torch.no_grad():
         acts = sae.encode(torch.cat([model.residuals(torch.from_numpy(r.tokens)[None], 1) for r in rows])).dense(64)
-    acts[torch.from_numpy(np.stack([row.places for row in rows])) < 0] = 0
+    acts[torch.from_numpy(np.stack([row.document_of for row in rows])) < 0] = 0
     torch.testing.assert_close(found.maxima_F, acts.flatten(0, 1).amax(dim=0), rtol=1e-3, atol=1e-4)
     assert (found.counts_F - (acts > 0).flatten(0, 1).sum(dim=0)).abs().max() <= 1
     assert found.counts_F.sum() > 1000
@@ -288,7 +288,7 @@ def test_what_others_trained_is_encoded_as_it_encodes(parts, kind):
     sae = SparseAutoencoder(model.d_model, 64, 4, **kind)
     sae.initialize(torch.zeros(1, model.d_model), seed=0)
     tokens_BT = torch.from_numpy(np.stack([row.tokens for row in rows[:3]]))
-    counts_BT = torch.from_numpy(np.stack([row.places for row in rows[:3]]) >= 0)
+    counts_BT = torch.from_numpy(np.stack([row.document_of for row in rows[:3]]) >= 0)
     token, feature, value = active(model, sae, 1, tokens_BT, counts_BT)
     dense = torch.zeros(96, 64)
     dense[token, feature] = value.float()

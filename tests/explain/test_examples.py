@@ -151,7 +151,7 @@ def test_random_passages_are_found_if_there_are_any(corpus, cached, sample):
     """Feature 0 fires on most tokens: few windows are without it."""
     values, silent = corpus.activations(0), set()
     for row, position in itertools.product(range(len(corpus.rows)), range(1, T)):
-        if corpus.rows[row].places[position] >= 0 and is_for_scoring(corpus.document(row, position)):
+        if corpus.rows[row].document_of[position] >= 0 and is_for_scoring(corpus.document(row, position)):
             first, last = corpus.window(row, position)
             if not values[row, first : last + 1].any():
                 silent.add(corpus.document(row, position))

@@ -10,7 +10,7 @@ from mistral_sae.explain.client import LocalClient
 from mistral_sae.explain.journal import Journal
 from mistral_sae.explain.prompts import explain_request
 from mistral_sae.explain.types import Request
-from mistral_sae.model.language_model import ModelError, load
+from mistral_sae.model.language_model import ModelError, load_model
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "x = 1"}]
 
@@ -140,7 +140,7 @@ def test_a_reply_that_nobody_waits_for_is_not_finished(journal):
 
 @pytest.mark.parametrize("kind", ["mistral_folder", "hugging_face_folder"])
 def test_a_model_of_either_kind_completes_the_chat_that_its_tokenizer_makes(kind, request, journal):
-    lm = load(request.getfixturevalue(kind), device="cpu")
+    lm = load_model(request.getfixturevalue(kind), device="cpu")
     asked = Request(MESSAGES, None, 5)
     completion = complete(LocalClient(lm, journal), asked)
     assert completion.status in ("ok", "truncated")
@@ -152,7 +152,7 @@ def test_a_model_of_either_kind_completes_the_chat_that_its_tokenizer_makes(kind
 
 
 def test_a_tokenizer_without_a_chat_format_ends_the_run(mistral_folder, monkeypatch, journal):
-    lm = load(mistral_folder, device="cpu")
+    lm = load_model(mistral_folder, device="cpu")
 
     def refuse(messages):
         raise ModelError("it has no chat format")
