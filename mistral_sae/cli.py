@@ -198,10 +198,14 @@ class Progress(tqdm):
 
 
 class _Lines:
-    """The standard error stream for tqdm, whose carriage returns become lines."""
+    """The standard error stream for tqdm, whose movements of the cursor become lines."""
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if line := text.strip("\r\n "):
+        line = text.replace("\x1b[A", "").strip()
+        if line and line != self.last:  # closing a bar shows it once more
+            self.last = line
             print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
