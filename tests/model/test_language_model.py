@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import PARAMS, WINDOW, params_of, random_weights, write_mistral_folder
 from safetensors.torch import load_file, save_file
+from small_models import PARAMS, WINDOW, params_of, random_weights, write_mistral_folder
 
 from mistral_sae.model import backends, language_model
 from mistral_sae.model.language_model import STANDIN, ModelError, device_and_dtype, inspect, load_model
