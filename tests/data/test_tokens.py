@@ -300,14 +300,6 @@ def test_closing_prefetch_ends_its_thread_and_closes_its_source(taken):
     assert not reader_threads()
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as Python handles it, whatever this process was started with."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_waiting_for_an_item_leaves_no_thread():
     release = threading.Event()

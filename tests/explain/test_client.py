@@ -496,6 +496,7 @@ def wait_for_lines(process, path, number):
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_the_journal_whole_and_the_terminal_clean(tmp_path):
     path = tmp_path / "completions.jsonl"
     with serve(lambda asked: "hang" if int(asked.content.split()[1]) % 7 == 0 else None, delay=0.01) as server:

@@ -445,18 +445,11 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
 # ---- conversation ----
 
 
-# A shell's background jobs inherit deaf ears
-LISTENING = """
-import runpy, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_path("demo.py", run_name="__main__")
-"""
-
-
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_a_reply_and_not_the_conversation(arguments, run_dir):
     environment = {name: value for name, value in os.environ.items() if name != "MISTRAL_MODEL_PATH"}
     process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, *arguments(CHAT=1, NEW_TOKENS=30_000, CHAT_CONTEXT=40_000)],
+        [sys.executable, "demo.py", *arguments(CHAT=1, NEW_TOKENS=30_000, CHAT_CONTEXT=40_000)],
         cwd=ROOT,
         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.PIPE,

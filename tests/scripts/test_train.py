@@ -390,7 +390,6 @@ INTERRUPTED = """
 import os, runpy, signal, sys
 from mistral_sae.sae.trainer import Trainer
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit deaf ears
 steps = []
 
 def interrupted(self, *args, step=Trainer.step):
@@ -405,6 +404,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_with_one_line_and_keeps_its_checkpoint(arguments, tmp_path):
     ran = in_a_process(arguments(tmp_path / "run"), INTERRUPTED)
     assert ran.code == 1
