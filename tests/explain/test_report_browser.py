@@ -24,6 +24,7 @@ if not (CHROMIUM and DRIVER):
     pytest.skip(missing, allow_module_level=True)
 
 N = 120
+EXPLAINED = [index for index in range(N) if index % 7 and index % 10 < 8]
 WIDE, NARROW = 1280, 390
 HOSTILE = [
     "<script>window.pwned=1</script>",
@@ -70,27 +71,41 @@ def quiet_console(browser):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """The address of a report of N features, of which some are dead, unexplained or not labelled."""
-    path = tmp_path_factory.mktemp("report") / "report.html"
     labels = {index: make_label(index) for index in range(N) if index % 7}
+    path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, make_run(N + 5), (make_feature(index, N + 5) for index in range(N)), labels)
     return path.as_uri()
 
 
-def resize(browser, width, height=900):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+@pytest.fixture
+def page(browser, report):
+    """The browser, with the report as it opens."""
+    visit(browser, report)
+    return browser
+
+
+def resize(browser, width):
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def assert_fits(browser, *widths):
+    """Nothing is wider than the screen, at any of some widths."""
+    for width in widths:
+        resize(browser, width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def visit(browser, address):
     browser.get("about:blank")  # or an address that differs in its fragment only would not load again
     browser.get(address)
-    wait(browser, "return performance.getEntriesByName('ready').length === 1")
+    wait(browser, "performance.getEntriesByName('ready').length === 1")
 
 
-def wait(browser, condition, seconds=10):
-    """Poll until a script gives true."""
-    deadline = time.monotonic() + seconds
-    while not browser.execute_script(condition):
+def wait(browser, condition):
+    """Poll until an expression is true."""
+    deadline = time.monotonic() + 10
+    while not browser.execute_script(f"return {condition}"):
         assert time.monotonic() < deadline, condition
         time.sleep(0.02)
 
@@ -116,7 +131,18 @@ def listed(browser):
 
 
 def matches(browser, expected):
-    wait(browser, f"return document.getElementById('matches').textContent.startsWith('{expected}')")
+    wait(browser, f"document.getElementById('matches').textContent.startsWith('{expected}')")
+
+
+def detection(feature):
+    return make_label(feature).scores["detection"].value
+
+
+def search(browser, words, found):
+    """Type words to search for, and wait until the list says how many it has."""
+    find(browser, "#search").clear()
+    find(browser, "#search").send_keys(words)
+    matches(browser, found)
 
 
 def press(browser, *keys):
@@ -136,66 +162,52 @@ def open_feature(browser, report, feature):
 # ---- the list ----
 
 
-def test_the_report_opens_on_the_run_beside_the_list(browser, report):
-    visit(browser, report)
-    assert find(browser, "#run").is_displayed()
-    assert f"What {N + 5} features see" in find(browser, "h1").text
-    assert text(browser, "#matches") == f"{N} features"
-    assert len(find_all(browser, "#run svg")) == 8
-    best = max((i for i in range(N) if i % 7 and i % 10 < 8), key=lambda i: make_label(i).scores["detection"].value)
-    assert listed(browser)[0] == best
+def test_the_report_opens_on_the_run_beside_the_list(page):
+    assert find(page, "#run").is_displayed()
+    assert f"What {N + 5} features see" in find(page, "h1").text
+    assert text(page, "#matches") == f"{N} features"
+    assert len(find_all(page, "#run svg")) == 8
+    assert listed(page)[0] == max(EXPLAINED, key=detection)
 
 
-def test_searching_words_narrows_the_list(browser, report):
-    visit(browser, report)
-    choose(browser, "scope", "explanation")
-    find(browser, "#search").send_keys("RANGE case 3")
-    expected = [i for i in range(N) if i % 7 and i % 10 < 8 and i % 5 == 1 and "3" in make_label(i).explanation]
-    matches(browser, f"{len(expected)} of {N} ")
-    assert sorted(listed(browser)) == expected
+def test_searching_words_narrows_the_list(page):
+    choose(page, "scope", "explanation")
+    expected = [i for i in EXPLAINED if i % 5 == 1 and "3" in make_label(i).explanation]
+    search(page, "RANGE case 3", f"{len(expected)} of {N} ")
+    assert sorted(listed(page)) == expected
 
 
-def test_a_token_is_searched_for_as_it_is_spelt(browser, report):
-    visit(browser, report)
-    choose(browser, "scope", "fires")
-    find(browser, "#search").send_keys('" raise"')
+def test_a_token_is_searched_for_as_it_is_spelt(page):
+    choose(page, "scope", "fires")
     place = TOKENS.index(" raise")
-    matches(browser, f"{len(range(place, N, len(TOKENS)))} of {N} ")
-    assert {feature % len(TOKENS) for feature in listed(browser)} == {place}
-    find(browser, "#search").clear()
-    find(browser, "#search").send_keys('"raise"')
-    matches(browser, f"0 of {N} ")
+    search(page, '" raise"', f"{len(range(place, N, len(TOKENS)))} of {N} ")
+    assert {feature % len(TOKENS) for feature in listed(page)} == {place}
+    search(page, '"raise"', f"0 of {N} ")
 
 
-def test_a_score_that_rounds_to_zero_has_no_sign(browser, report):
-    visit(browser, report)
-    shown = browser.execute_script("return [-0.001, -0.006, 0, -1, null].map(two)")
+def test_a_score_that_rounds_to_zero_has_no_sign(page):
+    shown = page.execute_script("return [-0.001, -0.006, 0, -1, null].map(two)")
     assert shown == ["0.00", "\u22120.01", "0.00", "\u22121.00", "\u2013"]
 
 
-def test_a_feature_is_found_by_its_number(browser, report):
-    visit(browser, report)
-    find(browser, "#search").send_keys("#77")
-    wait(browser, "return document.querySelectorAll('.line').length > 0")
-    matches(browser, "1 of")
-    assert listed(browser) == [77]
+def test_a_feature_is_found_by_its_number(page):
+    search(page, "#77", "1 of")
+    assert listed(page) == [77]
 
 
-def test_no_match_says_so_and_offers_the_way_back(browser, report):
-    visit(browser, report)
-    find(browser, "#search").send_keys("quaternion<b>")
-    matches(browser, "0 of")
-    assert find(browser, "#empty p").text == "No features match “quaternion<b>”."
-    find(browser, "#clear").click()
-    matches(browser, f"{N} features")
-    assert not find(browser, "#empty").is_displayed()
+def test_no_match_says_so_and_offers_the_way_back(page):
+    search(page, "quaternion<b>", "0 of")
+    assert find(page, "#empty p").text == "No features match “quaternion<b>”."
+    find(page, "#clear").click()
+    matches(page, f"{N} features")
+    assert not find(page, "#empty").is_displayed()
 
 
 @pytest.mark.parametrize(
     ("identity", "value", "holds"),
     [
-        ("explained", "yes", lambda i: i % 7 and i % 10 < 8),
-        ("explained", "no", lambda i: not (i % 7 and i % 10 < 8)),
+        ("explained", "yes", lambda i: i in EXPLAINED),
+        ("explained", "no", lambda i: i not in EXPLAINED),
         ("alive", "dead", lambda i: i % 10 == 9),
         ("alive", "alive", lambda i: i % 10 != 9),
         ("kind", "input", lambda i: i % 10 != 9),
@@ -203,58 +215,52 @@ def test_no_match_says_so_and_offers_the_way_back(browser, report):
         ("kind", "neither", lambda i: i % 10 == 9),
     ],
 )
-def test_filters_leave_what_they_say(browser, report, identity, value, holds):
-    visit(browser, report)
-    choose(browser, "sort", "feature")
-    choose(browser, identity, value)
+def test_filters_leave_what_they_say(page, identity, value, holds):
+    choose(page, "sort", "feature")
+    choose(page, identity, value)
     expected = [i for i in range(N) if holds(i)]
-    matches(browser, f"{len(expected)} of {N} ")
-    assert listed(browser) == expected[: len(listed(browser))]
+    matches(page, f"{len(expected)} of {N} ")
+    assert listed(page) == expected[: len(listed(page))]
 
 
-def test_features_below_a_score_can_be_left_out(browser, report):
-    visit(browser, report)
-    find(browser, "#least").send_keys("0.9")
-    high = [i for i in range(N) if i % 7 and i % 10 < 8 and round(make_label(i).scores["detection"].value, 3) >= 0.9]
-    matches(browser, f"{len(high)} of {N} ")
-    assert set(listed(browser)) <= set(high)
+def test_features_below_a_score_can_be_left_out(page):
+    find(page, "#least").send_keys("0.9")
+    high = [i for i in EXPLAINED if round(detection(i), 3) >= 0.9]
+    matches(page, f"{len(high)} of {N} ")
+    assert set(listed(page)) <= set(high)
 
 
 @pytest.mark.parametrize("key", ["density", "maximum"])
-def test_the_list_is_sorted_and_reversed(browser, report, key):
-    visit(browser, report)
-    choose(browser, "sort", key)
+def test_the_list_is_sorted_and_reversed(page, key):
+    choose(page, "sort", key)
     by_value = sorted(range(N), key=lambda i: (-float(f"{getattr(make_feature(i), key):.3g}"), i))
-    wait(browser, f"return document.querySelector('.line a').hash === '#feature={by_value[0]}'")
-    drawn = listed(browser)
+    wait(page, f"document.querySelector('.line a').hash === '#feature={by_value[0]}'")
+    drawn = listed(page)
     assert drawn == by_value[: len(drawn)]
-    find(browser, "#reverse").click()
-    assert getattr(make_feature(listed(browser)[0]), key) == 0
+    find(page, "#reverse").click()
+    assert getattr(make_feature(listed(page)[0]), key) == 0
 
 
-def test_what_has_no_score_comes_last_in_both_directions(browser, report):
-    visit(browser, report)
-    values = {i: make_label(i).scores["detection"].value for i in range(N) if i % 7 and i % 10 < 8}
-    find(browser, "#reverse").click()
-    assert listed(browser)[0] == min(values, key=values.get)
-    browser.execute_script("document.getElementById('list').scrollTop = 1e9")
-    wait(browser, "return document.querySelectorAll('.line').length === document.querySelectorAll('.none').length")
+def test_what_has_no_score_comes_last_in_both_directions(page):
+    find(page, "#reverse").click()
+    assert listed(page)[0] == min(EXPLAINED, key=detection)
+    page.execute_script("document.getElementById('list').scrollTop = 1e9")
+    wait(page, "document.querySelectorAll('.line').length === document.querySelectorAll('.none').length")
 
 
 # ---- a feature ----
 
 
-def test_a_click_opens_a_feature_and_the_back_button_returns(browser, report):
-    visit(browser, report)
-    feature = listed(browser)[2]
-    find_all(browser, ".line a")[2].click()
-    wait(browser, "return !document.getElementById('feature').hidden")
-    assert find(browser, "#feature h1").text == make_label(feature).explanation
-    assert browser.current_url.endswith(f"#feature={feature}")
-    assert browser.title == f"Feature {feature}: {make_label(feature).explanation}"
-    browser.back()
-    wait(browser, "return document.getElementById('feature').hidden")
-    assert find(browser, "#run").is_displayed()
+def test_a_click_opens_a_feature_and_the_back_button_returns(page):
+    feature = listed(page)[2]
+    find_all(page, ".line a")[2].click()
+    wait(page, "!document.getElementById('feature').hidden")
+    assert find(page, "#feature h1").text == make_label(feature).explanation
+    assert page.current_url.endswith(f"#feature={feature}")
+    assert page.title == f"Feature {feature}: {make_label(feature).explanation}"
+    page.back()
+    wait(page, "document.getElementById('feature').hidden")
+    assert find(page, "#run").is_displayed()
 
 
 def test_a_link_shows_all_of_a_feature(browser, report):
@@ -297,10 +303,10 @@ def test_pointing_at_a_token_shows_its_value(browser, report):
     example = make_feature(25).top[0]
     token = find(browser, ".example .t[data-level='4']")
     ActionChains(browser).scroll_to_element(token).move_to_element(token).perform()
-    wait(browser, "return !document.getElementById('tip').hidden")
+    wait(browser, "!document.getElementById('tip').hidden")
     assert find(browser, "#tip").text == f"{example.strength:.3g}, 100% of the maximum"
     ActionChains(browser).move_to_element(find(browser, ".brand")).perform()
-    wait(browser, "return document.getElementById('tip').hidden")
+    wait(browser, "document.getElementById('tip').hidden")
 
 
 def test_the_arrow_keys_show_values_too(browser, report):
@@ -310,7 +316,7 @@ def test_the_arrow_keys_show_values_too(browser, report):
     first = find(browser, "#tip").text
     assert first.endswith("of the maximum")
     press(browser, Keys.ARROW_RIGHT)
-    wait(browser, f"return !['', '{first}'].includes(document.getElementById('tip').textContent)")
+    wait(browser, f"!['', '{first}'].includes(document.getElementById('tip').textContent)")
 
 
 def test_tokens_are_shaded_and_underlined_by_their_activation(browser, report):
@@ -348,18 +354,15 @@ def test_spaces_and_line_breaks_can_be_seen(browser, report):
 def test_the_command_that_steers_with_a_feature_can_be_copied(browser, report):
     open_feature(browser, report, 25)
     find(browser, ".code button").click()
-    wait(browser, "return document.querySelector('.code button').textContent === 'Copied'")
+    wait(browser, "document.querySelector('.code button').textContent === 'Copied'")
     find(browser, "#search").send_keys(Keys.CONTROL, "v")
     assert find(browser, "#search").get_property("value") == "python demo.py FEATURE_INDEX=25 COEFFICIENT=1.0"
 
 
-def test_a_link_to_a_neighbour_opens_it(browser, report):
+def test_only_features_in_the_report_are_linked_and_opened(browser, report):
     open_feature(browser, report, 25)
     browser.execute_script("document.querySelector('.columns a[href=\"#feature=26\"]').click()")
-    wait(browser, "return document.querySelector('.eyebrow').textContent === 'Feature 26'")
-
-
-def test_a_feature_that_is_not_in_the_report_is_named_and_not_linked(browser, report):
+    wait(browser, "document.querySelector('.eyebrow').textContent === 'Feature 26'")
     open_feature(browser, report, N - 2)
     assert f"#{N} not in this report" in text(browser)
     assert not find_all(browser, f"a[href='#feature={N}']")
@@ -380,35 +383,32 @@ def test_a_feature_without_an_explanation_says_why(browser, report):
 # ---- keys ----
 
 
-def test_the_report_can_be_read_with_the_keyboard_alone(browser, report):
-    visit(browser, report)
-    order = listed(browser)
-    press(browser, "j", "j", "j", "k")
+def test_the_report_can_be_read_with_the_keyboard_alone(page):
+    order = listed(page)
+    press(page, "j", "j", "j", "k")
     focused = "return document.activeElement.hash"
-    assert browser.execute_script(focused) == f"#feature={order[1]}"
-    press(browser, Keys.ENTER)
-    wait(browser, "return !document.getElementById('feature').hidden")
-    assert f"Feature {order[1]}" == text(browser, ".eyebrow")
-    press(browser, "j")
-    wait(browser, f"return document.querySelector('.eyebrow').textContent === 'Feature {order[2]}'")
-    press(browser, Keys.ESCAPE)
-    wait(browser, "return document.getElementById('feature').hidden")
-    assert browser.execute_script(focused) == f"#feature={order[2]}"
-    press(browser, "/")
-    press(browser, "jk?")  # are letters here
-    assert find(browser, "#search").get_property("value") == "jk?"
-    press(browser, Keys.ESCAPE, "?")
-    assert find(browser, "#help").is_displayed()
-    press(browser, "j", Keys.ESCAPE)
-    assert not find(browser, "#help").is_displayed()
+    assert page.execute_script(focused) == f"#feature={order[1]}"
+    press(page, Keys.ENTER)
+    wait(page, "!document.getElementById('feature').hidden")
+    assert f"Feature {order[1]}" == text(page, ".eyebrow")
+    press(page, "j")
+    wait(page, f"document.querySelector('.eyebrow').textContent === 'Feature {order[2]}'")
+    press(page, Keys.ESCAPE)
+    wait(page, "document.getElementById('feature').hidden")
+    assert page.execute_script(focused) == f"#feature={order[2]}"
+    press(page, "/")
+    press(page, "jk?")  # are letters here
+    assert find(page, "#search").get_property("value") == "jk?"
+    press(page, Keys.ESCAPE, "?")
+    assert find(page, "#help").is_displayed()
+    press(page, "j", Keys.ESCAPE)
+    assert not find(page, "#help").is_displayed()
 
 
-def test_a_random_feature_is_one_of_those_found(browser, report):
-    visit(browser, report)
-    find(browser, "#search").send_keys("#77")
-    matches(browser, "1 of")
-    press(browser, Keys.ESCAPE, "r")
-    wait(browser, "return location.hash === '#feature=77'")
+def test_a_random_feature_is_one_of_those_found(page):
+    search(page, "#77", "1 of")
+    press(page, Keys.ESCAPE, "r")
+    wait(page, "location.hash === '#feature=77'")
 
 
 # ---- sizes and colours ----
@@ -417,28 +417,27 @@ def test_a_random_feature_is_one_of_those_found(browser, report):
 @pytest.mark.parametrize("fragment", ["", "#features", "#feature=25", "#feature=19"])
 @pytest.mark.parametrize("width", [NARROW, 768, WIDE])
 def test_nothing_is_wider_than_the_screen(browser, report, fragment, width):
-    resize(browser, width)
+    resize(browser, width)  # before it is drawn
     visit(browser, report + fragment)
     browser.execute_script("document.querySelectorAll('details').forEach((one) => (one.open = true))")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert_fits(browser, width)
 
 
 def test_a_narrow_screen_shows_one_thing_at_a_time(browser, report):
     resize(browser, NARROW)
     visit(browser, report)
-    shown = [find(browser, selector).is_displayed() for selector in ("#run", "#browser", "#feature")]
-    assert shown == [True, False, False]
+    parts = [find(browser, selector) for selector in ("#run", "#browser", "#feature")]
+    assert [part.is_displayed() for part in parts] == [True, False, False]
     press(browser, "/")
-    wait(browser, "return document.activeElement.id === 'search'")
-    shown = [find(browser, selector).is_displayed() for selector in ("#run", "#browser", "#feature")]
-    assert shown == [False, True, False]
+    wait(browser, "document.activeElement.id === 'search'")
+    assert [part.is_displayed() for part in parts] == [False, True, False]
     press(browser, "#77", Keys.ENTER)
-    wait(browser, "return document.activeElement.hash === '#feature=77'")
+    wait(browser, "document.activeElement.hash === '#feature=77'")
     press(browser, Keys.ENTER)
-    wait(browser, "return !document.getElementById('feature').hidden")
-    assert not find(browser, "#browser").is_displayed()
+    wait(browser, "!document.getElementById('feature').hidden")
+    assert [part.is_displayed() for part in parts] == [False, False, True]
     press(browser, Keys.ESCAPE)
-    wait(browser, "return document.activeElement.hash === '#feature=77'")
+    wait(browser, "document.activeElement.hash === '#feature=77'")
 
 
 def test_the_page_follows_the_system_into_the_dark(browser, report):
@@ -488,8 +487,7 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, tmp_path):
     visit(browser, (tmp_path / "report.html").as_uri())
     assert text(browser, "#run").count(HOSTILE[1]) == 4
     press(browser, "j")
-    find(browser, "#search").send_keys("<img src=x")
-    matches(browser, "3 of 3")
+    search(browser, "<img src=x", "3 of 3")
     for feature in (0, 1):
         open_feature(browser, (tmp_path / "report.html").as_uri(), feature)
         browser.execute_script("document.querySelectorAll('.more').forEach((button) => button.click())")
@@ -499,9 +497,7 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, tmp_path):
         signs = "return [...document.querySelectorAll('.example .sign')].map((one) => one.dataset.sign)"
         assert {"U+0000", "U+202E", "U+202C", "U+2028"} <= set(browser.execute_script(signs))
         assert not find_all(browser, "main script, main img, main svg[onload], main a[href^='javascript']")
-        for width in (WIDE, NARROW):
-            resize(browser, width)
-            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert_fits(browser, WIDE, NARROW)
     assert browser.execute_script("return window.pwned") is None
 
 
@@ -514,17 +510,16 @@ def test_a_token_that_turns_the_direction_does_not_turn_its_neighbours(browser, 
     assert browser.execute_script(lefts) == sorted(browser.execute_script(lefts))
 
 
-def test_the_policy_stops_markup_that_gets_in_all_the_same(browser, report):
-    visit(browser, report)
-    browser.execute_script(
+def test_the_policy_stops_markup_that_gets_in_all_the_same(page):
+    page.execute_script(
         """document.body.insertAdjacentHTML('beforeend', '<img src="data:," onerror="window.pwned=1">');
         const script = document.createElement('script');
         script.textContent = 'window.pwned = 1';
         document.body.append(script);"""
     )
-    wait(browser, "return document.querySelector('body > img').complete")
-    assert browser.execute_script("return window.pwned") is None
-    assert len(browser.get_log("browser")) >= 2  # the refusals
+    wait(page, "document.querySelector('body > img').complete")
+    assert page.execute_script("return window.pwned") is None
+    assert len(page.get_log("browser")) >= 2  # the refusals
 
 
 # ---- many features, half a file, a text ----
@@ -539,35 +534,34 @@ def test_a_report_of_20000_features_opens_and_scrolls(browser, tmp_path):
     assert text(browser, "#matches") == "20,000 features"
     for step in range(1, 8):
         browser.execute_script(f"document.getElementById('list').scrollTop = {100_000 * step}")
-        wait(browser, f"return Number(document.querySelector('.line a').hash.slice(9)) > {1000 * step}")
+        wait(browser, f"Number(document.querySelector('.line a').hash.slice(9)) > {1000 * step}")
         assert len(find_all(browser, ".line")) < 50
     browser.execute_script("document.getElementById('list').scrollTop = 1e9")
-    wait(browser, "return [...document.querySelectorAll('.line a')].at(-1).hash === '#feature=19999'")
+    wait(browser, "[...document.querySelectorAll('.line a')].at(-1).hash === '#feature=19999'")
     assert len(find_all(browser, ".line")) < 50
     find_all(browser, ".line a")[-1].click()
-    wait(browser, "return document.querySelector('.eyebrow').textContent === 'Feature 19999'")
+    wait(browser, "document.querySelector('.eyebrow').textContent === 'Feature 19999'")
 
 
-def test_a_feature_whose_data_is_still_coming_waits_unless_another_is_asked_for(browser, report):
-    visit(browser, report)
-    browser.execute_script(
+def test_a_feature_whose_data_is_still_coming_waits_unless_another_is_asked_for(page):
+    page.execute_script(
         """window.late = document.getElementById('chunk-2'), window.after = late.nextElementSibling;
         late.remove();
         Object.defineProperty(document, 'readyState', { value: 'loading' });
         location.hash = '#feature=70';"""
     )
     time.sleep(0.2)
-    assert not find(browser, "#feature").is_displayed()
-    browser.execute_script("location.hash = '#feature=1'")
-    wait(browser, "return !document.getElementById('feature').hidden")
-    browser.execute_script("after.before(late)")
+    assert not find(page, "#feature").is_displayed()
+    page.execute_script("location.hash = '#feature=1'")
+    wait(page, "!document.getElementById('feature').hidden")
+    page.execute_script("after.before(late)")
     time.sleep(0.2)
-    assert text(browser, ".eyebrow") == "Feature 1"
-    browser.execute_script("late.remove(); location.hash = '#feature=70'")
+    assert text(page, ".eyebrow") == "Feature 1"
+    page.execute_script("late.remove(); location.hash = '#feature=70'")
     time.sleep(0.2)
-    assert text(browser, ".eyebrow") == "Feature 1"
-    browser.execute_script("after.before(late)")
-    wait(browser, "return document.querySelector('.eyebrow').textContent === 'Feature 70'")
+    assert text(page, ".eyebrow") == "Feature 1"
+    page.execute_script("after.before(late)")
+    wait(page, "document.querySelector('.eyebrow').textContent === 'Feature 70'")
 
 
 def test_a_report_that_was_cut_short_says_so(browser, tmp_path):
@@ -600,7 +594,5 @@ def test_a_text_shows_its_features_token_by_token(browser, tmp_path):
     press(browser, Keys.ESCAPE)
     assert browser.execute_script(levels) == ["2", "4", None]
     assert text(browser, "#firing-title") == "Strongest in the text"
-    for width in (WIDE, NARROW):
-        resize(browser, width)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert_fits(browser, WIDE, NARROW)
     assert browser.execute_script("return window.pwned") is None
