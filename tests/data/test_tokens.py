@@ -62,7 +62,7 @@ def test_the_held_out_part_grows_with_its_fraction():
     assert all(is_held_out(i, 1.0) for i in ids)
 
 
-def test_a_small_corpus_goes_round_in_another_order_each_epoch_and_the_same_in_each_run(tmp_path):
+def test_each_epoch_has_another_order_and_each_run_the_same_orders(tmp_path):
     path = folder_of(tmp_path, 50)
 
     def three_epochs(seed):

@@ -111,7 +111,7 @@ def test_zeros_beside_the_active_features_change_nothing(corpus, tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_half_of_the_documents_are_for_scoring_whether_or_not_they_were_held_out_of_training():
+def test_half_of_the_documents_are_for_scoring_held_out_of_training_or_not():
     from mistral_sae.data.tokens import is_held_out
 
     ids = [f"file {i}.py" for i in range(4000)]

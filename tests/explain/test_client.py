@@ -54,7 +54,7 @@ def test_a_fault_that_stays_is_a_failure_with_its_reason(journal, fault):
 
 
 @pytest.mark.parametrize("fault", ["hang", "trickle"])
-def test_a_request_that_the_server_answers_too_slowly_fails_and_the_constants_that_help_are_named(journal, fault):
+def test_a_request_answered_too_slowly_fails_and_names_the_constants_that_help(journal, fault):
     with serve(lambda asked: fault) as server:
         (completion,), client = ask(server, journal, "x", attempts=2, timeout=0.2)
     assert completion[:2] == ("failed", "2 attempts failed, the last with no reply within 0.2 s")
@@ -191,7 +191,7 @@ def test_what_no_request_can_survive_ends_the_run_at_once_and_costs_nothing(jour
         (Raw(200, {"choices": [{"message": {"content": "", "reasoning": "I think."}}]}), "the thoughts 'I think'"),
     ],
 )
-def test_a_server_whose_replies_are_of_no_use_is_asked_twice_and_its_words_are_quoted(journal, fault, words):
+def test_a_server_of_useless_replies_is_asked_twice_and_its_words_are_quoted(journal, fault, words):
     with serve(lambda asked: fault) as server:
         results, _ = ask(server, journal, *map(str, range(50)))
     assert {type(result) for result in results} == {UserError}
@@ -203,7 +203,7 @@ def test_a_server_whose_replies_are_of_no_use_is_asked_twice_and_its_words_are_q
 @pytest.mark.parametrize(
     ("fault", "words"), [("401", "wants a valid key"), ("quota", "no quota left"), ("hang", "does not answer")]
 )
-def test_a_server_that_answers_nobody_any_more_stops_the_run_and_what_was_answered_is_kept(journal, fault, words):
+def test_a_server_that_answers_no_more_stops_the_run_and_its_answers_are_kept(journal, fault, words):
     numbers = map(str, range(40))
     with serve(lambda asked: "hang" if asked.content == "0" else fault) as server:
         start = time.monotonic()

@@ -52,7 +52,7 @@ def test_a_reply_that_stays_truncated_says_so(journal, larger, rooms):
     assert journal.get(lines(journal)[0]["key"]) == completion
 
 
-def test_a_reply_that_stayed_truncated_is_asked_for_again_with_a_larger_bound_and_no_other(journal):
+def test_a_truncated_reply_is_asked_for_again_under_a_larger_bound_only(journal):
     with serve(lambda asked: "truncated" if asked.body["max_tokens"] < 800 else None) as server:
         (cut,), client = ask(server, journal, "x", longest_reply=400)
         assert cut.status == "truncated"

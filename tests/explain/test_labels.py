@@ -66,7 +66,7 @@ def test_scores_by_other_scorers_stay_where_the_explanation_is_the_same(tmp_path
 
 
 @pytest.mark.parametrize(("explainer", "of_other_examples"), [("another", False), ("m", True)])
-def test_what_another_explainer_or_other_examples_made_is_set_moved_to_and_never_overwritten(
+def test_labels_of_another_explainer_or_other_examples_are_moved_not_overwritten(
     tmp_path, explainer, of_other_examples
 ):
     path = tmp_path / "explanations.jsonl"
@@ -79,7 +79,7 @@ def test_what_another_explainer_or_other_examples_made_is_set_moved_to_and_never
         assert found == ({1: ok(1)} if of_other_examples else {1: ok(1), 2: ok(2, explainer)})
 
 
-def test_a_file_that_holds_something_else_is_set_moved_to_and_named_by_who_only_reads_it(tmp_path):
+def test_a_file_of_something_else_is_refused_by_readers_and_moved_by_writers(tmp_path):
     path = tmp_path / "explanations.jsonl"
     assert merge_labels(path, {1: ok(1)}, of_other_examples=True) == ({1: ok(1)}, None)
     path.write_text("nonsense\n")
@@ -94,7 +94,7 @@ def line(feature, explanation, status="ok", scores=None):
     return json.dumps(record | {"scores": scores or {}})
 
 
-def test_a_file_of_other_tools_with_the_five_keys_alone_is_read_and_the_last_line_of_a_feature_counts(tmp_path):
+def test_five_keys_are_enough_and_the_last_line_of_a_feature_counts(tmp_path):
     path = tmp_path / "explanations.jsonl"
     assert read_labels(path) == {}
     lines = [line(3, "old"), line(4, "", "no pattern"), line(3, "new", scores={"detection": {"value": 0.8, "more": 1}})]

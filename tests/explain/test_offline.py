@@ -138,7 +138,7 @@ def test_a_dead_feature_is_dead():
     assert (label.status, label.explainer, label.scores) == ("dead", "offline", {})
 
 
-def test_a_feature_that_fires_only_where_explanations_are_scored_is_rare_and_not_dead():
+def test_a_feature_that_fires_only_in_scored_documents_is_rare_and_not_dead():
     feature = make_feature(0, on(" self"))._replace(top=(), spread=())
     label = offline.label(feature, offline.find(feature), None)
     assert (label.status, label.scores) == ("rare", {})

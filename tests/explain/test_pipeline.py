@@ -125,7 +125,7 @@ def features():
 # Scores
 
 
-def test_a_judge_who_understands_scores_one_on_its_own_explanation_and_chance_on_anothers(features):
+def test_a_judge_who_understands_scores_one_on_its_own_and_chance_on_anothers(features):
     labels = run_all(Fake(perfect), features)
     assert sorted(labels) == sorted(features)
     for index, label in labels.items():

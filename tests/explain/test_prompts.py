@@ -130,7 +130,7 @@ def test_marks_are_checked_against_the_explanation_too(feature):
     assert "between ⟦ and ⟧" in content
 
 
-def test_without_its_marks_a_passage_is_its_text_and_they_stand_around_the_active_runs():
+def test_marks_stand_around_the_active_runs_and_change_nothing_else():
     passage = Example("d", 1, ("a", "b\n", ' "c"', "d", "e"), (0.0, 1.0, 2.0, 0.0, 3.0))
     text = prompts.marked_text(passage, {1, 2, 4}, ("«", "»"))
     assert text == '"a«b\\n \\"c\\"»d«e»"'
@@ -157,7 +157,7 @@ def test_an_explainer_sees_ten_top_passages_and_twelve_from_all_over_the_range(f
     assert not held_out & set(shown)
 
 
-def test_activations_are_integers_up_to_ten_of_the_maximum_and_active_tokens_have_at_least_one(feature):
+def test_activations_are_tenths_of_the_maximum_and_at_least_one_where_active(feature):
     assert [prompts.level(a, 5.0) for a in (0.0, 0.001, 0.6, 2.4, 5.0, 7.0)] == [0, 1, 1, 5, 10, 10]
     content = prompts.explain_request(feature).messages[1]["content"]
     first = feature.top[0]
@@ -335,7 +335,7 @@ def test_an_explanation_about_patterns_or_nothing_is_not_taken_for_none(text):
     assert prompts.read_explanation(json.dumps({"pattern": "", "explanation": text})) == text
 
 
-def test_an_explanation_of_more_than_twenty_words_is_too_long_and_its_beginning_is_kept():
+def test_an_explanation_of_more_than_twenty_words_is_cut_and_called_too_long():
     assert prompts.read_explanation(json.dumps({"explanation": " ".join(["w"] * 20)})) == " ".join(["w"] * 20)
     with pytest.raises(prompts.TooLong, match="25 words") as caught:
         prompts.read_explanation(json.dumps({"explanation": " ".join(["w"] * 15 + ["v"] * 10)}))
@@ -427,7 +427,7 @@ def test_no_reply_makes_a_parser_fail_otherwise_than_by_saying_so():
     assert 0 < unreadable < 3 * 3000  # and nothing else was raised
 
 
-def test_a_judge_learns_no_number_of_right_passages_and_an_explainer_may_find_no_pattern(
+def test_a_judge_learns_no_count_of_right_passages_and_no_pattern_is_an_answer(
     feature,
 ):
     passage = feature.top[0]

@@ -138,7 +138,7 @@ def test_the_index_and_the_chunks_are_in_one_order(tmp_path):
         assert chunk[place % index["chunk"]]["feature"] == order[place]
 
 
-def test_the_index_finds_features_by_the_tokens_they_fire_on_and_those_of_their_logit_lens():
+def test_the_index_finds_features_by_tokens_they_fire_on_and_of_their_logit_lens():
     feature, label = make_feature(5), make_label(5)
     index, _ = pack([feature], {5: label})
     assert index["fires_on"][0][0] == feature.top[0].tokens[feature.top[0].peak]

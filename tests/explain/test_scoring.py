@@ -115,7 +115,7 @@ def test_wrong_marks_are_the_right_ones_moved_as_a_whole_to_silent_tokens(featur
         assert not any({i + shift for i in active} <= silent for shift in range(-len(values), len(values)))
 
 
-def test_both_marks_of_a_passage_are_asked_in_different_rounds_each_in_an_order_of_its_own(feature):
+def test_both_marks_of_a_passage_are_asked_in_different_rounds_and_orders(feature):
     rounds = scoring.fuzzing_questions(feature, 0)
     orders = [[q.index for q in questions] for questions in rounds]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(set(orders[0]))
@@ -153,7 +153,7 @@ def test_wrong_marks_have_their_peak_near_to_where_another_passage_has_it(featur
 
 
 @pytest.mark.parametrize(("right", "wrongs"), [("q", {3, 4}), ("e", {2})])
-def test_marked_tokens_stand_unmarked_elsewhere_as_often_in_wrong_marks_as_in_right_ones(feature, right, wrongs):
+def test_marked_tokens_stand_unmarked_elsewhere_as_often_in_wrong_as_in_right_marks(feature, right, wrongs):
     tokens = ("e", "e", "e", "b", "c", "d", "e", "e", "e", "e", " " + right, "e", "e")
     passage = Example("d", 1, tokens, tuple(2.0 * (i == 10) for i in range(len(tokens))))
     found = set()
@@ -304,7 +304,7 @@ def test_a_simulation_score_counts_the_passages_it_did_not_get():
     assert scoring.simulation_score([], 3, seed=0)[:3] == (None, None, None)
 
 
-def test_the_interval_of_a_correlation_is_that_of_fisher_for_many_independent_passages():
+def test_the_interval_of_a_correlation_is_fishers_for_many_independent_passages():
     generator = np.random.default_rng(0)
     truth = generator.normal(size=400)
     simulated = [

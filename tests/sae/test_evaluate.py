@@ -174,7 +174,7 @@ def logprobs_of(model, rows_RT, residual_RTD):
 
 
 @torch.no_grad()
-def test_the_cross_entropies_are_those_of_a_direct_computation_that_keeps_the_first_position(model, rows_RT, x):
+def test_cross_entropies_equal_a_direct_computation_that_keeps_the_first_position(model, rows_RT, x):
     sae, clean_RTD = random_sae(), model.residuals(rows_RT, LAYER)
     found = cross_entropy(model, sae, rows_RT)
 

@@ -133,7 +133,7 @@ def test_a_trainer_that_loads_the_state_of_another_goes_on_like_it(tmp_path, mom
     assert all(torch.equal(a, b) for a, b in zip(first.state().values(), second.state().values(), strict=True))
 
 
-def test_a_trainer_keeps_the_largest_activation_of_each_feature_since_it_was_told_to_forget():
+def test_a_trainer_keeps_each_features_maximum_since_it_was_told_to_forget():
     trainer = make_trainer(16, 64, 4, dead_after_tokens=50)
     x = torch.randn(6, 40, 16, generator=torch.Generator().manual_seed(0))
     trainer.initialize(x[0])

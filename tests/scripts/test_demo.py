@@ -489,9 +489,7 @@ def read_until(process, words: bytes, at_least: int = 0) -> bytes:
     return seen
 
 
-def test_a_conversation_is_steered_ends_with_its_input_and_its_commands_find_features(
-    demo, monkeypatch, mistral_folder, run_dir
-):
+def test_a_conversation_is_steered_finds_features_and_ends_with_its_input(demo, monkeypatch, mistral_folder, run_dir):
     lines = iter(["def f", "/feature exception", "def f", "/off", "def f"])
 
     def read(prompt):

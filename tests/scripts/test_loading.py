@@ -43,7 +43,7 @@ def test_a_folder_without_an_autoencoder_says_what_to_do(tmp_path):
         opened(tmp_path)
 
 
-def test_the_name_of_another_model_is_a_warning_and_a_longer_form_of_the_same_is_none(tmp_path, capsys):
+def test_only_the_name_of_another_model_is_a_warning_not_a_longer_form_of_it(tmp_path, capsys):
     for name, warns in (("mistral-7b", True), ("someone/Standin", False)):
         write_sae(tmp_path / "sae", name)
         opened(tmp_path)

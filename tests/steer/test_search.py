@@ -94,7 +94,7 @@ def test_words_are_alike_where_one_begins_with_the_other(a, b, alike):
     assert search.are_alike(b, a) is alike
 
 
-def test_explanations_are_ranked_by_the_words_they_share_with_the_query_rare_ones_first():
+def test_explanations_are_ranked_by_the_words_of_the_query_they_hold_rare_ones_first():
     explanations = {
         1: "raised exceptions",
         2: "names of tests",
@@ -127,7 +127,7 @@ def test_features_are_found_by_the_tokens_they_fire_on(lm, rows_RT, monkeypatch)
     assert search.by_tokens(lm, loaded, [4000], rows_RT, 3) == []
 
 
-def test_of_features_that_match_equally_the_one_that_raises_the_words_tokens_most_comes_first(lm, loaded, rows_RT):
+def test_between_equal_matches_the_one_that_raises_the_words_tokens_most_comes_first(lm, loaded, rows_RT):
     statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
     explanations = {feature: "an exception" for feature in (3, 7, 30, 31)} | {9: "brackets", 11: "an exception test"}
     found = search.find("exception", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
@@ -219,7 +219,7 @@ def subject_of(lm, loaded, density=0.001, explanations=()):
     return Subject(lm, loaded, statistics, explained(dict.fromkeys(explanations, "an explanation")))
 
 
-def test_the_most_visible_feature_fires_on_most_more_of_its_texts_than_of_the_models_own(
+def test_the_most_visible_feature_fires_on_more_of_its_texts_than_of_the_models_own(
     lm, loaded, trials, monkeypatch, capsys
 ):
     monkeypatch.setattr(search, "TRIED", 4)

@@ -80,7 +80,7 @@ def strong(method: str) -> float:
 @pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm", "none"])
 @pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
 @pytest.mark.parametrize(("method", "c"), [("clamp", 4.0), ("clamp", -2.5), ("ablate", 7.0)])
-def test_clamping_is_decoding_the_features_with_some_set_to_c_and_adding_the_error_term(
+def test_clamping_decodes_the_features_with_some_set_to_c_and_adds_the_error_term(
     activation, normalize, center, method, c
 ):
     sae, x = autoencoder(activation, normalize, center), residuals()
@@ -97,7 +97,7 @@ def test_clamping_is_decoding_the_features_with_some_set_to_c_and_adding_the_err
     assert (edit(x) - x).abs().amax(-1).max() > 0.1
 
 
-def test_the_form_without_competition_differs_only_where_topk_silences_a_positive_pre_activation():
+def test_the_two_forms_differ_only_where_topk_silences_a_positive_pre_activation():
     sae, x = autoencoder(), residuals()
     encoded = sae.encode(x)
     z, _, std = sae.standardize(x)
@@ -140,7 +140,7 @@ def test_a_clamped_feature_reads_c_where_nothing_interferes(c):
     torch.testing.assert_close(after[..., others], before[..., others], rtol=1e-4, atol=1e-4)
 
 
-def test_at_the_tokens_own_scale_a_clamped_feature_moves_by_the_product_of_its_two_rows():
+def test_at_the_tokens_own_scale_a_feature_moves_by_the_product_of_its_two_rows():
     sae, x, feature, c = autoencoder(), residuals(), 11, 5.0
     z, mean, std = sae.standardize(x)
     edited = make_edit(sae, {feature: c}, "clamp", CPU)(x)

@@ -94,7 +94,7 @@ def figures(cross_entropy, repetition):
     return Measured(10, cross_entropy, 0.0, repetition, 0.0, 0.0)
 
 
-def test_fluent_text_costs_little_more_than_the_models_own_and_repeats_itself_little_more():
+def test_fluent_text_costs_and_repeats_little_more_than_the_models_own():
     own = figures(1.5, 0.1)
     assert sweep.is_fluent(own, own)
     assert sweep.is_fluent(figures(1.5 + sweep.MOST_NATS, 0.1), own)
@@ -167,7 +167,7 @@ def controls_of(lm, loaded):
     return lambda coefficients, seed=0: sweep.with_controls(subject, coefficients, seed)
 
 
-def test_a_sweep_is_compared_with_a_random_direction_and_other_features_of_the_same_coefficients(loaded, controls_of):
+def test_a_sweep_stands_beside_a_random_direction_and_other_features(loaded, controls_of):
     (_, of, none), (_, same, directions), (title, others, none_too) = controls_of({3: 1.0, 4: -2.0})
     assert of == same == {3: 1.0, 4: -2.0}
     assert none is none_too is None
