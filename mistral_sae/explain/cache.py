@@ -255,7 +255,7 @@ def read_corpus(folder: Path, reading: Reading, model: LanguageModel, loaded: Lo
         skipped, seen = Skipped(), set[str]()
         packed = reading.corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
         rows = prefetch(itertools.islice(_strided(packed, reading.stride, seen), reading.n_rows), depth=1024)
-        with Progress(total=reading.n_rows * row_tokens, unit=" tokens", unit_scale=True) as progress:
+        with Progress(desc="reading", total=reading.n_rows * row_tokens, unit=" tokens", unit_scale=True) as progress:
             counted = (row for row in rows if progress.update(row_tokens) or True)
             write(folder, described, counted, model, loaded.sae, layer, reading.rows_per_forward)
         found, why = open_cache(folder, described)
