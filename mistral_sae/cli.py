@@ -71,10 +71,11 @@ def override(arguments: list[str], config: ModuleType) -> None:
         if name in given:
             return _parsed(name, given[name], kinds[name])
         try:
-            return _typed(name, default(), kinds[name])
-        except ArithmeticError as error:
+            value = default()
+        except (ArithmeticError, ValueError) as error:  # as of a division or a root
             shown = " ".join(f"{name}={value}" for name, value in given.items() if "KEY" not in name)
             raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
+        return _typed(name, value, kinds[name])
 
     no_arguments = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
     for statement in tree.body:
