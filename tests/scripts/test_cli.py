@@ -368,6 +368,8 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
         (["K=abc"], "K must be of type int: found 'abc'"),
         (["D_HIDEN=64"], "there is no constant D_HIDEN: the closest is D_HIDDEN"),
         (["D_HIDDEN=0"], "LEARNING_RATE cannot be computed with D_HIDDEN=0"),
+        (["AUXK_FEATURES=-1"], "AUXK_FEATURES is -1: expected at least 0"),
+        (["EVALUATIONS=0"], "EVALUATIONS is 0: expected at least 1"),
         (["D_HIDDEN=-1"], "LEARNING_RATE cannot be computed with D_HIDDEN=-1"),
         (["K"], "expected NAME=value"),
         (["K=0"], "K is 0: expected 1 to D_HIDDEN"),
