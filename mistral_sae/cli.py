@@ -103,15 +103,19 @@ def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:
     if bool in kinds and text in ("true", "false"):
         return text == "true"
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
-        value = text
-    try:
-        return _typed(name, value, kinds, found=text)
+        return _typed(name, literal(text), kinds, found=text)
     except UserError:
         if str in kinds:
             return text
         raise
+
+
+def literal(text: str) -> Any:
+    """The value that a text is the Python literal of, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
+        return text
 
 
 def _typed(name: str, value: Any, kinds: tuple[type, ...], found: Any = None) -> Any:
