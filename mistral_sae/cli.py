@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+STANDIN = "the bundled stand-in, a tiny Mistral that has read nothing but Python"  # what the scripts call it
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -148,8 +149,7 @@ def start(script: str, config: ModuleType) -> None:
         override(sys.argv[1:], config)
     except UserError as error:
         fail(error, error.exit_code)
-    standin = "the bundled stand-in, a tiny Mistral that has read nothing but Python (not Mistral 7B)"
-    print(f"{script}: {config.MISTRAL_MODEL_PATH or standin}")
+    print(f"{script}: {config.MISTRAL_MODEL_PATH or f'{STANDIN} (not Mistral 7B)'}")
 
 
 def run(main: Callable[[], None], out_of_memory: str) -> None:
