@@ -42,7 +42,7 @@ DECAY_FRACTION: float = 0.2  # last share of the steps, over which the learning 
 MAX_GRADIENT_NORM: float = 1.0  # larger gradients are scaled down to it
 AUXK_COEFFICIENT: float = 1 / 32  # weight of the loss that revives dead features (Gao et al. 2024, appendix A.2)
 K_AUX: int = 128 if ON_STANDIN else 2048  # dead features a token may use in it: about half the model's width (ibid.)
-AUXK_FEATURES: int = 8192  # dead features that loss looks at, at most: it needs 80 KB for each at 7B
+AUXK_FEATURES: int = 8192  # dead features that loss looks at, at most: it needs 131 KB for each at 7B
 DEAD_AFTER_TOKENS: int = 200_000 if ON_STANDIN else 10_000_000  # without firing (10 million: ibid.)
 MOMENTS_DTYPE: str = "float32" if ON_STANDIN else "bfloat16"  # of Adam's moments; bfloat16 saves 4.3 GB at 7B
 
@@ -133,9 +133,9 @@ CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the m
 for _name, _least in {
     "TARGET_LAYER": 0, "CONTEXT_LENGTH": 3, "BATCH_SIZE": 2, "SHUFFLE_ROWS": 1, "ROWS_PER_FORWARD": 1,
     "DEAD_AFTER_TOKENS": 1, "EVALUATION_ROWS": 1, "EVALUATION_STRIDE": 1, "LOG_EVERY": 1, "WARM_UP_STEPS": 0,
-    "K_AUX": 0, "AUXK_COEFFICIENT": 0, "EXPLAIN_STRIDE": 1, "EXAMPLES_PER_INTERVAL": 1, "CONCURRENCY": 1,
-    "MAX_REPLY_TOKENS": 1, "TOKENS_BEFORE": 0, "TOKENS_AFTER": 0, "NEW_TOKENS": 1, "TEMPERATURE": 0,
-    "SWEEP_SAMPLES": 1,
+    "K_AUX": 0, "AUXK_COEFFICIENT": 0, "AUXK_FEATURES": 0, "EVALUATIONS": 1, "EXPLAIN_STRIDE": 1,
+    "EXAMPLES_PER_INTERVAL": 1, "CONCURRENCY": 1, "MAX_REPLY_TOKENS": 1, "TOKENS_BEFORE": 0, "TOKENS_AFTER": 0,
+    "NEW_TOKENS": 1, "TEMPERATURE": 0, "SWEEP_SAMPLES": 1,
 }.items():  # fmt: skip
     expect(_name, globals()[_name], _least <= globals()[_name] < math.inf, f"at least {_least}")
 for _name in ("LEARNING_RATE", "MAX_GRADIENT_NORM", "REQUEST_TIMEOUT", "REQUEST_DEADLINE"):

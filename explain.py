@@ -32,7 +32,6 @@ SHOWN_FEATURES = 10  # of a token of TEXT
 RUN_DIR = Path(config.RUN_DIR)
 WHO = config.EXPLAINER or ("openai" if config.OPENAI_API_KEY or config.OPENAI_BASE_URL else "offline")
 EXPLAINER_NAME = config.OPENAI_MODEL or "" if WHO == "openai" else WHO  # as its labels have it
-STANDIN = "the bundled stand-in, a tiny Mistral that has read nothing but Python"
 
 
 def main() -> None:
@@ -75,7 +74,7 @@ def main() -> None:
 
 def model_name(model: LanguageModel) -> str:
     """The model's name, for people."""
-    return STANDIN if config.ON_STANDIN else model.name
+    return cli.STANDIN if config.ON_STANDIN else model.name
 
 
 # ---- explanations and scores ----

@@ -27,7 +27,7 @@ from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.explain.figures import plot_training
-from mistral_sae.files import append_line, write_text
+from mistral_sae.files import append_line, locked, write_text
 from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load_model
 from mistral_sae.sae.checkpoint import Metadata, hook_name, save_sae
 from mistral_sae.sae.evaluate import Evaluator, reconstruction, summary
@@ -38,11 +38,19 @@ EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
 
 
 def main() -> None:
-    """Plan, load, train, evaluate."""
+    """Plan, and run if no other train.py is at work in RUN_DIR."""
     corpus, run_dir = Corpus.of(config), Path(config.RUN_DIR)
     training, last_layer = make_plan(corpus)
     if config.DRY_RUN:
         return
+    with locked(run_dir, ".train.lock") as note:
+        if note:
+            print(note)
+        train_and_evaluate(corpus, run_dir, training, last_layer)
+
+
+def train_and_evaluate(corpus: Corpus, run_dir: Path, training: TrainConfig, last_layer: int | None) -> None:
+    """The run, from the model's loading to the figures of the finished autoencoder."""
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
     model = open_model(last_layer)
     held_out = corpus.held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)

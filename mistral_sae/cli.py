@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+STANDIN = "the bundled stand-in, a tiny Mistral that has read nothing but Python"  # what the scripts call it
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -71,10 +72,11 @@ def override(arguments: list[str], config: ModuleType) -> None:
         if name in given:
             return _parsed(name, given[name], kinds[name])
         try:
-            return _typed(name, default(), kinds[name])
-        except ArithmeticError as error:
+            value = default()
+        except (ArithmeticError, ValueError) as error:  # as of a division or a root
             shown = " ".join(f"{name}={value}" for name, value in given.items() if "KEY" not in name)
             raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
+        return _typed(name, value, kinds[name])
 
     no_arguments = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
     for statement in tree.body:
@@ -102,15 +104,19 @@ def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:
     if bool in kinds and text in ("true", "false"):
         return text == "true"
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
-        value = text
-    try:
-        return _typed(name, value, kinds, found=text)
+        return _typed(name, literal(text), kinds, found=text)
     except UserError:
         if str in kinds:
             return text
         raise
+
+
+def literal(text: str) -> Any:
+    """The value that a text is the Python literal of, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
+        return text
 
 
 def _typed(name: str, value: Any, kinds: tuple[type, ...], found: Any = None) -> Any:
@@ -143,8 +149,7 @@ def start(script: str, config: ModuleType) -> None:
         override(sys.argv[1:], config)
     except UserError as error:
         fail(error, error.exit_code)
-    standin = "the bundled stand-in, a tiny Mistral that has read nothing but Python (not Mistral 7B)"
-    print(f"{script}: {config.MISTRAL_MODEL_PATH or standin}")
+    print(f"{script}: {config.MISTRAL_MODEL_PATH or f'{STANDIN} (not Mistral 7B)'}")
 
 
 def run(main: Callable[[], None], out_of_memory: str) -> None:

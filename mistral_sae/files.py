@@ -65,13 +65,15 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[str]:
+def locked(run_dir: Path, name: str = ".lock") -> Iterator[str]:
     """Hold a folder for this process, until the block or the process ends, be it by kill -9.
+
+    Locks of different names do not know each other: explain.py may read what train.py is still writing.
 
     Yields "", or one line to print where the file system has no locks. Raises UserError if another process holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    path, note = run_dir / ".lock", ""
+    path, note = run_dir / name, ""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(path, timeout=0))

@@ -6,6 +6,7 @@ Shapes: F features.
 """
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -146,15 +147,18 @@ def score_panels(scores: Sequence[ScoreSummary]) -> list[Panel]:
         )
     ]
     if any(found is not None for found in first.recall):
-        panels.append(_recall([found or 0.0 for found in first.recall]))
+        panels.append(_recall([math.nan if found is None else found for found in first.recall]))
     return panels
 
 
 def _recall(found: Sequence[float]) -> Panel:
+    """Bars by interval; NaN, where no passage was judged, is none."""
+
     def draw(axes: Axes) -> None:
         names = [f"{100 * i // len(found)}\N{EN DASH}{100 * (i + 1) // len(found)}%" for i in range(len(found))]
         axes.bar_label(axes.bar(names, found, color=CURVE, width=0.7), fmt="%.2f", padding=2)
-        axes.set(xlabel="strength, as a share of the feature's maximum", ylabel="found", ylim=(0, 1.15))
+        axes.set(xlabel="strength, as a share of the feature's maximum", xlim=(-0.6, len(found) - 0.4))
+        axes.set(ylabel="found", ylim=(0, 1.15))
 
     meaning = (
         "The share of the passages in which a feature fires that its explanation finds, by how strongly it fires: "

@@ -3,7 +3,6 @@
 Shapes: R rows, T positions, N features that are looked at, F features, V vocabulary.
 """
 
-import ast
 import math
 import random
 import re
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mistral_sae.cli import Progress
+from mistral_sae.cli import Progress, literal
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
@@ -57,10 +56,7 @@ def choose(wanted: int | str | dict, coefficient: Coefficient, subject: Subject,
 
 def parse(words: str) -> int | str | dict:
     """The number or the dictionary that is written there, or the words themselves. Raises SteeringError."""
-    try:
-        value = ast.literal_eval(words)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
-        value = None
+    value = literal(words)
     if type(value) is int or isinstance(value, dict):
         return value
     if words.lstrip()[:1] in tuple("{[(") or isinstance(value, float):

@@ -64,6 +64,15 @@ def test_the_meaning_of_a_picture_holds_what_the_picture_leaves_out():
     assert "3 of 1,003 never fired." in meanings
 
 
+def test_an_interval_of_which_no_passage_was_judged_has_no_bar():
+    recall = (None, 0.0, 0.5, 1.0)
+    score = make_label(0).scores["detection"]._replace(recall=recall)
+    *_, panel = score_panels(summarize_scores([{"detection": score}]))
+    texts = re.findall(r">([^<>]+)</text>", svg(panel))
+    assert [text for text in texts if "%" in text] == ["0–25%", "25–50%", "50–75%", "75–100%"]  # noqa: RUF001
+    assert [text for text in texts if re.fullmatch(r"\d\.\d\d", text)] == ["0.00", "0.50", "1.00"]
+
+
 @pytest.mark.parametrize(
     ("share", "text"),
     [

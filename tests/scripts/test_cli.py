@@ -368,6 +368,9 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
         (["K=abc"], "K must be of type int: found 'abc'"),
         (["D_HIDEN=64"], "there is no constant D_HIDEN: the closest is D_HIDDEN"),
         (["D_HIDDEN=0"], "LEARNING_RATE cannot be computed with D_HIDDEN=0"),
+        (["AUXK_FEATURES=-1"], "AUXK_FEATURES is -1: expected at least 0"),
+        (["EVALUATIONS=0"], "EVALUATIONS is 0: expected at least 1"),
+        (["D_HIDDEN=-1"], "LEARNING_RATE cannot be computed with D_HIDDEN=-1"),
         (["K"], "expected NAME=value"),
         (["K=0"], "K is 0: expected 1 to D_HIDDEN"),
     ],
@@ -415,11 +418,11 @@ def test_without_a_terminal_what_is_done_at_once_needs_no_line(capsys):
 
 def test_without_a_terminal_a_bar_within_another_leaves_plain_lines(capsys, monkeypatch):
     monkeypatch.setattr(cli, "QUIET_SECONDS", 0.05)
-    for _ in Progress(range(3), desc="outer"):
-        for _ in Progress(range(10), desc="inner", leave=False):
+    for i in Progress(range(3), desc="outer"):
+        for _ in Progress(range(10), desc=f"inner {i}", leave=False):
             time.sleep(0.01)
     lines = capsys.readouterr().err.splitlines()
-    assert all(line.startswith(("inner: ", "outer: ")) for line in lines)
+    assert all(line.startswith(("inner ", "outer: ")) for line in lines)
     assert len(lines) == len(set(lines))
 
 

@@ -131,7 +131,8 @@ def metrics_of(run_dir):
 
 
 def contents_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".train.lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def assert_refused(ran, said, code=2):
@@ -344,6 +345,13 @@ def test_other_settings_in_the_folder_of_a_run_are_refused_and_nothing_is_touche
 ):
     before = contents_of(copied)
     assert_refused(here(arguments(copied, **changed)), said)
+    assert contents_of(copied) == before
+
+
+def test_a_second_run_in_the_folder_is_refused_and_nothing_is_touched(here, arguments, copied):
+    before = contents_of(copied)
+    with files.locked(copied, ".train.lock"):
+        assert_refused(here(arguments(copied, RESUME=False)), "another run at work")
     assert contents_of(copied) == before
 
 
