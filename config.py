@@ -34,7 +34,7 @@ K: int = 32 if ON_STANDIN else 128  # active features a token
 SEED: int = 0  # of the initialization and the order of the data
 
 # ---- training ----
-BATCH_SIZE: int = 1024 if ON_STANDIN else 4096  # residuals a step
+BATCH_SIZE: int = 512 if ON_STANDIN else 4096  # residuals a step
 # At most; falls with the number of features (Gao et al. 2024, appendix A.3). The stand-in's run is 800 times shorter
 LEARNING_RATE: float = (1e-3 if ON_STANDIN else 2e-4) / math.sqrt(D_HIDDEN / 2**14)
 WARM_UP_STEPS: int = 100 if ON_STANDIN else 1000  # linear, from 0
