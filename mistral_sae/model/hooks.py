@@ -1,7 +1,7 @@
 """Context managers that read the residual streams of layers or edit that of one.
 
 The residual after a layer is what SAE Lens calls blocks.{layer}.hook_resid_post. Both work on a model of either
-backend, although blocks of mistral-inference give (B * T, D) and those of transformers (B, T, D).
+engine, although blocks of mistral-inference give (B * T, D) and those of transformers (B, T, D).
 
 Shapes: B rows, T positions, D model width.
 """

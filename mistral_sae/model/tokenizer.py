@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral_sae.cli import one_line
-from mistral_sae.model.backends import quiet
-from mistral_sae.model.folder import TRANSFORMERS, ModelError, ModelFolder
+from mistral_sae.model.attention import quiet
+from mistral_sae.model.folder import CONFIG, ModelError, ModelFolder
 
 
 class Tokenizer(ABC):
@@ -69,7 +69,7 @@ class Tokenizer(ABC):
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     """The tokenizer in a model's folder. Raises ModelError if there is none or it cannot be read."""
-    path, hugging_face = folder.path, folder.spec.backend == TRANSFORMERS
+    path, hugging_face = folder.path, folder.described_by == CONFIG
     mistral = [*path.glob("tekken.json"), *sorted(path.glob("tokenizer.model.v*"), reverse=True)]
     mistral += path.glob("tokenizer.model")
     try:
