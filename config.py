@@ -14,7 +14,10 @@ from mistral_sae.cli import expect
 MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
 TARGET_LAYER: int = 2 if ON_STANDIN else 16  # whose output is read, blocks.{layer}.hook_resid_post: the middle
-DEVICE: str | None = None  # "cpu", "cuda", "cuda:1"; None takes a GPU where there is one
+# What runs it: "mistral-inference" or "transformers"; None is mistral-inference where it is installed and the folder is
+# of its layout, else transformers
+ENGINE: str | None = None
+DEVICE: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None takes a GPU of CUDA where there is one
 DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None is bfloat16 on a GPU, else float32
 
 # ---- text ----

@@ -97,7 +97,10 @@ def read_folder(path: Path, described_by: str, engine: str, note: str = "") -> M
         config = _text_config(path, content)
     else:
         _check_params(path / described_by, content)
-        config = content if engine == MISTRAL_INFERENCE else config_for_transformers(content)
+        try:
+            config = content if engine == MISTRAL_INFERENCE else config_for_transformers(content)
+        except ValueError as error:
+            raise ModelError(f"{path} cannot run in transformers, as {error}: use ENGINE=mistral-inference") from None
     tied = content.get("tied_embeddings") if described_by == PARAMS else config.tie_word_embeddings
     tensors = {}
     for file in _weight_files(path, _WEIGHTS[described_by]):
@@ -182,7 +185,9 @@ def _text_config(path: Path, content: dict[str, Any]) -> Any:
         raise ModelError(f"{path / CONFIG} cannot be read ({one_line(error)}): get it again") from None
     if config.model_type in _WITH_TEXT_INSIDE:
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
-        return config.text_config
+        config = config.text_config
+    if config.model_type == "ministral" and config.sliding_window is None:  # transformers makes that mask whatever
+        config.sliding_window = config.max_position_embeddings
     return config
 
 

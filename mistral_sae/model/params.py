@@ -67,10 +67,12 @@ def theta_of(params: dict[str, Any]) -> float:
 
 
 def config_for_transformers(params: dict[str, Any]) -> Any:
-    """The configuration of the same model in transformers."""
+    """The configuration of the same model in transformers. Raises ValueError for what that cannot say."""
     from transformers import MinistralConfig, MistralConfig, MixtralConfig
 
     windows = windows_of(params)
+    if len(lengths := sorted({window for window in windows if window})) > 1:
+        raise ValueError(f"it has windows of {' and '.join(map(str, lengths))} tokens")
     sizes = {
         "vocab_size": params["vocab_size"],
         "hidden_size": params["dim"],

@@ -22,7 +22,7 @@ class Tokenizer(ABC):
 
     bos_id: int
     eos_id: int
-    vocab_size: int  # special tokens included
+    vocab_size: int  # ids, those of special tokens included
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -68,19 +68,30 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
-    """The tokenizer in a model's folder. Raises ModelError if there is none or it cannot be read."""
-    path, hugging_face = folder.path, folder.described_by == CONFIG
-    mistral = [*path.glob("tekken.json"), *sorted(path.glob("tokenizer.model.v*"), reverse=True)]
-    mistral += path.glob("tokenizer.model")
+    """The tokenizer in a model's folder. Raises ModelError where it is missing, broken or another model's."""
     try:
-        if hugging_face and (path / "tokenizer.json").is_file():
-            return _from_transformers(path)
-        if mistral:
-            from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-            return _MistralCommon(MistralTokenizer.from_file(str(mistral[0])))
+        tokenizer = _read(folder.path, folder.described_by == CONFIG)
+    except ModelError:
+        raise
     except Exception as error:  # json, sentencepiece and tokenizers each raise their own
-        raise ModelError(f"the tokenizer in {path} cannot be read ({one_line(error)}): get it again") from error
+        raise ModelError(f"the tokenizer in {folder.path} cannot be read ({one_line(error)}): get it again") from error
+    if (n_ids := tokenizer.vocab_size) > (rows := folder.spec.vocab_size):
+        expected = f"expected at most {rows - 1}, as the embedding has {rows} rows"
+        raise ModelError(
+            f"the tokenizer in {folder.path} has ids up to {n_ids - 1}: {expected}; "
+            "take the one that the model was trained with, or the model that these tokens were added to"
+        )
+    return tokenizer
+
+
+def _read(path: Path, hugging_face: bool) -> Tokenizer:
+    if hugging_face and (path / "tokenizer.json").is_file():
+        return _from_transformers(path)
+    mistral = [*path.glob("tekken.json"), *sorted(path.glob("tokenizer.model.v*"), reverse=True)]
+    if mistral := [*mistral, *path.glob("tokenizer.model")]:
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        return _MistralCommon(MistralTokenizer.from_file(str(mistral[0])))
     wanted = "tokenizer.json" if hugging_face else "tekken.json or tokenizer.model.v3"
     raise ModelError(f"{path} has no tokenizer: expected {wanted} beside the weights")
 
@@ -127,7 +138,8 @@ class _MistralCommon(Tokenizer):
 class _Transformers(Tokenizer):
     def __init__(self, tokenizer: Any):
         self._hf = tokenizer
-        self.bos_id, self.eos_id, self.vocab_size = tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         if self.bos_id is None or self.eos_id is None:
             raise ValueError("it names no BOS or no EOS token")
         added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}

@@ -385,6 +385,9 @@ TEXT = "def größe(x):\n\treturn '日本 🎉' + x  # <s>[INST] </s>\r\n"
 def sentencepiece_folder(copy):
     import mistral_common
 
+    shutil.rmtree(copy)
+    params = PARAMS | {"vocab_size": 32768}
+    write_mistral_folder(copy, params, random_weights(params))
     (copy / "tekken.json").unlink()
     shutil.copy(
         f"{mistral_common.__path__[0]}/data/mistral_instruct_tokenizer_240323.model.v3",

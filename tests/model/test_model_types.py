@@ -163,6 +163,16 @@ def test_the_text_model_is_found_under_the_names_of_old_and_of_new_files(mistral
     assert torch.equal(load_model(mistral3, device="cpu").forward(tokens_BT), expected)
 
 
+def test_a_ministral_without_a_window_has_full_attention(tmp_path, tokens_BT):
+    reference = made("ministral", False)
+    for name, window in (("full", None), ("wide", 4096)):
+        reference.config.sliding_window, reference.config.layer_types = window, ["full_attention"] * 4
+        reference.save_pretrained(tmp_path / name)
+        write_byte_tokenizer(tmp_path / name)
+    full, wide = (load_model(tmp_path / name, device="cpu").forward(tokens_BT) for name in ("full", "wide"))
+    assert torch.equal(full, wide)
+
+
 def test_a_text_model_of_another_type_is_named(mistral3):
     config = json.loads((mistral3 / "config.json").read_text())
     config["text_config"]["model_type"] = "gemma"
