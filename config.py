@@ -10,7 +10,8 @@ import os
 from mistral_sae.cli import expect
 
 # ---- model ----
-# Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); None is the bundled stand-in
+# Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; or a name on the
+# Hugging Face hub, owner/name or owner/name@revision. None is the bundled stand-in
 MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
 TARGET_LAYER: int = 2 if ON_STANDIN else 16  # whose output is read, blocks.{layer}.hook_resid_post: the middle

@@ -39,6 +39,7 @@ from mistral_sae.model import engines
 from mistral_sae.model.folder import MISTRAL_INFERENCE, PARAMS, ModelFolder, Stored
 from mistral_sae.model.language_model import LanguageModel, ModelSpec
 from mistral_sae.model.params import shapes_of_params
+from mistral_sae.model.source import Source
 from mistral_sae.sae import memory
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
@@ -182,7 +183,7 @@ def random_model(params: dict[str, Any], last_layer: int) -> LanguageModel:
     """A mistral-inference model up to `last_layer`, with random weights made on the device."""
     spec, shapes = spec_of(params), shapes_of_params(params, None)
     stored = {name: Stored(Path("random"), name, shape) for name, shape in shapes.items()}
-    folder = ModelFolder(Path("random"), spec, PARAMS, params, stored)
+    folder = ModelFolder(Source(Path("random")), spec, PARAMS, params, stored)
 
     def random_tensors(wanted, device, dtype):
         tensors = {name: torch.empty(stored.shape, device=device, dtype=dtype) for name, stored in wanted.items()}

@@ -31,6 +31,21 @@ def quiet(library: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def quiet_load() -> Iterator[None]:
+    """Let transformers load something without a bar, and without its list of the layers that are left out."""
+    from transformers.utils import logging as library
+
+    has_bars = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        with quiet("transformers"):
+            yield
+    finally:
+        if has_bars:
+            library.enable_progress_bar()
+
+
 def install_attention() -> None:
     """Let mistral-inference use this module's attention, in this process; a second call changes nothing."""
     with quiet("xformers"):  # it complains at import of compiled parts that are not used here

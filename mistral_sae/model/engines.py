@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mistral_sae.cli import expect, one_line
-from mistral_sae.model.attention import CausalView, install_attention, quiet
+from mistral_sae.model.attention import CausalView, install_attention, quiet_load
 from mistral_sae.model.folder import (
     CONFIG,
     MISTRAL_INFERENCE,
     PARAMS,
     TRANSFORMERS,
-    ModelError,
     ModelFolder,
     Stored,
     check_layer,
@@ -34,6 +32,7 @@ from mistral_sae.model.folder import (
     read_folder,
 )
 from mistral_sae.model.params import shapes_of_params, theta_of, to_halves, windows_of
+from mistral_sae.model.source import ModelError, find
 
 META = torch.device("meta")
 
@@ -59,23 +58,23 @@ def open_folder(path: str | Path, engine: str | None = None, last_layer: int | N
     `engine` the first that works is taken: mistral-inference, where it is installed and the folder is in its layout,
     else transformers. Of both layouts the second is taken where the first cannot be used.
     """
-    path = Path(path).expanduser()
     expect("ENGINE", engine, engine in (None, MISTRAL_INFERENCE, TRANSFORMERS), "mistral-inference or transformers")
-    found, failures = layouts(path), dict[str, str]()
+    source = find(path)
+    found, failures = layouts(source), dict[str, str]()
     installed = all(map(find_spec, ("mistral_inference", "xformers")))
     if engine == MISTRAL_INFERENCE and not (installed and PARAMS in found):
-        why = "it is not installed here" if PARAMS in found else f"{path} has no params.json"
+        why = "it is not installed here" if PARAMS in found else f"{source.path} has no params.json"
         raise ModelError(f"ENGINE is {engine}, but {why}: use ENGINE=transformers, which reads both layouts")
     for described_by, runs_it in ((PARAMS, MISTRAL_INFERENCE), (CONFIG, TRANSFORMERS), (PARAMS, TRANSFORMERS)):
         if described_by not in found or described_by in failures or engine not in (None, runs_it):
             continue
         if runs_it == MISTRAL_INFERENCE and not installed:
             continue
-        note = "".join(f"not by its {name}: {why}" for name, why in failures.items())
-        if engine is None and described_by == PARAMS and not installed:
-            note = note or "mistral-inference is not installed"
+        notes = [source.note, *(f"not by its {name}: {why}" for name, why in failures.items())]
+        if engine is None and described_by == PARAMS and not installed and not failures:
+            notes.append("mistral-inference is not installed")
         try:
-            folder = read_folder(path, described_by, runs_it, note)
+            folder = read_folder(source, described_by, runs_it, "; ".join(filter(None, notes)))
             if last_layer is not None:
                 check_layer(folder.spec, last_layer)
             ENGINES[runs_it].check(folder, last_layer)
@@ -137,7 +136,8 @@ def _load_in_transformers(folder: ModelFolder, last_layer: int | None, device: t
     parts = {"embedding", "head", *range(config.num_hidden_layers)}
     with ExitStack() as files, quiet_load():
         wanted = {name: stored for name, stored in folder.tensors.items() if part_of(name) in parts}
-        opened = {f: files.enter_context(safe_open(f, "pt")) for f in {stored.file for stored in wanted.values()}}
+        paths = set() if device == META else {stored.file for stored in wanted.values()}
+        opened = {path: files.enter_context(safe_open(path, "pt")) for path in paths}
         state = {
             name: torch.empty(stored.shape, device=META)
             if device == META
@@ -173,21 +173,6 @@ class _Slice:
     def __getitem__(self, index: Any) -> Tensor:
         tensor = self._tensor[...]
         return (tensor if self._head_dim is None else to_halves(tensor, self._head_dim))[index]
-
-
-@contextmanager
-def quiet_load() -> Iterator[None]:
-    """Let transformers load something without a bar, and without its list of the layers that are left out."""
-    from transformers.utils import logging as library
-
-    has_bars = library.is_progress_bar_enabled()
-    library.disable_progress_bar()
-    try:
-        with quiet("transformers"):
-            yield
-    finally:
-        if has_bars:
-            library.enable_progress_bar()
 
 
 # ---- mistral-inference ----

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from mistral_sae.cli import UserError, one_line
+from mistral_sae.cli import one_line
 from mistral_sae.model.params import OPTIONAL, REQUIRED, config_for_transformers, is_rotated, name_in_transformers
+from mistral_sae.model.source import MODEL_TYPES, ModelError, Source
 
 MISTRAL_INFERENCE = "mistral-inference"
 TRANSFORMERS = "transformers"
@@ -18,14 +17,9 @@ PARAMS, CONFIG = "params.json", "config.json"  # each describes the model of its
 _WEIGHTS = {PARAMS: "consolidated", CONFIG: "model"}
 
 _WITH_TEXT_INSIDE = ["mistral3"]  # beside a vision model, which is left out
-_MODEL_TYPES = ["mistral", "mixtral", "ministral", "ministral3", "llama"]
 # Hugging Face's names of the text model's tensors, however deep it lies
 _TEXT = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:embed_tokens|layers|norm|lm_head)\..+)")
 _FLOATS = ["F64", "F32", "F16", "BF16"]
-
-
-class ModelError(UserError):
-    """A model that cannot be used as asked. One line: what was found, what was expected, what to do."""
 
 
 class ModelSpec(NamedTuple):
@@ -65,33 +59,42 @@ class Stored(NamedTuple):
 class ModelFolder(NamedTuple):
     """A model's folder, in the terms of the engine that is to run it."""
 
-    path: Path
+    source: Source
     spec: ModelSpec
     described_by: str  # PARAMS or CONFIG
     config: Any  # the content of params.json, or a configuration of transformers
     tensors: dict[str, Stored]  # of the language model, by the engine's names
 
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.source.path
 
-def layouts(path: Path) -> list[str]:
+    def fetch(self) -> None:
+        """Bring the weights here, where the model is one of the hub's. Raises ModelError."""
+        self.source.fetch({stored.file.name for stored in self.tensors.values()})
+
+
+def layouts(source: Source) -> list[str]:
     """PARAMS and CONFIG, as far as the folder has that file and weights beside it. Raises ModelError for neither."""
-    if not path.is_dir():
-        raise ModelError(f"{path} is not a folder: expected a mistral-inference or a Hugging Face model folder")
-    described = [name for name in _WEIGHTS if (path / name).is_file()]
+    path, names = source.path, source.names()
+    described = [name for name in _WEIGHTS if name in names]
     if not described:
         raise ModelError(
             f"{path} holds no model: expected params.json and consolidated.safetensors (mistral-inference) "
             "or config.json and model.safetensors (Hugging Face)"
         )
-    if found := [name for name in described if any(path.glob(f"{_WEIGHTS[name]}*.safetensors*"))]:
+    if found := [name for name in described if any(re.match(rf"{_WEIGHTS[name]}.*\.safetensors", n) for n in names)]:
         return found
-    pickled = sorted({*path.glob("*.pth"), *path.glob("*.bin"), *path.glob("*.pt")})
-    weights = f"only {pickled[0].name}, which is pickled and never read here" if pickled else "no weights"
+    pickled = sorted(name for name in names if name.endswith((".pth", ".bin", ".pt")))
+    weights = f"only {pickled[0]}, which is pickled and never read here" if pickled else "no weights"
     wanted = f"{_WEIGHTS[described[0]]}.safetensors"
     raise ModelError(f"{path} holds {weights}: expected {wanted}; download or convert the weights as safetensors")
 
 
-def read_folder(path: Path, described_by: str, engine: str, note: str = "") -> ModelFolder:
+def read_folder(source: Source, described_by: str, engine: str, note: str = "") -> ModelFolder:
     """What one layout of a folder holds, in the engine's terms. Raises ModelError."""
+    path = source.path
     content = _read_json(path / described_by)
     if described_by == CONFIG:
         config = _text_config(path, content)
@@ -103,22 +106,23 @@ def read_folder(path: Path, described_by: str, engine: str, note: str = "") -> M
             raise ModelError(f"{path} cannot run in transformers, as {error}: use ENGINE=mistral-inference") from None
     tied = content.get("tied_embeddings") if described_by == PARAMS else config.tie_word_embeddings
     tensors = {}
-    for file in _weight_files(path, _WEIGHTS[described_by]):
-        for stored, dtype in _header(file):
-            name = stored.name
+    for file, headers in source.headers(_weight_files(source, _WEIGHTS[described_by])).items():
+        for stored_name, dtype, shape in headers:
+            name = stored_name
             if described_by == CONFIG and (match := _TEXT.fullmatch(name)):
                 name = match[1] if match[1].startswith("lm_head") else f"model.{match[1]}"
             if part_of(name) is None or (tied and name in ("lm_head.weight", "output.weight")):
                 continue
             if dtype not in _FLOATS:
-                raise ModelError(f"{file} is quantized ({dtype}): expected 16 or 32 bits a weight; get such a copy")
-            if described_by == PARAMS and engine == TRANSFORMERS:
-                stored, name = stored._replace(is_rotated=is_rotated(name)), name_in_transformers(name) or name
-            tensors[name] = stored
+                expected = "expected 16 or 32 bits a weight; get such a copy"
+                raise ModelError(f"{path / file} is quantized ({dtype}): {expected}")
+            halves = described_by == PARAMS and engine == TRANSFORMERS
+            stored = Stored(path / file, stored_name, shape, halves and is_rotated(name))
+            tensors[(name_in_transformers(name) or name) if halves else name] = stored
     spec = _spec(path, engine, config, tensors)._replace(
         context_length=content.get("text_config", content).get("max_position_embeddings"), note=note
     )
-    return ModelFolder(path, spec, described_by, config, tensors)
+    return ModelFolder(source, spec, described_by, config, tensors)
 
 
 def check_layer(spec: ModelSpec, layer: int) -> None:
@@ -171,8 +175,8 @@ def _check_params(path: Path, params: dict[str, Any]) -> None:
 def _text_config(path: Path, content: dict[str, Any]) -> Any:
     """The configuration of the text model that a config.json describes, in transformers."""
     text = content.get("text_config", content) if content.get("model_type") in _WITH_TEXT_INSIDE else content
-    if (model_type := text.get("model_type")) not in _MODEL_TYPES:
-        known = ", ".join(_MODEL_TYPES + _WITH_TEXT_INSIDE)
+    if (model_type := text.get("model_type")) not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES + _WITH_TEXT_INSIDE)
         raise ModelError(f"{path / CONFIG} is of model type {model_type!r}: expected one of {known}")
     if quantized := content.get("quantization_config") or text.get("quantization_config"):
         how = quantized.get("quant_method", "no method named")
@@ -194,33 +198,22 @@ def _text_config(path: Path, content: dict[str, Any]) -> Any:
 # ---- the weights ----
 
 
-def _weight_files(path: Path, stem: str) -> list[Path]:
+def _weight_files(source: Source, stem: str) -> list[str]:
     """The files of a layout's weights: those that its index or the files' own names tell of. Raises ModelError."""
-    whole, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    there = {file.name for file in path.glob(f"{stem}*.safetensors")}
-    wanted = set(there)
-    if index.is_file():
-        wanted = set(_read_json(index).get("weight_map", {}).values())
+    names, index = source.names(), f"{stem}.safetensors.index.json"
+    if f"{stem}.safetensors" in names:
+        return [f"{stem}.safetensors"]
+    there = {name for name in names if name.startswith(stem) and name.endswith(".safetensors")}
+    wanted = set(_read_json(source.path / index).get("weight_map", {}).values()) if index in names else set(there)
     for name in there:
         if match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", name):
             numbers = range(1, int(match[3]) + 1)
             wanted |= {f"{match[1]}-{i:0{len(match[2])}}-of-{match[3]}.safetensors" for i in numbers}
     if missing := sorted(wanted - there):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{path} has no {missing[0]}{more}: expected {len(wanted)} files of weights; get the others")
-    return sorted(path / name for name in wanted)
-
-
-def _header(path: Path) -> list[tuple[Stored, str]]:
-    """The tensors of a safetensors file, which must be whole, and their dtypes."""
-    try:
-        with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return [(Stored(path, name, tuple(x.get_shape())), x.get_dtype()) for name, x in slices.items()]
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is cut short or no safetensors file ({one_line(error)}): get it again") from None
+        expected = f"expected {len(wanted)} files of weights; get the others"
+        raise ModelError(f"{source.path} has no {missing[0]}{more}: {expected}")
+    return sorted(wanted)
 
 
 def _spec(path: Path, engine: str, config: Any, tensors: dict[str, Stored]) -> ModelSpec:

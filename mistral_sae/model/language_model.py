@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mistral_sae.model.engines import Engine, load_engine, open_folder
-from mistral_sae.model.folder import ModelError, ModelSpec, check_layer
+from mistral_sae.model.folder import ModelSpec, check_layer
 from mistral_sae.model.hooks import edit_residual, read_residuals
+from mistral_sae.model.source import ModelError
 from mistral_sae.model.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "inspect", "load_model"]
@@ -217,9 +218,9 @@ class LanguageModel:
 
 
 def inspect(path: str | Path, engine: str | None = None) -> ModelSpec:
-    """Sizes of the model in a folder, before any weight is read. Raises ModelError for what `load_model` cannot load.
+    """Sizes of a model, before any weight is read, or fetched from the hub; `path` as of `load_model`.
 
-    Headers and tokenizer are checked.
+    Raises ModelError for what that cannot load, as far as headers and tokenizer tell.
     """
     folder = open_folder(path, engine)
     load_tokenizer(folder)
@@ -234,7 +235,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     engine: str | None = None,
 ) -> LanguageModel:
-    """Load a model and its tokenizer; None is the bundled stand-in.
+    """Load a model and its tokenizer: those of a folder, a .gguf file or owner/name on the hub; None is the stand-in.
 
     With `last_layer` only the embedding and layers 0..last_layer are read, which is what training needs. `device` is by
     default CUDA if there is one, else the CPU; `dtype` (or its name) bfloat16 on CUDA, else float32; `engine`
@@ -244,6 +245,7 @@ def load_model(
     spec = folder.spec
     tokenizer = load_tokenizer(folder)
     device, dtype = device_and_dtype(device, dtype)
+    folder.fetch()
     return LanguageModel(spec, tokenizer, load_engine(folder, last_layer, device, dtype), last_layer, device, dtype)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from mistral_sae.cli import one_line
 from mistral_sae.model.attention import quiet
-from mistral_sae.model.folder import CONFIG, ModelError, ModelFolder
+from mistral_sae.model.folder import CONFIG, ModelFolder
+from mistral_sae.model.source import ModelError
 
 
 class Tokenizer(ABC):
