@@ -14,6 +14,8 @@ from mistral_sae.cli import expect
 # Hugging Face hub, owner/name or owner/name@revision. None is the bundled stand-in
 MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
+# Tokens that are neither trained on, scored, explained nor steered, beside BOS, EOS and padding: "[INST]", or an id
+EXCLUDE_TOKENS: list = []
 TARGET_LAYER: int = 2 if ON_STANDIN else 16  # whose output is read, blocks.{layer}.hook_resid_post: the middle
 # What runs it: "mistral-inference" or "transformers"; None is mistral-inference where it is installed and the folder is
 # of its layout, else transformers

@@ -114,8 +114,14 @@ def make_plan(corpus: Corpus) -> tuple[TrainConfig, int | None]:
 
 def open_model(last_layer: int | None = None) -> LanguageModel:
     """The language model, or its embedding and layers 0 to `last_layer`."""
-    where = {"device": config.DEVICE, "dtype": config.DTYPE, "engine": config.ENGINE}
-    return load_model(config.MISTRAL_MODEL_PATH, last_layer=last_layer, **where)
+    return load_model(
+        config.MISTRAL_MODEL_PATH,
+        last_layer=last_layer,
+        device=config.DEVICE,
+        dtype=config.DTYPE,
+        engine=config.ENGINE,
+        exclude_tokens=config.EXCLUDE_TOKENS,
+    )
 
 
 def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dict[str, Any]]:
@@ -133,7 +139,7 @@ def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dic
 
 def shaping(corpus: Corpus) -> dict[str, Any]:
     """What a continued run must share with its checkpoint, beside the sizes of the training."""
-    names = ["MISTRAL_MODEL_PATH", "TARGET_LAYER", "DTYPE", "SHUFFLE_ROWS", "LOG_EVERY"]
+    names = ["MISTRAL_MODEL_PATH", "EXCLUDE_TOKENS", "TARGET_LAYER", "DTYPE", "SHUFFLE_ROWS", "LOG_EVERY"]
     return asdict(corpus) | {name.lower(): getattr(config, name) for name in names}
 
 

@@ -11,8 +11,8 @@ from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
 def load_pair(constants: Any) -> tuple[LoadedSAE, LanguageModel]:
     """The autoencoder and the whole model that constants such as config.py's name; prints what they are.
 
-    `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, ENGINE, DEVICE and DTYPE. Raises SAEError and
-    ModelError, also where the two do not fit each other, before the model is loaded.
+    `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, ENGINE, EXCLUDE_TOKENS, DEVICE and DTYPE.
+    Raises SAEError and ModelError, also where the two do not fit each other, before the model is loaded.
     """
     source, path = sae_source(constants), constants.MISTRAL_MODEL_PATH
     spec = inspect(path or STANDIN, constants.ENGINE)
@@ -27,7 +27,8 @@ def load_pair(constants: Any) -> tuple[LoadedSAE, LanguageModel]:
         print(
             f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
         )
-    return loaded, load_model(path, device=device, dtype=dtype, engine=constants.ENGINE)
+    engine, excluded = constants.ENGINE, constants.EXCLUDE_TOKENS
+    return loaded, load_model(path, device=device, dtype=dtype, engine=engine, exclude_tokens=excluded)
 
 
 def sae_source(constants: Any) -> str | Path:

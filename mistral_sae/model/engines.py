@@ -42,7 +42,7 @@ class Engine(Protocol):
 
     blocks: list[nn.Module]  # the loaded layers
     norm: nn.Module | None  # the final norm; None where only the first layers are loaded
-    head: nn.Linear | None  # its output to logits; None likewise
+    head: nn.Linear | None  # its output to logits; None where it is not loaded
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
         """The final norm's output (B, T, D), or the last loaded layer's, of rows that begin at position `start`."""

@@ -51,6 +51,7 @@ class LanguageModel:
         context_length: positions that it was made for; None if its folder does not say so.
         last_layer: the last layer that was loaded, or None if all of the model was.
         device, dtype: of the weights and the residuals.
+        special_ids: of BOS, EOS, padding and what else was asked for, whose residuals say nothing.
         span: (B, T, start) of the forward in progress, start being the position of its first token.
     """
 
@@ -62,13 +63,31 @@ class LanguageModel:
         last_layer: int | None,
         device: torch.device,
         dtype: torch.dtype,
+        special_ids: Sequence[int] = (),
     ):
         self.spec, self.name, self.engine = spec, spec.name, spec.engine
         self.d_model, self.n_layers = spec.d_model, spec.n_layers
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
         self.tokenizer, self._engine, self.last_layer = tokenizer, engine, last_layer
-        self.device, self.dtype = device, dtype
-        self.span = (0, 0, 0)
+        self.device, self.dtype, self.special_ids = device, dtype, list(special_ids)
+        self.span, self._tokens_BT = (0, 0, 0), torch.zeros(0, 0, dtype=torch.long)
+
+    def kept(self, tokens_BT: Tensor) -> Tensor:
+        """Where residuals are trained on, scored and steered (B, T): not at the first position, nor at special tokens.
+
+        The norms there are up to a hundred times the others', and say nothing.
+        """
+        kept_BT = ~self._is_special(tokens_BT)
+        kept_BT[:, 0] = False
+        return kept_BT
+
+    @property
+    def special_BT(self) -> Tensor:
+        """Which tokens of the forward in progress are special."""
+        return self._is_special(self._tokens_BT)
+
+    def _is_special(self, tokens_BT: Tensor) -> Tensor:
+        return torch.isin(tokens_BT, torch.tensor(self.special_ids, dtype=tokens_BT.dtype, device=tokens_BT.device))
 
     def block(self, layer: int) -> nn.Module:
         """The module whose output is blocks.{layer}.hook_resid_post; ModelError if it is not loaded."""
@@ -94,12 +113,12 @@ class LanguageModel:
     ) -> Tensor:
         """Log-probabilities (B, T - 1, V) in float32 of the token after each position but the last.
 
-        With `replace` the residual (B, T - 1, D) after `layer` becomes `replace(residual)` at all positions but the
-        first of each row, the attention sink. Raises ModelError.
+        With `replace` the residual (B, T - 1, D) after `layer` becomes `replace(residual)` at the positions of `kept`.
+        Raises ModelError.
         """
         if layer is None or replace is None:
             return self.forward(tokens_BT)[:, :-1].log_softmax(dim=-1)
-        with edit_residual(self, layer, replace, first_position=1):
+        with edit_residual(self, layer, replace, first_position=1, special=False):
             return self.log_probabilities(tokens_BT)
 
     def unembed(self, x_ND: Tensor) -> Tensor:
@@ -209,9 +228,10 @@ class LanguageModel:
         if cache is not None and (cache.rows != B or start + T > cache.max_length):
             expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
             raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
-        self.span = (B, T, start)
+        tokens_BT = tokens_BT.to(self.device, non_blocking=True)
+        self.span, self._tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():
-            hidden_BTD = self._engine.run(tokens_BT.to(self.device, non_blocking=True), start, cache and cache.state)
+            hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state)
         if cache is not None:
             cache.length += T
         return hidden_BTD
@@ -234,19 +254,23 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     engine: str | None = None,
+    exclude_tokens: Sequence[int | str] = (),
 ) -> LanguageModel:
     """Load a model and its tokenizer: those of a folder, a .gguf file or owner/name on the hub; None is the stand-in.
 
     With `last_layer` only the embedding and layers 0..last_layer are read, which is what training needs. `device` is by
     default CUDA if there is one, else the CPU; `dtype` (or its name) bfloat16 on CUDA, else float32; `engine`
-    "mistral-inference" where that is installed and the folder is in its layout, else "transformers". Raises ModelError.
+    "mistral-inference" where that is installed and the folder is in its layout, else "transformers". `exclude_tokens`
+    are ids or names of tokens that count as special beside BOS, EOS and padding. Raises ModelError.
     """
     folder = open_folder(STANDIN if path is None else path, engine, last_layer)
     spec = folder.spec
     tokenizer = load_tokenizer(folder)
     device, dtype = device_and_dtype(device, dtype)
+    special_ids = tokenizer.special_ids(exclude_tokens)
     folder.fetch()
-    return LanguageModel(spec, tokenizer, load_engine(folder, last_layer, device, dtype), last_layer, device, dtype)
+    loaded = load_engine(folder, last_layer, device, dtype)
+    return LanguageModel(spec, tokenizer, loaded, last_layer, device, dtype, special_ids)
 
 
 def device_and_dtype(

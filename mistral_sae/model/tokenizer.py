@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ class Tokenizer(ABC):
 
     bos_id: int
     eos_id: int
+    pad_id: int | None
     vocab_size: int  # ids, those of special tokens included
 
     @abstractmethod
@@ -32,6 +35,25 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """The text of token ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
+
+    def decode_continuation(self, prompt_ids: list[int], ids: list[int]) -> str:
+        """The text of token ids that continue a prompt; alone, `decode` would take their first space away."""
+        return self.decode([*prompt_ids, *ids])[len(self.decode(prompt_ids)) :]
+
+    def special_ids(self, more: Sequence[int | str] = ()) -> list[int]:
+        """Ids of BOS, EOS and padding, and of `more` tokens, ids or names. Raises ModelError for what is no token."""
+        ids = {id for id in (self.bos_id, self.eos_id, self.pad_id) if id is not None and id >= 0}
+        return sorted(ids | {self._id_of(token) for token in more})
+
+    def _id_of(self, token: int | str) -> int:
+        if isinstance(token, int):
+            self.token_bytes(token)
+            return token
+        name = token.encode()
+        for id in range(self.vocab_size):
+            if self.token_bytes(id) == name:
+                return id
+        raise ModelError(f"the tokenizer has no token {token!r}: expected one such as '</s>', or an id")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token, which join to the text's; a special token's name. Raises ModelError."""
@@ -100,10 +122,18 @@ def _read(path: Path, hugging_face: bool) -> Tokenizer:
 def _from_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    options = {"fix_mistral_regex": True} if _splits_otherwise(path / "tokenizer.json") else {}
     with quiet("transformers"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
     wraps = type(tokenizer).__name__ == "MistralCommonBackend"  # a tokenizer of mistral-common
     return _MistralCommon(tokenizer.tokenizer) if wraps else _Transformers(tokenizer)
+
+
+def _splits_otherwise(path: Path) -> bool:
+    """Whether a tokenizer.json splits text by tiktoken's pattern, which transformers gave Mistral's tekken too once."""
+    pre_tokenizer = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    first = (pre_tokenizer.get("pretokenizers") or [pre_tokenizer])[0]
+    return first.get("type") == "Split" and first["pattern"].get("Regex", "").startswith("(?i:'s|'t|")
 
 
 class _MistralCommon(Tokenizer):
@@ -116,6 +146,7 @@ class _MistralCommon(Tokenizer):
         self._is_tekken = isinstance(self._base, Tekkenizer)
         self._policy = SpecialTokenPolicy
         self.bos_id, self.eos_id, self.vocab_size = self._base.bos_id, self._base.eos_id, self._base.n_words
+        self.pad_id = self._base.pad_id
 
     def encode(self, text: str) -> list[int]:
         return self._base.encode(text, bos=False, eos=False)
@@ -140,6 +171,7 @@ class _Transformers(Tokenizer):
     def __init__(self, tokenizer: Any):
         self._hf = tokenizer
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.pad_id = tokenizer.pad_token_id
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         if self.bos_id is None or self.eos_id is None:
             raise ValueError("it names no BOS or no EOS token")

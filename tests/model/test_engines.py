@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import PARAMS, params_of, random_weights, write_byte_tokenizer, write_mistral_folder
 from safetensors.torch import load_file, save_file
+from small_models import PARAMS, params_of, random_weights, write_byte_tokenizer, write_mistral_folder
 
 from mistral_sae.cli import UserError
 from mistral_sae.model import engines
