@@ -209,7 +209,7 @@ def test_weights_of_8_bits_are_named_whatever_the_configuration_says(copy):
 # A tokenizer beside the wrong model
 
 
-def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_found_before_the_load(hf_copy):
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_named(hf_copy):
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 

@@ -462,7 +462,7 @@ def test_every_constant_is_known_to_shape_a_run_or_not_to(finished):
     constants = {name for name in vars(config) if name.isupper()} - {"ON_STANDIN"}
     source = (ROOT / "config.py").read_text()
     of_others = set(re.findall(r"^([A-Z_]+)\b", source[source.index("# ---- explain.py") :], re.MULTILINE))
-    free = {"DEVICE", "LEARNING_RATE", "RUN_DIR", "RESUME", "DRY_RUN", "CHECKPOINT_EVERY"}
+    free = {"ENGINE", "DEVICE", "LEARNING_RATE", "RUN_DIR", "RESUME", "DRY_RUN", "CHECKPOINT_EVERY"}
     free |= {"EVALUATION_ROWS", "EVALUATION_STRIDE", "EVALUATIONS"}
     assert "OPENAI_API_KEY" in of_others
     assert constants == shaping | free | of_others
@@ -539,7 +539,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, argume
         ({"SEED": -1}, "SEED is -1"),
         ({"MOMENTS_DTYPE": "float16"}, "MOMENTS_DTYPE is 'float16': expected float32 or bfloat16"),
         ({"DTYPE": "int8"}, "expected float32, bfloat16 or float16"),
-        ({"DEVICE": "mps"}, "found device 'mps': expected cpu, cuda or cuda:0"),
+        ({"DEVICE": "mps:1"}, "found device 'mps:1': expected cpu, cuda, cuda:0 or mps"),
         ({"DEVICE": "cuda:99"}, "found no CUDA device for 'cuda:99'"),
         ({"DEVICE": "gpu"}, "found device 'gpu'"),
         ({"TEXT_FIELD": "content"}, "'content'"),
