@@ -10,11 +10,17 @@ import os
 from mistral_sae.cli import expect
 
 # ---- model ----
-# Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); None is the bundled stand-in
+# Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; or a name on the
+# Hugging Face hub, owner/name or owner/name@revision. None is the bundled stand-in
 MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
+# Tokens that are neither trained on, scored, explained nor steered, beside BOS, EOS and padding: "[INST]", or an id
+EXCLUDE_TOKENS: list = []
 TARGET_LAYER: int = 2 if ON_STANDIN else 16  # whose output is read, blocks.{layer}.hook_resid_post: the middle
-DEVICE: str | None = None  # "cpu", "cuda", "cuda:1"; None takes a GPU where there is one
+# What runs it: "mistral-inference" or "transformers"; None is mistral-inference where it is installed and the folder is
+# of its layout, else transformers
+ENGINE: str | None = None
+DEVICE: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None takes a GPU of CUDA where there is one
 DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None is bfloat16 on a GPU, else float32
 
 # ---- text ----

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from mistral_sae.cli import Progress
+from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.explain import cache
 from mistral_sae.explain.labels import read_labels
@@ -139,7 +140,7 @@ def print_fit(subject: Subject, own: torch.Tensor) -> None:
     """Say so if the autoencoder does not explain the model's residuals on a text of its own (1, T)."""
     if own.shape[1] < 4:
         return  # so few have hardly any variance
-    x = subject.model.residuals(own, subject.loaded.metadata.residual_layer)[0, 1:]
+    x = residuals_of(subject.model, own, subject.loaded.metadata.residual_layer)
     explained = reconstruction(subject.loaded.sae, [x]).explained_variance
     if explained < POOR_FIT:
         print(
@@ -198,7 +199,7 @@ def show_sweep(subject: Subject, edit: Edit) -> None:
         found = list(Progress(steered, title, len(scales), unit=" coefficients", leave=False))
         strongest = sweep.strongest_fluent(scales, found, own.pooled)
         named = zip(["none", *(f"{scale:g}" for scale in scales)], [own, *found], strict=True)
-        rows = [(name, trial.pooled, subject.model.tokenizer.decode(trial.texts[0])) for name, trial in named]
+        rows = [(name, trial.pooled, trials.text_of(trial.texts[0])) for name, trial in named]
         print()
         console.print(display.sweep_table(title, rows, marked=None if strongest is None else f"{strongest:g}"))
     print(

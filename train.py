@@ -95,7 +95,7 @@ def make_plan(corpus: Corpus) -> tuple[TrainConfig, int | None]:
 
     Returns the sizes of the training, and the last layer to load: None, all of the model, where it has room.
     """
-    spec = inspect(config.MISTRAL_MODEL_PATH or STANDIN)
+    spec = inspect(config.MISTRAL_MODEL_PATH or STANDIN, config.ENGINE)
     last = spec.n_layers - 1
     cli.expect("TARGET_LAYER", config.TARGET_LAYER, config.TARGET_LAYER <= last, f"0 to {last}, of {spec.name}")
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
@@ -106,6 +106,7 @@ def make_plan(corpus: Corpus) -> tuple[TrainConfig, int | None]:
         last_layer = config.TARGET_LAYER
         plan = plan_for(last_layer=last_layer)
     print(f"model     {spec.n_layers} layers, width {spec.d_model}, {spec.parameters() / 1e6:,.1f}M parameters")
+    print(f"engine    {spec.run_by()}")
     print(f"layer     {config.TARGET_LAYER} of 0 to {last} ({hook_name(config.TARGET_LAYER)})")
     print(f"corpus    {corpus.check()}")
     print(f"tokens    {config.TRAIN_TOKENS:,} in {training.steps:,} steps of {config.BATCH_SIZE:,}")
@@ -121,7 +122,14 @@ def make_plan(corpus: Corpus) -> tuple[TrainConfig, int | None]:
 
 def open_model(last_layer: int | None = None) -> LanguageModel:
     """The language model, or its embedding and layers 0 to `last_layer`."""
-    return load_model(config.MISTRAL_MODEL_PATH, last_layer=last_layer, device=config.DEVICE, dtype=config.DTYPE)
+    return load_model(
+        config.MISTRAL_MODEL_PATH,
+        last_layer=last_layer,
+        device=config.DEVICE,
+        dtype=config.DTYPE,
+        engine=config.ENGINE,
+        exclude_tokens=config.EXCLUDE_TOKENS,
+    )
 
 
 def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dict[str, Any]]:
@@ -139,7 +147,7 @@ def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dic
 
 def shaping(corpus: Corpus) -> dict[str, Any]:
     """What a continued run must share with its checkpoint, beside the sizes of the training."""
-    names = ["MISTRAL_MODEL_PATH", "TARGET_LAYER", "DTYPE", "SHUFFLE_ROWS", "LOG_EVERY"]
+    names = ["MISTRAL_MODEL_PATH", "EXCLUDE_TOKENS", "TARGET_LAYER", "DTYPE", "SHUFFLE_ROWS", "LOG_EVERY"]
     return asdict(corpus) | {name.lower(): getattr(config, name) for name in names}
 
 

@@ -60,6 +60,10 @@ class MadeUp:
         name = f"made-up document {self.number * T // DOCUMENT}"
         return Row(self.tokens[self.number % len(self.tokens)], np.r_[-1, np.zeros(T - 1, dtype=np.int64)], [name])
 
+    def kept(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """All but the first position."""
+        return torch.arange(T).expand_as(tokens_BT) > 0
+
     def residuals(self, tokens_BT: torch.Tensor, layer: int) -> torch.Tensor:
         """Nothing, of the right shape."""
         return torch.zeros(*tokens_BT.shape, 1)
@@ -127,6 +131,10 @@ class Timed:
         self.model, self.sae, self.tokenizer = model, sae, tokenizer
         self.n_features, self.activation = sae.n_features, sae.activation
         self.seconds = {"language model": 0.0, "encoder": 0.0}
+
+    def kept(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """As the model says."""
+        return self.model.kept(tokens_BT)
 
     def residuals(self, tokens_BT: torch.Tensor, layer: int) -> torch.Tensor:
         """Those of the model."""

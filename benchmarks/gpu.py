@@ -35,9 +35,11 @@ from benchmarks.stages import STEP, STEP_STAGES, Stages
 from mistral_sae import cli
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.tokens import prefetch
-from mistral_sae.model import backends
-from mistral_sae.model.folder import MISTRAL_INFERENCE, ModelFolder, shapes_of_params
+from mistral_sae.model import engines
+from mistral_sae.model.folder import MISTRAL_INFERENCE, PARAMS, ModelFolder, Stored
 from mistral_sae.model.language_model import LanguageModel, ModelSpec
+from mistral_sae.model.params import shapes_of_params
+from mistral_sae.model.source import Source
 from mistral_sae.sae import memory
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
@@ -180,17 +182,18 @@ def spec_of(params: dict[str, Any]) -> ModelSpec:
 def random_model(params: dict[str, Any], last_layer: int) -> LanguageModel:
     """A mistral-inference model up to `last_layer`, with random weights made on the device."""
     spec, shapes = spec_of(params), shapes_of_params(params, None)
-    folder = ModelFolder(Path("random"), spec, params, {name: (Path("random"), s) for name, s in shapes.items()})
+    stored = {name: Stored(Path("random"), name, shape) for name, shape in shapes.items()}
+    folder = ModelFolder(Source(Path("random")), spec, PARAMS, params, stored)
 
-    def random_tensors(folder, names, device, dtype):
-        tensors = {name: torch.empty(shapes[name], device=device, dtype=dtype) for name in names}
+    def random_tensors(wanted, device, dtype):
+        tensors = {name: torch.empty(stored.shape, device=device, dtype=dtype) for name, stored in wanted.items()}
         for tensor in tensors.values():
             tensor.fill_(1.0) if tensor.ndim == 1 else tensor.normal_(std=tensor.shape[1] ** -0.5)
         return tensors
 
-    with patch.object(backends, "_read_tensors", random_tensors):
-        backend = backends.MistralInference(folder, last_layer, DEVICE, torch.bfloat16)
-    return LanguageModel(spec, None, backend, last_layer, DEVICE, torch.bfloat16)
+    with patch.object(engines, "_read_tensors", random_tensors):
+        engine = engines.MistralInference(folder, last_layer, DEVICE, torch.bfloat16)
+    return LanguageModel(spec, None, engine, last_layer, DEVICE, torch.bfloat16)
 
 
 def random_rows(vocab_size: int) -> Iterator[np.ndarray]:

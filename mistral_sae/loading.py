@@ -11,22 +11,24 @@ from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
 def load_pair(constants: Any) -> tuple[LoadedSAE, LanguageModel]:
     """The autoencoder and the whole model that constants such as config.py's name; prints what they are.
 
-    `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, DEVICE and DTYPE. Raises SAEError and ModelError,
-    also where the two do not fit each other, before the model is loaded.
+    `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, ENGINE, EXCLUDE_TOKENS, DEVICE and DTYPE.
+    Raises SAEError and ModelError, also where the two do not fit each other, before the model is loaded.
     """
     source, path = sae_source(constants), constants.MISTRAL_MODEL_PATH
-    spec = inspect(path or STANDIN)
+    spec = inspect(path or STANDIN, constants.ENGINE)
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
     loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=device)
     check_model(loaded, spec.name, spec.d_model, spec.n_layers)
     metadata = loaded.metadata
+    print(f"engine    {spec.run_by()}")
     print(f"layer     {metadata.residual_layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
     print(f"features  {loaded.sae.n_features:,} of {source}")
     if metadata.model_name and _last_part(metadata.model_name) != _last_part(spec.name):
         print(
             f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
         )
-    return loaded, load_model(path, device=device, dtype=dtype)
+    engine, excluded = constants.ENGINE, constants.EXCLUDE_TOKENS
+    return loaded, load_model(path, device=device, dtype=dtype, engine=engine, exclude_tokens=excluded)
 
 
 def sae_source(constants: Any) -> str | Path:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from mistral_sae.model.folder import shapes_of_params
 from mistral_sae.model.language_model import STANDIN
+from mistral_sae.model.params import shapes_of_params
 from tools.weights import to_hf
 
 KINDS = ("gqa", "sliding_window", "moe")

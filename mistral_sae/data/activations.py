@@ -3,6 +3,7 @@
 Shapes: R rows a forward, T positions, D model width, B tokens a batch.
 """
 
+import itertools
 from collections.abc import Iterator
 from itertools import chain, islice
 
@@ -14,16 +15,17 @@ from mistral_sae.model.language_model import LanguageModel
 
 
 def residuals_of(model: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
-    """Residuals of `layer` at all but the first position of each row, (R * (T - 1), D), row by row.
-
-    The first position is the attention sink: its norm is up to a hundred times the others', and it says nothing.
-    """
-    return model.residuals(_sent(tokens_RT, model.device), layer)[:, 1:].flatten(0, 1)
+    """Residuals of `layer` at the positions of `model.kept`, (N, D), row by row; tokens on the CPU spare a wait."""
+    kept_N = model.kept(tokens_RT).flatten().nonzero().squeeze(1)
+    x_RTD = model.residuals(_sent(tokens_RT, model.device), layer)
+    return x_RTD.flatten(0, 1).index_select(0, _sent(kept_N, model.device))
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, from pinned memory, which spares waiting for what a GPU has still to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def shuffled_batches(
@@ -37,7 +39,7 @@ def shuffled_batches(
     seed: int,
     skip_batches: int = 0,
 ) -> Iterator[Tensor]:
-    """Residuals (B, D) of `layer` in shuffled batches, on the model's device and in its dtype.
+    """Residuals (B, D) of `layer` at the positions of `model.kept`, in shuffled batches, in the model's dtype.
 
     `rows` are token rows (T), all of the same length, from the beginning of the stream. It is cut into buffers of as
     many whole rows as give at most `buffer_tokens` residuals; each buffer is permuted by (seed, number of the buffer),
@@ -55,14 +57,20 @@ def shuffled_batches(
     rows_per_buffer = buffer_tokens // per_row
     if rows_per_buffer < 1:
         raise ValueError(f"BUFFER_TOKENS must hold at least one row of {per_row} residuals: found {buffer_tokens}")
-    number, offset = divmod(skip_batches * batch_size, rows_per_buffer * per_row)
-    rows = islice(chain([first], rows), number * rows_per_buffer, None)
+    rows, skipped = chain([first], rows), skip_batches * batch_size
     batch, filled = None, 0  # the batch that is being filled goes on in the next buffer
-    while buffer := list(islice(rows, rows_per_buffer)):
-        residuals_ND = _residuals_of_buffer(torch.from_numpy(np.stack(buffer)), model, layer, rows_per_forward)
+    for number in itertools.count():
+        if not (buffer := list(islice(rows, rows_per_buffer))):
+            return
+        tokens_RT = torch.from_numpy(np.stack(buffer))
+        n_residuals = int(model.kept(tokens_RT).sum())
+        if skipped >= n_residuals:
+            skipped -= n_residuals
+            continue
+        residuals_ND = _residuals_of_buffer(tokens_RT, n_residuals, model, layer, rows_per_forward)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        order = _sent(torch.randperm(len(residuals_ND), generator=generator)[offset:], model.device)
-        number, offset = number + 1, 0
+        order = _sent(torch.randperm(n_residuals, generator=generator)[skipped:], model.device)
+        skipped = 0
         while len(order):
             if batch is None:
                 batch, filled = residuals_ND.new_empty(batch_size, model.d_model), 0
@@ -75,10 +83,14 @@ def shuffled_batches(
         del residuals_ND  # before the next buffer is made
 
 
-def _residuals_of_buffer(tokens_RT: Tensor, model: LanguageModel, layer: int, rows_per_forward: int) -> Tensor:
-    """Residuals of all rows; one allocation, filled in place: concatenating would need the memory twice."""
-    R, T = tokens_RT.shape
-    residuals_RTD = torch.empty(R, T - 1, model.d_model, dtype=model.dtype, device=model.device)
-    for tokens, out in zip(tokens_RT.split(rows_per_forward), residuals_RTD.split(rows_per_forward), strict=True):
-        out.copy_(residuals_of(model, tokens, layer).view_as(out))
-    return residuals_RTD.flatten(0, 1)
+def _residuals_of_buffer(
+    tokens_RT: Tensor, n_residuals: int, model: LanguageModel, layer: int, rows_per_forward: int
+) -> Tensor:
+    """Residuals (N, D) of all rows; one allocation, filled in place: concatenating would need the memory twice."""
+    residuals_ND = torch.empty(n_residuals, model.d_model, dtype=model.dtype, device=model.device)
+    filled = 0
+    for tokens in tokens_RT.split(rows_per_forward):
+        some = residuals_of(model, tokens, layer)
+        residuals_ND[filled : filled + len(some)] = some
+        filled += len(some)
+    return residuals_ND

@@ -94,7 +94,7 @@ def made_from(model: LanguageModel, sae: SparseAutoencoder, layer: int, corpus: 
     found = {
         "format": FORMAT,
         "autoencoder": hash_of_sae(sae),
-        "model": hash_of((model.name, layer, model.vocab_size), tensors),
+        "model": hash_of((model.name, layer, model.vocab_size, model.special_ids), tensors),
         "corpus": corpus,
     }
     return json.loads(json.dumps(found))  # as it will be read
@@ -175,8 +175,7 @@ def _shard_of(
         tokens_BT = np.stack([row.tokens for row in batch])
         numbers = [[*(names.setdefault(name, len(names)) for name in row.documents), -1] for row in batch]
         documents_BT = np.stack([np.array(of)[row.document_of] for of, row in zip(numbers, batch, strict=True)])
-        documents_BT[:, 0] = -1
-        documents_BT[np.isin(tokens_BT, (model.tokenizer.bos_id, model.tokenizer.eos_id))] = -1
+        documents_BT[~model.kept(torch.from_numpy(tokens_BT)).numpy()] = -1
         counts_BT = torch.from_numpy(documents_BT >= 0)
         token, feature, value = active(model, sae, layer, torch.from_numpy(tokens_BT), counts_BT)
         batches.append((tokens_BT, documents_BT))

@@ -1,1 +1,1 @@
-"""The language model: its folder, tokenizer, backends, and hooks that read and edit its residual stream."""
+"""The language model: its folder, tokenizer, engines, and hooks that read and edit its residual stream."""

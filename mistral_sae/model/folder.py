@@ -2,37 +2,31 @@
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from mistral_sae.cli import UserError, one_line
+from mistral_sae.cli import one_line
+from mistral_sae.model.params import OPTIONAL, REQUIRED, config_for_transformers, is_rotated, name_in_transformers
+from mistral_sae.model.source import MODEL_TYPES, ModelError, Source
 
 MISTRAL_INFERENCE = "mistral-inference"
 TRANSFORMERS = "transformers"
+PARAMS, CONFIG = "params.json", "config.json"  # each describes the model of its layout
+_WEIGHTS = {PARAMS: "consolidated", CONFIG: "model"}
 
-_SIZES = {
-    MISTRAL_INFERENCE: ["dim", "n_layers", "vocab_size"],
-    TRANSFORMERS: ["hidden_size", "num_hidden_layers", "vocab_size"],
-}
-_MODEL_TYPES = {MISTRAL_INFERENCE: ["transformer"], TRANSFORMERS: ["mistral", "mixtral"]}
-# What a params.json holds. Of the optional ones the first four shape the model, the others say nothing about its layers
-_REQUIRED = [*_SIZES[MISTRAL_INFERENCE], "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps"]
-_OPTIONAL = ["rope_theta", "sliding_window", "_sliding_window", "moe", "model_type", "vision_encoder"]
-_OPTIONAL += ["max_batch_size", "max_seq_len", "max_position_embeddings"]
-
-
-class ModelError(UserError):
-    """A model that cannot be used as asked. One line: what was found, what was expected, what to do."""
+_WITH_TEXT_INSIDE = ["mistral3"]  # beside a vision model, which is left out
+# Hugging Face's names of the text model's tensors, however deep it lies
+_TEXT = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:embed_tokens|layers|norm|lm_head)\..+)")
+_FLOATS = ["F64", "F32", "F16", "BF16"]
 
 
 class ModelSpec(NamedTuple):
     """A model's sizes, known before any weight is read."""
 
     name: str
-    backend: str  # "mistral-inference" or "transformers"
+    engine: str  # the library that runs it, "mistral-inference" or "transformers"
     d_model: int
     n_layers: int
     vocab_size: int
@@ -40,6 +34,7 @@ class ModelSpec(NamedTuple):
     layer_parameters: tuple[int, ...]  # of each layer
     head_parameters: int  # final norm and output matrix
     context_length: int | None = None  # positions that the model was made for, if its folder says so
+    note: str = ""  # why it is this engine, where another could have been expected
 
     def parameters(self, last_layer: int | None = None) -> int:
         """Number of parameters of the embedding and layers 0..last_layer, or of the whole model."""
@@ -47,129 +42,98 @@ class ModelSpec(NamedTuple):
             return self.embedding_parameters + sum(self.layer_parameters) + self.head_parameters
         return self.embedding_parameters + sum(self.layer_parameters[: last_layer + 1])
 
+    def run_by(self) -> str:
+        """The engine and why it is this one, in words."""
+        return f"{self.engine} ({self.note})" if self.note else self.engine
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    is_rotated: bool = False  # transformers wants its rows in halves, and has them in pairs here
+
 
 class ModelFolder(NamedTuple):
-    """A folder whose layout is known."""
+    """A model's folder, in the terms of the engine that is to run it."""
 
-    path: Path
+    source: Source
     spec: ModelSpec
-    config: dict[str, Any]  # params.json or config.json
-    tensors: dict[str, tuple[Path, tuple[int, ...]]]  # name -> file, shape
+    described_by: str  # PARAMS or CONFIG
+    config: Any  # the content of params.json, or a configuration of transformers
+    tensors: dict[str, Stored]  # of the language model, by the engine's names
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.source.path
+
+    def fetch(self) -> None:
+        """Bring the weights here, where the model is one of the hub's. Raises ModelError."""
+        self.source.fetch({stored.file.name for stored in self.tensors.values()})
 
 
-def inspect(path: str | Path) -> ModelSpec:
-    """Sizes of the model in a folder, before any weight is read. Raises ModelError if it holds no usable model."""
-    folder = open_folder(path)
-    if folder.spec.backend == MISTRAL_INFERENCE:
-        check_tensors(folder, None)
-    return folder.spec
-
-
-def open_folder(path: str | Path) -> ModelFolder:
-    """Find out what a folder holds; of both layouts, mistral-inference's wins. Raises ModelError."""
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise ModelError(f"{path} is not a folder: expected a mistral-inference or a Hugging Face model folder")
-    params, config = path / "params.json", path / "config.json"
-    consolidated = sorted({*path.glob("consolidated.safetensors"), *path.glob("consolidated[-.]*.safetensors")})
-    sharded = sorted(path.glob("model*.safetensors"))
-    if params.is_file() and consolidated:
-        return _opened(path, MISTRAL_INFERENCE, params, consolidated)
-    if config.is_file() and sharded:
-        return _opened(path, TRANSFORMERS, config, sharded)
-    if not params.is_file() and not config.is_file():
+def layouts(source: Source) -> list[str]:
+    """PARAMS and CONFIG, as far as the folder has that file and weights beside it. Raises ModelError for neither."""
+    path, names = source.path, source.names()
+    described = [name for name in _WEIGHTS if name in names]
+    if not described:
         raise ModelError(
             f"{path} holds no model: expected params.json and consolidated.safetensors (mistral-inference) "
             "or config.json and model.safetensors (Hugging Face)"
         )
-    pickled = sorted({*path.glob("*.pth"), *path.glob("*.bin"), *path.glob("*.pt")})
-    found = f"only {pickled[0].name}, which is pickled and never read here" if pickled else "no weights"
-    wanted = "consolidated.safetensors" if params.is_file() else "model.safetensors"
-    raise ModelError(f"{path} holds {found}: expected {wanted}; download or convert the weights as safetensors")
+    if found := [name for name in described if any(re.match(rf"{_WEIGHTS[name]}.*\.safetensors", n) for n in names)]:
+        return found
+    pickled = sorted(name for name in names if name.endswith((".pth", ".bin", ".pt")))
+    weights = f"only {pickled[0]}, which is pickled and never read here" if pickled else "no weights"
+    wanted = f"{_WEIGHTS[described[0]]}.safetensors"
+    raise ModelError(f"{path} holds {weights}: expected {wanted}; download or convert the weights as safetensors")
 
 
-def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of mistral-inference's tensors: embedding and layers 0..last_layer, or all."""
-    D, hidden = params["dim"], params["hidden_dim"]
-    q, kv = params["n_heads"] * params["head_dim"], params["n_kv_heads"] * params["head_dim"]
-    layer: dict[str, tuple[int, ...]] = {"attention_norm": (D,), "attention.wq": (q, D), "attention.wk": (kv, D)}
-    layer |= {"attention.wv": (kv, D), "attention.wo": (D, q), "ffn_norm": (D,)}
-    experts = ["feed_forward"]
-    if moe := params.get("moe"):
-        layer["feed_forward.gate"] = (moe["num_experts"], D)
-        experts = [f"feed_forward.experts.{expert}" for expert in range(moe["num_experts"])]
-    for expert in experts:
-        layer |= {f"{expert}.w1": (hidden, D), f"{expert}.w2": (D, hidden), f"{expert}.w3": (hidden, D)}
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (params["vocab_size"], D)}
-    if last_layer is None:
-        shapes |= {"norm.weight": (D,), "output.weight": (params["vocab_size"], D)}
-    count = params["n_layers"] if last_layer is None else last_layer + 1
-    return shapes | {f"layers.{i}.{name}.weight": shape for i in range(count) for name, shape in layer.items()}
-
-
-def check_tensors(folder: ModelFolder, last_layer: int | None) -> list[str]:
-    """Names of the tensors of `shapes_of_params`. Raises ModelError if one is missing or misshapen."""
-    shapes = shapes_of_params(folder.config, last_layer)
-    for name, shape in shapes.items():
-        if name not in folder.tensors:
-            raise ModelError(f"{folder.path} has no tensor {name}: expected one of shape {shape}; get the whole model")
-        if folder.tensors[name][1] != shape:
-            raise misshapen(folder, name, folder.tensors[name][1], shape)
-    return list(shapes)
-
-
-def misshapen(folder: ModelFolder, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
-    """The error of a tensor whose shape is not what the folder's configuration says."""
-    file = "params.json" if folder.spec.backend == MISTRAL_INFERENCE else "config.json"
-    return ModelError(f"{name} in {folder.path} has shape {found}: expected {expected}; get the {file} of this model")
-
-
-def _read_config(path: Path, backend: str) -> dict[str, Any]:
-    """A params.json or config.json of a model that the backend runs."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}): expected the model's configuration") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object: expected the model's configuration")
-    params = backend == MISTRAL_INFERENCE
-    model_type = config.get("model_type", "transformer" if params else None)
-    if model_type not in _MODEL_TYPES[backend]:
-        raise ModelError(f"{path} is of model type {model_type!r}: expected {' or '.join(_MODEL_TYPES[backend])}")
-    if missing := [name for name in (_REQUIRED if params else _SIZES[backend]) if name not in config]:
-        raise ModelError(f"{path} has no {', '.join(missing)}: expected the configuration of a Mistral or Mixtral")
-    # A setting that is not understood here would change the residuals without a word
-    unknown = sorted(name for name, value in config.items() if value and name not in _REQUIRED + _OPTIONAL)
-    if params and unknown:
-        raise ModelError(f"{path} sets {', '.join(unknown)}, which cannot be run: use a Hugging Face copy of the model")
-    return config
-
-
-def _opened(path: Path, backend: str, config_path: Path, files: list[Path]) -> ModelFolder:
-    config = _read_config(config_path, backend)
-    tensors = {name: (file, shape) for file in files for name, shape in _shapes_in(file).items()}
-    counts: Counter[str | int | None] = Counter()
-    for name, (_, shape) in tensors.items():
-        counts[_part(name)] += math.prod(shape)
-    if not counts["embedding"]:
-        raise ModelError(f"{path} has no token embedding in its weights: expected a whole {backend} model")
-    d_model, n_layers, vocab_size = (config[name] for name in _SIZES[backend])
-    spec = ModelSpec(
-        _name(path),
-        backend,
-        d_model,
-        n_layers,
-        vocab_size,
-        counts["embedding"],
-        tuple(counts[layer] for layer in range(n_layers)),
-        counts["head"],
-        config.get("max_position_embeddings"),
+def read_folder(source: Source, described_by: str, engine: str, note: str = "") -> ModelFolder:
+    """What one layout of a folder holds, in the engine's terms. Raises ModelError."""
+    path = source.path
+    content = _read_json(path / described_by)
+    if described_by == CONFIG:
+        config = _text_config(path, content)
+    else:
+        _check_params(path / described_by, content)
+        try:
+            config = content if engine == MISTRAL_INFERENCE else config_for_transformers(content)
+        except ValueError as error:
+            raise ModelError(f"{path} cannot run in transformers, as {error}: use ENGINE=mistral-inference") from None
+    tied = content.get("tied_embeddings") if described_by == PARAMS else config.tie_word_embeddings
+    tensors = {}
+    for file, headers in source.headers(_weight_files(source, _WEIGHTS[described_by])).items():
+        for stored_name, dtype, shape in headers:
+            name = stored_name
+            if described_by == CONFIG and (match := _TEXT.fullmatch(name)):
+                name = match[1] if match[1].startswith("lm_head") else f"model.{match[1]}"
+            if part_of(name) is None or (tied and name in ("lm_head.weight", "output.weight")):
+                continue
+            if dtype not in _FLOATS:
+                expected = "expected 16 or 32 bits a weight; get such a copy"
+                raise ModelError(f"{path / file} is quantized ({dtype}): {expected}")
+            halves = described_by == PARAMS and engine == TRANSFORMERS
+            stored = Stored(path / file, stored_name, shape, halves and is_rotated(name))
+            tensors[(name_in_transformers(name) or name) if halves else name] = stored
+    spec = _spec(path, engine, config, tensors)._replace(
+        context_length=content.get("text_config", content).get("max_position_embeddings"), note=note
     )
-    return ModelFolder(path, spec, config, tensors)
+    return ModelFolder(source, spec, described_by, config, tensors)
 
 
-def _part(name: str) -> str | int | None:
-    """The part of the text model to which a tensor of either layout belongs, None for other tensors."""
+def check_layer(spec: ModelSpec, layer: int) -> None:
+    """Raise ModelError if the model has no such layer."""
+    if not 0 <= layer < spec.n_layers:
+        expected = f"0 to {spec.n_layers - 1}, as {spec.name} has {spec.n_layers} layers"
+        raise ModelError(f"found layer {layer}: expected {expected}")
+
+
+def part_of(name: str) -> str | int | None:
+    """The part of the text model to which a tensor of either engine belongs, None for other tensors."""
     words = name.removeprefix("model.").split(".")
     if words[0] == "layers":
         return int(words[1])
@@ -178,18 +142,97 @@ def _part(name: str) -> str | int | None:
     }.get(words[0])  # fmt: skip
 
 
+def misshapen(folder: ModelFolder, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
+    """The error of a tensor whose shape is not what the folder's configuration says."""
+    told = f"has shape {found}: expected {expected}; get the {folder.described_by} of this model"
+    return ModelError(f"{name} in {folder.path} {told}")
+
+
+# ---- what describes a model ----
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}): expected the model's configuration") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object: expected the model's configuration")
+    return content
+
+
+def _check_params(path: Path, params: dict[str, Any]) -> None:
+    """Raise ModelError for a params.json that says too little, or something that no engine here understands."""
+    if (model_type := params.get("model_type", "transformer")) != "transformer":
+        raise ModelError(f"{path} is of model type {model_type!r}: expected transformer")
+    if missing := [name for name in REQUIRED if name not in params]:
+        raise ModelError(f"{path} has no {', '.join(missing)}: expected the configuration of a Mistral or Mixtral")
+    # A setting that is not understood here would change the residuals without a word
+    if unknown := sorted(name for name, value in params.items() if value and name not in REQUIRED + OPTIONAL):
+        raise ModelError(f"{path} sets {', '.join(unknown)}, which cannot be run: use a Hugging Face copy of the model")
+
+
+def _text_config(path: Path, content: dict[str, Any]) -> Any:
+    """The configuration of the text model that a config.json describes, in transformers."""
+    text = content.get("text_config", content) if content.get("model_type") in _WITH_TEXT_INSIDE else content
+    if (model_type := text.get("model_type")) not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES + _WITH_TEXT_INSIDE)
+        raise ModelError(f"{path / CONFIG} is of model type {model_type!r}: expected one of {known}")
+    if quantized := content.get("quantization_config") or text.get("quantization_config"):
+        how = quantized.get("quant_method", "no method named")
+        raise ModelError(f"{path} is quantized ({how}): expected 16 or 32 bits a weight; get such a copy of the model")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers and huggingface_hub each raise their own
+        raise ModelError(f"{path / CONFIG} cannot be read ({one_line(error)}): get it again") from None
+    if config.model_type in _WITH_TEXT_INSIDE:
+        config.text_config.tie_word_embeddings = config.tie_word_embeddings
+        config = config.text_config
+    if config.model_type == "ministral" and config.sliding_window is None:  # transformers makes that mask whatever
+        config.sliding_window = config.max_position_embeddings
+    return config
+
+
+# ---- the weights ----
+
+
+def _weight_files(source: Source, stem: str) -> list[str]:
+    """The files of a layout's weights: those that its index or the files' own names tell of. Raises ModelError."""
+    names, index = source.names(), f"{stem}.safetensors.index.json"
+    if f"{stem}.safetensors" in names:
+        return [f"{stem}.safetensors"]
+    there = {name for name in names if name.startswith(stem) and name.endswith(".safetensors")}
+    wanted = set(_read_json(source.path / index).get("weight_map", {}).values()) if index in names else set(there)
+    for name in there:
+        if match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", name):
+            numbers = range(1, int(match[3]) + 1)
+            wanted |= {f"{match[1]}-{i:0{len(match[2])}}-of-{match[3]}.safetensors" for i in numbers}
+    if missing := sorted(wanted - there):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        expected = f"expected {len(wanted)} files of weights; get the others"
+        raise ModelError(f"{source.path} has no {missing[0]}{more}: {expected}")
+    return sorted(wanted)
+
+
+def _spec(path: Path, engine: str, config: Any, tensors: dict[str, Stored]) -> ModelSpec:
+    counts: Counter[str | int | None] = Counter()
+    for name, stored in tensors.items():
+        counts[part_of(name)] += math.prod(stored.shape)
+    if not counts["embedding"]:
+        raise ModelError(f"{path} has no token embedding in its weights: expected a whole model")
+    if engine == MISTRAL_INFERENCE:
+        d_model, n_layers, vocab_size = config["dim"], config["n_layers"], config["vocab_size"]
+    else:
+        d_model, n_layers, vocab_size = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    layers = tuple(counts[layer] for layer in range(n_layers))
+    return ModelSpec(_name(path), engine, d_model, n_layers, vocab_size, counts["embedding"], layers, counts["head"])
+
+
 def _name(path: Path) -> str:
     """The folder's name, or owner/model for a snapshot in the cache of the Hugging Face Hub."""
     path = path.resolve()
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name
-
-
-def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file, which must be whole."""
-    try:
-        with safe_open(path, "np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is cut short or no safetensors file ({one_line(error)}): get it again") from None

@@ -1,7 +1,7 @@
 """Context managers that read the residual streams of layers or edit that of one.
 
 The residual after a layer is what SAE Lens calls blocks.{layer}.hook_resid_post. Both work on a model of either
-backend, although blocks of mistral-inference give (B * T, D) and those of transformers (B, T, D).
+engine, although blocks of mistral-inference give (B * T, D) and those of transformers (B, T, D).
 
 Shapes: B rows, T positions, D model width.
 """
@@ -23,6 +23,10 @@ class HookedModel(Protocol):
     """What the hooks need of a language model."""
 
     span: tuple[int, int, int]  # (B, T, start) of the forward in progress, start the position of its first token
+
+    @property
+    def special_BT(self) -> Tensor:
+        """Which of its tokens are BOS, EOS or the like."""
 
     def block(self, layer: int) -> nn.Module:
         """The module whose output is the residual after `layer`."""
@@ -68,13 +72,18 @@ def read_residuals(model: HookedModel, layers: Collection[int]) -> Iterator[dict
 
 @contextmanager
 def edit_residual(
-    model: HookedModel, layer: int, edit: Callable[[Tensor], Tensor], *, first_position: int = 0
+    model: HookedModel,
+    layer: int,
+    edit: Callable[[Tensor], Tensor],
+    *,
+    first_position: int = 0,
+    special: bool = True,
 ) -> Iterator[None]:
     """Replace the residual after `layer` by `edit(residual_BTD)` in every forward inside the block.
 
     `edit` does not see the positions of a row before `first_position`: 1 leaves out the attention sink, the length of
-    the prompt edits what is generated only, with a KV cache or without one. Its result is brought to the model's
-    dtype. Contexts on one layer apply in the order they were entered.
+    the prompt edits what is generated only, with a KV cache or without one. Without `special` its result is not used
+    at special tokens. It is brought to the model's dtype. Contexts on one layer apply in the order they were entered.
 
     Raises HookError if the shape changes or if no forward ran through the layer, as when a generator made inside the
     with-block is consumed after it.
@@ -94,6 +103,8 @@ def edit_residual(
             found, expected = tuple(after_BTD.shape), tuple(before_BTD.shape)
             raise HookError(f"the edit of layer {layer} returned {found}, expected {expected}")
         after_BTD = after_BTD.to(output.dtype)
+        if not special:
+            after_BTD = torch.where(model.special_BT[:, kept:, None], before_BTD, after_BTD)
         if kept:
             after_BTD = torch.cat([kept_BTD, after_BTD], dim=1)
         return after_BTD.reshape(output.shape)

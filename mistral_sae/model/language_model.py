@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mistral_sae.model.backends import Backend, load_backend
-from mistral_sae.model.folder import ModelError, ModelSpec, inspect, open_folder
+from mistral_sae.model.engines import Engine, load_engine, open_folder
+from mistral_sae.model.folder import ModelSpec, check_layer
 from mistral_sae.model.hooks import edit_residual, read_residuals
+from mistral_sae.model.source import ModelError
 from mistral_sae.model.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "inspect", "load_model"]
@@ -33,7 +34,7 @@ UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
 class Cache:
     """Keys and values of the positions seen so far."""
 
-    state: Any  # of the backend
+    state: Any  # of the engine
     rows: int
     max_length: int
     length: int = 0  # positions seen
@@ -44,10 +45,13 @@ class LanguageModel:
 
     Attributes:
         name: the folder's name.
+        spec: what was known of it before it was loaded.
+        engine: the library that runs it, "mistral-inference" or "transformers".
         d_model, n_layers, vocab_size: sizes of the whole model.
         context_length: positions that it was made for; None if its folder does not say so.
         last_layer: the last layer that was loaded, or None if all of the model was.
         device, dtype: of the weights and the residuals.
+        special_ids: of BOS, EOS, padding and what else was asked for, whose residuals say nothing.
         span: (B, T, start) of the forward in progress, start being the position of its first token.
     """
 
@@ -55,24 +59,43 @@ class LanguageModel:
         self,
         spec: ModelSpec,
         tokenizer: Tokenizer,
-        backend: Backend,
+        engine: Engine,
         last_layer: int | None,
         device: torch.device,
         dtype: torch.dtype,
+        special_ids: Sequence[int] = (),
     ):
-        self.name, self.d_model, self.n_layers = spec.name, spec.d_model, spec.n_layers
+        self.spec, self.name, self.engine = spec, spec.name, spec.engine
+        self.d_model, self.n_layers = spec.d_model, spec.n_layers
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
-        self.tokenizer, self._backend, self.last_layer = tokenizer, backend, last_layer
-        self.device, self.dtype = device, dtype
-        self.span = (0, 0, 0)
+        self.tokenizer, self._engine, self.last_layer = tokenizer, engine, last_layer
+        self.device, self.dtype, self.special_ids = device, dtype, list(special_ids)
+        self.span, self._tokens_BT = (0, 0, 0), torch.zeros(0, 0, dtype=torch.long)
+
+    def kept(self, tokens_BT: Tensor) -> Tensor:
+        """Where residuals are trained on, scored and steered (B, T): not at the first position, nor at special tokens.
+
+        The norms there are up to a hundred times the others', and say nothing.
+        """
+        kept_BT = ~self._is_special(tokens_BT)
+        kept_BT[:, 0] = False
+        return kept_BT
+
+    @property
+    def special_BT(self) -> Tensor:
+        """Which tokens of the forward in progress are special."""
+        return self._is_special(self._tokens_BT)
+
+    def _is_special(self, tokens_BT: Tensor) -> Tensor:
+        return torch.isin(tokens_BT, torch.tensor(self.special_ids, dtype=tokens_BT.dtype, device=tokens_BT.device))
 
     def block(self, layer: int) -> nn.Module:
         """The module whose output is blocks.{layer}.hook_resid_post; ModelError if it is not loaded."""
-        _check_layer(layer, self.name, self.n_layers)
-        if layer >= len(self._backend.blocks):
+        check_layer(self.spec, layer)
+        if layer >= len(self._engine.blocks):
             loaded = f"{self.last_layer}, as {self.name} was loaded with last_layer={self.last_layer}"
             raise ModelError(f"found layer {layer}: expected 0 to {loaded}; load more of it")
-        return self._backend.blocks[layer]
+        return self._engine.blocks[layer]
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) in float32, of token ids on any device. Raises ModelError.
@@ -90,12 +113,12 @@ class LanguageModel:
     ) -> Tensor:
         """Log-probabilities (B, T - 1, V) in float32 of the token after each position but the last.
 
-        With `replace` the residual (B, T - 1, D) after `layer` becomes `replace(residual)` at all positions but the
-        first of each row, the attention sink. Raises ModelError.
+        With `replace` the residual (B, T - 1, D) after `layer` becomes `replace(residual)` at the positions of `kept`.
+        Raises ModelError.
         """
         if layer is None or replace is None:
             return self.forward(tokens_BT)[:, :-1].log_softmax(dim=-1)
-        with edit_residual(self, layer, replace, first_position=1):
+        with edit_residual(self, layer, replace, first_position=1, special=False):
             return self.log_probabilities(tokens_BT)
 
     def unembed(self, x_ND: Tensor) -> Tensor:
@@ -113,9 +136,9 @@ class LanguageModel:
 
     def _output(self) -> tuple[nn.Module, nn.Linear]:
         """The final norm and the output matrix. Raises ModelError unless the whole model is loaded."""
-        if self._backend.norm is None or self._backend.head is None:
+        if self._engine.norm is None or self._engine.head is None:
             raise ModelError(f"{self.name} was loaded with last_layer={self.last_layer}: logits need the whole model")
-        return self._backend.norm, self._backend.head
+        return self._engine.norm, self._engine.head
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, BOS first."""
@@ -189,7 +212,7 @@ class LanguageModel:
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty KV cache for rows of up to `max_length` positions."""
-        return Cache(self._backend.new_cache(batch_size, max_length), batch_size, max_length)
+        return Cache(self._engine.new_cache(batch_size, max_length), batch_size, max_length)
 
     def _run(self, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
         """Hidden states (B, T, D) after the last loaded layer; every forward comes through here."""
@@ -205,12 +228,23 @@ class LanguageModel:
         if cache is not None and (cache.rows != B or start + T > cache.max_length):
             expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
             raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
-        self.span = (B, T, start)
+        tokens_BT = tokens_BT.to(self.device, non_blocking=True)
+        self.span, self._tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():
-            hidden_BTD = self._backend.run(tokens_BT.to(self.device, non_blocking=True), start, cache and cache.state)
+            hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state)
         if cache is not None:
             cache.length += T
         return hidden_BTD
+
+
+def inspect(path: str | Path, engine: str | None = None) -> ModelSpec:
+    """Sizes of a model, before any weight is read, or fetched from the hub; `path` as of `load_model`.
+
+    Raises ModelError for what that cannot load, as far as headers and tokenizer tell.
+    """
+    folder = open_folder(path, engine)
+    load_tokenizer(folder)
+    return folder.spec
 
 
 def load_model(
@@ -219,19 +253,24 @@ def load_model(
     last_layer: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    engine: str | None = None,
+    exclude_tokens: Sequence[int | str] = (),
 ) -> LanguageModel:
-    """Load a model and its tokenizer; None is the bundled stand-in.
+    """Load a model and its tokenizer: those of a folder, a .gguf file or owner/name on the hub; None is the stand-in.
 
     With `last_layer` only the embedding and layers 0..last_layer are read, which is what training needs. `device` is by
-    default CUDA if there is one, else the CPU; `dtype` (or its name) bfloat16 on CUDA, else float32. Raises ModelError.
+    default CUDA if there is one, else the CPU; `dtype` (or its name) bfloat16 on CUDA, else float32; `engine`
+    "mistral-inference" where that is installed and the folder is in its layout, else "transformers". `exclude_tokens`
+    are ids or names of tokens that count as special beside BOS, EOS and padding. Raises ModelError.
     """
-    folder = open_folder(STANDIN if path is None else path)
+    folder = open_folder(STANDIN if path is None else path, engine, last_layer)
     spec = folder.spec
-    if last_layer is not None:
-        _check_layer(last_layer, spec.name, spec.n_layers)
     tokenizer = load_tokenizer(folder)
     device, dtype = device_and_dtype(device, dtype)
-    return LanguageModel(spec, tokenizer, load_backend(folder, last_layer, device, dtype), last_layer, device, dtype)
+    special_ids = tokenizer.special_ids(exclude_tokens)
+    folder.fetch()
+    loaded = load_engine(folder, last_layer, device, dtype)
+    return LanguageModel(spec, tokenizer, loaded, last_layer, device, dtype, special_ids)
 
 
 def device_and_dtype(
@@ -239,22 +278,19 @@ def device_and_dtype(
 ) -> tuple[torch.device, torch.dtype]:
     """The torch device and dtype to use, found where they are None (see `load_model`). Raises ModelError."""
     name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not re.fullmatch(r"(cpu|cuda)(:[1-9]?\d)?", name):
-        raise ModelError(f"found device {name!r}: expected cpu, cuda or cuda:0")
+    if not re.fullmatch(r"mps|(cpu|cuda)(:[1-9]?\d)?", name):
+        raise ModelError(f"found device {name!r}: expected cpu, cuda, cuda:0 or mps")
     found = torch.device(name)
     if found.type == "cuda":
         found = torch.device("cuda", found.index or 0)  # as tensors name it that are there
         if found.index >= torch.cuda.device_count():
             raise ModelError(f"found no CUDA device for {name!r}: use cpu, or a PyTorch built for your GPU's driver")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("found no Apple GPU for 'mps': use cpu, or a PyTorch built with it")
     name = str(dtype or ("bfloat16" if found.type == "cuda" else "float32")).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"found dtype {name}: expected float32, bfloat16 or float16")
     return found, getattr(torch, name)
-
-
-def _check_layer(layer: int, name: str, n_layers: int) -> None:
-    if not 0 <= layer < n_layers:
-        raise ModelError(f"found layer {layer}: expected 0 to {n_layers - 1}, as {name} has {n_layers} layers")
 
 
 def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mistral_sae.cli import one_line
-from mistral_sae.model.backends import quiet
-from mistral_sae.model.folder import TRANSFORMERS, ModelError, ModelFolder
+from mistral_sae.model.attention import quiet
+from mistral_sae.model.folder import CONFIG, ModelFolder
+from mistral_sae.model.source import ModelError
 
 
 class Tokenizer(ABC):
@@ -22,7 +25,8 @@ class Tokenizer(ABC):
 
     bos_id: int
     eos_id: int
-    vocab_size: int  # special tokens included
+    pad_id: int | None
+    vocab_size: int  # ids, those of special tokens included
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -31,6 +35,25 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """The text of token ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
+
+    def decode_continuation(self, prompt_ids: list[int], ids: list[int]) -> str:
+        """The text of token ids that continue a prompt; alone, `decode` would take their first space away."""
+        return self.decode([*prompt_ids, *ids])[len(self.decode(prompt_ids)) :]
+
+    def special_ids(self, more: Sequence[int | str] = ()) -> list[int]:
+        """Ids of BOS, EOS and padding, and of `more` tokens, ids or names. Raises ModelError for what is no token."""
+        ids = {id for id in (self.bos_id, self.eos_id, self.pad_id) if id is not None and id >= 0}
+        return sorted(ids | {self._id_of(token) for token in more})
+
+    def _id_of(self, token: int | str) -> int:
+        if isinstance(token, int):
+            self.token_bytes(token)
+            return token
+        name = token.encode()
+        for id in range(self.vocab_size):
+            if self.token_bytes(id) == name:
+                return id
+        raise ModelError(f"the tokenizer has no token {token!r}: expected one such as '</s>', or an id")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token, which join to the text's; a special token's name. Raises ModelError."""
@@ -68,19 +91,30 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
-    """The tokenizer in a model's folder. Raises ModelError if there is none or it cannot be read."""
-    path, hugging_face = folder.path, folder.spec.backend == TRANSFORMERS
-    mistral = [*path.glob("tekken.json"), *sorted(path.glob("tokenizer.model.v*"), reverse=True)]
-    mistral += path.glob("tokenizer.model")
+    """The tokenizer in a model's folder. Raises ModelError where it is missing, broken or another model's."""
     try:
-        if hugging_face and (path / "tokenizer.json").is_file():
-            return _from_transformers(path)
-        if mistral:
-            from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-            return _MistralCommon(MistralTokenizer.from_file(str(mistral[0])))
+        tokenizer = _read(folder.path, folder.described_by == CONFIG)
+    except ModelError:
+        raise
     except Exception as error:  # json, sentencepiece and tokenizers each raise their own
-        raise ModelError(f"the tokenizer in {path} cannot be read ({one_line(error)}): get it again") from error
+        raise ModelError(f"the tokenizer in {folder.path} cannot be read ({one_line(error)}): get it again") from error
+    if (n_ids := tokenizer.vocab_size) > (rows := folder.spec.vocab_size):
+        expected = f"expected at most {rows - 1}, as the embedding has {rows} rows"
+        raise ModelError(
+            f"the tokenizer in {folder.path} has ids up to {n_ids - 1}: {expected}; "
+            "take the one that the model was trained with, or the model that these tokens were added to"
+        )
+    return tokenizer
+
+
+def _read(path: Path, hugging_face: bool) -> Tokenizer:
+    if hugging_face and (path / "tokenizer.json").is_file():
+        return _from_transformers(path)
+    mistral = [*path.glob("tekken.json"), *sorted(path.glob("tokenizer.model.v*"), reverse=True)]
+    if mistral := [*mistral, *path.glob("tokenizer.model")]:
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        return _MistralCommon(MistralTokenizer.from_file(str(mistral[0])))
     wanted = "tokenizer.json" if hugging_face else "tekken.json or tokenizer.model.v3"
     raise ModelError(f"{path} has no tokenizer: expected {wanted} beside the weights")
 
@@ -88,10 +122,18 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
 def _from_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    options = {"fix_mistral_regex": True} if _splits_otherwise(path / "tokenizer.json") else {}
     with quiet("transformers"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
     wraps = type(tokenizer).__name__ == "MistralCommonBackend"  # a tokenizer of mistral-common
     return _MistralCommon(tokenizer.tokenizer) if wraps else _Transformers(tokenizer)
+
+
+def _splits_otherwise(path: Path) -> bool:
+    """Whether a tokenizer.json splits text by tiktoken's pattern, which transformers gave Mistral's tekken too once."""
+    pre_tokenizer = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    first = (pre_tokenizer.get("pretokenizers") or [pre_tokenizer])[0]
+    return first.get("type") == "Split" and first["pattern"].get("Regex", "").startswith("(?i:'s|'t|")
 
 
 class _MistralCommon(Tokenizer):
@@ -104,6 +146,7 @@ class _MistralCommon(Tokenizer):
         self._is_tekken = isinstance(self._base, Tekkenizer)
         self._policy = SpecialTokenPolicy
         self.bos_id, self.eos_id, self.vocab_size = self._base.bos_id, self._base.eos_id, self._base.n_words
+        self.pad_id = self._base.pad_id
 
     def encode(self, text: str) -> list[int]:
         return self._base.encode(text, bos=False, eos=False)
@@ -127,7 +170,9 @@ class _MistralCommon(Tokenizer):
 class _Transformers(Tokenizer):
     def __init__(self, tokenizer: Any):
         self._hf = tokenizer
-        self.bos_id, self.eos_id, self.vocab_size = tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.pad_id = tokenizer.pad_token_id
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         if self.bos_id is None or self.eos_id is None:
             raise ValueError("it names no BOS or no EOS token")
         added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}

@@ -27,6 +27,7 @@ class _Model(Protocol):
     vocab_size: int
     last_layer: int | None  # None if all of it is loaded
 
+    def kept(self, tokens_BT: Tensor) -> Tensor: ...
     def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor: ...
     def log_probabilities(
         self, tokens_BT: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None
@@ -77,7 +78,7 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
 
 
 class CrossEntropy(NamedTuple):
-    """Cross-entropy (nats a token) of the model with its residuals replaced, the first position of each row kept."""
+    """Cross-entropy (nats a token) of the model with its residuals replaced, but for first positions and BOS, EOS."""
 
     ce_loss_clean: float
     ce_loss_with_sae: float
@@ -93,7 +94,7 @@ class Evaluator:
 
     def __init__(self, model: _Model, rows_RT: Tensor, layer: int, rows_per_forward: int):
         self.model, self.rows_RT, self.layer, self.rows_per_forward = model, rows_RT, layer, rows_per_forward
-        self.n_tokens = len(rows_RT) * (rows_RT.shape[1] - 1)
+        self.n_tokens = len(rows_RT) * (rows_RT.shape[1] - 1)  # that are predicted
 
     def __call__(self, sae: SparseAutoencoder) -> dict[str, float]:
         """The figures of `Reconstruction`, and of `CrossEntropy` if all of the model is loaded, by name."""
@@ -127,7 +128,7 @@ class Evaluator:
     def _ablated(self) -> tuple[float, float]:
         """Cross-entropy with the mean, and with zero, in place of every residual."""
         sums = [x.double().sum(dim=0) for x in self._residuals()]
-        mean = (torch.stack(sums).sum(dim=0) / self.n_tokens).float()
+        mean = (torch.stack(sums).sum(dim=0) / int(self.model.kept(self.rows_RT).sum())).float()
         totals = torch.zeros(2, dtype=torch.float64)
         for tokens in Progress(self._parts(), desc="cross-entropy without the layer", leave=False):
             for i, constant in enumerate((mean, torch.zeros_like(mean))):
@@ -137,9 +138,10 @@ class Evaluator:
         return with_mean, with_zero
 
     def _residuals(self) -> Iterator[Tensor]:
-        """Residuals (N, D) of some rows at a time, at all but the first position of each."""
+        """Residuals (N, D) of some rows at a time, at the positions that are trained on."""
         for part in self.rows_RT.split(self.rows_per_forward):
-            yield self.model.residuals(part, self.layer)[:, 1:].flatten(0, 1)
+            x_RTD = self.model.residuals(part, self.layer)
+            yield x_RTD[self.model.kept(part).to(x_RTD.device)]
 
     def _parts(self) -> list[Tensor]:
         """The rows, so many at a time that their logits have room."""

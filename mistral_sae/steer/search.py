@@ -186,11 +186,12 @@ def by_tokens(model: LanguageModel, loaded: LoadedSAE, ids: Sequence[int], rows_
     right_2F, there_2 = torch.zeros(2, sae.n_features), torch.zeros(2, 1)
     for tokens_RT in Progress(rows_RT.split(SCAN_AT_ONCE), "reading text", unit=" batches", leave=False):
         encoded = sae.encode(residuals_of(model, tokens_RT[:, :-1], layer))  # each with a token after it
+        kept_RT = model.kept(tokens_RT[:, :-1])
         is_active = (encoded.values > 0).cpu()
         indices = encoded.indices.cpu()
         fired_F += torch.bincount(indices[is_active], minlength=sae.n_features)
         is_wanted = torch.isin(tokens_RT, wanted)
-        for i, is_it in enumerate((is_wanted[:, 1:-1].flatten(), is_wanted[:, 2:].flatten())):
+        for i, is_it in enumerate((is_wanted[:, :-1][kept_RT], is_wanted[:, 1:][kept_RT])):
             right_2F[i] += torch.bincount(indices[is_it][is_active[is_it]], minlength=sae.n_features)
             there_2[i] += is_it.sum()
     f1_F = (2 * right_2F / (fired_F + there_2).clamp_min(1)).amax(dim=0)

@@ -81,7 +81,7 @@ def steer(
         yield
         return
     edit = make_edit(loaded.sae, wanted, method, model.device, exact=exact, directions_SD=directions_SD)
-    with edit_residual(model, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position):
+    with edit_residual(model, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position, special=False):
         yield
 
 

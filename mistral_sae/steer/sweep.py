@@ -138,6 +138,10 @@ class Trials(NamedTuple):
     max_tokens: int
     temperature: float
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """A text of these, without the prompt that it continues."""
+        return self.model.tokenizer.decode_continuation(list(self.prompt_ids), list(ids))
+
     def unsteered(self, features: Sequence[int]) -> Trial:
         """The model's own texts."""
         texts = self._texts(1)

@@ -18,9 +18,14 @@ class Counting:
 
     device, dtype, d_model = torch.device("cpu"), torch.float64, D
 
-    def __init__(self):
+    def __init__(self, special=()):
+        self.special = list(special)
         self.rows = []  # first token of every row that went through
         self.layers = set()
+
+    def kept(self, tokens_RT):
+        """All but the first position and the tokens of `special`."""
+        return (torch.arange(tokens_RT.shape[1]) > 0) & ~torch.isin(tokens_RT, torch.tensor(self.special))
 
     def residuals(self, tokens_RT, layer):
         self.rows += tokens_RT[:, 0].tolist()
@@ -68,6 +73,25 @@ def test_skipping_runs_the_model_over_no_row_of_an_earlier_buffer():
     model = Counting()
     batches_of(model=model, skip_batches=7, batch_size=8, buffer_tokens=27)  # 56 residuals: two buffers of five rows
     assert model.rows[0] == 10 * T
+
+
+SPECIAL = [1, 2, 8, 17, *range(30, 36), 50, 100, 137]  # of them a row and the ends of the stream
+
+
+@pytest.mark.parametrize(("batch_size", "buffer_tokens"), SIZES)
+def test_special_tokens_are_left_out_and_batches_keep_their_size_and_can_be_skipped(batch_size, buffer_tokens):
+    sizes = {"batch_size": batch_size, "buffer_tokens": buffer_tokens}
+    whole = batches_of(model=Counting(SPECIAL), **sizes)
+    assert {len(batch) for batch in whole} == {batch_size}
+    tokens = torch.cat(whole)
+    n_kept = 23 * (T - 1) - len([token for token in SPECIAL if token % T])
+    assert len(tokens) == n_kept // batch_size * batch_size
+    assert len(tokens.unique()) == len(tokens)
+    assert not np.isin(tokens.numpy(), SPECIAL).any()
+    for skip in range(len(whole) + 2):
+        rest = batches_of(model=Counting(SPECIAL), skip_batches=skip, **sizes)
+        assert len(rest) == max(0, len(whole) - skip)
+        assert all(torch.equal(a, b) for a, b in zip(whole[skip:], rest, strict=True))
 
 
 def test_residuals_are_shuffled_within_a_buffer_and_never_across():
@@ -145,6 +169,10 @@ def test_the_residuals_are_those_of_the_language_model(mistral_folder, tokens_BT
     model = load_model(mistral_folder, last_layer=1)
     expected = model.residuals(tokens_BT, 1)[:, 1:].flatten(0, 1)
     torch.testing.assert_close(residuals_of(model, tokens_BT, 1), expected)
+    between = tokens_BT.clone()
+    between[1, 4] = model.tokenizer.bos_id
+    kept = model.residuals(between, 1)[:, 1:].flatten(0, 1)
+    torch.testing.assert_close(residuals_of(model, between, 1), torch.cat([kept[:14], kept[15:]]))
 
     options = {"batch_size": 11, "buffer_tokens": 24, "rows_per_forward": 1, "seed": 0}
     found = torch.cat(list(shuffled_batches(iter(tokens_BT.numpy()), model, 1, **options)))

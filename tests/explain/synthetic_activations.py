@@ -25,6 +25,11 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
+def kept(tokens_BT):
+    """As LanguageModel says it: not the first position, nor BOS and EOS."""
+    return (tokens_BT > Letters.eos_id) & (torch.arange(tokens_BT.shape[1]) > 0)
+
+
 class Corpus:
     """Random rows of documents of all lengths, and random activations, larger and larger ones as it goes on.
 
@@ -51,6 +56,9 @@ class Corpus:
         values[values == 0] = -1.0  # as an encoder without relu may give
         self.values = torch.from_numpy(values).float()
         self.read = 0  # rows that went through the model
+
+    def kept(self, tokens_BT):
+        return kept(tokens_BT)
 
     def residuals(self, tokens_BT, layer):
         self.read += len(tokens_BT)
@@ -123,6 +131,6 @@ def cache_of(folder, rows, values_BTK, indices_BTK, n_features):
         number = torch.arange(first, corpus.read).unsqueeze(1).expand(-1, width)
         return torch.stack((number, torch.arange(width).expand(len(tokens_BT), -1)), dim=2)
 
-    model = SimpleNamespace(residuals=residuals, tokenizer=Letters())
+    model = SimpleNamespace(residuals=residuals, kept=kept)
     cache.write(folder, MADE_FROM, rows, model, corpus, 0, 64)
     return cache.open_cache(folder, MADE_FROM)[0]

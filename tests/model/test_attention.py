@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from mistral_sae.model.backends import install_attention, memory_efficient_attention
+from mistral_sae.model.attention import install_attention, memory_efficient_attention
 
 H, E = 2, 8
 
@@ -94,9 +94,9 @@ def test_install_replaces_the_operator_and_may_run_twice(masks):
 
 def test_only_install_attention_imports_mistral_inference_and_xformers_stays_silent():
     code = (
-        "import sys, mistral_sae.model.backends as backends, mistral_sae.model.language_model\n"
+        "import sys, mistral_sae.model.attention as attention, mistral_sae.model.language_model\n"
         "assert 'mistral_inference' not in sys.modules and 'xformers' not in sys.modules\n"
-        "backends.install_attention()\n"
+        "attention.install_attention()\n"
         "import logging; logging.getLogger('xformers').warning('another warning')\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

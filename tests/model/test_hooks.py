@@ -115,6 +115,17 @@ def test_positions_before_the_first_are_left_as_they_are(model, tokens_BT):
     assert torch.equal(edited[:, 5:], plain[:, 5:] + 1)
 
 
+def test_special_tokens_are_left_as_they_are_where_an_edit_is_not_for_them(model, tokens_BT):
+    tokens_BT[1, 4] = model.tokenizer.bos_id
+    plain = model.residuals(tokens_BT, 1)
+    with edit_residual(model, 1, lambda x: x + 1, first_position=2, special=False):
+        edited = model.residuals(tokens_BT, 1)
+    changed = (edited != plain).any(dim=-1)
+    expected = torch.ones(3, 12, dtype=torch.bool)
+    expected[:, :2] = expected[1, 4] = False
+    assert torch.equal(changed, expected)
+
+
 def test_several_layers_are_read_in_one_forward(model, tokens_BT):
     ran = []
     handle = model.block(2).register_forward_hook(lambda *_: ran.append(2))

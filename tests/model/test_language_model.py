@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import PARAMS, WINDOW, params_of, random_weights, write_mistral_folder
 
-from mistral_sae.model import backends, language_model
+from mistral_sae.model import engines, language_model
 from mistral_sae.model.language_model import STANDIN, ModelError, device_and_dtype, inspect, load_model
 from tools.weights import from_hf, to_hf
 
@@ -88,7 +88,7 @@ def test_unembedding_is_in_float32_whatever_the_model_is_in(mistral_folder, monk
     monkeypatch.setattr(language_model, "UNEMBEDDED", 7)  # rows at a time
     half, rows = load_model(mistral_folder, device="cpu", dtype="bfloat16"), torch.eye(32)
     whole = load_model(mistral_folder, device="cpu", dtype="float32")
-    parts = [(model._backend.norm, model._backend.head) for model in (half, whole)]
+    parts = [(model._engine.norm, model._engine.head) for model in (half, whole)]
     for mine, theirs in zip(*parts, strict=True):
         theirs.load_state_dict({name: tensor.float() for name, tensor in mine.state_dict().items()})
     assert half.unembed(rows).dtype == torch.float32
@@ -159,13 +159,13 @@ def test_a_model_cut_at_a_layer_has_the_residuals_of_the_whole(folders, layout, 
 
 def test_only_the_tensors_of_the_layers_that_are_needed_are_read(mistral_folder, monkeypatch):
     read = []
-    original = backends._read_tensors
+    original = engines._read_tensors
 
-    def spy(folder, names, *rest):
-        read.extend(names)
-        return original(folder, names, *rest)
+    def spy(wanted, *rest):
+        read.extend(wanted)
+        return original(wanted, *rest)
 
-    monkeypatch.setattr(backends, "_read_tensors", spy)
+    monkeypatch.setattr(engines, "_read_tensors", spy)
     load_model(mistral_folder, last_layer=1, device="cpu")
     assert {name.split(".")[1] for name in read if name.startswith("layers")} == {"0", "1"}
     assert [name for name in read if not name.startswith("layers")] == ["tok_embeddings.weight"]
@@ -206,7 +206,7 @@ def test_inspect_counts_the_parameters_that_loading_makes(folders, layout):
 def test_no_path_is_the_bundled_model():
     model = load_model(None, last_layer=0, device="cpu")
     assert model.name == STANDIN.name
-    assert inspect(STANDIN).backend == "mistral-inference"
+    assert inspect(STANDIN).engine == "mistral-inference"
 
 
 @pytest.mark.parametrize("layout", ["mistral_folder", "hugging_face_folder"])
@@ -337,7 +337,11 @@ def test_params_that_do_not_fit_are_named(copy, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "'llama': expected mistral or mixtral"),
+        ({"model_type": "gemma"}, "'gemma': expected one of mistral, mixtral"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"is quantized \(gptq\): expected 16 or 32 bits",
+        ),
         ({"intermediate_size": 64}, r"has shape \(.*48.*\): expected \(.*64.*\)"),
         ({"num_hidden_layers": 4}, r"no tensor model\.layers\.3"),
     ],
@@ -381,6 +385,9 @@ TEXT = "def größe(x):\n\treturn '日本 🎉' + x  # <s>[INST] </s>\r\n"
 def sentencepiece_folder(copy):
     import mistral_common
 
+    shutil.rmtree(copy)
+    params = PARAMS | {"vocab_size": 32768}
+    write_mistral_folder(copy, params, random_weights(params))
     (copy / "tekken.json").unlink()
     shutil.copy(
         f"{mistral_common.__path__[0]}/data/mistral_instruct_tokenizer_240323.model.v3",

@@ -164,6 +164,20 @@ def test_predicting_the_mean_recovers_nothing(model, rows_RT, x):
     assert found.kl > 0.01
 
 
+def test_a_bos_between_documents_is_neither_measured_nor_replaced(model, rows_RT, x):
+    rows_RT = rows_RT.clone()
+    rows_RT[2, 5] = model.tokenizer.bos_id
+    evaluator = Evaluator(model, rows_RT, LAYER, 3)
+    residuals = model.residuals(rows_RT, LAYER)
+    is_kept = model.kept(rows_RT)
+    assert is_kept.sum() == 7 * 8 - 1
+    assert evaluator(random_sae())["tokens"] == 7 * 8 - 1
+    mean = residuals[is_kept].mean(dim=0)
+    logprobs = logprobs_of(model, rows_RT, torch.where(is_kept[..., None], mean, residuals))
+    loss = F.nll_loss(logprobs.flatten(0, 1), rows_RT[:, 1:].flatten()).item()
+    assert evaluator.cross_entropy(random_sae()).ce_loss_ablated == pytest.approx(loss, rel=1e-5)
+
+
 def logprobs_of(model, rows_RT, residual_RTD):
     """The rest of the model on residuals of LAYER, without the hooks of this project."""
     handle = model.block(LAYER).register_forward_hook(lambda module, args, output: residual_RTD.view(output.shape))

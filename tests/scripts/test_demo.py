@@ -106,6 +106,7 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
     assert ran.code == 0, ran.err
     assert ran.out.startswith(f"demo: {mistral_folder}")
     for words in (
+        "engine    mistral-inference",
         "layer     1 of 0 to 2 (blocks.1.hook_resid_post)",
         "features  64 of ",
         "on 0.300% of tokens, at most 1.2",

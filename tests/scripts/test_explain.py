@@ -40,6 +40,7 @@ def test_the_output_says_what_runs_and_where_the_results_are(finished, mistral_f
     lines = ran.out.splitlines()
     assert lines[0].startswith(f"explain: {mistral_folder}")
     for line in (
+        "engine    mistral-inference",
         "layer     1 of 0 to 2 (blocks.1.hook_resid_post)",
         f"features  64 of {run_dir / 'sae'}",
         "explainer offline: counting, without a model, since neither OPENAI_API_KEY nor OPENAI_BASE_URL is set",

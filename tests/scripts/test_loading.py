@@ -16,6 +16,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 def opened(run_dir, **changed):
     rest = {"SAE_PATH": None, "HOOK_NAME": None, "MISTRAL_MODEL_PATH": None, "DEVICE": "cpu", "DTYPE": None}
+    rest |= {"ENGINE": "mistral-inference", "EXCLUDE_TOKENS": []}
     return load_pair(SimpleNamespace(RUN_DIR=str(run_dir), **rest | changed))
 
 
@@ -30,7 +31,11 @@ def test_what_is_opened_is_said_as_the_pages_show_it(tmp_path, monkeypatch, caps
     write_sae(Path("runs/standin/sae"))
     loaded, model = opened("runs/standin")
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["layer     2 of 0 to 5 (blocks.2.hook_resid_post)", "features  8,192 of runs/standin/sae"]
+    assert lines == [
+        "engine    mistral-inference",
+        "layer     2 of 0 to 5 (blocks.2.hook_resid_post)",
+        "features  8,192 of runs/standin/sae",
+    ]
     for page in ("explaining", "steering"):
         assert "\n".join(lines) in (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert (loaded.sae.d_model, model.last_layer) == (256, None)

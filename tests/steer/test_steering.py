@@ -308,6 +308,15 @@ def test_both_libraries_are_steered_alike(mistral_folder, hugging_face_folder, l
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
 
 
+def test_a_bos_in_the_middle_and_what_else_is_excluded_are_not_steered(mistral_folder, loaded, tokens_BT):
+    lm = load_model(mistral_folder, device="cpu", exclude_tokens=[77])
+    tokens_BT[0, 4], tokens_BT[1, 6] = lm.tokenizer.bos_id, 77
+    plain = lm.residuals(tokens_BT, LAYER)
+    with steer(lm, loaded, {3: 9.0}):
+        is_changed = (lm.residuals(tokens_BT, LAYER) != plain).any(dim=-1)
+    assert torch.equal(is_changed, lm.kept(tokens_BT))
+
+
 @pytest.mark.parametrize(("method", "c"), [("clamp", 9.0), ("add", 0.3), ("raw", 2.0)])
 def test_a_model_in_bfloat16_is_steered_in_float32_and_stays_bfloat16(mistral_folder, loaded, tokens_BT, method, c):
     lm = load_model(mistral_folder, device="cpu", dtype="bfloat16")

@@ -1,0 +1,78 @@
+"""A little Hugging Face hub of one folder, for tests: a model's information, files whole and in part."""
+
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "c0ffee" + 34 * "0"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers for `folder` as the model `name`; `asked` are the files that were read, with a "+" where it was all."""
+
+    folder: Path
+    name: str
+    gated: bool
+    asked: list[str]
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status: int, content: bytes = b"", **headers: str):
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if match := re.fullmatch(rf"/api/models/{self.name}(?:/revision/(.+))?", path):
+            self.tell(match[1] or "main")
+        elif match := re.fullmatch(rf"/{self.name}/resolve/(?:main|{COMMIT})/(.+)", path):
+            self.send(match[1])
+        else:
+            self.answer(401, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def tell(self, revision: str):
+        if revision not in ("main", COMMIT):
+            return self.answer(404, X_Error_Code="RevisionNotFound")
+        files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
+        about = {"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": files}
+        self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
+
+    def send(self, name: str):
+        if self.gated:
+            return self.answer(403, X_Error_Code="GatedRepo")
+        if not (self.folder / name).is_file():
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        content = (self.folder / name).read_bytes()
+        about = {"X_Repo_Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range") or "")
+        if self.command == "GET":
+            self.asked.append(name if part else name + "+")
+        if part is None:
+            return self.answer(200, content, **about)
+        start, end = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+        span = f"bytes {start}-{end}/{len(content)}"
+        self.answer(206, content[start : end + 1], Content_Range=span, **about)
+
+
+@contextmanager
+def serve(folder: Path, name: str = "owner/model", gated: bool = False):
+    """Serve a folder; yields the address, and the list of the files that are asked for."""
+    handler = type("Handler", (Hub,), {"folder": folder, "name": name, "gated": gated, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+    finally:
+        server.shutdown()
+        server.server_close()
