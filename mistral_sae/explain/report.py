@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -48,7 +49,8 @@ class Run(NamedTuple):
     hook_name: str | None  # SAE Lens's name of it
     corpus: str  # what the features were looked for in
     tokens: int  # of that corpus
-    sae_path: str  # demo.py's SAE_PATH
+    sae_path: str  # folder or hub name of the autoencoder
+    demo: str  # the command that steers with it, but for the feature
     d_model: int  # D
     n_features: int  # F, of which the report may show only some
     evaluation: Mapping[str, float]  # evaluation.json
@@ -68,6 +70,7 @@ def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activatio
         corpus=corpus,
         tokens=activations.tokens if activations else 0,
         sae_path=constants.SAE_PATH or str(Path(constants.RUN_DIR) / "sae"),
+        demo=demo_command(constants),
         d_model=sae.d_model,
         n_features=sae.n_features,
         evaluation=evaluation,
@@ -75,6 +78,12 @@ def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activatio
         density_F=counts_F.double() / activations.tokens if activations and counts_F is not None else None,
         geometry=None if counts_F is None else decoder_geometry(sae.W_dec, counts_F > 0),
     )
+
+
+def demo_command(constants: Any) -> str:
+    """The command that steers the model and the autoencoder that constants such as config.py's name."""
+    named = ((name, getattr(constants, name)) for name in ("MISTRAL_MODEL_PATH", "SAE_PATH", "HOOK_NAME", "RUN_DIR"))
+    return shlex.join(["python", "demo.py", *(f"{name}={value}" for name, value in named if value is not None)])
 
 
 class TextToken(NamedTuple):
@@ -106,7 +115,7 @@ def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapp
         "explained": sum(map(bool, index["explanation"])),
         "trained_tokens": next((r["tokens"] for r in reversed(run.metrics) if "tokens" in r), None),
         **shares,
-        "index": compressed(index | shares | {"chunk": CHUNK, "intervals": INTERVALS}),
+        "index": compressed(index | shares | {"chunk": CHUNK, "intervals": INTERVALS, "demo": run.demo}),
         "chunks": chunks,
     }
     _write(path, "report", context)

@@ -128,6 +128,7 @@ def make_run(n_features=1000, d_model=64):
         corpus="standard library of CPython, 1,758 files",
         tokens=1_500_000,
         sae_path="runs/standin/sae",
+        demo="python demo.py RUN_DIR=runs/standin",
         d_model=d_model,
         n_features=n_features,
         evaluation=evaluation,

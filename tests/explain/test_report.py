@@ -6,6 +6,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from report_records import TOKENS, make_feature, make_label, make_run
@@ -15,6 +16,7 @@ from mistral_sae.explain.report import (
     TEMPLATES,
     TextToken,
     compressed,
+    demo_command,
     main_score,
     pack,
     read_figures,
@@ -242,6 +244,15 @@ def test_a_run_of_which_nothing_is_known_says_so(tmp_path):
     assert "no evaluation.json" in notices
     assert "No feature has a score yet" in notices
     assert "geometry was not measured" in notices
+
+
+def test_the_command_that_steers_names_the_model_and_the_autoencoder_of_the_run():
+    constants = SimpleNamespace(MISTRAL_MODEL_PATH=None, SAE_PATH=None, HOOK_NAME=None, RUN_DIR="runs/k 64")
+    assert demo_command(constants) == "python demo.py 'RUN_DIR=runs/k 64'"
+    constants.MISTRAL_MODEL_PATH, constants.SAE_PATH = "/models/7B", "owner/sae"
+    assert (
+        demo_command(constants) == "python demo.py MISTRAL_MODEL_PATH=/models/7B SAE_PATH=owner/sae 'RUN_DIR=runs/k 64'"
+    )
 
 
 def test_a_report_without_features_can_be_written(tmp_path):

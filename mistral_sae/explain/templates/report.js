@@ -202,7 +202,7 @@ function histogram(bins, maximum) {
 }
 
 function steering(feature) {
-  const command = h("pre", {}, `python demo.py FEATURE_INDEX=${feature} COEFFICIENT=1.0`);
+  const command = h("pre", {}, `${state.index.demo} FEATURE_INDEX=${feature} COEFFICIENT=1.0`);
   const button = h("button", { type: "button" }, "Copy");
   button.addEventListener("click", async () => {
     button.textContent = (await copy(command)) ? "Copied" : "Selected, press Ctrl-C";
