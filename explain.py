@@ -50,7 +50,7 @@ def main() -> None:
         selected.check(loaded.sae.n_features)  # before the corpus is read
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         reading, settings, folder = cache.Reading.of(config), Settings.of(config), RUN_DIR / cache.FOLDER
-        activations = cache.read_corpus(folder, reading, model, loaded)
+        activations = cache.read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN)
         chosen = selected.choose(activations.counts_F, config.SEED)
         records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
         labels, broken = label(records, model)

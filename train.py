@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import gc
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -169,7 +170,7 @@ def train(
             if step == 0:
                 trainer.initialize(x)
             if step == training.decay_step:  # from here on features move little
-                trainer.forget_maximum()
+                trainer.forget_counts()
             torch.manual_seed(config.SEED * training.steps + step)  # bfloat16 moments are rounded at random
             figures.append(torch.stack(trainer.step(x, training.learning_rate_at(step))))
             step += 1
@@ -180,7 +181,7 @@ def train(
                 # The mean hides a loss that exploded just now, and no loss has seen the weights that are to be saved
                 latest = reconstruction(trainer.sae, [x]).normalized_mse if save_now else figures[-1][1].item()
                 record = record_of(trainer, step, figures, time.monotonic() - started)
-                check_loss([record["normalized_mse"], latest, record["loss"]], step, run_dir)
+                check_loss(record["normalized_mse"], latest, record["loss"], step, run_dir)
                 if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
                     record["dead"] = len(trainer.find_dead())
                 if step in evaluate_at:
@@ -212,15 +213,15 @@ def as_held_out(figures: dict[str, float]) -> dict[str, float]:
     return {key if key.startswith(("ce_", "kl")) else f"held_out_{key}": value for key, value in figures.items()}
 
 
-def check_loss(losses: list[float], step: int, run_dir: Path) -> None:
-    """Raise Failed if one of the losses is no number, or far above that of predicting the mean."""
-    exploded = [loss for loss in losses if not loss <= EXPLODED]  # NaN is among them
-    if exploded:
+def check_loss(normalized_mse: float, latest: float, loss: float, step: int, run_dir: Path) -> None:
+    """Raise Failed if a normalized MSE is far above that of predicting the mean, or the loss no number."""
+    worst = latest if not latest <= EXPLODED else normalized_mse  # a NaN is not smaller, either
+    if not (worst <= EXPLODED and math.isfinite(loss)):
         last = run_dir / "checkpoint.safetensors"
         kept = f"the last good checkpoint is kept in {last}" if last.exists() else "there was no checkpoint yet"
         raise cli.Failed(
-            f"the normalized MSE is {exploded[0]:.3g} at step {step:,}, expected below {EXPLODED:g}; {kept}; "
-            "start it again with a lower LEARNING_RATE, and it goes on from there"
+            f"the normalized MSE is {worst:.3g}, the loss {loss:.3g} at step {step:,}, expected below {EXPLODED:g}; "
+            f"{kept}; start it again with a lower LEARNING_RATE, and it goes on from there"
         )
 
 

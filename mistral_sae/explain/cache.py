@@ -238,10 +238,13 @@ def _runs(documents_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, last
 
 
-def read_corpus(folder: Path, reading: Reading, model: LanguageModel, loaded: LoadedSAE) -> Cache:
+def read_corpus(
+    folder: Path, reading: Reading, model: LanguageModel, loaded: LoadedSAE, keep_other: bool = False
+) -> Cache:
     """The cache in a folder if it is of this making, or the one that a pass over the corpus now writes there.
 
-    Prints what is done and found. Raises TextError for a corpus that cannot be read.
+    Prints what is done and found. Raises TextError for a corpus that cannot be read, and with `keep_other` UserError
+    in place of writing over a cache of another making.
     """
     layer, row_tokens = loaded.metadata.residual_layer, reading.corpus.context_length
     print(f"corpus    {reading.corpus.check()}")
@@ -249,14 +252,23 @@ def read_corpus(folder: Path, reading: Reading, model: LanguageModel, loaded: Lo
     found, why = open_cache(folder, described)
     if found is None:
         if why:
+            if keep_other and _manifest(folder).get("made_from", described) != described:
+                raise UserError(f"{why} by a run without DRY_RUN; set another RUN_DIR to try these settings")
             print(why)
         print(f"reading {reading.n_rows * (row_tokens - 1):,} tokens for what activates each feature")
         skipped, seen = Skipped(), set[str]()
         packed = reading.corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
         rows = prefetch(itertools.islice(_strided(packed, reading.stride, seen), reading.n_rows), depth=1024)
         with Progress(desc="reading", total=reading.n_rows * row_tokens, unit=" tokens", unit_scale=True) as progress:
-            counted = (row for row in rows if progress.update(row_tokens) or True)
-            write(folder, described, counted, model, loaded.sae, layer, reading.rows_per_forward)
+            write(
+                folder,
+                described,
+                _counted(rows, progress, row_tokens),
+                model,
+                loaded.sae,
+                layer,
+                reading.rows_per_forward,
+            )
         found, why = open_cache(folder, described)
         if found is None:
             raise Failed(why)
@@ -265,6 +277,13 @@ def read_corpus(folder: Path, reading: Reading, model: LanguageModel, loaded: Lo
         _warn_of_few_documents(found, reading, len(seen))
     print(f"cache     {folder}: {found.tokens:,} tokens of {len(found.names):,} documents")
     return found
+
+
+def _counted(rows: Iterable[Row], progress: Progress, row_tokens: int) -> Iterator[Row]:
+    """The same rows, each of which moves the bar."""
+    for row in rows:
+        yield row
+        progress.update(row_tokens)
 
 
 def _strided(rows: Iterable[Row], stride: int, seen: set[str]) -> Iterator[Row]:

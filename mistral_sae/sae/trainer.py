@@ -90,7 +90,7 @@ class Trainer:
         self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype))
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
         self.since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens
-        self.counts = Counts(config.d_hidden, device)  # the maxima since `forget_maximum`
+        self.counts = Counts(config.d_hidden, device)  # since `forget_counts`
         self.find_dead()
 
     def initialize(self, x: Tensor) -> None:
@@ -116,15 +116,16 @@ class Trainer:
         self.counts.add(step.values, step.indices)
         return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm)
 
-    def forget_maximum(self) -> None:
-        """Measure the features' maxima from here on: earlier ones belong to other weights."""
-        self.counts.maximum_F.zero_()
+    def forget_counts(self) -> None:
+        """Measure the features' densities and maxima from here on: earlier ones belong to other weights."""
+        self.counts = Counts(self.config.d_hidden, self.sae.W_dec.device)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that continuing needs, for `load`."""
         # W_enc feature by feature, as it lies in memory: no transposed copy on the device
         weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
         counts = {"since_fired": self.since_fired, "fired": self.counts.fired_F, "maximum": self.counts.maximum_F}
+        counts["counted_tokens"] = torch.tensor(self.counts.tokens)
         return weights | self.adam.state() | counts
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -136,6 +137,7 @@ class Trainer:
             )
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
+        self.counts.tokens = int(tensors["counted_tokens"])
         self.find_dead()
 
 
@@ -167,5 +169,4 @@ def load_checkpoint(path: Path, trainer: Trainer, shaping: dict[str, Any]) -> li
             "or RESUME=False to start over in this one"
         )
     trainer.load(tensors)
-    trainer.counts.tokens = metadata["history"][-1]["tokens"]
     return metadata["history"]

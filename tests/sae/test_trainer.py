@@ -140,7 +140,7 @@ def test_a_trainer_keeps_each_features_maximum_since_it_was_told_to_forget():
     for i, batch in enumerate(x):
         if i == 3:
             before = trainer.counts.maximum_F.clone()
-            trainer.forget_maximum()
+            trainer.forget_counts()
             expected = torch.zeros(64)
         seen = trainer.sae.encode(batch).dense(64).amax(dim=0)  # by the weights that the step begins with
         trainer.step(batch, 1e-2)

@@ -147,3 +147,13 @@ def test_a_run_that_gets_nothing_leaves_the_labels_of_earlier_ones(here, argumen
     assert f"{len(CHOSEN)} features: {len(CHOSEN)} stopped" in ran.out
     assert (folder / "explanations.jsonl").read_bytes() == before
     assert "0 of them explained" not in (folder / "report.html").read_text()
+
+
+def test_a_dry_run_leaves_the_cache_of_another_corpus_and_its_explanations(here, arguments, served):
+    run_dir = served[0]
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    ran = here(arguments(run_dir, DRY_RUN=1, EXPLAIN_TOKENS=100))
+    assert ran.code == 2
+    assert "another corpus, or another part of it" in ran.err
+    assert "without DRY_RUN" in ran.err
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before

@@ -233,9 +233,8 @@ def test_the_saved_rows_have_unit_norm_and_the_sparsity_is_how_often_features_fi
     assert torch.allclose(weights["W_dec"].norm(dim=1), torch.ones(128), atol=1e-5)
     frequency = 10 ** load_file(finished[0] / "sae/sparsity.safetensors")["sparsity"].double()
     metrics = metrics_of(finished[0])
-    steps = [b["step"] - a for a, b in zip([0, *(m["step"] for m in metrics)], metrics, strict=False)]
-    l0 = sum(n * record["l0"] for n, record in zip(steps, metrics, strict=True)) / STEPS
-    assert frequency.sum().item() == pytest.approx(l0, rel=1e-4)
+    late = [record["l0"] for record in metrics if record["step"] > 0.8 * STEPS]  # since the learning rate fell
+    assert frequency.sum().item() == pytest.approx(sum(late) / len(late), rel=0.02)
 
 
 def test_sae_lens_loads_the_run_and_finds_the_same_features(finished, mistral_folder):
@@ -310,9 +309,9 @@ def test_the_maxima_that_are_saved_are_those_of_the_last_part_of_the_run(
     finished, here, arguments, tmp_path, monkeypatch
 ):
     forgotten, steps = [], []
-    step, forget = Trainer.step, Trainer.forget_maximum
+    step, forget = Trainer.step, Trainer.forget_counts
     monkeypatch.setattr(Trainer, "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
-    monkeypatch.setattr(Trainer, "forget_maximum", lambda self: (forgotten.append(len(steps)), forget(self))[1])
+    monkeypatch.setattr(Trainer, "forget_counts", lambda self: (forgotten.append(len(steps)), forget(self))[1])
     assert here(arguments(tmp_path / "run")).code == 0
     assert forgotten == [int(0.8 * STEPS)]  # where the learning rate begins to fall
     maximum, checkpoint = load_sae(finished[0]).maximum_F, load_file(finished[0] / "checkpoint.safetensors")
@@ -433,7 +432,9 @@ def step_of_checkpoint(run_dir):
 def test_too_large_a_learning_rate_stops_the_run_with_the_step(here, arguments, tmp_path):
     ran = here(arguments(tmp_path / "run", LEARNING_RATE=1e6, WARM_UP_STEPS=0))
     assert ran.code == 1
-    assert re.match(r"error: the normalized MSE is \S+ at step 5, .*no checkpoint yet.*LEARNING_RATE", ran.last_line)
+    assert re.match(
+        r"error: the normalized MSE is \S+, the loss \S+ at step 5, .*no checkpoint yet.*LEARNING_RATE", ran.last_line
+    )
     assert "Traceback" not in ran.err
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
 
