@@ -40,9 +40,9 @@ K: int = 32 if ON_STANDIN else 128  # active features a token
 SEED: int = 0  # of the initialization and the order of the data
 
 # ---- training ----
-BATCH_SIZE: int = 512 if ON_STANDIN else 4096  # residuals a step
+BATCH_SIZE: int = 1024 if ON_STANDIN else 4096  # residuals a step
 # At most; falls with the number of features (Gao et al. 2024, appendix A.3). The stand-in's run is 800 times shorter
-LEARNING_RATE: float = (1e-3 if ON_STANDIN else 2e-4) / math.sqrt(D_HIDDEN / 2**14)
+LEARNING_RATE: float = (1.8e-3 if ON_STANDIN else 2e-4) / math.sqrt(D_HIDDEN / 2**14)
 WARM_UP_STEPS: int = 100 if ON_STANDIN else 1000  # linear, from 0
 DECAY_FRACTION: float = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
 MAX_GRADIENT_NORM: float = 1.0  # larger gradients are scaled down to it
