@@ -29,7 +29,7 @@ CLASS = 5  # tokens by which a class of raised tokens is judged
 CANDIDATES = 64  # features by words whose effect on the words' tokens is measured
 SAMPLE = (4, 32)  # rows and positions of the text on which it is measured
 SCAN_ROWS, SCAN_AT_ONCE = 48, 16  # rows of text that are read to find features by their tokens
-LOOKED_AT, TRIED = 128, 10  # features among which one is looked for that shows in text
+LOOKED_AT, TRIED, FINALISTS = 128, 20, 4  # features among which one is looked for that shows in text
 LOOKED_AT_TOKENS = 16  # of the text on which those are measured, after the prompt
 LISTED = 3  # features of a printed list
 
@@ -257,17 +257,19 @@ def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trial
     """A feature whose effect on text shows, from a ranked list that is printed.
 
     Of LOOKED_AT random features, explained ones of middle density if there are any, the TRIED that raise the clearest
-    classes of tokens are tried: texts are made as they will be shown, and the feature is taken that fires on most more
-    of their tokens than of the model's own while each text stays fluent. Raises SteeringError if no feature ever fired.
+    classes of tokens are tried in one text, the best FINALISTS in all: texts are made as they will be shown, and the
+    feature is taken that fires on most more of their tokens than of the model's own while each text stays fluent.
+    Raises SteeringError if no feature ever fired.
     """
     kind, among = _pool(subject)
     looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
     tried = _clearest(subject, looked_at, trials)
     print(
-        f"choosing a feature: {len(tried)} of {len(looked_at):,} {kind}, those that raise the clearest "
-        f"class of tokens, are tried in {len(trials.seeds)} texts each"
+        f"choosing a feature: of {len(looked_at):,} {kind} the {len(tried)} that raise the clearest class of tokens "
+        f"are tried in a text each, the best {min(FINALISTS, len(tried))} in {len(trials.seeds)}"
     )
-    found = _shown(subject, edit, coefficient, tried, trials)
+    first = _shown(subject, edit, coefficient, tried, trials._replace(seeds=trials.seeds[:1]))
+    found = _shown(subject, edit, coefficient, [each.feature for each in first[:FINALISTS]], trials)
     bounds = f"together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition more"
     how = f" and leaves them fluent ({bounds})" if found[0].is_fluent else "; none leaves them fluent"
     print(f"→ fires on most more tokens of its texts than of the model's own{how}")
