@@ -232,6 +232,7 @@ def _histogram(
         axes.set(**{"ylabel": "features", **properties})
         axes.locator_params(axis="y", integer=True)
         if properties.get("xscale") == "log":
+            axes.xaxis.set_major_locator(LogLocator(numticks=5))
             axes.xaxis.set_major_formatter(lambda value, _: percent(value))
 
     return Panel(title, meaning, draw)
