@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 
 from mistral_sae.explain import cache, offline, pipeline, prompts, report
-from mistral_sae.explain.client import Client, LocalClient, Server
+from mistral_sae.explain.client import Client, Server
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
+from mistral_sae.explain.local_client import LocalClient
+from mistral_sae.explain.reading import Reading, read_corpus
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
@@ -49,8 +51,8 @@ def main() -> None:
         loaded, model = load_pair(config)
         selected.check(loaded.sae.n_features)  # before the corpus is read
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
-        reading, settings, folder = cache.Reading.of(config), Settings.of(config), RUN_DIR / cache.FOLDER
-        activations = cache.read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN)
+        reading, settings, folder = Reading.of(config), Settings.of(config), RUN_DIR / cache.FOLDER
+        activations = read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN)
         chosen = selected.choose(activations.counts_F, config.SEED)
         records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
         labels, broken = label(records, model)
@@ -183,7 +185,7 @@ def show_text(text: str) -> None:
         report.TextToken(string, [(f, v) for f, v in zip(*found, strict=True) if v > 0])
         for string, *found in zip(model.tokenizer.strings(ids[1:]), features, strongest.values.tolist(), strict=True)
     ]
-    described = cache.made_from(model, loaded.sae, layer, cache.Reading.of(config).described())
+    described = cache.made_from(model, loaded.sae, layer, Reading.of(config).described())
     are_ours = cache.is_of(RUN_DIR / cache.FOLDER, described["autoencoder"])
     labels = read_labels(RUN_DIR / "explanations.jsonl") if are_ours else {}
     activations, why = cache.open_cache(RUN_DIR / cache.FOLDER, described)

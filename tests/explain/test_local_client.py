@@ -6,8 +6,8 @@ import pytest
 from synthetic_features import make_feature, on
 from torch import nn
 
-from mistral_sae.explain.client import LocalClient
 from mistral_sae.explain.journal import Journal
+from mistral_sae.explain.local_client import LocalClient
 from mistral_sae.explain.prompts import explain_request
 from mistral_sae.explain.types import Request
 from mistral_sae.model.language_model import ModelError, load_model

@@ -1,0 +1,108 @@
+"""The pass over a corpus that fills the cache: which rows it reads, and what is said of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_sae.cli import Failed, Progress, UserError
+from mistral_sae.data.documents import Skipped
+from mistral_sae.data.tokens import Corpus, Row, prefetch
+from mistral_sae.explain import cache
+from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.sae.checkpoint import LoadedSAE
+
+FEW_DOCUMENTS = 30  # below which a feature has hardly ten examples to explain it from
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which rows of a corpus a pass reads."""
+
+    corpus: Corpus
+    n_rows: int
+    stride: int = 1  # every so many rows one
+    rows_per_forward: int = 16
+
+    @classmethod
+    def of(cls, constants: Any) -> Reading:
+        """Read from constants such as config.py's."""
+        n_rows = math.ceil(constants.EXPLAIN_TOKENS / (constants.CONTEXT_LENGTH - 1))
+        return cls(Corpus.of(constants), n_rows, constants.EXPLAIN_STRIDE, constants.ROWS_PER_FORWARD)
+
+    def described(self) -> dict[str, Any]:
+        """What tells the rows from others, as JSON."""
+        files = {"files": self.corpus.fingerprint()}
+        return asdict(self.corpus) | files | {"stride": self.stride, "rows": self.n_rows}
+
+
+def read_corpus(
+    folder: Path, reading: Reading, model: LanguageModel, loaded: LoadedSAE, keep_other: bool = False
+) -> cache.Cache:
+    """The cache in a folder if it is of this making, or the one that a pass over the corpus now writes there.
+
+    Prints what is done and found. Raises TextError for a corpus that cannot be read, and with `keep_other` UserError
+    in place of writing over a cache of another making.
+    """
+    layer, row_tokens = loaded.metadata.residual_layer, reading.corpus.context_length
+    print(f"corpus    {reading.corpus.check()}")
+    described = cache.made_from(model, loaded.sae, layer, reading.described())
+    found, why = cache.open_cache(folder, described)
+    if found is None:
+        if why:
+            if keep_other and cache.is_of_another_making(folder, described):
+                raise UserError(f"{why} by a run without DRY_RUN; set another RUN_DIR to try these settings")
+            print(why)
+        print(f"reading {reading.n_rows * (row_tokens - 1):,} tokens for what activates each feature")
+        skipped, seen = Skipped(), set[str]()
+        packed = reading.corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
+        rows = prefetch(itertools.islice(_strided(packed, reading.stride, seen), reading.n_rows), depth=1024)
+        with Progress(desc="reading", total=reading.n_rows * row_tokens, unit=" tokens", unit_scale=True) as progress:
+            counted = _counted(rows, progress, row_tokens)
+            cache.write(folder, described, counted, model, loaded.sae, layer, reading.rows_per_forward)
+        found, why = cache.open_cache(folder, described)
+        if found is None:
+            raise Failed(why)
+        if skipped.count:
+            print(skipped.summary())
+        _warn_of_few_documents(found, reading, len(seen))
+    print(f"cache     {folder}: {found.tokens:,} tokens of {len(found.names):,} documents")
+    return found
+
+
+def _counted(rows: Iterable[Row], progress: Progress, row_tokens: int) -> Iterator[Row]:
+    """The same rows, each of which moves the bar."""
+    for row in rows:
+        yield row
+        progress.update(row_tokens)
+
+
+def _strided(rows: Iterable[Row], stride: int, seen: set[str]) -> Iterator[Row]:
+    """Every `stride`-th row; `seen` gets the documents that went by, until they are many."""
+    for number, row in enumerate(rows):
+        if len(seen) < 10 * FEW_DOCUMENTS:
+            seen.update(row.documents)
+        if number % stride == 0:
+            yield row
+
+
+def _warn_of_few_documents(found: cache.Cache, reading: Reading, n_seen: int) -> None:
+    """Say so if the documents are few, and which constant gives more."""
+    scoring = int(found.for_scoring.sum())
+    explaining = len(found.names) - scoring
+    if min(explaining, scoring) >= FEW_DOCUMENTS:
+        return
+    if found.rows >= reading.n_rows:
+        advice = "raise EXPLAIN_TOKENS"
+    elif n_seen > len(found.names):
+        advice = f"lower EXPLAIN_STRIDE, by which {reading.stride - 1} of {reading.stride} rows are left out"
+    else:
+        advice = "use text of more files, or a .jsonl with a document a line"
+    print(
+        f"warning: found {explaining:,} documents to explain from and {scoring:,} to score on, and each gives a "
+        f"feature one example: {advice}"
+    )
