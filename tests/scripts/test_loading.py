@@ -8,6 +8,7 @@ import torch
 
 from mistral_sae.files import SAEError
 from mistral_sae.loading import load_pair
+from mistral_sae.model.language_model import STANDIN, inspect
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 
@@ -17,7 +18,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 def opened(run_dir, **changed):
     rest = {"SAE_PATH": None, "HOOK_NAME": None, "MISTRAL_MODEL_PATH": None, "DEVICE": "cpu", "DTYPE": None}
     rest |= {"ENGINE": "mistral-inference", "EXCLUDE_TOKENS": []}
-    return load_pair(SimpleNamespace(RUN_DIR=str(run_dir), **rest | changed))
+    return load_pair(SimpleNamespace(RUN_DIR=str(run_dir), **rest | changed), inspect(STANDIN, "mistral-inference"))
 
 
 def write_sae(folder, model_name="standin"):

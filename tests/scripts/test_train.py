@@ -501,6 +501,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(here, arguments, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_says_what_was_computed_and_why(here, arguments, tmp_path):
+    left = [text for text in arguments("x", DRY_RUN=1) if not text.startswith(("D_HIDDEN", "K=", "RUN_DIR"))]
+    ran = here(left)
+    assert (ran.code, ran.err) == (0, "")
+    assert "\ncomputed  from the model and the device\n  RUN_DIR=runs/tiny " in ran.out
+    assert re.search(r"^  D_HIDDEN=[\d_]+ +32 times the model's width", ran.out, re.M)
+    assert "TARGET_LAYER" not in ran.out
+
+
 def test_layers_above_the_target_stay_out_where_they_have_no_room(here, arguments, tmp_path, monkeypatch):
     def little_room(training, spec, *, last_layer, **options):
         options["free"] = 0 if last_layer is None else 10**12
