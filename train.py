@@ -73,7 +73,8 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
         seed=config.SEED,
         skip_batches=history[-1]["step"] if history else 0,
     )
-    metadata = Metadata(model.name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
+    of_text = config.CONTEXT_LENGTH, config.DATA_PATH
+    metadata = Metadata(model.name, hook_name(layer), layer, True, *of_text, model.fingerprint(layer))
     train(trainer, history, batches, evaluate, filled, partial(save, trainer, metadata, corpus, run_dir))
     if skipped.count:
         print(skipped.summary())

@@ -251,6 +251,7 @@ def test_sae_lens_loads_the_run_and_finds_the_same_features(finished, mistral_fo
     metadata = theirs.cfg.metadata
     assert (metadata.model_name, metadata.hook_name) == (mistral_folder.name, "blocks.1.hook_resid_post")
     assert (metadata.prepend_bos, metadata.context_size) == (True, 32)
+    assert metadata.model_fingerprint == load_model(mistral_folder, device="cpu").fingerprint(1)
 
 
 @pytest.mark.skipif(not (STANDIN / "consolidated.safetensors").exists(), reason="the stand-in has no weights")
