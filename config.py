@@ -1,7 +1,9 @@
 """Every constant of train.py, explain.py and demo.py.
 
 Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`. Where a constant has
-two values, the first is for the bundled stand-in on two CPU cores, the second for Mistral 7B on one GPU.
+two values, the first is for the bundled stand-in on two CPU cores, the second for any other model. Where that is None
+it is computed from the model's sizes and the device: mistral_sae/defaults.py has the rules, and train.py says what
+they give and why. What they give for Mistral 7B on a GPU stands in brackets.
 """
 
 import math
@@ -16,7 +18,7 @@ MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
 # Tokens that are neither trained on, scored, explained nor steered, beside BOS, EOS and padding: "[INST]", or an id
 EXCLUDE_TOKENS: list = []
-TARGET_LAYER: int = 2 if ON_STANDIN else 16  # whose output is read, blocks.{layer}.hook_resid_post: the middle
+TARGET_LAYER: int | None = 2 if ON_STANDIN else None  # whose output is read, blocks.{layer}.hook_resid_post (16)
 # What runs it: "mistral-inference" or "transformers"; None is mistral-inference where it is installed and the folder is
 # of its layout, else transformers
 ENGINE: str | None = None
@@ -32,39 +34,39 @@ TEXT_FIELD: str = "text"  # of a JSON line or a parquet column
 CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones
 # Share of the documents kept for evaluation. The stand-in was trained without the same twentieth
 HELD_OUT_FRACTION: float = 0.05 if ON_STANDIN else 0.01
-TRAIN_TOKENS: int = 1_200_000 if ON_STANDIN else 1_000_000_000  # residuals trained on
+TRAIN_TOKENS: int | None = 1_200_000 if ON_STANDIN else None  # residuals trained on (1,000,000,000)
 
 # ---- sparse autoencoder ----
-D_HIDDEN: int = 8192 if ON_STANDIN else 131_072  # features: 32 times the model's width
-K: int = 32 if ON_STANDIN else 128  # active features a token
+D_HIDDEN: int | None = 8192 if ON_STANDIN else None  # features: 32 times the model's width (131,072)
+K: int | None = 32 if ON_STANDIN else None  # active features a token (128)
 SEED: int = 0  # of the initialization and the order of the data
 
 # ---- training ----
-BATCH_SIZE: int = 1024 if ON_STANDIN else 4096  # residuals a step
-# At most; falls with the number of features (Gao et al. 2024, appendix A.3). The stand-in's run is 800 times shorter
-LEARNING_RATE: float = (1.8e-3 if ON_STANDIN else 2e-4) / math.sqrt(D_HIDDEN / 2**14)
-WARM_UP_STEPS: int = 100 if ON_STANDIN else 1000  # linear, from 0
+BATCH_SIZE: int | None = 1024 if ON_STANDIN else None  # residuals a step (4096)
+# At most (7.1e-5); falls with the number of features (Gao et al. 2024, appendix A.3)
+LEARNING_RATE: float | None = 1.8e-3 / math.sqrt(D_HIDDEN / 2**14) if ON_STANDIN and D_HIDDEN else None
+WARM_UP_STEPS: int | None = 100 if ON_STANDIN else None  # linear, from 0 (1000)
 DECAY_FRACTION: float = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
 MAX_GRADIENT_NORM: float = 1.0  # larger gradients are scaled down to it
 AUXK_COEFFICIENT: float = 1 / 32  # weight of the loss that revives dead features (Gao et al. 2024, appendix A.2)
-K_AUX: int = 128 if ON_STANDIN else 2048  # dead features a token may use in it: about half the model's width (ibid.)
+K_AUX: int | None = 128 if ON_STANDIN else None  # dead features a token may use in it (2048)
 AUXK_FEATURES: int = 8192  # dead features that loss looks at, at most: it needs 131 KB for each at 7B
-DEAD_AFTER_TOKENS: int = 200_000 if ON_STANDIN else 10_000_000  # without firing (10 million: ibid.)
-MOMENTS_DTYPE: str = "float32" if ON_STANDIN else "bfloat16"  # of Adam's moments; bfloat16 saves 4.3 GB at 7B
+DEAD_AFTER_TOKENS: int | None = 200_000 if ON_STANDIN else None  # without firing (10,000,000)
+MOMENTS_DTYPE: str | None = "float32" if ON_STANDIN else None  # of Adam's moments, "float32" or "bfloat16" (bfloat16)
 
 # ---- memory ----
 # Rows of tokens shuffled together before the model reads them, at 2 KB each: a buffer of residuals is a few documents
 SHUFFLE_ROWS: int = 8192 if ON_STANDIN else 16_384
-BUFFER_TOKENS: int = 131_072 if ON_STANDIN else 32_768  # residuals shuffled together; at 7B 8 KB each
-ROWS_PER_FORWARD: int = 16 if ON_STANDIN else 32  # rows the language model runs at a time
+BUFFER_TOKENS: int | None = 131_072 if ON_STANDIN else None  # residuals shuffled together (32,768, of 8 KB each)
+ROWS_PER_FORWARD: int | None = 16 if ON_STANDIN else None  # rows the language model runs at a time (32)
 
 # ---- evaluation, log and checkpoints ----
 EVALUATION_ROWS: int = 128 if ON_STANDIN else 256  # held-out rows
 EVALUATION_STRIDE: int = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
 EVALUATIONS: int = 2 if ON_STANDIN else 4  # times during the run; the last is at its end
 LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
-CHECKPOINT_EVERY: int = 500 if ON_STANDIN else 5000  # steps
-RUN_DIR: str = "runs/standin" if ON_STANDIN else "runs/mistral-7b"  # where everything is written
+CHECKPOINT_EVERY: int | None = 500 if ON_STANDIN else None  # steps (5000)
+RUN_DIR: str | None = "runs/standin" if ON_STANDIN else None  # where everything is written: runs/ and the model's name
 RESUME: bool = True  # continue from RUN_DIR's checkpoint if there is one of the same settings
 DRY_RUN: bool = False  # print the plan and stop
 
@@ -75,8 +77,8 @@ HOOK_NAME: str | None = None  # where it belongs, if its folder says something e
 # ---- explain.py: what to look at ----
 # Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]"
 SELECT: str | int | list = "random 200"
-# Of the corpus, read once. What all features do on them is kept in RUN_DIR: 0.08 GB, at 7B 5
-EXPLAIN_TOKENS: int = 600_000 if ON_STANDIN else 10_000_000
+# Of the corpus, read once (10,000,000). What all features do on them is kept in RUN_DIR: 0.08 GB, at 7B 5
+EXPLAIN_TOKENS: int | None = 600_000 if ON_STANDIN else None
 EXPLAIN_STRIDE: int = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
 # To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many
 EXAMPLES_PER_INTERVAL: int = 32 if ON_STANDIN else 3
@@ -136,61 +138,82 @@ CHAT: bool = False  # a conversation, with commands: /help lists them
 CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the model is given, at most
 
 # ---- what no run can use; what needs the model or the corpus is checked when they are there ----
-for _name, _least in {
-    "TARGET_LAYER": 0, "CONTEXT_LENGTH": 3, "BATCH_SIZE": 2, "SHUFFLE_ROWS": 1, "ROWS_PER_FORWARD": 1,
-    "DEAD_AFTER_TOKENS": 1, "EVALUATION_ROWS": 1, "EVALUATION_STRIDE": 1, "LOG_EVERY": 1, "WARM_UP_STEPS": 0,
-    "K_AUX": 0, "AUXK_COEFFICIENT": 0, "AUXK_FEATURES": 0, "EVALUATIONS": 1, "EXPLAIN_STRIDE": 1,
-    "EXAMPLES_PER_INTERVAL": 1, "CONCURRENCY": 1, "MAX_REPLY_TOKENS": 1, "TOKENS_BEFORE": 0, "TOKENS_AFTER": 0,
-    "NEW_TOKENS": 1, "TEMPERATURE": 0, "SWEEP_SAMPLES": 1,
-}.items():  # fmt: skip
-    expect(_name, globals()[_name], _least <= globals()[_name] < math.inf, f"at least {_least}")
-for _name in ("LEARNING_RATE", "MAX_GRADIENT_NORM", "REQUEST_TIMEOUT", "REQUEST_DEADLINE"):
-    expect(_name, globals()[_name], globals()[_name] > 0, "above 0")
-for _name in ("PROMPT_DOLLARS", "COMPLETION_DOLLARS"):
-    expect(_name, globals()[_name], globals()[_name] is None or globals()[_name] >= 0, "0 or more, or None")
-for _name in ("MAX_DOLLARS", "MAX_API_TOKENS"):
-    expect(_name, globals()[_name], globals()[_name] is None or globals()[_name] > 0, "above 0, or None")
-expect("K", K, 1 <= K <= D_HIDDEN, f"1 to D_HIDDEN, {D_HIDDEN}")
-expect("TRAIN_TOKENS", TRAIN_TOKENS, TRAIN_TOKENS >= BATCH_SIZE, f"at least one batch, {BATCH_SIZE}")
-expect("BUFFER_TOKENS", BUFFER_TOKENS, BUFFER_TOKENS >= CONTEXT_LENGTH - 1, f"at least one row, {CONTEXT_LENGTH - 1}")
-expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
-expect("DECAY_FRACTION", DECAY_FRACTION, 0 < DECAY_FRACTION <= 1, "above 0, at most 1")
-expect(  # the set of dead features is brought up to date with the log: a run must continue from such a step
-    "CHECKPOINT_EVERY",
-    CHECKPOINT_EVERY,
-    CHECKPOINT_EVERY >= 1 and CHECKPOINT_EVERY % LOG_EVERY == 0,
-    f"a multiple of LOG_EVERY, {LOG_EVERY}",
-)
-expect("SEED", SEED, 0 <= SEED < 2**32, "0 to 2**32 - 1")
-expect("RUN_DIR", RUN_DIR, not os.path.isfile(RUN_DIR), "a folder")
-expect("MOMENTS_DTYPE", MOMENTS_DTYPE, MOMENTS_DTYPE in ("float32", "bfloat16"), "float32 or bfloat16")
-expect("EXPLAIN_TOKENS", EXPLAIN_TOKENS, EXPLAIN_TOKENS >= CONTEXT_LENGTH, "at least one row, CONTEXT_LENGTH")
-expect("EXPLAINER", EXPLAINER, EXPLAINER in (None, "openai", "mistral", "offline"), "openai, mistral or offline")
-expect("EXPLAINER", EXPLAINER, not (EXPLAINER == "mistral" and ON_STANDIN), "another, as the stand-in cannot explain")
-expect(
-    "SCORERS",
-    SCORERS,
-    set(SCORERS.replace(",", " ").split()) <= {"detection", "fuzzing", "simulation"},
-    "any of detection, fuzzing, simulation",
-)
-expect(
-    "MAX_DOLLARS",
-    MAX_DOLLARS,
-    MAX_DOLLARS is None or None not in (PROMPT_DOLLARS, COMPLETION_DOLLARS),
-    "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it",
-)
-expect("MAX_FAILED_SHARE", MAX_FAILED_SHARE, 0 <= MAX_FAILED_SHARE <= 1, "0 to 1")
-expect("TEXT", TEXT, TEXT is None or TEXT.strip(), "some text")
-expect("METHOD", METHOD, METHOD in ("clamp", "add", "ablate", "raw"), "clamp, add, ablate or raw")
-expect("POSITIONS", POSITIONS, POSITIONS in ("all", "generated"), "all or generated")
-expect(
-    "SWEEP_COEFFICIENTS",
-    SWEEP_COEFFICIENTS,
-    SWEEP_COEFFICIENTS
-    and all(type(value) in (int, float) and 0 < value < math.inf for value in SWEEP_COEFFICIENTS)
-    and list(SWEEP_COEFFICIENTS) == sorted(SWEEP_COEFFICIENTS),
-    "numbers above 0, from weak to strong",
-)
-expect("SWEEP", SWEEP, not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength")
-expect("SWEEP", SWEEP, not (SWEEP and not STEERING_ON), "False with STEERING_ON=False")
-expect("CHAT_CONTEXT", CHAT_CONTEXT, not CHAT or CHAT_CONTEXT > NEW_TOKENS, "above NEW_TOKENS")
+
+
+def check() -> None:
+    """Raise UserError for a constant that no run can use; None, where it is still to be computed, passes."""
+    for name, least in {
+        "TARGET_LAYER": 0, "CONTEXT_LENGTH": 3, "D_HIDDEN": 1, "TRAIN_TOKENS": 1, "BATCH_SIZE": 2,
+        "SHUFFLE_ROWS": 1, "ROWS_PER_FORWARD": 1, "DEAD_AFTER_TOKENS": 1, "EVALUATION_ROWS": 1,
+        "EVALUATION_STRIDE": 1, "LOG_EVERY": 1,
+        "WARM_UP_STEPS": 0, "K_AUX": 0, "AUXK_COEFFICIENT": 0, "AUXK_FEATURES": 0, "EVALUATIONS": 1,
+        "EXPLAIN_STRIDE": 1, "EXAMPLES_PER_INTERVAL": 1, "CONCURRENCY": 1, "MAX_REPLY_TOKENS": 1, "TOKENS_BEFORE": 0,
+        "TOKENS_AFTER": 0, "NEW_TOKENS": 1, "TEMPERATURE": 0, "SWEEP_SAMPLES": 1, "PROMPT_DOLLARS": 0,
+        "COMPLETION_DOLLARS": 0, "SEED": 0,
+    }.items():  # fmt: skip
+        value = globals()[name]
+        expect(name, value, value is None or least <= value < math.inf, f"at least {least}")
+    for name in (
+        "LEARNING_RATE", "MAX_GRADIENT_NORM", "REQUEST_TIMEOUT", "REQUEST_DEADLINE", "MAX_DOLLARS", "MAX_API_TOKENS",
+    ):  # fmt: skip
+        value = globals()[name]
+        expect(name, value, value is None or value > 0, "above 0")
+    check_training()
+    check_explaining()
+    check_steering()
+
+
+def check_training() -> None:
+    """What train.py's constants must be beside each other."""
+    expect("K", K, K is None or 1 <= K <= (D_HIDDEN or K), f"1 to D_HIDDEN, {D_HIDDEN}")
+    enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
+    expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
+    row = CONTEXT_LENGTH - 1
+    expect("BUFFER_TOKENS", BUFFER_TOKENS, BUFFER_TOKENS is None or BUFFER_TOKENS >= row, f"at least one row, {row}")
+    expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
+    expect("DECAY_FRACTION", DECAY_FRACTION, 0 < DECAY_FRACTION <= 1, "above 0, at most 1")
+    expect(  # the set of dead features is brought up to date with the log: a run must continue from such a step
+        "CHECKPOINT_EVERY",
+        CHECKPOINT_EVERY,
+        CHECKPOINT_EVERY is None or (CHECKPOINT_EVERY >= 1 and CHECKPOINT_EVERY % LOG_EVERY == 0),
+        f"a multiple of LOG_EVERY, {LOG_EVERY}",
+    )
+    expect("SEED", SEED, SEED < 2**32, "0 to 2**32 - 1")
+    expect("RUN_DIR", RUN_DIR, RUN_DIR is None or not os.path.isfile(RUN_DIR), "a folder")
+    expect("MOMENTS_DTYPE", MOMENTS_DTYPE, MOMENTS_DTYPE in (None, "float32", "bfloat16"), "float32 or bfloat16")
+
+
+def check_explaining() -> None:
+    """The same of explain.py's."""
+    enough = EXPLAIN_TOKENS is None or EXPLAIN_TOKENS >= CONTEXT_LENGTH
+    expect("EXPLAIN_TOKENS", EXPLAIN_TOKENS, enough, "at least one row, CONTEXT_LENGTH")
+    expect("EXPLAINER", EXPLAINER, EXPLAINER in (None, "openai", "mistral", "offline"), "openai, mistral or offline")
+    can_explain = not (EXPLAINER == "mistral" and ON_STANDIN)
+    expect("EXPLAINER", EXPLAINER, can_explain, "another, as the stand-in cannot explain")
+    scorers = set(SCORERS.replace(",", " ").split())
+    known = {"detection", "fuzzing", "simulation"}
+    expect("SCORERS", SCORERS, scorers <= known, "any of detection, fuzzing, simulation")
+    priced = MAX_DOLLARS is None or None not in (PROMPT_DOLLARS, COMPLETION_DOLLARS)
+    expect("MAX_DOLLARS", MAX_DOLLARS, priced, "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it")
+    expect("MAX_FAILED_SHARE", MAX_FAILED_SHARE, 0 <= MAX_FAILED_SHARE <= 1, "0 to 1")
+    expect("TEXT", TEXT, TEXT is None or TEXT.strip(), "some text")
+
+
+def check_steering() -> None:
+    """The same of demo.py's."""
+    expect("METHOD", METHOD, METHOD in ("clamp", "add", "ablate", "raw"), "clamp, add, ablate or raw")
+    expect("POSITIONS", POSITIONS, POSITIONS in ("all", "generated"), "all or generated")
+    expect(
+        "SWEEP_COEFFICIENTS",
+        SWEEP_COEFFICIENTS,
+        SWEEP_COEFFICIENTS
+        and all(type(value) in (int, float) and 0 < value < math.inf for value in SWEEP_COEFFICIENTS)
+        and list(SWEEP_COEFFICIENTS) == sorted(SWEEP_COEFFICIENTS),
+        "numbers above 0, from weak to strong",
+    )
+    expect("SWEEP", SWEEP, not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength")
+    expect("SWEEP", SWEEP, not (SWEEP and not STEERING_ON), "False with STEERING_ON=False")
+    expect("CHAT_CONTEXT", CHAT_CONTEXT, not CHAT or CHAT_CONTEXT > NEW_TOKENS, "above NEW_TOKENS")
+
+
+check()

@@ -22,6 +22,7 @@ from rich.console import Console
 from mistral_sae.cli import Progress
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus
+from mistral_sae.defaults import fill
 from mistral_sae.explain import cache
 from mistral_sae.explain.labels import read_labels
 from mistral_sae.explain.types import Label
@@ -39,14 +40,16 @@ TRIED_TEXTS = 3  # of each feature that is tried where FEATURE_INDEX is None
 
 def main() -> None:
     """Load the autoencoder and the model, choose the feature; then texts, a table or a conversation."""
-    loaded, model = load_pair(config)
-    kept_in = Path(config.RUN_DIR) / "feature_statistics.safetensors"
-    statistics = statistics_of(model, loaded, Corpus.of(config), config.ROWS_PER_FORWARD, kept_in)
-    subject = Subject(model, loaded, statistics, read_explanations(loaded))
+    filled, spec, _ = fill(config)
+    loaded, model = load_pair(config, spec)
+    run_dir = Path(filled.RUN_DIR)
+    kept_in = run_dir / "feature_statistics.safetensors"
+    statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
+    subject = Subject(model, loaded, statistics, read_explanations(loaded, run_dir))
     edit = choose_edit(subject)
     edit.in_units_of_steer(subject)  # what cannot be steered is said before anything is generated
     if config.CHAT:
-        talk(subject, edit)
+        talk(subject, edit, run_dir)
         return
     print_line("edit", edit.describe(subject) if config.STEERING_ON else "none: STEERING_ON is False")
     if config.SWEEP:
@@ -58,9 +61,8 @@ def main() -> None:
 # ---- what is known, and which feature ----
 
 
-def read_explanations(loaded: LoadedSAE) -> dict[int, Explanation]:
+def read_explanations(loaded: LoadedSAE, run_dir: Path) -> dict[int, Explanation]:
     """Those of RUN_DIR, unless the cache that they were made from is of another autoencoder."""
-    run_dir = Path(config.RUN_DIR)
     labels = {f: label for f, label in read_labels(run_dir / "explanations.jsonl").items() if label.explanation}
     if labels and not cache.is_of(run_dir / cache.FOLDER, hash_of_sae(loaded.sae)):
         print(f"the explanations in {run_dir} are of another autoencoder: not used")
@@ -211,7 +213,7 @@ def show_sweep(subject: Subject, edit: Edit) -> None:
 # ---- conversation ----
 
 
-def talk(subject: Subject, edit: Edit) -> None:
+def talk(subject: Subject, edit: Edit, run_dir: Path) -> None:
     """A conversation in the terminal; its transcript goes to RUN_DIR/chat.jsonl."""
     is_instruct = not config.ON_STANDIN and chat.has_chat_format(subject.model)
     if not is_instruct:
@@ -222,7 +224,7 @@ def talk(subject: Subject, edit: Edit) -> None:
         partial(choose, subject),
         context=config.CHAT_CONTEXT,
         sampling=chat.Sampling(config.NEW_TOKENS, config.TEMPERATURE, config.SEED),
-        transcript=Path(config.RUN_DIR) / "chat.jsonl",
+        transcript=run_dir / "chat.jsonl",
         is_instruct=is_instruct,
     )
     conversation.is_on = config.STEERING_ON

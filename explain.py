@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from mistral_sae.defaults import fill
 from mistral_sae.explain import cache, offline, pipeline, prompts, report
 from mistral_sae.explain.client import Client, Server
 from mistral_sae.explain.examples import FeatureRecords, Settings
@@ -28,10 +29,9 @@ from mistral_sae.explain.reading import Reading, read_corpus
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
-from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.model.language_model import LanguageModel, ModelSpec
 
 SHOWN_FEATURES = 10  # of a token of TEXT
-RUN_DIR = Path(config.RUN_DIR)
 WHO = config.EXPLAINER or ("openai" if config.OPENAI_API_KEY or config.OPENAI_BASE_URL else "offline")
 EXPLAINER_NAME = config.OPENAI_MODEL or "" if WHO == "openai" else WHO  # as its labels have it
 
@@ -42,34 +42,36 @@ def main() -> None:
         cli.expect("OPENAI_MODEL", config.OPENAI_MODEL, config.OPENAI_MODEL, "the server's name for its model")
         server()  # which checks the address and the key
     selected = parse_select(config.SELECT)
+    filled, spec, _ = fill(config)
+    run_dir = Path(filled.RUN_DIR)
     sae_source(config)  # or a mistaken RUN_DIR would be made
     if config.TEXT is not None:
-        return show_text(config.TEXT)
-    with locked(RUN_DIR) as note:  # first, so that a second run is refused before it has loaded a model
+        return show_text(config.TEXT, spec, run_dir)
+    with locked(run_dir) as note:  # first, so that a second run is refused before it has loaded a model
         if note:
             print(note)
-        loaded, model = load_pair(config)
+        loaded, model = load_pair(config, spec)
         selected.check(loaded.sae.n_features)  # before the corpus is read
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
-        reading, settings, folder = Reading.of(config), Settings.of(config), RUN_DIR / cache.FOLDER
+        reading, settings, folder = Reading.of(config), Settings.of(config), run_dir / cache.FOLDER
         activations = read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN)
         chosen = selected.choose(activations.counts_F, config.SEED)
         records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
-        labels, broken = label(records, model)
+        labels, broken = label(records, model, run_dir)
         if config.DRY_RUN:
             return
         are_new = cache.noted(folder) != settings._asdict()
-        every, moved_to = merge_labels(RUN_DIR / "explanations.jsonl", labels, of_other_examples=are_new)
+        every, moved_to = merge_labels(run_dir / "explanations.jsonl", labels, of_other_examples=are_new)
         if moved_to:
             print(f"the explanations of earlier runs are in {moved_to}")
-        write_labels(RUN_DIR / "explanations.jsonl", every.values())
+        write_labels(run_dir / "explanations.jsonl", every.values())
         cache.note(folder, settings._asdict())
         if list(every) != chosen:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
         run = report.run_of(config, model_name(model), loaded, reading.corpus.check(), activations)
         with cli.Progress(records, "report", unit=" features") as features:
-            report.write_report(RUN_DIR / "report.html", run, features, every)
-    print_results(labels, len(every))
+            report.write_report(run_dir / "report.html", run, features, every)
+    print_results(labels, len(every), run_dir)
     if broken:
         raise cli.Failed(f"the run was not finished: {broken}")
 
@@ -82,12 +84,12 @@ def model_name(model: LanguageModel) -> str:
 # ---- explanations and scores ----
 
 
-def label(records: FeatureRecords, model: LanguageModel) -> tuple[dict[int, Label], str]:
+def label(records: FeatureRecords, model: LanguageModel, run_dir: Path) -> tuple[dict[int, Label], str]:
     """A label for each of the features, none with DRY_RUN; and why the server answers no more, if that is so."""
     if WHO == "offline":
         return label_offline(records), ""
     # The completions of the loaded model are kept apart, as they count towards no budget
-    journal = Journal(RUN_DIR / ("completions.jsonl" if WHO == "openai" else "completions-mistral.jsonl"))
+    journal = Journal(run_dir / ("completions.jsonl" if WHO == "openai" else "completions-mistral.jsonl"))
     known = f", {len(journal):,} replies are in {journal.path}" if len(journal) else ""
     if config.DRY_RUN:
         keys = server().keys if WHO == "openai" else LocalClient(model, journal).keys
@@ -174,9 +176,9 @@ def advance(progress: cli.Progress, completer: Completer) -> None:
 # ---- what comes of it ----
 
 
-def show_text(text: str) -> None:
+def show_text(text: str, spec: ModelSpec, run_dir: Path) -> None:
     """Write the page of TEXT: the strongest features of each of its tokens."""
-    loaded, model = load_pair(config)
+    loaded, model = load_pair(config, spec)
     layer, ids = loaded.metadata.residual_layer, model.encode(text)
     encoded = loaded.sae.encode(model.residuals(torch.tensor([ids]), layer)[0, 1:])
     strongest = encoded.values.topk(min(SHOWN_FEATURES, encoded.values.shape[1]), dim=1)
@@ -186,12 +188,12 @@ def show_text(text: str) -> None:
         for string, *found in zip(model.tokenizer.strings(ids[1:]), features, strongest.values.tolist(), strict=True)
     ]
     described = cache.made_from(model, loaded.sae, layer, Reading.of(config).described())
-    are_ours = cache.is_of(RUN_DIR / cache.FOLDER, described["autoencoder"])
-    labels = read_labels(RUN_DIR / "explanations.jsonl") if are_ours else {}
-    activations, why = cache.open_cache(RUN_DIR / cache.FOLDER, described)
+    are_ours = cache.is_of(run_dir / cache.FOLDER, described["autoencoder"])
+    labels = read_labels(run_dir / "explanations.jsonl") if are_ours else {}
+    activations, why = cache.open_cache(run_dir / cache.FOLDER, described)
     fired = sorted({feature for token in tokens for feature, _ in token.features})
     records = FeatureRecords(activations, fired, model, loaded.sae, Settings()) if activations else None
-    page, run = RUN_DIR / "text.html", report.run_of(config, model_name(model), loaded, "your text", None)
+    page, run = run_dir / "text.html", report.run_of(config, model_name(model), loaded, "your text", None)
     report.write_text_page(page, run, tokens, labels, map(records.brief, fired) if records else ())
     hint = "" if labels else "; run explain.py without TEXT for explanations"
     print(f"page      {page}: {len(tokens):,} tokens{hint}")
@@ -199,12 +201,12 @@ def show_text(text: str) -> None:
         print(f"without passages: {why.split(':')[0]}")
 
 
-def print_results(labels: dict[int, Label], n_labels: int) -> None:
+def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> None:
     """How many features have a label, how good the labels are, and where they are; Failed if too few have one."""
-    path = RUN_DIR / "explanations.jsonl"
+    path = run_dir / "explanations.jsonl"
     earlier = f", beside {n_labels - len(labels):,} of earlier runs" if n_labels > len(labels) else ""
     print(f"\nlabels    {path}{earlier}")
-    print(f"report    {RUN_DIR / 'report.html'}\n")
+    print(f"report    {run_dir / 'report.html'}\n")
     print(*pipeline.summary(labels.values()), sep="\n")
     failed = [label for label in labels.values() if pipeline.has_failed(label)]
     if len(failed) > config.MAX_FAILED_SHARE * len(labels):

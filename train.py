@@ -14,7 +14,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -27,9 +27,10 @@ from torch import Tensor
 from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
+from mistral_sae.defaults import Filled, fill, shown
 from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, locked, write_text
-from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load_model
+from mistral_sae.model.language_model import LanguageModel, device_and_dtype, load_model
 from mistral_sae.sae.checkpoint import Metadata, hook_name, save_sae
 from mistral_sae.sae.evaluate import Evaluator, reconstruction, summary
 from mistral_sae.sae.memory import free_memory, memory_plan
@@ -40,22 +41,23 @@ EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
 
 def main() -> None:
     """Plan, and run if no other train.py is at work in RUN_DIR."""
-    corpus, run_dir = Corpus.of(config), Path(config.RUN_DIR)
-    training, last_layer = make_plan(corpus)
+    corpus = Corpus.of(config)
+    filled, training, last_layer = make_plan(corpus)
     if config.DRY_RUN:
         return
-    with locked(run_dir, ".train.lock") as note:
+    with locked(Path(filled.RUN_DIR), ".train.lock") as note:
         if note:
             print(note)
-        train_and_evaluate(corpus, run_dir, training, last_layer)
+        train_and_evaluate(corpus, filled, training, last_layer)
 
 
-def train_and_evaluate(corpus: Corpus, run_dir: Path, training: TrainConfig, last_layer: int | None) -> None:
+def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, last_layer: int | None) -> None:
     """The run, from the model's loading to the figures of the finished autoencoder."""
+    run_dir, layer, rows_at_once = Path(filled.RUN_DIR), filled.TARGET_LAYER, filled.ROWS_PER_FORWARD
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
     model = open_model(last_layer)
     held_out = corpus.held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
-    evaluate = Evaluator(model, held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)
+    evaluate = Evaluator(model, held_out, layer, rows_at_once)
     trainer = Trainer(training, model.device)
     history = start_or_resume(trainer, corpus, run_dir)
 
@@ -64,14 +66,16 @@ def train_and_evaluate(corpus: Corpus, run_dir: Path, training: TrainConfig, las
     batches = shuffled_batches(
         shuffle(rows, config.SHUFFLE_ROWS, config.SEED),
         model,
-        config.TARGET_LAYER,
-        batch_size=config.BATCH_SIZE,
-        buffer_tokens=config.BUFFER_TOKENS,
-        rows_per_forward=config.ROWS_PER_FORWARD,
+        layer,
+        batch_size=filled.BATCH_SIZE,
+        buffer_tokens=filled.BUFFER_TOKENS,
+        rows_per_forward=rows_at_once,
         seed=config.SEED,
         skip_batches=history[-1]["step"] if history else 0,
     )
-    train(trainer, history, batches, evaluate, corpus, run_dir)
+    of_text = config.CONTEXT_LENGTH, config.DATA_PATH
+    metadata = Metadata(model.name, hook_name(layer), layer, True, *of_text, model.fingerprint(layer))
+    train(trainer, history, batches, evaluate, filled, partial(save, trainer, metadata, corpus, run_dir))
     if skipped.count:
         print(skipped.summary())
 
@@ -80,7 +84,7 @@ def train_and_evaluate(corpus: Corpus, run_dir: Path, training: TrainConfig, las
     if model.last_layer is not None:
         del trainer, batches, model, evaluate  # with the moments this makes room for the whole model
         gc.collect()
-        evaluate = Evaluator(open_model(), held_out, config.TARGET_LAYER, config.ROWS_PER_FORWARD)
+        evaluate = Evaluator(open_model(), held_out, layer, rows_at_once)
     print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
     evaluation = evaluate(sae) | {"dead_fraction": dead_fraction}
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
@@ -91,34 +95,37 @@ def train_and_evaluate(corpus: Corpus, run_dir: Path, training: TrainConfig, las
     print(f"figures      {run_dir / 'evaluation.json'} and {run_dir / 'metrics.jsonl'}")
 
 
-def make_plan(corpus: Corpus) -> tuple[TrainConfig, int | None]:
+def make_plan(corpus: Corpus) -> tuple[Filled, TrainConfig, int | None]:
     """Print what the run will do and need; raises UserError if it cannot.
 
-    Returns the sizes of the training, and the last layer to load: None, all of the model, where it has room.
+    Returns the constants, none of which is left to compute, the sizes of the training, and the last layer to load:
+    None, all of the model, where it has room.
     """
-    spec = inspect(config.MISTRAL_MODEL_PATH or STANDIN, config.ENGINE)
-    last = spec.n_layers - 1
-    cli.expect("TARGET_LAYER", config.TARGET_LAYER, config.TARGET_LAYER <= last, f"0 to {last}, of {spec.name}")
+    filled, spec, computed = fill(config)
+    layer, last = filled.TARGET_LAYER, spec.n_layers - 1
+    cli.expect("TARGET_LAYER", layer, layer <= last, f"0 to {last}, of {spec.name}")
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     training, last_layer = TrainConfig.of(config, spec.d_model), None
     plan_for = partial(memory_plan, training, spec, dtype=dtype, device=str(device), free=free_memory(str(device)))
     plan = plan_for(last_layer=last_layer)
     if not plan.fits:
-        last_layer = config.TARGET_LAYER
+        last_layer = layer
         plan = plan_for(last_layer=last_layer)
     print(f"model     {spec.n_layers} layers, width {spec.d_model}, {spec.parameters() / 1e6:,.1f}M parameters")
     print(f"engine    {spec.run_by()}")
-    print(f"layer     {config.TARGET_LAYER} of 0 to {last} ({hook_name(config.TARGET_LAYER)})")
+    print(f"layer     {layer} of 0 to {last} ({hook_name(layer)})")
     print(f"corpus    {corpus.check()}")
-    print(f"tokens    {config.TRAIN_TOKENS:,} in {training.steps:,} steps of {config.BATCH_SIZE:,}")
-    print(f"features  {config.D_HIDDEN:,}, of which {config.K} are active on a token")
+    print(f"tokens    {filled.TRAIN_TOKENS:,} in {training.steps:,} steps of {filled.BATCH_SIZE:,}")
+    print(f"features  {filled.D_HIDDEN:,}, of which {filled.K} are active on a token")
+    if computed:
+        print(f"computed  from the model and the device\n{shown(computed)}")
     print(f"memory    on {device}, by part\n{plan}")
     if not plan.fits:
         raise cli.UserError(
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
             "set MOMENTS_DTYPE=bfloat16, or use another DEVICE"
         )
-    return training, last_layer
+    return filled, training, last_layer
 
 
 def open_model(last_layer: int | None = None) -> LanguageModel:
@@ -157,14 +164,14 @@ def train(
     history: list[dict[str, Any]],
     batches: Iterator[Tensor],
     evaluate: Evaluator,
-    corpus: Corpus,
-    run_dir: Path,
+    filled: Filled,
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> None:
     """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
-    training, step = trainer.config, history[-1]["step"] if history else 0
+    training, step, run_dir = trainer.config, history[-1]["step"] if history else 0, Path(filled.RUN_DIR)
     evaluate_at = {training.steps * i // config.EVALUATIONS for i in range(1, config.EVALUATIONS)}
     figures, started = [], time.monotonic()
-    seen, total = step * config.BATCH_SIZE, training.steps * config.BATCH_SIZE
+    seen, total = step * training.batch_size, training.steps * training.batch_size
     with cli.Progress(desc="training", total=total, initial=seen, unit=" tokens", unit_scale=True) as progress:
         for x in islice(batches, training.steps - step):
             if step == 0:
@@ -176,7 +183,7 @@ def train(
             step += 1
             progress.update(len(x))
 
-            save_now = step % config.CHECKPOINT_EVERY == 0 or step == training.steps
+            save_now = step % filled.CHECKPOINT_EVERY == 0 or step == training.steps
             if step % config.LOG_EVERY == 0 or step in evaluate_at or save_now:
                 # The mean hides a loss that exploded just now, and no loss has seen the weights that are to be saved
                 latest = reconstruction(trainer.sae, [x]).normalized_mse if save_now else figures[-1][1].item()
@@ -191,7 +198,7 @@ def train(
                 progress.set_postfix_str(f"normalized MSE {record['normalized_mse']:.3f}, dead {record['dead']}")
                 figures = []
             if save_now:
-                save(trainer, history, evaluate.model.name, corpus, run_dir)
+                save(history)
             if not figures:  # neither the evaluation nor the checkpoint counts towards the next ones
                 started = time.monotonic()
 
@@ -200,11 +207,11 @@ def record_of(trainer: Trainer, step: int, figures: list[Tensor], seconds: float
     """A line of the log: the means of the steps since the last one."""
     return {
         "step": step,
-        "tokens": step * config.BATCH_SIZE,
+        "tokens": step * trainer.config.batch_size,
         **dict(zip(Figures._fields, torch.stack(figures).mean(dim=0).tolist(), strict=True)),
         "dead": len(trainer.dead),
         "learning_rate": trainer.config.learning_rate_at(step - 1),
-        "tokens_per_second": len(figures) * config.BATCH_SIZE / seconds,
+        "tokens_per_second": len(figures) * trainer.config.batch_size / seconds,
     }
 
 
@@ -225,10 +232,8 @@ def check_loss(normalized_mse: float, latest: float, loss: float, step: int, run
         )
 
 
-def save(trainer: Trainer, history: list[dict[str, Any]], model_name: str, corpus: Corpus, run_dir: Path) -> None:
+def save(trainer: Trainer, metadata: Metadata, corpus: Corpus, run_dir: Path, history: list[dict[str, Any]]) -> None:
     """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
-    layer = config.TARGET_LAYER
-    metadata = Metadata(model_name, hook_name(layer), layer, True, config.CONTEXT_LENGTH, config.DATA_PATH)
     save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.statistics())
     save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history)
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu
 
-Sizes are those that config.py has for Mistral 7B, and the language model is a Mistral 7B up to the target layer with
-random weights, made on the device: speed and memory do not depend on what it has learned, and nothing is downloaded.
-Tokens are random too, so tokenizing is not part of it. Times are medians after a warm-up, by CUDA's own clock. A part
-that runs out of memory says so and the others go on.
+Sizes are those that mistral_sae/defaults.py has for Mistral 7B, and the language model is a Mistral 7B up to the target
+layer with random weights, made on the device: speed and memory do not depend on what it has learned, and nothing is
+downloaded. Tokens are random too, so tokenizing is not part of it. Times are medians after a warm-up, by CUDA's own
+clock. A part that runs out of memory says so and the others go on.
 
 The floor of a step is one encoder product, at the rate the device is found to have for it, and Adam's traffic, at the
 bandwidth it is found to have. `--smoke` runs everything in tiny sizes, on a CPU too, and saves nothing.
@@ -35,6 +35,7 @@ from benchmarks.stages import STEP, STEP_STAGES, Stages
 from mistral_sae import cli
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.tokens import prefetch
+from mistral_sae.defaults import defaults
 from mistral_sae.model import engines
 from mistral_sae.model.folder import MISTRAL_INFERENCE, PARAMS, ModelFolder, Stored
 from mistral_sae.model.language_model import LanguageModel, ModelSpec
@@ -61,7 +62,7 @@ DEAD = 0.1  # share of the features, in the step with AuxK
 COPY_BYTES = 2**31
 GPU_BYTES = 24e9  # of the card that config.py's constants are meant to fit
 
-RANDOM = "MISTRAL_MODEL_PATH=random weights"  # anything but the stand-in: config.py's constants for Mistral 7B
+RANDOM = "MISTRAL_MODEL_PATH=random weights"  # anything but the stand-in
 SMOKE_MISTRAL = MISTRAL_7B | {
     "dim": 64, "n_layers": 3, "head_dim": 16, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 128,
 }  # fmt: skip
@@ -312,6 +313,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     cli.override([RANDOM, *(SMOKE if smoke else [])], config)
     params = SMOKE_MISTRAL if smoke else MISTRAL_7B
+    for name, value, _ in defaults(config, spec_of(params), DEVICE, torch.bfloat16):
+        setattr(config, name, value)
     d_model, batches = params["dim"], (config.BATCH_SIZE, 2 * config.BATCH_SIZE) if smoke else BATCHES
     print(f"D={d_model}, F={config.D_HIDDEN}, K={config.K}, layer {config.TARGET_LAYER}, on {DEVICE.type}")
     results: dict[str, Any] = {}

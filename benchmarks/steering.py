@@ -33,6 +33,7 @@ import train
 from benchmarks.machine import save
 from mistral_sae import cli
 from mistral_sae.data.tokens import Corpus
+from mistral_sae.defaults import fill
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE, load_sae
 from mistral_sae.steer import search, sweep
@@ -168,7 +169,7 @@ def main() -> None:
     """Choose, mark, measure."""
     warnings.simplefilter("ignore")
     cli.override(sys.argv[1:], config)
-    sae_path = Path(config.RUN_DIR) / "sae"
+    sae_path = Path(fill(config)[0].RUN_DIR) / "sae"
     if not sae_path.exists():
         train.main()
     model, loaded = train.open_model(), load_sae(sae_path)

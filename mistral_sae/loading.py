@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from mistral_sae.files import SAEError
-from mistral_sae.model.language_model import STANDIN, LanguageModel, device_and_dtype, inspect, load_model
+from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype, load_model
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
 
 
-def load_pair(constants: Any) -> tuple[LoadedSAE, LanguageModel]:
+def load_pair(constants: Any, spec: ModelSpec) -> tuple[LoadedSAE, LanguageModel]:
     """The autoencoder and the whole model that constants such as config.py's name; prints what they are.
 
-    `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, ENGINE, EXCLUDE_TOKENS, DEVICE and DTYPE.
+    `spec` is of that model, and `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, ENGINE,
+    EXCLUDE_TOKENS, DEVICE and DTYPE.
     Raises SAEError and ModelError, also where the two do not fit each other, before the model is loaded.
     """
     source, path = sae_source(constants), constants.MISTRAL_MODEL_PATH
-    spec = inspect(path or STANDIN, constants.ENGINE)
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
     loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=device)
     check_model(loaded, spec.name, spec.d_model, spec.n_layers)
@@ -23,12 +23,15 @@ def load_pair(constants: Any) -> tuple[LoadedSAE, LanguageModel]:
     print(f"engine    {spec.run_by()}")
     print(f"layer     {metadata.residual_layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
     print(f"features  {loaded.sae.n_features:,} of {source}")
-    if metadata.model_name and _last_part(metadata.model_name) != _last_part(spec.name):
-        print(
-            f"warning: the autoencoder was trained on {metadata.model_name}, by its label, and the model is {spec.name}"
-        )
     engine, excluded = constants.ENGINE, constants.EXCLUDE_TOKENS
-    return loaded, load_model(path, device=device, dtype=dtype, engine=engine, exclude_tokens=excluded)
+    model = load_model(path, device=device, dtype=dtype, engine=engine, exclude_tokens=excluded)
+    named = metadata.model_name or "a model without a name"
+    if metadata.model_fingerprint and constants.HOOK_NAME is None:  # which is of the layers up to the labelled one
+        if metadata.model_fingerprint != model.fingerprint(metadata.residual_layer):
+            print(f"warning: the autoencoder was trained on {named}, of other weights than those of {spec.name} here")
+    elif metadata.model_name and _last_part(named) != _last_part(spec.name):
+        print(f"warning: the autoencoder was trained on {named}, by its label, and the model is {spec.name}")
+    return loaded, model
 
 
 def sae_source(constants: Any) -> str | Path:

@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mistral_sae.files import hash_of
 from mistral_sae.model.engines import Engine, load_engine, open_folder
 from mistral_sae.model.folder import ModelSpec, check_layer
 from mistral_sae.model.hooks import edit_residual, read_residuals
+from mistral_sae.model.params import NAMES
 from mistral_sae.model.source import ModelError
 from mistral_sae.model.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "inspect", "load_model"]
 
 STANDIN = Path(__file__).parent.parent / "standin"  # the bundled model
+FINGERPRINTED = ["attention_norm", "attention.wv", "attention.wo", "ffn_norm"]  # alike in both engines
 UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
 
 
@@ -96,6 +99,17 @@ class LanguageModel:
             loaded = f"{self.last_layer}, as {self.name} was loaded with last_layer={self.last_layer}"
             raise ModelError(f"found layer {layer}: expected 0 to {loaded}; load more of it")
         return self._engine.blocks[layer]
+
+    def fingerprint(self, layer: int) -> str:
+        """A hash of sizes and of a few rows of each of layers 0..layer, the same whatever engine and dtype run it."""
+        rows = {}
+        for i in range(layer + 1):
+            weights = dict(self.block(i).named_parameters())
+            for name in FINGERPRINTED:
+                theirs = f"{NAMES[name]}.weight"
+                weight = weights[theirs] if theirs in weights else weights[f"{name}.weight"]
+                rows[f"{i}.{name}"] = (weight if weight.ndim == 1 else weight[:4]).to(torch.bfloat16)
+        return hash_of((self.d_model, self.n_layers, self.vocab_size), rows)[:16]
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) in float32, of token ids on any device. Raises ModelError.

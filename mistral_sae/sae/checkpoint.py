@@ -29,6 +29,17 @@ SCALER = "activation_scaler.json"  # beside the weights of an unfinished trainin
 SAE_LENS_VERSION = "6.54.12"  # whose format is written; below 6, SAE Lens would drop the metadata
 NEVER_FIRED = 1e-10  # added to a density before its log10, as SAE Lens does
 NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # ours: theirs
+# What published folders leave out or say wrongly, by their name on the hub
+PUBLISHED = {
+    "JoshEngels/Mistral-7B-Residual-Stream-SAEs": {
+        "model_name": "mistralai/Mistral-7B-v0.1",
+        "normalize_activations": "constant_norm_rescale",
+    },
+    "tylercosgrove/mistral-7b-sparse-autoencoder-layer16": {
+        "model_name": "mistralai/Mistral-7B-Instruct-v0.1",
+        "hook_name": "blocks.16.hook_resid_post",
+    },
+}
 SCALED_ONCE = "expected_average_only_in"  # normalization by one factor for all residuals, which folds into the weights
 
 
@@ -41,6 +52,7 @@ class Metadata(NamedTuple):
     prepend_bos: bool
     context_size: int | None  # tokens a row
     dataset_path: str | None
+    model_fingerprint: str | None = None  # of the model's sizes and weights; None in what others saved
 
     @property
     def residual_layer(self) -> int:
@@ -180,12 +192,14 @@ def load_sae(source: str | Path, *, hook_name: str | None = None, device: torch.
     """Load an SAE Lens directory, in float32: what sae-lens 6 saves for topk, jumprelu and standard, or that of 2024.
 
     `source` is a folder, a RUN_DIR that holds one as `sae`, or a repository of the Hugging Face hub: "owner/name" or
-    "owner/name/folder/in/it". `hook_name` replaces what the checkpoint says about where it was trained, for one whose
-    label is wrong. Decoder rows keep their norm, unless the checkpoint scales features by it: it then moves into the
-    encoder. Raises SAEError, one line, where there is no checkpoint, or it is damaged or of a kind that is not known.
+    "owner/name/folder/in/it"; what those in PUBLISHED leave out is known here. `hook_name` replaces what the checkpoint
+    says about where it was trained, for one whose label is wrong. Decoder rows keep their norm, unless the checkpoint
+    scales features by it: it then moves into the encoder. Raises SAEError, one line, where there is no checkpoint, or
+    it is damaged or of a kind that is not known.
     """
     folder = _find(source)
     cfg, path = _read(folder / CFG), folder / WEIGHTS
+    cfg.all.update(PUBLISHED.get("/".join(str(source).split("/")[:2]), {}))
     metadata = _metadata(cfg, hook_name)
     d_model, n_features = cfg.get("d_in", int), cfg.get("d_sae", int)
     activation, k = _activation(cfg, n_features)
@@ -293,6 +307,7 @@ def _metadata(cfg: _Entries, hook_name: str | None) -> Metadata:
         prepend_bos=entries.get("prepend_bos", bool, True),  # SAE Lens's own default
         context_size=entries.get("context_size", int, None),
         dataset_path=entries.get("dataset_path", str, None),
+        model_fingerprint=entries.get("model_fingerprint", str, None),
     )
 
 

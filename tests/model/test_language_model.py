@@ -56,6 +56,22 @@ def relative_error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def test_a_fingerprint_is_of_the_weights_whatever_runs_them(folders, copy):
+    whole = load_model(folders.mistral, device="cpu")
+    ours = whole.fingerprint(1)
+    for options in ({"engine": "transformers"}, {"dtype": "bfloat16"}, {"last_layer": 1}):
+        assert load_model(folders.mistral, device="cpu", **options).fingerprint(1) == ours
+    assert load_model(folders.hugging_face, device="cpu").fingerprint(1) == ours
+    assert whole.fingerprint(0) != ours
+    weights = load_file(folders.mistral / "consolidated.safetensors")
+    weights["layers.1.attention.wv.weight"] *= 1.01
+    shutil.copy(folders.mistral / "params.json", copy)
+    save_file(weights, copy / "consolidated.safetensors")
+    tuned = load_model(copy, device="cpu")
+    assert tuned.fingerprint(1) != ours
+    assert tuned.fingerprint(0) == whole.fingerprint(0)
+
+
 # Equal to transformers
 
 

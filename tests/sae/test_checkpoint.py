@@ -16,7 +16,7 @@ from mistral_sae.sae.checkpoint import Metadata, load_sae, save_sae
 from mistral_sae.sae.features import Statistics
 
 D, F, K = 32, 256, 8
-METADATA = Metadata("mistral-7b", "blocks.16.hook_resid_post", 16, True, 512, "text/files")
+METADATA = Metadata("mistral-7b", "blocks.16.hook_resid_post", 16, True, 512, "text/files", "0123456789abcdef")
 V6 = {"sae_lens_version": "6.54.12", "model_name": "mistral-7b", "hook_name": "blocks.3.hook_resid_post"}
 
 
@@ -431,6 +431,23 @@ def test_a_hub_repository_is_fetched_file_by_file(sae, tmp_path, monkeypatch, so
     assert asked == [(repository, {subfolder + name for name in names})]
     assert torch.equal(loaded.sae.W_dec, sae.W_dec)
     assert loaded.density_F is not None
+
+
+def test_what_published_folders_leave_out_is_known_by_their_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    relu = {"activation_fn_str": "relu", "activation_fn_kwargs": {}, "hook_point": "blocks.8.hook_resid_pre"}
+    write_2024(tmp_path / "mistral_7b_layer_8", **relu | {"normalize_activations": None})
+    loaded = load_sae("JoshEngels/Mistral-7B-Residual-Stream-SAEs/mistral_7b_layer_8")
+    assert loaded.sae.normalize == "constant_norm"
+    assert loaded.metadata.residual_layer == 7
+    assert loaded.metadata.model_name == "mistralai/Mistral-7B-v0.1"
+
+    write_2024(tmp_path)
+    mislabelled = "tylercosgrove/mistral-7b-sparse-autoencoder-layer16"
+    metadata = load_sae(mislabelled).metadata
+    assert (metadata.residual_layer, metadata.model_name) == (16, "mistralai/Mistral-7B-Instruct-v0.1")
+    assert load_sae(mislabelled, hook_name="blocks.3.hook_resid_post").metadata.residual_layer == 3
+    assert load_sae("owner/name").metadata.hook_name == "blocks.16.hook_mlp_out"
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 import config
 from mistral_sae.cli import override
 from mistral_sae.data.activations import shuffled_batches
+from mistral_sae.defaults import defaults
 from mistral_sae.model.language_model import ModelSpec, inspect, load_model
 from mistral_sae.sae.kernels import topk_step
 from mistral_sae.sae.memory import MemoryPlan, free_memory, memory_plan
@@ -29,6 +30,8 @@ def mistral_7b(vocab_size):
 def config_7b(monkeypatch):
     monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
     override(["MISTRAL_MODEL_PATH=models/7b"], config)
+    for name, value, _ in defaults(config, mistral_7b(32_768), torch.device("cuda"), torch.bfloat16):
+        setattr(config, name, value)
     yield config
     override([], config)
 

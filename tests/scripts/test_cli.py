@@ -259,24 +259,23 @@ def test_the_learning_rate_follows_the_number_of_features_unless_it_is_given(def
     assert config.LEARNING_RATE == 0.1
 
 
-SIZES_AT_7B = {
-    "TARGET_LAYER": 16,
-    "D_HIDDEN": 131_072,
-    "K": 128,
+OF_ANOTHER_MODEL = {
+    "TARGET_LAYER": None,
+    "D_HIDDEN": None,
+    "LEARNING_RATE": None,
     "DATA_PATH": "monology/pile-uncopyrighted",
-    "MOMENTS_DTYPE": "bfloat16",
-    "RUN_DIR": "runs/mistral-7b",
+    "RUN_DIR": None,
 }
 
 
 @pytest.mark.parametrize("through", ["argument", "environment"])
-def test_a_models_path_turns_the_stand_ins_sizes_into_those_of_7b(defaults, monkeypatch, through):
+def test_a_models_path_leaves_sizes_to_be_computed_in_place_of_the_stand_ins(defaults, monkeypatch, through):
     assert (config.MISTRAL_MODEL_PATH, config.D_HIDDEN, config.DATA_PATH) == (None, 8192, "stdlib")
     if through == "environment":
         monkeypatch.setenv("MISTRAL_MODEL_PATH", "models/7b")
     override(["MISTRAL_MODEL_PATH=models/7b"] if through == "argument" else [], config)
     assert config.MISTRAL_MODEL_PATH == "models/7b"
-    assert {name: getattr(config, name) for name in SIZES_AT_7B} == SIZES_AT_7B
+    assert {name: getattr(config, name) for name in OF_ANOTHER_MODEL} == OF_ANOTHER_MODEL
 
 
 def test_an_argument_beats_the_environment_and_none_is_the_stand_in(defaults, monkeypatch):
@@ -365,9 +364,10 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["K=abc"], "K must be of type int: found 'abc'"),
+        (["K=abc"], "K must be of type int or nothing (None): found 'abc'"),
         (["D_HIDEN=64"], "there is no constant D_HIDEN: the closest is D_HIDDEN"),
-        (["D_HIDDEN=0"], "LEARNING_RATE cannot be computed with D_HIDDEN=0"),
+        (["D_HIDDEN=0"], "D_HIDDEN is 0: expected at least 1"),
+        (["TRAIN_TOKENS=0"], "TRAIN_TOKENS is 0: expected at least 1"),
         (["AUXK_FEATURES=-1"], "AUXK_FEATURES is -1: expected at least 0"),
         (["EVALUATIONS=0"], "EVALUATIONS is 0: expected at least 1"),
         (["D_HIDDEN=-1"], "LEARNING_RATE cannot be computed with D_HIDDEN=-1"),

@@ -251,6 +251,7 @@ def test_sae_lens_loads_the_run_and_finds_the_same_features(finished, mistral_fo
     metadata = theirs.cfg.metadata
     assert (metadata.model_name, metadata.hook_name) == (mistral_folder.name, "blocks.1.hook_resid_post")
     assert (metadata.prepend_bos, metadata.context_size) == (True, 32)
+    assert metadata.model_fingerprint == load_model(mistral_folder, device="cpu").fingerprint(1)
 
 
 @pytest.mark.skipif(not (STANDIN / "consolidated.safetensors").exists(), reason="the stand-in has no weights")
@@ -499,6 +500,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(here, arguments, tmp_path,
         assert part in ran.out
     assert re.search(r"all +\S+ [MG]B of \S+ GB free", ran.out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_says_what_was_computed_and_why(here, arguments, tmp_path):
+    left = [text for text in arguments("x", DRY_RUN=1) if not text.startswith(("D_HIDDEN", "K=", "RUN_DIR"))]
+    ran = here(left)
+    assert (ran.code, ran.err) == (0, "")
+    assert "\ncomputed  from the model and the device\n  RUN_DIR=runs/tiny " in ran.out
+    assert re.search(r"^  D_HIDDEN=[\d_]+ +32 times the model's width", ran.out, re.M)
+    assert "TARGET_LAYER" not in ran.out
 
 
 def test_layers_above_the_target_stay_out_where_they_have_no_room(here, arguments, tmp_path, monkeypatch):

@@ -1,0 +1,116 @@
+"""What config.py's constants are where they are None: by the model's sizes and the device, each with a reason.
+
+All rules stand here. They are made so that Mistral 7B (32 layers, width 4096) on a GPU has the sizes and rates of Gao
+et al. 2024 in the memory of a 24 GB card, and smaller models and shorter runs their share of those.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from mistral_sae.model.language_model import STANDIN, ModelSpec, device_and_dtype, inspect
+
+TOKENS = 1_000_000_000  # trained on for FEATURES features
+FEATURES = 2**17
+EXPLAINED = 10_000_000  # tokens read for that many
+MANY_MOMENTS = 2e9  # bytes of Adam's moments in float32 from which a GPU has them in bfloat16
+
+
+class Default(NamedTuple):
+    """A constant that was None."""
+
+    name: str
+    value: Any
+    why: str
+
+
+class Filled(Protocol):
+    """The constants that may be None before `fill`."""
+
+    TARGET_LAYER: int
+    D_HIDDEN: int
+    K: int
+    TRAIN_TOKENS: int
+    BATCH_SIZE: int
+    LEARNING_RATE: float
+    WARM_UP_STEPS: int
+    K_AUX: int
+    DEAD_AFTER_TOKENS: int
+    MOMENTS_DTYPE: str
+    BUFFER_TOKENS: int
+    ROWS_PER_FORWARD: int
+    CHECKPOINT_EVERY: int
+    EXPLAIN_TOKENS: int
+    RUN_DIR: str
+
+
+def fill(constants: Any) -> tuple[Filled, ModelSpec, list[Default]]:
+    """Set the constants of a module such as config.py that are None, and run its `check` again.
+
+    Returns the module, the model that it names, as `inspect` does, and what was set, in the order in which one follows
+    from another. Raises ModelError and UserError.
+    """
+    spec = inspect(constants.MISTRAL_MODEL_PATH or STANDIN, constants.ENGINE)
+    device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
+    found = defaults(constants, spec, device, dtype)
+    for name, value, _ in found:
+        setattr(constants, name, value)
+    constants.check()
+    return constants, spec, found
+
+
+def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> list[Default]:
+    """What the constants that are None are to be, beside those that are set, for a model that runs in `dtype`."""
+    found, width, is_gpu = [], spec.d_model, device.type != "cpu"
+
+    def default(name: str, value: Any, why: str) -> Any:
+        if (given := getattr(constants, name)) is not None:
+            return given
+        found.append(Default(name, value, why))
+        return value
+
+    default("RUN_DIR", f"runs/{spec.name.rsplit('/', 1)[-1]}", "the model's name")
+    default("TARGET_LAYER", spec.n_layers // 2, f"the middle of {spec.n_layers} layers")
+    features = default("D_HIDDEN", 32 * width, f"32 times the model's width, {width:,}")
+    k = default("K", min(features, max(32, width // 32)), "a thirty-second of the width, at least 32")
+    share = features / FEATURES
+    tokens = default("TRAIN_TOKENS", round(TOKENS * share), f"{TOKENS / FEATURES:,.0f} a feature, however rare")
+    batch = max(512, min(4096, power_of_2(4 * features / k)))
+    batch = default("BATCH_SIZE", batch, "a feature is active 4 times in it, on average; 512 to 4,096")
+    steps = tokens // batch
+
+    # 2e-4 for a billion tokens is of Gao et al.'s order; for a million 1e-3 does, below the stand-in's 1.8e-3
+    rate = 2e-4 * max(1.0, min(5.0, (TOKENS / tokens) ** 0.25)) / (features / 2**14) ** 0.5
+    default("LEARNING_RATE", rate, "by the root of the features, and higher in runs below a billion tokens")
+    default("WARM_UP_STEPS", min(1000, steps // 20), "a twentieth of the steps, at most 1,000")
+    default("K_AUX", width // 2, "half the width")
+    dead = max(200_000, min(10_000_000, tokens // 100))
+    default("DEAD_AFTER_TOKENS", dead, "a hundredth of the tokens, 200,000 to 10 million")
+    bfloat16 = is_gpu and 16 * width * features > MANY_MOMENTS
+    moments = "half the memory, where it is large and on a GPU" if bfloat16 else "exact, where memory allows"
+    default("MOMENTS_DTYPE", "bfloat16" if bfloat16 else "float32", moments)
+
+    buffer = min(2**17, power_of_2(2**28 / (width * dtype.itemsize)))
+    buffer = max(buffer, constants.CONTEXT_LENGTH - 1)
+    default("BUFFER_TOKENS", buffer, f"{buffer * width * dtype.itemsize / 1e6:,.0f} MB of residuals")
+    at_once = 8192 if is_gpu else 4096
+    default("ROWS_PER_FORWARD", max(1, at_once // constants.CONTEXT_LENGTH), f"{at_once:,} tokens at a time")
+    every = max(1, max(500, min(5000, steps // 40)) // constants.LOG_EVERY) * constants.LOG_EVERY
+    default("CHECKPOINT_EVERY", every, "a fortieth of the steps, 500 to 5,000")
+    default("EXPLAIN_TOKENS", max(600_000, round(EXPLAINED * share)), f"{EXPLAINED / FEATURES:.0f} a feature")
+    return found
+
+
+def power_of_2(x: float) -> int:
+    """The largest power of two that is not above x, which is at least 1."""
+    return 1 << (max(1, int(x)).bit_length() - 1)
+
+
+def shown(found: list[Default]) -> str:
+    """A line for each constant that was None: what it is, and why."""
+    return "\n".join(f"  {f'{name}={as_argument(value)}':<28} {why}" for name, value, why in found)
+
+
+def as_argument(value: Any) -> str:
+    """A value as it can be given on the command line."""
+    return f"{value:_}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)

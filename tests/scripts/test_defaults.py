@@ -1,0 +1,131 @@
+"""What the constants are that config.py leaves to the model and the device."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import PARAMS
+
+import config
+from mistral_sae.cli import UserError, override
+from mistral_sae.defaults import Filled, defaults, fill, shown
+from mistral_sae.model.language_model import ModelSpec
+from mistral_sae.sae.trainer import TrainConfig
+
+MISTRAL_7B = ModelSpec("mistralai/Mistral-7B-v0.3", "transformers", 4096, 32, 32_768, 1, (1,) * 32, 1)
+SMOL = ModelSpec("SmolLM2-135M-Instruct", "transformers", 576, 30, 49_152, 1, (1,) * 30, 1)
+GPU, CPU = (torch.device("cuda"), torch.bfloat16), (torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    monkeypatch.delenv("MISTRAL_MODEL_PATH", raising=False)
+
+    def of(*arguments):
+        override(["MISTRAL_MODEL_PATH=somewhere", *arguments], config)
+        return config
+
+    yield of
+    override([], config)
+
+
+def values(constants, spec, where):
+    return {name: value for name, value, _ in defaults(constants, spec, *where)}
+
+
+def test_mistral_7b_on_a_gpu_has_the_sizes_that_config_py_shows_in_brackets(constants):
+    found = values(constants(), MISTRAL_7B, GPU)
+    assert found.pop("LEARNING_RATE") == 2e-4 / math.sqrt(8)
+    assert found == {
+        "RUN_DIR": "runs/Mistral-7B-v0.3",
+        "TARGET_LAYER": 16,
+        "D_HIDDEN": 131_072,
+        "K": 128,
+        "TRAIN_TOKENS": 1_000_000_000,
+        "BATCH_SIZE": 4096,
+        "WARM_UP_STEPS": 1000,
+        "K_AUX": 2048,
+        "DEAD_AFTER_TOKENS": 10_000_000,
+        "MOMENTS_DTYPE": "bfloat16",
+        "BUFFER_TOKENS": 32_768,
+        "ROWS_PER_FORWARD": 32,
+        "CHECKPOINT_EVERY": 5000,
+        "EXPLAIN_TOKENS": 10_000_000,
+    }
+
+
+def test_a_model_of_135m_on_a_cpu_has_its_share_of_them(constants):
+    found = values(constants(), SMOL, CPU)
+    assert found.pop("LEARNING_RATE") == pytest.approx(3.1e-4, rel=0.01)
+    assert found == {
+        "RUN_DIR": "runs/SmolLM2-135M-Instruct",
+        "TARGET_LAYER": 15,
+        "D_HIDDEN": 18_432,
+        "K": 32,
+        "TRAIN_TOKENS": 140_625_000,
+        "BATCH_SIZE": 2048,
+        "WARM_UP_STEPS": 1000,
+        "K_AUX": 288,
+        "DEAD_AFTER_TOKENS": 1_406_250,
+        "MOMENTS_DTYPE": "float32",
+        "BUFFER_TOKENS": 65_536,
+        "ROWS_PER_FORWARD": 16,
+        "CHECKPOINT_EVERY": 1700,
+        "EXPLAIN_TOKENS": 1_406_250,
+    }
+
+
+def test_a_short_run_warms_up_and_decays_within_itself(constants):
+    found = values(constants("TRAIN_TOKENS=500_000", "D_HIDDEN=3072"), SMOL, CPU)
+    steps = 500_000 // found["BATCH_SIZE"]
+    assert found["BATCH_SIZE"] == 512
+    assert found["WARM_UP_STEPS"] == steps // 20
+    assert found["LEARNING_RATE"] == pytest.approx(1e-3 / math.sqrt(3072 / 2**14))
+    assert found["DEAD_AFTER_TOKENS"] == 200_000
+
+
+def test_what_is_set_stays_and_what_follows_from_it_follows(constants):
+    module = constants("D_HIDDEN=32_768", "K=64", "RUN_DIR=runs/mine", "LEARNING_RATE=0.01", "CONTEXT_LENGTH=1024")
+    found = values(module, MISTRAL_7B, GPU)
+    assert not found.keys() & {"D_HIDDEN", "K", "RUN_DIR", "LEARNING_RATE"}
+    assert found["TRAIN_TOKENS"] == 250_000_000
+    assert found["BATCH_SIZE"] == 2048
+    assert found["ROWS_PER_FORWARD"] == 8
+    assert module.K == 64
+
+
+def test_few_features_bring_no_more_active_ones_than_there_are(constants):
+    assert values(constants("D_HIDDEN=16"), SMOL, CPU)["K"] == 16
+
+
+def test_filling_sets_the_constants_once_and_checks_them_again(constants, mistral_folder):
+    module = constants(f"MISTRAL_MODEL_PATH={mistral_folder}", "DEVICE=cpu")
+    filled, spec, found = fill(module)
+    assert (spec.d_model, filled.D_HIDDEN, filled.RUN_DIR) == (PARAMS["dim"], 32 * PARAMS["dim"], "runs/tiny")
+    assert {name for name, _, _ in found} == set(Filled.__annotations__)
+    assert TrainConfig.of(module, spec.d_model).d_hidden == 32 * PARAMS["dim"]
+    assert fill(module)[2] == []
+    with pytest.raises(UserError, match=r"K is 100000: expected 1 to D_HIDDEN, "):
+        fill(constants(f"MISTRAL_MODEL_PATH={mistral_folder}", "DEVICE=cpu", "K=100_000"))
+
+
+def test_none_on_the_command_line_is_computed_on_the_stand_in_too(constants):
+    module = constants("MISTRAL_MODEL_PATH=None", "DEVICE=cpu")
+    assert fill(module)[2] == []
+    module = constants("MISTRAL_MODEL_PATH=None", "DEVICE=cpu", "D_HIDDEN=None", "TARGET_LAYER=None")
+    filled, _, found = fill(module)
+    assert (filled.D_HIDDEN, filled.TARGET_LAYER) == (8192, 3)
+    assert [default.name for default in found] == ["TARGET_LAYER", "D_HIDDEN", "LEARNING_RATE"]
+    assert filled.LEARNING_RATE == pytest.approx(1e-3 / math.sqrt(8192 / 2**14))
+
+
+def test_the_page_on_7b_shows_what_is_computed_and_each_line_can_be_given(constants):
+    module = constants()
+    found = shown(defaults(module, MISTRAL_7B, *GPU))
+    page = Path(__file__).parent.parent.parent / "docs" / "mistral-7b.md"
+    assert f"```\n{found}\n```" in page.read_text(encoding="utf-8")
+    lines = found.splitlines()
+    assert lines[2].split() == ["D_HIDDEN=131_072", "32", "times", "the", "model's", "width,", "4,096"]
+    override(["MISTRAL_MODEL_PATH=somewhere", *(line.split()[0] for line in lines)], module)
+    assert not any(getattr(module, name) is None for name in Filled.__annotations__)
