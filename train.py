@@ -73,8 +73,8 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
         seed=config.SEED,
         skip_batches=history[-1]["step"] if history else 0,
     )
-    of_text = config.CONTEXT_LENGTH, config.DATA_PATH
-    metadata = Metadata(model.name, hook_name(layer), layer, True, *of_text, model.fingerprint(layer))
+    hook, length, fingerprint = hook_name(layer), config.CONTEXT_LENGTH, model.fingerprint(layer)
+    metadata = Metadata(model.name, hook, layer, True, length, config.DATA_PATH, fingerprint)
     train(trainer, history, batches, evaluate, filled, partial(save, trainer, metadata, corpus, run_dir))
     if skipped.count:
         print(skipped.summary())
