@@ -29,7 +29,8 @@ CLASS = 5  # tokens by which a class of raised tokens is judged
 CANDIDATES = 64  # features by words whose effect on the words' tokens is measured
 SAMPLE = (4, 32)  # rows and positions of the text on which it is measured
 SCAN_ROWS, SCAN_AT_ONCE = 48, 16  # rows of text that are read to find features by their tokens
-LOOKED_AT, TRIED, FINALISTS = 128, 20, 4  # features among which one is looked for that shows in text
+LOOKED_AT, TRIED, FINALISTS = 128, 24, 4  # features among which one is looked for that shows in text
+VISIBLE = 0.1  # of the tokens, on which a feature must fire more to be taken before others are tried
 LOOKED_AT_TOKENS = 16  # of the text on which those are measured, after the prompt
 LISTED = 3  # features of a printed list
 
@@ -252,24 +253,37 @@ class Shown(NamedTuple):
     own_rate: float  # the same of the model's own texts
     is_fluent: bool  # the steered texts, each by itself
 
+    @property
+    def gain(self) -> float:
+        """The share of the tokens on which steering makes it fire."""
+        return self.rate - self.own_rate
+
+    def rank(self) -> tuple[bool, float, int]:
+        """What sorts the most visible first, and those that leave a text not fluent last."""
+        return (not self.is_fluent, -self.gain, self.feature)
+
 
 def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trials) -> int:
     """A feature whose effect on text shows, from a ranked list that is printed.
 
-    Of LOOKED_AT random features, explained ones of middle density if there are any, the TRIED that raise the clearest
-    classes of tokens are tried in one text, the best FINALISTS in all: texts are made as they will be shown, and the
-    feature is taken that fires on most more of their tokens than of the model's own while each text stays fluent.
-    Raises SteeringError if no feature ever fired.
+    Explained features of middle density are tried first, then others, until one fires on VISIBLE more of the tokens of
+    its texts than of the model's own while the texts stay fluent; else the best is taken. Of LOOKED_AT random ones the
+    TRIED that raise the clearest classes of tokens are tried in one text, the best FINALISTS in all, as they will be
+    shown. Raises SteeringError if no feature ever fired.
     """
-    kind, among = _pool(subject)
-    looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-    tried = _clearest(subject, looked_at, trials)
-    print(
-        f"choosing a feature: of {len(looked_at):,} {kind} the {len(tried)} that raise the clearest class of tokens "
-        f"are tried in a text each, the best {min(FINALISTS, len(tried))} in {len(trials.seeds)}"
-    )
-    first = _shown(subject, edit, coefficient, tried, trials._replace(seeds=trials.seeds[:1]))
-    found = _shown(subject, edit, coefficient, [each.feature for each in first[:FINALISTS]], trials)
+    found: list[Shown] = []
+    for kind, among in _pools(subject):
+        looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
+        tried = _clearest(subject, looked_at, trials)
+        print(
+            f"choosing a feature: of {len(looked_at):,} {kind} the {len(tried)} that raise the clearest class of "
+            f"tokens are tried in a text each, the best {min(FINALISTS, len(tried))} in {len(trials.seeds)}"
+        )
+        first = _shown(subject, edit, coefficient, tried, trials._replace(seeds=trials.seeds[:1]))
+        finalists = [each.feature for each in first[:FINALISTS]]
+        found = sorted([*found, *_shown(subject, edit, coefficient, finalists, trials)], key=Shown.rank)
+        if found[0].is_fluent and found[0].gain >= VISIBLE:
+            break
     bounds = f"together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition more"
     how = f" and leaves them fluent ({bounds})" if found[0].is_fluent else "; none leaves them fluent"
     print(f"→ fires on most more tokens of its texts than of the model's own{how}")
@@ -280,17 +294,18 @@ def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trial
     return found[0].feature
 
 
-def _pool(subject: Subject) -> tuple[str, list[int]]:
-    """The features to look among, and what they are."""
+def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
+    """The features to look among, and what they are, those to begin with first."""
     statistics = subject.statistics
     middle = statistics.mid_density()
-    if explained := [feature for feature in middle if feature in subject.explanations]:
-        return "explained features", explained
-    if middle:
-        return "features that fire now and then", middle
-    if firing := (statistics.maximum_F > 0).nonzero().flatten().tolist():
-        return "features", firing
-    raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
+    explained = [feature for feature in middle if feature in subject.explanations]
+    others = [feature for feature in middle if feature not in subject.explanations]
+    pools = [("explained features", explained), ("features that fire now and then", others)]
+    if not middle:
+        pools = [("features", (statistics.maximum_F > 0).nonzero().flatten().tolist())]
+    if not any(among for _, among in pools):
+        raise SteeringError("found no feature that ever fired: expected an autoencoder of this model")
+    return [(kind, among) for kind, among in pools if among]
 
 
 def _clearest(subject: Subject, candidates: Sequence[int], trials: Trials) -> list[int]:
@@ -320,7 +335,7 @@ def _shown(subject: Subject, edit: Edit, coefficient: float, tried: Sequence[int
         Shown(feature, trial.pooled.rate, own_rate, _stays_fluent(trial, own))
         for feature, own_rate, trial in zip(tried, own_rates, bar, strict=True)
     ]
-    return sorted(found, key=lambda each: (not each.is_fluent, each.own_rate - each.rate, each.feature))
+    return sorted(found, key=Shown.rank)
 
 
 def _stays_fluent(trial: Trial, own: Trial) -> bool:

@@ -20,7 +20,7 @@ from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
 from mistral_sae.sae.features import Statistics
-from mistral_sae.steer import sweep
+from mistral_sae.steer import search, sweep
 from mistral_sae.steer.display import BARS, level_of
 from mistral_sae.steer.steering import Subject, steer
 
@@ -259,11 +259,13 @@ def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir):
         assert ("are of another autoencoder: not used" in ran.out) != is_own
 
 
-def test_without_a_feature_one_that_shows_is_taken_of_the_explained_if_there_are_any(demo, run_dir):
+def test_without_a_feature_one_that_shows_is_taken_of_the_explained_if_there_are_any(demo, run_dir, monkeypatch):
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
     assert len(re.findall(r"^  [→ ] +\d+ +fires on +\d+%, steered +\d+% ", ran.out, re.M)) == 3
     explain(run_dir, f7="brackets")
+    monkeypatch.setattr(search, "VISIBLE", -1.0)  # random weights show nothing
+    monkeypatch.setattr(search, "_stays_fluent", lambda trial, own: True)
     ran = demo(FEATURE_INDEX=None)
     assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
     assert "brackets (offline)" in ran.out

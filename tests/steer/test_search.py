@@ -259,16 +259,25 @@ def test_a_text_that_repeats_itself_is_not_taken_for_an_effect(lm, loaded, trial
 
 
 @pytest.mark.parametrize(
-    ("density", "explained", "kind", "count"),
+    ("density", "explained", "expected"),
     [
-        (0.001, [3], "explained features", 1),
-        (0.001, [], "features that fire now and then", F),
-        (0.5, [3], "features", F),
+        (0.001, [3], [("explained features", 1), ("features that fire now and then", F - 1)]),
+        (0.001, [], [("features that fire now and then", F)]),
+        (0.5, [3], [("features", F)]),
     ],
 )
-def test_explained_features_are_looked_among_first(lm, loaded, density, explained, kind, count):
-    found, among = search._pool(subject_of(lm, loaded, density, explained))
-    assert (found, len(among)) == (kind, count)
+def test_explained_features_are_looked_among_first(lm, loaded, density, explained, expected):
+    pools = search._pools(subject_of(lm, loaded, density, explained))
+    assert [(kind, len(among)) for kind, among in pools] == expected
+
+
+@pytest.mark.parametrize(("visible", "kinds"), [(-1.0, 1), (2.0, 2)])
+def test_others_are_tried_where_no_explained_feature_shows(lm, loaded, trials, monkeypatch, capsys, visible, kinds):
+    monkeypatch.setattr(search, "TRIED", 2)
+    monkeypatch.setattr(search, "VISIBLE", visible)
+    monkeypatch.setattr(search, "_stays_fluent", lambda trial, own: True)
+    search.most_visible(subject_of(lm, loaded, explanations=[3, 7]), Edit({}), 0.5, trials)
+    assert capsys.readouterr().out.count("choosing a feature") == kinds
 
 
 def test_without_a_feature_that_ever_fired_there_is_none_to_show(lm, loaded, trials):
