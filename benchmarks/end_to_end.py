@@ -36,13 +36,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import config
-import train
 from benchmarks.machine import save
 from mistral_sae import cli
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.documents import Document
 from mistral_sae.data.tokens import Corpus, batches, pack, prefetch
-from mistral_sae.model.language_model import STANDIN, inspect, load_model
+from mistral_sae.model.language_model import STANDIN, LanguageModel, inspect, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.evaluate import reconstruction
@@ -128,9 +127,14 @@ def corpus() -> list[Document]:
     return list(Corpus.of(config).documents(held_out=False, epochs=False))
 
 
+def standin(last_layer: int) -> LanguageModel:
+    """The stand-in up to a layer."""
+    return load_model(None, last_layer=last_layer, device=config.DEVICE)
+
+
 def ours(folder: Path) -> dict[str, float]:
     """train.py's chain and loop."""
-    model, documents = train.open_model(last_layer=config.TARGET_LAYER), corpus()
+    model, documents = standin(config.TARGET_LAYER), corpus()
     training = TrainConfig.of(config, model.d_model)
     trainer = Trainer(training, model.device)
     language_model = timed(model, "residuals")
@@ -208,7 +212,7 @@ def check_input(folder: Path) -> dict[str, float]:
     documents = corpus()
     runner, dataset = runner_of(folder, documents)
     store = ActivationsStore.from_config(runner.model, runner.cfg, override_dataset=dataset)
-    model = train.open_model(last_layer=config.TARGET_LAYER)
+    model = standin(config.TARGET_LAYER)
     rows = pack(documents, model.tokenizer, config.CONTEXT_LENGTH)
     tokens = next(batches(rows, config.ROWS_PER_FORWARD))
     if not torch.equal(store.get_batch_tokens(), tokens):
@@ -258,7 +262,7 @@ def peak_megabytes() -> float:
 
 def quality(sae: SparseAutoencoder) -> dict[str, float]:
     """How well it reconstructs train.py's held-out residuals."""
-    model = train.open_model(last_layer=config.TARGET_LAYER)
+    model = standin(config.TARGET_LAYER)
     parts = (
         Corpus.of(config)
         .held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
@@ -319,7 +323,7 @@ def main() -> None:
     mistral_sae, sae_lens = medians.values()
     print(f"  {sae_lens['seconds'] / mistral_sae['seconds']:.1f} times the tokens a second of SAE Lens")
     if not smoke:
-        settings = asdict(TrainConfig.of(config, train.open_model(last_layer=0).d_model))
+        settings = asdict(TrainConfig.of(config, standin(0).d_model))
         save("end_to_end", {"settings": settings, "tokens": tokens, "medians": medians, "rounds": rounds})
 
 

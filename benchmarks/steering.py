@@ -17,6 +17,7 @@ The autoencoder is that of RUN_DIR, which train.py makes if there is none.
 """
 
 import statistics
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,13 +30,13 @@ import torch
 from tqdm import tqdm
 
 import config
-import train
 from benchmarks.machine import save
 from mistral_sae import cli
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
+from mistral_sae.loading import load_pair
 from mistral_sae.model.language_model import LanguageModel
-from mistral_sae.sae.checkpoint import LoadedSAE, load_sae
+from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer import search, sweep
 from mistral_sae.steer.steering import steer
 
@@ -169,10 +170,10 @@ def main() -> None:
     """Choose, mark, measure."""
     warnings.simplefilter("ignore")
     cli.override(sys.argv[1:], config)
-    sae_path = Path(fill(config)[0].RUN_DIR) / "sae"
-    if not sae_path.exists():
-        train.main()
-    model, loaded = train.open_model(), load_sae(sae_path)
+    filled, spec, _ = fill(config)
+    if not Path(filled.RUN_DIR, "sae").exists():
+        subprocess.run([sys.executable, "train.py", *sys.argv[1:]], check=True)
+    loaded, model = load_pair(config, spec)
     rows_RT = Corpus.of(config).held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     to_mark, to_measure = (Texts(model, loaded, seeds) for seeds in (SEEDS_TO_MARK, SEEDS_TO_MEASURE))
     found = []

@@ -97,7 +97,7 @@ def noted(folder: Path) -> dict[str, Any] | None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; empty if there is none, or none that can be read."""
+    """The manifest; empty where it is missing or cannot be read."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
         return manifest if isinstance(manifest["made_from"], dict) else {}

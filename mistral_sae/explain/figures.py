@@ -152,7 +152,7 @@ def score_panels(scores: Sequence[ScoreSummary]) -> list[Panel]:
 
 
 def _recall(found: Sequence[float]) -> Panel:
-    """Bars by interval; NaN, where no passage was judged, is none."""
+    """Bars by interval; no bar where the share is NaN, as no passage was judged."""
 
     def draw(axes: Axes) -> None:
         names = [f"{100 * i // len(found)}\N{EN DASH}{100 * (i + 1) // len(found)}%" for i in range(len(found))]

@@ -122,7 +122,7 @@ class Journal:
 class Budget:
     """Dollars and tokens that all runs with a journal may spend together, what is in flight included.
 
-    Without prices dollars are 0. A bound that is None is none.
+    Without prices dollars are 0. A bound of None is no bound.
     """
 
     def __init__(

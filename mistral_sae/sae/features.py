@@ -50,7 +50,7 @@ class Counts:
         self.maximum_F = torch.zeros(n_features, device=device)
 
     def add(self, values_BK: Tensor, indices_BK: Tensor) -> None:
-        """Take in the active features of some tokens; a value of 0 is none."""
+        """Take in the active features of some tokens; a value of 0 does not count."""
         values, indices = values_BK.flatten(), indices_BK.flatten()
         self.tokens += len(values_BK)
         self.fired_F.scatter_add_(0, indices, (values > 0).long())
