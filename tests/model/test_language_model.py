@@ -294,7 +294,7 @@ def test_log_probabilities_are_of_the_next_token_and_spare_the_first_position(mo
     shapes = []
     replaced = model.log_probabilities(tokens_BT, 1, lambda x: (shapes.append(x.shape), torch.zeros_like(x))[1])
     assert shapes == [(3, 11, 32)]
-    assert torch.equal(replaced[:, 0], plain[:, 0])
+    torch.testing.assert_close(replaced[:, 0], plain[:, 0])  # up to rounding: experts get other batches
     assert (replaced[:, 1:] - plain[:, 1:]).abs().amax(dim=-1).min() > 0.01
 
 
