@@ -141,6 +141,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the user's, for what is made once and can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistral-sae" / name
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Add one JSON object to a file of one object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)

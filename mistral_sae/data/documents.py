@@ -1,4 +1,4 @@
-"""Documents of text: this Python's standard library, local files, or a dataset streamed from the Hugging Face hub.
+"""Documents of text: the standard library, English that is installed here, local files, or a dataset on the hub.
 
 Everything is read record by record, in bounded memory. `datasets` reads the hub; local files are read here, since it
 neither skips a bad line nor says which one it was, and takes a .zst file that was cut short for a whole one.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_sae.cli import UserError, one_line, size_of
+from mistral_sae.data.english import english_file
 
 # The kinds of files that are read, with the bytes of text that one byte of them holds, roughly
 KINDS = {".jsonl": 1, ".jsonl.zst": 4, ".jsonl.gz": 4, ".parquet": 3, ".txt": 1}
@@ -76,10 +77,10 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of a corpus, once each, in an order that depends on nothing but the corpus.
 
-    `data_path` is "stdlib", a local file of one of the KINDS, a folder of such files (read in the order of their
-    paths, hidden ones left out), or the name of a dataset on the Hugging Face hub, whose `split` is streamed. Ids are
-    `file:line` (from 1), `file:row` for parquet (from 0), the path of a .txt or library file, and `name:index` on the
-    hub; paths are relative to `data_path`.
+    `data_path` is "stdlib", "english" (see data/english.py), a local file of one of the KINDS, a folder of such files
+    (read in the order of their paths, hidden ones left out), or the name of a dataset on the Hugging Face hub, whose
+    `split` is streamed. Ids are `file:line` (from 1), `file:row` for parquet (from 0), the path of a .txt, library or
+    English file, and `name:index` on the hub; paths are relative to `data_path`.
 
     Records that hold no text are counted in `skipped`. Raises TextError where there is nothing to read, where
     no record is a document, and for a file that is truncated or damaged.
@@ -115,6 +116,8 @@ def check(data_path: str, text_field: str = "text") -> str:
         python = f"{platform.python_implementation()} {platform.python_version()}"
         return f"standard library of {python}, {sum(1 for _ in documents(data_path)):,} files"
     next(documents(data_path, text_field=text_field))
+    if data_path == "english":
+        return f"English in the packages and manuals of this machine, {size_of(files[0][1].stat().st_size)}"
     kinds = " and ".join(sorted({_kind_of(path) for _, path in files}))
     size = size_of(sum(path.stat().st_size for _, path in files))
     return f"{len(files):,} file{'s' * (len(files) > 1)}, {size} of {kinds}"
@@ -152,6 +155,8 @@ def _records(data_path: str, text_field: str, split: str) -> Iterator[Document |
             with contextlib.suppress(UnicodeDecodeError):  # some files are not UTF-8, to test Python's parser
                 if text := path.read_text(encoding="utf-8"):
                     yield Document(name, text)
+        elif data_path == "english":
+            yield from (Document(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
         else:
             yield from _file_records(name, path, text_field)
 
@@ -163,13 +168,15 @@ def _files(data_path: str) -> list[tuple[str, Path]] | None:
     """
     if data_path == "stdlib":
         return _stdlib_files()
+    if data_path == "english":
+        return [("english.jsonl", english_file())]
     root = Path(data_path).expanduser()
     if not data_path or not root.exists():
         if _HUB_NAME.fullmatch(data_path) and _kind_of(root) not in _FILE_SUFFIXES:
             return None
         raise TextError(
-            f"there is no file or folder {data_path!r}: DATA_PATH takes 'stdlib', a path that exists, "
-            "or a Hugging Face dataset as 'owner/name'"
+            f"there is no file or folder {data_path!r}: DATA_PATH takes 'stdlib', 'english', a path "
+            "that exists, or a Hugging Face dataset as 'owner/name'"
         )
     files = []
     for path in [root] if root.is_file() else root.rglob("*"):

