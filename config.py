@@ -12,7 +12,7 @@ import os
 from mistral_sae.cli import expect
 
 # ---- model ----
-# Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; or a name on the
+# Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; a name on the
 # Hugging Face hub, owner/name or owner/name@revision. None is the bundled stand-in
 MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
@@ -26,9 +26,11 @@ DEVICE: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None takes a GPU of
 DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None is bfloat16 on a GPU, else float32
 
 # ---- text ----
-# "stdlib" (Python's standard library), a file or folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt, or a data
-# set on the Hugging Face hub, which is streamed
-DATA_PATH: str = "stdlib" if ON_STANDIN else "monology/pile-uncopyrighted"
+# "stdlib" (Python's standard library), "english" (prose in installed packages and manuals), a file or folder of .jsonl,
+# .jsonl.zst, .jsonl.gz, .parquet or .txt, or a data set on the Hugging Face hub, which is streamed
+DATA_PATH: str = (
+    "stdlib" if ON_STANDIN else "english" if MISTRAL_MODEL_PATH == "smollm2" else "monology/pile-uncopyrighted"
+)
 DATA_SPLIT: str = "train"  # of a hub data set
 TEXT_FIELD: str = "text"  # of a JSON line or a parquet column
 CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones
@@ -56,14 +58,14 @@ MOMENTS_DTYPE: str | None = "float32" if ON_STANDIN else None  # of Adam's momen
 
 # ---- memory ----
 # Rows of tokens shuffled together before the model reads them, at 2 KB each: a buffer of residuals is a few documents
-SHUFFLE_ROWS: int = 8192 if ON_STANDIN else 16_384
+SHUFFLE_ROWS: int | None = 8192 if ON_STANDIN else None  # (16,384)
 BUFFER_TOKENS: int | None = 131_072 if ON_STANDIN else None  # residuals shuffled together (32,768, of 8 KB each)
 ROWS_PER_FORWARD: int | None = 16 if ON_STANDIN else None  # rows the language model runs at a time (32)
 
 # ---- evaluation, log and checkpoints ----
-EVALUATION_ROWS: int = 128 if ON_STANDIN else 256  # held-out rows
+EVALUATION_ROWS: int | None = 128 if ON_STANDIN else None  # held-out rows (256)
 EVALUATION_STRIDE: int = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
-EVALUATIONS: int = 2 if ON_STANDIN else 4  # times during the run; the last is at its end
+EVALUATIONS: int | None = 2 if ON_STANDIN else None  # times during the run; the last is at its end (4)
 LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
 CHECKPOINT_EVERY: int | None = 500 if ON_STANDIN else None  # steps (5000)
 RUN_DIR: str | None = "runs/standin" if ON_STANDIN else None  # where everything is written: runs/ and the model's name
@@ -81,7 +83,7 @@ SELECT: str | int | list = "random 200"
 EXPLAIN_TOKENS: int | None = 600_000 if ON_STANDIN else None
 EXPLAIN_STRIDE: int = 8 if ON_STANDIN else 1  # every so many rows one: the standard library has long files
 # To explain a feature from, of each quarter of its range; the offline explainer counts, and wants many
-EXAMPLES_PER_INTERVAL: int = 32 if ON_STANDIN else 3
+EXAMPLES_PER_INTERVAL: int = 32 if ON_STANDIN or MISTRAL_MODEL_PATH == "smollm2" else 3
 TOKENS_BEFORE: int = 48  # of an example, left of the token on which the feature is strongest: what it may react to
 TOKENS_AFTER: int = 15  # and right of it: what it may predict
 # A text of your own: RUN_DIR/text.html shows which features fire on it, and nothing else is done

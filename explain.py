@@ -12,6 +12,7 @@ if __name__ == "__main__":
     cli.start("explain", config)  # the first line, before the imports below take their seconds
 
 import asyncio
+import atexit
 import gc
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ def main() -> None:
         loaded, model = load_pair(config, spec)
         selected.check(loaded.sae.n_features)  # before the corpus is read
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
+        atexit.register(gc.unfreeze)  # libraries such as triton complain of what is left at the end
         reading, settings, folder = Reading.of(config), Settings.of(config), run_dir / cache.FOLDER
         activations = read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN)
         chosen = selected.choose(activations.counts_F, config.SEED)

@@ -56,15 +56,15 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
     run_dir, layer, rows_at_once = Path(filled.RUN_DIR), filled.TARGET_LAYER, filled.ROWS_PER_FORWARD
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
     model = open_model(last_layer)
-    held_out = corpus.held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
+    held_out = corpus.held_out_rows(model.tokenizer, filled.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     evaluate = Evaluator(model, held_out, layer, rows_at_once)
     trainer = Trainer(training, model.device)
     history = start_or_resume(trainer, corpus, run_dir)
 
     skipped = Skipped()
-    rows = prefetch(corpus.rows(model.tokenizer, held_out=False, skipped=skipped), depth=config.SHUFFLE_ROWS)
+    rows = prefetch(corpus.rows(model.tokenizer, held_out=False, skipped=skipped), depth=filled.SHUFFLE_ROWS)
     batches = shuffled_batches(
-        shuffle(rows, config.SHUFFLE_ROWS, config.SEED),
+        shuffle(rows, filled.SHUFFLE_ROWS, config.SEED),
         model,
         layer,
         batch_size=filled.BATCH_SIZE,
@@ -169,7 +169,7 @@ def train(
 ) -> None:
     """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
     training, step, run_dir = trainer.config, history[-1]["step"] if history else 0, Path(filled.RUN_DIR)
-    evaluate_at = {training.steps * i // config.EVALUATIONS for i in range(1, config.EVALUATIONS)}
+    evaluate_at = {training.steps * i // filled.EVALUATIONS for i in range(1, filled.EVALUATIONS)}
     figures, started = [], time.monotonic()
     seen, total = step * training.batch_size, training.steps * training.batch_size
     with cli.Progress(desc="training", total=total, initial=seen, unit=" tokens", unit_scale=True) as progress:

@@ -1,7 +1,8 @@
 """What config.py's constants are where they are None: by the model's sizes and the device, each with a reason.
 
 All rules stand here. They are made so that Mistral 7B (32 layers, width 4096) on a GPU has the sizes and rates of Gao
-et al. 2024 in the memory of a 24 GB card, and smaller models and shorter runs their share of those.
+et al. 2024 in the memory of a 24 GB card, and smaller models and shorter runs their share of those; and so that on a
+CPU a small model gives features that can be read within half an hour, as a sweep has it (docs/english.md).
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,9 @@ from mistral_sae.model.language_model import STANDIN, ModelSpec, device_and_dtyp
 TOKENS = 1_000_000_000  # trained on for FEATURES features
 FEATURES = 2**17
 EXPLAINED = 10_000_000  # tokens read for that many
+CPU_PRODUCTS = 5e13  # multiplications and additions of the language model in training: some ten minutes of two cores
+FEWEST_TOKENS = 100_000
+TOKENS_A_FEATURE = 64  # at least; each is active in about two of them
 MANY_MOMENTS = 2e9  # bytes of Adam's moments in float32 from which a GPU has them in bfloat16
 
 
@@ -40,6 +44,9 @@ class Filled(Protocol):
     BUFFER_TOKENS: int
     ROWS_PER_FORWARD: int
     CHECKPOINT_EVERY: int
+    SHUFFLE_ROWS: int
+    EVALUATION_ROWS: int
+    EVALUATIONS: int
     EXPLAIN_TOKENS: int
     RUN_DIR: str
 
@@ -70,11 +77,18 @@ def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch
         return value
 
     default("RUN_DIR", f"runs/{spec.name.rsplit('/', 1)[-1]}", "the model's name")
-    default("TARGET_LAYER", spec.n_layers // 2, f"the middle of {spec.n_layers} layers")
-    features = default("D_HIDDEN", 32 * width, f"32 times the model's width, {width:,}")
+    layer = default("TARGET_LAYER", spec.n_layers // 2, f"the middle of {spec.n_layers} layers")
+    if is_gpu:
+        features = default("D_HIDDEN", 32 * width, f"32 times the model's width, {width:,}")
+        tokens = round(TOKENS * features / FEATURES)
+        tokens = default("TRAIN_TOKENS", tokens, f"{TOKENS / FEATURES:,.0f} a feature, however rare")
+    else:
+        readable = int(CPU_PRODUCTS / (2 * sum(spec.layer_parameters[: layer + 1]))) // 10_000 * 10_000
+        tokens = default("TRAIN_TOKENS", max(FEWEST_TOKENS, readable), "what a CPU reads in ten minutes or so")
+        few = min(32 * width, tokens // TOKENS_A_FEATURE)
+        features = default("D_HIDDEN", few, f"one for every {TOKENS_A_FEATURE} tokens, at most 32 times the width")
+    default("SHUFFLE_ROWS", min(16_384, -(-tokens // constants.CONTEXT_LENGTH)), "the whole run, 16,384 at most")
     k = default("K", min(features, max(32, width // 32)), "a thirty-second of the width, at least 32")
-    share = features / FEATURES
-    tokens = default("TRAIN_TOKENS", round(TOKENS * share), f"{TOKENS / FEATURES:,.0f} a feature, however rare")
     batch = max(512, min(4096, power_of_2(4 * features / k)))
     batch = default("BATCH_SIZE", batch, "a feature is active 4 times in it, on average; 512 to 4,096")
     steps = tokens // batch
@@ -84,8 +98,8 @@ def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch
     default("LEARNING_RATE", rate, "by the root of the features, and higher in runs below a billion tokens")
     default("WARM_UP_STEPS", min(1000, steps // 20), "a twentieth of the steps, at most 1,000")
     default("K_AUX", width // 2, "half the width")
-    dead = max(200_000, min(10_000_000, tokens // 100))
-    default("DEAD_AFTER_TOKENS", dead, "a hundredth of the tokens, 200,000 to 10 million")
+    dead = min(tokens // 5, max(200_000, min(10_000_000, tokens // 100)))
+    default("DEAD_AFTER_TOKENS", dead, "a hundredth of the tokens, 200,000 to 10 million; at most a fifth")
     bfloat16 = is_gpu and 16 * width * features > MANY_MOMENTS
     moments = "half the memory, where it is large and on a GPU" if bfloat16 else "exact, where memory allows"
     default("MOMENTS_DTYPE", "bfloat16" if bfloat16 else "float32", moments)
@@ -97,7 +111,13 @@ def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch
     default("ROWS_PER_FORWARD", max(1, at_once // constants.CONTEXT_LENGTH), f"{at_once:,} tokens at a time")
     every = max(1, max(500, min(5000, steps // 40)) // constants.LOG_EVERY) * constants.LOG_EVERY
     default("CHECKPOINT_EVERY", every, "a fortieth of the steps, 500 to 5,000")
-    default("EXPLAIN_TOKENS", max(600_000, round(EXPLAINED * share)), f"{EXPLAINED / FEATURES:.0f} a feature")
+    default("EVALUATION_ROWS", 256 if is_gpu else 32, "quick beside the training")
+    default("EVALUATIONS", 4 if is_gpu else 1, "quick beside the training")
+    if is_gpu:
+        explained = max(600_000, round(EXPLAINED * features / FEATURES))
+        default("EXPLAIN_TOKENS", explained, f"{EXPLAINED / FEATURES:.0f} a feature")
+    else:
+        default("EXPLAIN_TOKENS", max(FEWEST_TOKENS, tokens // 3), "a third of the training's")
     return found
 
 

@@ -337,7 +337,7 @@ def test_a_finished_run_started_again_trains_nothing(here, arguments, copied, mo
     [
         ({"K": 4}, "another K (8 there, 4 here): choose another RUN_DIR, or RESUME=False"),
         ({"SEED": 3}, "another SEED (0 there, 3 here)"),
-        ({"TRAIN_TOKENS": 64_000}, "another TRAIN_TOKENS (2565 there, 64000 here)"),
+        ({"TRAIN_TOKENS": 64_000}, "TRAIN_TOKENS (2565 there, 64000 here)"),
     ],
 )
 def test_other_settings_in_the_folder_of_a_run_are_refused_and_nothing_is_touched(
@@ -507,7 +507,7 @@ def test_the_plan_says_what_was_computed_and_why(here, arguments, tmp_path):
     ran = here(left)
     assert (ran.code, ran.err) == (0, "")
     assert "\ncomputed  from the model and the device\n  RUN_DIR=runs/tiny " in ran.out
-    assert re.search(r"^  D_HIDDEN=[\d_]+ +32 times the model's width", ran.out, re.M)
+    assert re.search(r"^  D_HIDDEN=[\d_]+ +one for every 64 tokens, at most 32 times the width", ran.out, re.M)
     assert "TARGET_LAYER" not in ran.out
 
 
