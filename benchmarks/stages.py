@@ -20,8 +20,9 @@ from unittest.mock import patch
 
 import torch
 
-from mistral_sae.sae import kernels
 from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.kernels import MatrixGradient
+from mistral_sae.sae.kernels import step as topk_step
 from mistral_sae.sae.optimizer import SAEAdam
 from mistral_sae.sae.trainer import Trainer
 
@@ -40,14 +41,14 @@ class Part(NamedTuple):
 STEP = [
     Part(Trainer, "step", "rest of the step"),
     Part(SparseAutoencoder, "standardize", "standardise"),
-    Part(kernels, "encode", "encoder product"),
-    Part(kernels, "topk", "top-k"),
-    Part(kernels, "decode", "decode"),
-    Part(kernels, "inner_products", "inner products with chosen rows"),
-    Part(kernels, "gradients", "sort by feature"),
-    Part(kernels.MatrixGradient, "whole", "weight gradients"),
-    Part(kernels, "auxk_loss", "AuxK", whole=True),
-    Part(kernels, "_dense_gradients", "AuxK"),
+    Part(topk_step, "encode", "encoder product"),
+    Part(topk_step, "topk", "top-k"),
+    Part(topk_step, "decode", "decode"),
+    Part(topk_step, "inner_products", "inner products with chosen rows"),
+    Part(topk_step, "gradients", "sort by feature"),
+    Part(MatrixGradient, "whole", "weight gradients"),
+    Part(topk_step, "auxk_loss", "AuxK", whole=True),
+    Part(topk_step, "_dense_gradients", "AuxK"),
     Part(SAEAdam, "step", "optimizer"),
 ]
 STEP_STAGES = [*dict.fromkeys(part.stage for part in STEP[1:]), STEP[0].stage]

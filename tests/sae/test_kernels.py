@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mistral_sae.sae import kernels
+from mistral_sae.sae.kernels import step as kernels_step
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -81,7 +82,7 @@ def test_a_matrix_gradient_is_the_same_in_blocks(k_aux):
     parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
     z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
     step = kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, k_aux, 1 / 32))
-    assert (step.W_dec.added is None) == (len(dead) > kernels.DENSE_AUXK * k_aux)
+    assert (step.W_dec.added is None) == (len(dead) > kernels_step.DENSE_AUXK * k_aux)
     for gradient in (step.W_enc, step.W_dec):
         blocks = [gradient.rows(start, min(start + 7, 100)) for start in range(0, 100, 7)]
         assert torch.equal(torch.cat(blocks), gradient.whole())
@@ -120,7 +121,7 @@ def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
     z, dead = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), torch.arange(3, 99, 4)
     found = []
     for ratio in (0, 1000):
-        monkeypatch.setattr(kernels, "DENSE_AUXK", ratio)
+        monkeypatch.setattr(kernels_step, "DENSE_AUXK", ratio)
         found.append(kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, 7, 1 / 32)))
     sparse, dense = found
     assert sparse.W_enc.added is None is not dense.W_enc.added
@@ -134,7 +135,7 @@ def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_product_is_in_bfloat16_where_that_is_asked(monkeypatch, bf16):
     W_enc, b_enc, _, _ = random_parameters(16, 256)
-    dtypes, linear = [], kernels.F.linear
-    monkeypatch.setattr(kernels.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
+    dtypes, linear = [], kernels_step.F.linear
+    monkeypatch.setattr(kernels_step.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
     kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, bf16=bf16)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]

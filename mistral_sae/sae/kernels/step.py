@@ -6,15 +6,13 @@ both weight gradients sum over the tokens in which a feature fired, the gradient
 Shapes: B tokens, D model width, F features, K active features, A dead features.
 """
 
-import warnings
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 16  # features a group in the two-level top-k
-FEWEST_GROUPS = 3  # times k, from which on two levels are faster than one (measured)
+from mistral_sae.sae.kernels.portable import decode, inner_products, topk
+from mistral_sae.sae.kernels.types import AuxK, MatrixGradient, Step, Used, Weights
+
 # Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take about as long
 # there (measured); on a GPU gathered rows should take longer, going by their traffic
 DENSE_AUXK = 4
@@ -27,23 +25,6 @@ CHUNK_BYTES = {
     ("cuda", torch.bfloat16): 2**28,
 }
 SMALLEST_VARIANCE = 1e-12  # floor of the loss's denominator: a batch of one token has no variance about its mean
-
-
-def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The exact k largest of the last dimension, (..., F) -> values and int64 indices (..., k), unordered.
-
-    On a CPU in two levels: the k largest values of a row lie in the k groups with the largest maxima, so that the
-    selection runs over F / GROUP maxima and then k * GROUP candidates instead of F values. A group is every
-    (F / GROUP)-th feature: maxima across long runs are many times as fast as within short ones, in bfloat16 above all.
-    """
-    n_features = pre.shape[-1]
-    if pre.device.type != "cpu" or n_features % GROUP or n_features < FEWEST_GROUPS * k * GROUP:
-        return torch.topk(pre, k, dim=-1, sorted=False)
-    n_groups = n_features // GROUP
-    best = pre.unflatten(-1, (GROUP, n_groups)).amax(dim=-2).topk(k, dim=-1, sorted=False).indices
-    members = (best.unsqueeze(-2) + torch.arange(0, n_features, n_groups).unsqueeze(-1)).flatten(-2)
-    values, where = torch.topk(pre.gather(-1, members), k, dim=-1, sorted=False)
-    return values, members.gather(-1, where)
 
 
 def bf16_pays(device: torch.device) -> bool:
@@ -74,93 +55,6 @@ def encode(centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bf16: bool = 
         values, chosen = torch.topk(exact, k, dim=-1, sorted=False)
         indices = indices.gather(1, chosen)
     return values, indices
-
-
-def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """Weighted sums of decoder rows, values and indices (B, K), W_dec (F, D) -> (B, D). No bias; differentiable."""
-    return F.embedding_bag(indices, W_dec, per_sample_weights=values.to(W_dec.dtype), mode="sum")
-
-
-def inner_products(x_BD: Tensor, indices: Tensor, rows_FD: Tensor) -> Tensor:
-    """Inner products of each token's vector (B, D) with its own choice of rows (F, D), indices (B, K) -> (B, K)."""
-    n_tokens, k = indices.shape
-    if x_BD.device.type == "cpu":
-        starts = torch.arange(0, n_tokens * k + 1, k)
-        order = indices.argsort(dim=1)  # a CSR row wants ascending columns
-        columns, zeros = indices.gather(1, order).flatten(), x_BD.new_zeros(n_tokens * k)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            pattern = torch.sparse_csr_tensor(starts, columns, zeros, (n_tokens, len(rows_FD)), check_invariants=False)
-        products = torch.sparse.sampled_addmm(pattern, x_BD, rows_FD.T, beta=0.0).values().view(n_tokens, k)
-        return torch.empty_like(products).scatter_(1, order, products)
-    out = x_BD.new_empty(n_tokens, k)
-    step = max(1, 2**26 // (k * rows_FD.shape[1]))  # tokens at a time: the gathered rows are K times the batch
-    for start in range(0, n_tokens, step):
-        part = slice(start, start + step)
-        torch.bmm(rows_FD[indices[part]], x_BD[part].unsqueeze(-1), out=out[part].unsqueeze(-1))
-    return out
-
-
-class MatrixGradient(NamedTuple):
-    """The gradient of a matrix (F, D): for each feature a weighted sum of vectors over the tokens in which it fired.
-
-    It is made some features at a time, so that all of it need never exist.
-    """
-
-    offsets: Tensor  # (F) where each feature's run of terms begins
-    vectors: Tensor  # (N, D)
-    owners: Tensor  # (terms) which vector each term takes, feature by feature
-    weights: Tensor  # (terms) and how much of it
-    added: tuple[Tensor, Tensor] | None = None  # features (A), ascending, and rows (A, D) that come on top
-
-    def whole(self) -> Tensor:
-        """All of it, (F, D)."""
-        rows = F.embedding_bag(self.owners, self.vectors, self.offsets, mode="sum", per_sample_weights=self.weights)
-        return rows if self.added is None else rows.index_add_(0, *self.added)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The rows of features start to stop, (stop - start, D). Waits for a GPU."""
-        first = int(self.offsets[start])
-        last = int(self.offsets[stop]) if stop < len(self.offsets) else len(self.owners)
-        added = self.added
-        if added is not None:
-            features, rows = added
-            low, high = torch.searchsorted(features, torch.tensor([start, stop], device=features.device)).tolist()
-            added = features[low:high] - start, rows[low:high]
-        offsets = self.offsets[start:stop] - first
-        return MatrixGradient(offsets, self.vectors, self.owners[first:last], self.weights[first:last], added).whole()
-
-
-class Weights(NamedTuple):
-    """The four parameters of an autoencoder."""
-
-    W_enc: Tensor  # (D, F)
-    b_enc: Tensor  # (F)
-    W_dec: Tensor  # (F, D)
-    b_dec: Tensor  # (D)
-
-
-class AuxK(NamedTuple):
-    """The auxiliary loss that revives dead features."""
-
-    dead: Tensor  # (A) int64, ascending: the features that count as dead
-    k: int  # dead features that a token may use, at most A are
-    coefficient: float  # weight of the loss
-
-
-class Step(NamedTuple):
-    """Loss and gradients of one batch; scalars are tensors, so that nothing waits for the device."""
-
-    loss: Tensor  # normalized_mse + auxk coefficient * auxk
-    normalized_mse: Tensor
-    auxk: Tensor
-    l0: Tensor  # mean number of features with an activation above 0
-    values: Tensor  # (B, K)
-    indices: Tensor  # (B, K)
-    W_enc: MatrixGradient  # (F, D): feature by feature
-    b_enc: Tensor  # gradient (F)
-    W_dec: MatrixGradient  # (F, D)
-    b_dec: Tensor  # gradient (D)
 
 
 @torch.no_grad()
@@ -207,16 +101,6 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16
         W_dec=grad_W_dec,
         b_dec=grad_z_hat.sum(dim=0) - W_enc @ grad_b_enc,  # it also enters every pre-activation, by the centering
     )
-
-
-class Used(NamedTuple):
-    """The features that one of the two losses used, and its gradients."""
-
-    features: Tensor  # (B, k)
-    values: Tensor  # (B, k), their activations
-    grad_values: Tensor  # (B, k), the gradient of their pre-activations
-    grad_z_hat: Tensor  # (B, D), that of what they decode to
-    among: Tensor | None = None  # (A) what `features` are indices into, where dense products with all A are faster
 
 
 def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> tuple[Tensor, Used]:
