@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mistral_sae.sae import kernels
+from mistral_sae.sae.kernels import portable
 from mistral_sae.sae.kernels import step as kernels_step
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -66,7 +67,8 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
 
     on_device = [p.T.contiguous().to(device).T if i == 0 else p.to(device) for i, p in enumerate(parameters)]
     aux = kernels.AuxK(dead.to(device), K_AUX, 1 / 32)
-    step = kernels.topk_step(z.to(device), kernels.Weights(*on_device), K, aux, bf16)
+    W_enc_bf16 = on_device[0].bfloat16() if bf16 else None
+    step = kernels.topk_step(z.to(device), kernels.Weights(*on_device, W_enc_bf16), K, aux)
 
     assert step.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert step.normalized_mse.item() == pytest.approx(normalized_mse.item(), rel=1e-5)
@@ -78,13 +80,15 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
 
 
 @pytest.mark.parametrize("k_aux", [5, 2])  # the second loss by dense products, and by gathered rows
-def test_a_matrix_gradient_is_the_same_in_blocks(k_aux):
+def test_a_matrix_gradient_is_the_same_in_blocks(k_aux, monkeypatch):
     parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
     z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
     step = kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, k_aux, 1 / 32))
     assert (step.W_dec.added is None) == (len(dead) > kernels_step.DENSE_AUXK * k_aux)
+    monkeypatch.setitem(portable.BLOCK_BYTES, "cpu", 7 * 16 * 4)
     for gradient in (step.W_enc, step.W_dec):
-        blocks = [gradient.rows(start, min(start + 7, 100)) for start in range(0, 100, 7)]
+        blocks = [block for _, block in portable.blocks(gradient)]
+        assert [len(block) for block in blocks] == [7] * 14 + [2]
         assert torch.equal(torch.cat(blocks), gradient.whole())
         assert gradient.whole()[dead].any()  # else the second loss is not in it
 
@@ -102,7 +106,7 @@ def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
     W_enc, b_enc, _, b_dec = random_parameters(64, 4096)
     centered = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) - b_dec
     values, indices = kernels.encode(centered, W_enc, b_enc, 16)
-    values_bf16, indices_bf16 = kernels.encode(centered, W_enc, b_enc, 16, bf16=True)
+    values_bf16, indices_bf16 = kernels.encode(centered, W_enc, b_enc, 16, W_enc.bfloat16())
     assert torch.equal(indices.sort(dim=1).values, indices_bf16.sort(dim=1).values)
     torch.testing.assert_close(values_bf16.sort(dim=1).values, values.sort(dim=1).values, rtol=1e-5, atol=1e-6)
 
@@ -137,5 +141,5 @@ def test_the_product_is_in_bfloat16_where_that_is_asked(monkeypatch, bf16):
     W_enc, b_enc, _, _ = random_parameters(16, 256)
     dtypes, linear = [], kernels_step.F.linear
     monkeypatch.setattr(kernels_step.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
-    kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, bf16=bf16)
+    kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, W_enc.bfloat16() if bf16 else None)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.sae.kernels.portable import decode, inner_products, topk
+from mistral_sae.sae.kernels.devices import operations
+from mistral_sae.sae.kernels.portable import decode, topk
 from mistral_sae.sae.kernels.types import AuxK, MatrixGradient, Step, Used, Weights
 
 # Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take about as long
@@ -22,7 +23,7 @@ CHUNK_BYTES = {
     ("cpu", torch.float32): 2**26,
     ("cpu", torch.bfloat16): 2**23,
     ("cuda", torch.float32): 2**28,
-    ("cuda", torch.bfloat16): 2**28,
+    ("cuda", torch.bfloat16): 2**30,
 }
 SMALLEST_VARIANCE = 1e-12  # floor of the loss's denominator: a batch of one token has no variance about its mean
 
@@ -35,30 +36,33 @@ def bf16_pays(device: torch.device) -> bool:
     return any(check() for check in checks)
 
 
-def encode(centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bf16: bool = False) -> tuple[Tensor, Tensor]:
+def encode(
+    centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, W_enc_bf16: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations of each token and their features, (B, K) and (B, K), unordered.
 
-    The only dense product; it runs over some tokens at a time, so that the pre-activations of a batch never all exist.
-    With `bf16` it only nominates: somewhat more than k candidates a token, of which float32 computes the values and
-    chooses k. Rounding can swap features whose values lie close to the k-th; so few do that the k true ones are among
-    the candidates, as a test checks, and the values are as exact as without it.
+    The only dense product; it runs over some tokens at a time, so that the pre-activations of a batch need not all
+    exist. With W_enc in bfloat16 it only nominates: somewhat more than k candidates a token, of which float32 computes
+    the values and chooses k. Rounding can swap features whose values lie close to the k-th; so few do that the k true
+    ones are among the candidates, as a test checks, and the values are as exact as without it.
     """
-    candidates, dtype = k, torch.float32
-    if bf16:
-        candidates, dtype = min(len(b_enc), k + max(8, k // 4)), torch.bfloat16
-    inputs, weight, bias = centered.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
-    step = max(1, CHUNK_BYTES[inputs.device.type, dtype] // (inputs.element_size() * len(b_enc)))
+    weight, candidates = W_enc, k
+    if W_enc_bf16 is not None:
+        weight, candidates = W_enc_bf16, min(len(b_enc), k + max(8, k // 4))
+    inputs, bias = centered.to(weight.dtype), b_enc.to(weight.dtype)
+    kind = "cpu" if inputs.device.type == "cpu" else "cuda"
+    step = max(1, CHUNK_BYTES[kind, weight.dtype] // (weight.itemsize * len(b_enc)))
     pairs = [topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)]
-    values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    if bf16:
-        exact = inner_products(centered, indices, W_enc.T) + b_enc[indices]
+    values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
+    if W_enc_bf16 is not None:
+        exact = operations(centered.device).inner_products(centered, indices, W_enc.T) + b_enc.take(indices)
         values, chosen = torch.topk(exact, k, dim=-1, sorted=False)
         indices = indices.gather(1, chosen)
     return values, indices
 
 
 @torch.no_grad()
-def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16: bool = False) -> Step:
+def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None) -> Step:
     """Loss of the TopK autoencoder with AuxK and its gradients in closed form (Gao et al. 2024, sections 2.3, A.2).
 
     ::
@@ -70,19 +74,20 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16
 
     Args:
         z: standardised residuals (B, D).
+        weights: with W_enc in bfloat16, that nominates the active features (see `encode`).
         k: active features a token.
         aux: None for the first term alone.
-        bf16: let a product in bfloat16 nominate the active features (see `encode`).
     """
-    W_enc, b_enc, W_dec, b_dec = weights
+    W_enc, b_enc, W_dec, b_dec, W_enc_bf16 = weights
     centered = z - b_dec
-    values, indices = encode(centered, W_enc, b_enc, k, bf16)
+    values, indices = encode(centered, W_enc, b_enc, k, W_enc_bf16)
     values = values.relu_()
-    error = z - (decode(values, indices, W_dec) + b_dec)
-    variance = (z - z.mean(dim=0)).square().sum().clamp_min(SMALLEST_VARIANCE)
-    normalized_mse = error.square().sum() / variance
-    grad_z_hat = error * (-2 / variance)
-    used = [Used(indices, values, inner_products(grad_z_hat, indices, W_dec) * (values > 0), grad_z_hat)]
+    error = centered - decode(values, indices, W_dec)
+    variance = variation(z).clamp_min(SMALLEST_VARIANCE)
+    normalized_mse = squared_norm(error) / variance
+    scale = -2 / variance
+    grad_values = operations(z.device).inner_products(error, indices, W_dec) * (values > 0) * scale
+    used = [Used(indices, values, grad_values, error, scale)]
     loss, auxk = normalized_mse, z.new_zeros(())
     if aux is not None and len(aux.dead) and aux.k and aux.coefficient:
         auxk, of_dead = auxk_loss(error, centered, weights, aux)
@@ -99,7 +104,7 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None, bf16
         W_enc=grad_W_enc,
         b_enc=grad_b_enc,
         W_dec=grad_W_dec,
-        b_dec=grad_z_hat.sum(dim=0) - W_enc @ grad_b_enc,  # it also enters every pre-activation, by the centering
+        b_dec=scale * error.sum(dim=0) - W_enc @ grad_b_enc,  # it also enters every pre-activation, by the centering
     )
 
 
@@ -108,21 +113,23 @@ def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> t
 
     A token uses many of them: where that is a good part of all, products with all are faster than gathered rows.
     """
-    W_enc, b_enc, W_dec, _ = weights
-    k, rows = min(aux.k, len(aux.dead)), W_dec[aux.dead]
-    pre = F.linear(centered, W_enc.T[aux.dead], b_enc[aux.dead])
-    is_dense = len(aux.dead) <= DENSE_AUXK * k
+    dead, product = aux.dead, operations(error.device).product
+    k, rows = min(aux.k, len(dead)), weights.W_dec.index_select(0, dead)
+    pre = product(centered, weights.W_enc.T.index_select(0, dead).T).add_(weights.b_enc.index_select(0, dead))
+    is_dense = len(dead) <= DENSE_AUXK * k
     values, indices = topk(pre, k)
-    e_hat = _scattered(values, indices, len(rows)) @ rows if is_dense else decode(values, indices, rows)
+    e_hat = product(_scattered(values, indices, len(rows)), rows) if is_dense else decode(values, indices, rows)
     residual = error - e_hat
-    variance = (error - error.mean(dim=0)).square().sum()
-    loss = residual.square().sum() / variance
+    variance = variation(error)
+    loss = squared_norm(residual) / variance
     finite = loss.isfinite()
-    grad_e_hat = torch.where(finite, residual * (-2 * aux.coefficient / variance), 0.0)
+    residual = torch.where(finite, residual, 0.0)
+    scale = torch.where(finite, -2 * aux.coefficient / variance, 0.0)
     loss = torch.where(finite, loss, 0.0)
     if is_dense:
-        return loss, Used(indices, values, (grad_e_hat @ rows.T).gather(1, indices), grad_e_hat, aux.dead)
-    return loss, Used(aux.dead[indices], values, inner_products(grad_e_hat, indices, rows), grad_e_hat)
+        return loss, Used(indices, values, product(residual, rows.T).gather(1, indices) * scale, residual, scale, dead)
+    grad_values = operations(error.device).inner_products(residual, indices, rows) * scale
+    return loss, Used(dead.take(indices), values, grad_values, residual, scale)
 
 
 def gradients(used: list[Used], centered: Tensor, n_features: int) -> tuple[MatrixGradient, Tensor, MatrixGradient]:
@@ -130,32 +137,55 @@ def gradients(used: list[Used], centered: Tensor, n_features: int) -> tuple[Matr
     n_tokens, device = len(centered), centered.device
     gathered = [u for u in used if u.among is None]
     features, order = torch.cat([u.features.flatten().to(torch.int32) for u in gathered]).sort(stable=True)
-    offsets = torch.searchsorted(features, torch.arange(n_features, dtype=torch.int32, device=device))
+    offsets = torch.searchsorted(features, torch.arange(n_features + 1, dtype=torch.int32, device=device))
     rows = torch.arange(n_tokens * len(gathered), device=device).split(n_tokens)  # of the tokens, loss by loss
-    owners = torch.cat([r.repeat_interleave(u.features.shape[1]) for r, u in zip(rows, gathered, strict=True)])[order]
+    owners = torch.cat([r.repeat_interleave(u.features.shape[1]) for r, u in zip(rows, gathered, strict=True)]).take(
+        order
+    )
     tokens = owners % n_tokens
-    values = torch.cat([u.values.flatten() for u in gathered])[order]
-    grad_values = torch.cat([u.grad_values.flatten() for u in gathered])[order]
+    weights = torch.cat([(u.values * u.scale).flatten() for u in gathered]).take(order)
+    grad_values = torch.cat([u.grad_values.flatten() for u in gathered]).take(order)
     grad_W_enc = MatrixGradient(offsets, centered, tokens, grad_values)
-    grad_b_enc = MatrixGradient(offsets, centered.new_ones(n_tokens, 1), tokens, grad_values).whole().squeeze(1)
-    grad_W_dec = MatrixGradient(offsets, torch.cat([u.grad_z_hat for u in gathered]), owners, values)
+    grad_b_enc = _sums(grad_values, offsets)
+    along = _sums(torch.cat([(u.values * u.grad_values).flatten() for u in gathered]).take(order), offsets)
+    errors = torch.cat([u.error for u in gathered]) if len(gathered) > 1 else gathered[0].error
+    grad_W_dec = MatrixGradient(offsets, errors, owners, weights, along=along)
     for u in used:
         if u.among is not None:
-            of_W_enc, of_b_enc, of_W_dec = _dense_gradients(u, centered, len(u.among))
+            of_W_enc, of_b_enc, of_W_dec, along_rows = _dense_gradients(u, centered, len(u.among))
             grad_W_enc = grad_W_enc._replace(added=(u.among, of_W_enc))
-            grad_W_dec = grad_W_dec._replace(added=(u.among, of_W_dec))
+            grad_W_dec = grad_W_dec._replace(added=(u.among, of_W_dec), along=along.index_add_(0, u.among, along_rows))
             grad_b_enc.index_add_(0, u.among, of_b_enc)
     return grad_W_enc, grad_b_enc, grad_W_dec
 
 
-def _dense_gradients(used: Used, centered: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rows of W_enc, of b_enc and of the rows of W_dec of some features: (A, D), (A) and (A, D)."""
+def _sums(terms: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of runs of terms, (F)."""
+    places = torch.arange(len(terms), device=terms.device)
+    return F.embedding_bag(places, terms.unsqueeze(1), offsets, mode="sum", include_last_offset=True).squeeze(1)
+
+
+def _dense_gradients(used: Used, centered: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of some rows of W_enc (A, D), b_enc (A) and rows of W_dec (A, D), and `along` the last (A)."""
+    product = operations(centered.device).product
     grad_pre = _scattered(used.grad_values, used.features, n_features)
-    of_W_enc, of_b_enc = grad_pre.T @ centered, grad_pre.sum(dim=0)
+    of_W_enc, of_b_enc = product(grad_pre.T, centered), grad_pre.sum(dim=0)
     del grad_pre
-    return of_W_enc, of_b_enc, _scattered(used.values, used.features, n_features).T @ used.grad_z_hat
+    of_W_dec = product(_scattered(used.values * used.scale, used.features, n_features).T, used.error)
+    along = _scattered(used.values * used.grad_values, used.features, n_features).sum(dim=0)
+    return of_W_enc, of_b_enc, of_W_dec, along
 
 
 def _scattered(values: Tensor, indices: Tensor, n_features: int) -> Tensor:
     """Values (B, k) in their places among all features, (B, A)."""
     return values.new_zeros(len(values), n_features).scatter_(1, indices, values)
+
+
+def variation(x: Tensor) -> Tensor:
+    """The squared norm of x (B, D) about its mean over the batch, a scalar."""
+    return x.var(dim=0, correction=0).sum() * len(x)
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """The squared norm of all of x, a scalar."""
+    return torch.linalg.vector_norm(x).square()

@@ -3,11 +3,13 @@
 Shapes: B tokens, D model width, F features, K active features, A dead features.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BETAS = (0.9, 0.999)  # of Adam: Gao et al. 2024, appendix A.3
+EPSILON = 6.25e-10  # from the same place; activations are standardised, gradients small
 
 
 class MatrixGradient(NamedTuple):
@@ -16,37 +18,67 @@ class MatrixGradient(NamedTuple):
     It is made some features at a time, so that all of it need never exist.
     """
 
-    offsets: Tensor  # (F) where each feature's run of terms begins
+    offsets: Tensor  # (F + 1) where each feature's run of terms begins, and where the last one ends
     vectors: Tensor  # (N, D)
     owners: Tensor  # (terms) which vector each term takes, feature by feature
     weights: Tensor  # (terms) and how much of it
     added: tuple[Tensor, Tensor] | None = None  # features (A), ascending, and rows (A, D) that come on top
+    along: Tensor | None = None  # (F) inner product of each row with the matrix's own, where that part is to be removed
 
     def whole(self) -> Tensor:
-        """All of it, (F, D)."""
-        rows = F.embedding_bag(self.owners, self.vectors, self.offsets, mode="sum", per_sample_weights=self.weights)
+        """All of it, (F, D), the part along the matrix's rows included."""
+        rows = F.embedding_bag(
+            self.owners, self.vectors, self.offsets,
+            mode="sum", per_sample_weights=self.weights, include_last_offset=True,
+        )  # fmt: skip
         return rows if self.added is None else rows.index_add_(0, *self.added)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The rows of features start to stop, (stop - start, D). Waits for a GPU."""
-        first = int(self.offsets[start])
-        last = int(self.offsets[stop]) if stop < len(self.offsets) else len(self.owners)
-        added = self.added
-        if added is not None:
-            features, rows = added
-            low, high = torch.searchsorted(features, torch.tensor([start, stop], device=features.device)).tolist()
-            added = features[low:high] - start, rows[low:high]
-        offsets = self.offsets[start:stop] - first
-        return MatrixGradient(offsets, self.vectors, self.owners[first:last], self.weights[first:last], added).whole()
+
+class RowState(NamedTuple):
+    """A matrix and what Adam keeps of it, updated in place."""
+
+    parameter: Tensor  # (F, D) float32
+    first: Tensor  # (F, D) moments, float32 or bfloat16
+    second: Tensor  # (F, D)
+    copy: Tensor | None = None  # (F, D) bfloat16, to be the parameter's
+
+
+class Rates(NamedTuple):
+    """What one step of Adam is the same in for all parameters; on the device but for the learning rate."""
+
+    learning_rate: float
+    divisor: Tensor  # () of the gradient, so that its norm is bounded
+    steps: Tensor  # () float32, those before this one
+
+
+class Operations(Protocol):
+    """What differs by device: `portable` is in torch, `fused` in Triton."""
+
+    def inner_products(self, x_BD: Tensor, indices: Tensor, rows_FD: Tensor) -> Tensor:
+        """Inner products of each token's vector (B, D) with its own choice of rows (F, D), indices (B, K) -> (B, K)."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The matrix product a @ b in float32."""
+
+    def squares(self, gradient: MatrixGradient) -> Tensor:
+        """The squared norm of a gradient, without its part along the matrix's rows, a scalar."""
+
+    def adam_rows(self, state: RowState, gradient: MatrixGradient, rates: Rates) -> None:
+        """One step of Adam on a matrix.
+
+        Where the gradient says what lies along the matrix's rows, that part is removed and the rows, which have unit
+        norm before, have it again afterwards.
+        """
 
 
 class Weights(NamedTuple):
-    """The four parameters of an autoencoder."""
+    """The four parameters of an autoencoder, and a copy of one."""
 
     W_enc: Tensor  # (D, F)
     b_enc: Tensor  # (F)
     W_dec: Tensor  # (F, D)
     b_dec: Tensor  # (D)
+    W_enc_bf16: Tensor | None = None  # W_enc in bfloat16, where a product with it nominates the active features
 
 
 class AuxK(NamedTuple):
@@ -78,5 +110,6 @@ class Used(NamedTuple):
     features: Tensor  # (B, k)
     values: Tensor  # (B, k), their activations
     grad_values: Tensor  # (B, k), the gradient of their pre-activations
-    grad_z_hat: Tensor  # (B, D), that of what they decode to
+    error: Tensor  # (B, D), what they leave; `scale` times it is the gradient of what they decode to
+    scale: Tensor  # ()
     among: Tensor | None = None  # (A) what `features` are indices into, where dense products with all A are faster

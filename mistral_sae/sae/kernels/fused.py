@@ -1,0 +1,225 @@
+"""Triton's kernels for a GPU of CUDA, from Ampere on: the signatures of `kernels.Operations`.
+
+Each sums in an order that its arguments fix and uses no atomics, so that a step is the same every time. Decoding and
+top-k stay with torch: its kernels move no more bytes (`python -m benchmarks.traffic`).
+
+Shapes: B tokens, D model width, F features, K chosen features, N vectors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mistral_sae.sae.kernels.types import BETAS, EPSILON, MatrixGradient, Rates, RowState
+
+ROWS, WIDTH = 64, 128  # of the tile of chosen rows whose inner products are taken at a time
+TERMS = 4  # of a feature's gradient, loaded at a time
+COLUMNS = 1024  # at a time, of the gradient whose squares are summed: that much of all vectors fits an L2 cache
+ROUNDS = tl.constexpr(7)  # of Philox, the fewest that pass the tests of its authors (Salmon et al. 2011)
+BETA1, BETA2, EPS = (tl.constexpr(value) for value in (*BETAS, EPSILON))
+# Multiplications and additions contract, as in torch's own kernels; said so that Triton does not warn of its default
+OPTIONS = {"enable_fp_fusion": True}
+
+
+# ---- inner products with chosen rows ----
+
+
+@triton.jit
+def inner_products_kernel(x, indices, rows, out, K, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A program has a token and ROWS of its chosen rows."""
+    token = tl.program_id(0).to(tl.int64)
+    chosen = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    exists = chosen < K
+    starts = tl.load(indices + token * K + chosen, mask=exists, other=0) * D
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, D, WIDTH):
+        columns = start + tl.arange(0, WIDTH)
+        inside = columns < D
+        tile = tl.load(rows + starts[:, None] + columns[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
+        sums += tile * tl.load(x + token * D + columns, mask=inside, other=0.0)[None, :]
+    tl.store(out + token * K + chosen, tl.sum(sums, axis=1), mask=exists)
+
+
+@torch.library.custom_op("mistral_sae::inner_products", mutates_args=())
+def inner_products(x_BD: Tensor, indices: Tensor, rows_FD: Tensor) -> Tensor:
+    """Inner products of each token's vector (B, D) with its own choice of rows (F, D), indices (B, K) -> (B, K)."""
+    n_tokens, k = indices.shape
+    out = x_BD.new_empty(n_tokens, k)
+    at_once = min(ROWS, triton.next_power_of_2(k))
+    with torch.cuda.device_of(x_BD):
+        inner_products_kernel[(n_tokens, triton.cdiv(k, at_once))](
+            x_BD, indices, rows_FD, out, k, x_BD.shape[1], at_once, WIDTH, num_warps=4, **OPTIONS
+        )
+    return out
+
+
+@inner_products.register_fake
+def _(x_BD: Tensor, indices: Tensor, rows_FD: Tensor) -> Tensor:
+    return x_BD.new_empty(indices.shape)
+
+
+# ---- matrix products ----
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product a @ b of float32 matrices, as three products of bfloat16 on the tensor cores.
+
+    A number is the sum of two in bfloat16, up to 2^-17 of it; of the four products of such sums, that of the two small
+    ones is left out. Three take as long as a fifth of one in float32 on an H100, by its data sheet.
+    """
+    return _multiply(_halves(a, 1, small=2), _halves(b, 0, small=1))
+
+
+def _halves(x: Tensor, dim: int, small: int) -> Tensor:
+    """x in bfloat16 three times over along a dimension, the `small`-th time what is left of it."""
+    if not x.is_contiguous():
+        return _halves(x.T, 1 - dim, small).T
+    large = x.to(torch.bfloat16)
+    parts = [large, large, large]
+    parts[small] = torch.sub(x, large, out=torch.empty_like(large))
+    return torch.cat(parts, dim=dim)
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """bfloat16 matrices, multiplied and summed in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+# ---- the optimizer's two passes over a matrix ----
+
+
+@triton.jit
+def gradient_of(gradient, feature, columns, D, TERMS: tl.constexpr):
+    """A feature's row of a gradient, at some columns."""
+    offsets, vectors, owners, weights, place, added = gradient
+    inside = columns < D
+    row = tl.zeros(columns.shape, tl.float32)
+    if place is not None:
+        at = tl.load(place + feature).to(tl.int64)
+        if at >= 0:
+            row += tl.load(added + at * D + columns, mask=inside, other=0.0)
+    stop = tl.load(offsets + feature + 1)
+    for start in range(tl.load(offsets + feature), stop, TERMS):
+        term = start + tl.arange(0, TERMS)
+        exists = term < stop
+        weight = tl.load(weights + term, mask=exists, other=0.0)
+        begin = tl.load(owners + term, mask=exists, other=0) * D
+        tile = tl.load(vectors + begin[:, None] + columns[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
+        row += tl.sum(weight[:, None] * tile, axis=0)
+    return row
+
+
+@triton.jit
+def squares_kernel(gradient, out, D, COLUMNS: tl.constexpr, TERMS: tl.constexpr):
+    """A program has some columns of a feature's row; those of all features come before the next columns."""
+    feature, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = gradient_of(gradient, feature, part * COLUMNS + tl.arange(0, COLUMNS), D, TERMS)
+    tl.store(out + feature * tl.num_programs(1) + part, tl.sum(row * row))
+
+
+@triton.jit
+def adam_rows_kernel(state, gradient, along, rates, learning_rate, D, COLUMNS: tl.constexpr, TERMS: tl.constexpr):
+    """A program has a feature's row: its gradient, projected and clipped, Adam, the row's norm, the rounded copies."""
+    parameter, first, second, copy = state
+    feature, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    inside, at = columns < D, feature * D + columns
+    p = tl.load(parameter + at, mask=inside, other=0.0)
+    g = gradient_of(gradient, feature, columns, D, TERMS)
+    if along is not None:
+        g -= tl.load(along + feature) * p
+    g /= tl.load(rates)
+    m = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+    m += (1 - BETA1) * (g - m)
+    v = BETA2 * v + (1 - BETA2) * g * g
+    p -= learning_rate / tl.load(rates + 1) * m / (tl.sqrt(v) / tl.load(rates + 2) + EPS)
+    if along is not None:
+        norm = tl.sqrt(tl.sum(p * p))
+        p /= tl.maximum(norm, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(parameter + at, p, mask=inside)
+    if copy is not None:
+        tl.store(copy + at, p.to(tl.bfloat16), mask=inside)
+    if first.dtype.element_ty == tl.bfloat16:
+        # One call of the generator has the sixteen random bits of both moments of four numbers. It counts numbers, and
+        # its key is the step and which of the two matrices this is
+        key = tl.load(rates + 3).to(tl.int32) * 2 + (along is not None)
+        a, b, c, d = tl.randint4x(key, feature * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4), ROUNDS)
+        noise = tl.join(tl.join(a, c), tl.join(b, d)).reshape(COLUMNS).to(tl.int32, bitcast=True)
+        m = rounded(m, noise & 0xFFFF)
+        v = rounded(v, (noise >> 16) & 0xFFFF)
+    tl.store(first + at, m, mask=inside)
+    tl.store(second + at, v, mask=inside)
+
+
+@triton.jit
+def rounded(x, noise):
+    """float32 -> bfloat16, up or down with the probability that makes it right on average; noise from 0 to 2^16 - 1."""
+    bits = (x.to(tl.int32, bitcast=True) + noise) & -65536
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+def squares(gradient: MatrixGradient) -> Tensor:
+    """The squared norm of a gradient, without its part along the matrix's rows (of unit norm), a scalar."""
+    total = _row_squares(_tensors(gradient)).sum()
+    return total if gradient.along is None else total - gradient.along.square().sum()
+
+
+def adam_rows(state: RowState, gradient: MatrixGradient, rates: Rates) -> None:
+    """One step of Adam on a matrix; rows that `along` belongs to have unit norm before and after."""
+    step = (rates.steps + 1).double()
+    corrections = [1 - BETAS[0] ** step, (1 - BETAS[1] ** step).sqrt()]
+    on_device = torch.stack([rates.divisor, *corrections, step]).float()
+    state_tensors = [tensor for tensor in state if tensor is not None]
+    _adam_rows(state_tensors, _tensors(gradient), gradient.along, on_device, rates.learning_rate)
+
+
+def _tensors(gradient: MatrixGradient) -> list[Tensor]:
+    """What `gradient_of` takes: where rows come on top, with the place among them of every feature, or -1."""
+    tensors = [gradient.offsets, gradient.vectors, gradient.owners, gradient.weights]
+    if gradient.added is None:
+        return tensors
+    features, rows = gradient.added
+    place = torch.full((len(gradient.offsets) - 1,), -1, dtype=torch.int32, device=rows.device)
+    place.scatter_(0, features, torch.arange(len(features), dtype=torch.int32, device=rows.device))
+    return [*tensors, place, rows]
+
+
+def _arguments(tensors: list[Tensor], count: int) -> tuple[Tensor | None, ...]:
+    return (*tensors, *[None] * (count - len(tensors)))
+
+
+@torch.library.custom_op("mistral_sae::row_squares", mutates_args=())
+def _row_squares(gradient: list[Tensor]) -> Tensor:
+    """Squares of a gradient, summed over columns, (F, parts)."""
+    n_features, d_model = len(gradient[0]) - 1, gradient[1].shape[1]
+    columns = min(COLUMNS, triton.next_power_of_2(d_model))
+    out = gradient[1].new_empty(n_features, triton.cdiv(d_model, columns))
+    with torch.cuda.device_of(out):
+        squares_kernel[out.shape](_arguments(gradient, 6), out, d_model, columns, TERMS, num_warps=4, **OPTIONS)
+    return out
+
+
+@_row_squares.register_fake
+def _(gradient: list[Tensor]) -> Tensor:
+    d_model = gradient[1].shape[1]
+    columns = min(COLUMNS, triton.next_power_of_2(d_model))
+    return gradient[1].new_empty(len(gradient[0]) - 1, triton.cdiv(d_model, columns))
+
+
+@torch.library.custom_op("mistral_sae::adam_rows", mutates_args=("state",))
+def _adam_rows(
+    state: list[Tensor], gradient: list[Tensor], along: Tensor | None, rates: Tensor, learning_rate: float
+) -> None:
+    n_features, d_model = state[0].shape
+    columns = max(4, triton.next_power_of_2(d_model))
+    with torch.cuda.device_of(rates):
+        adam_rows_kernel[(n_features,)](
+            _arguments(state, 4), _arguments(gradient, 6), along, rates, learning_rate, d_model, columns, TERMS,
+            num_warps=min(32, max(4, columns // 512)), **OPTIONS,
+        )  # fmt: skip
+
+
+@_adam_rows.register_fake
+def _(state: list[Tensor], gradient: list[Tensor], along: Tensor | None, rates: Tensor, learning_rate: float) -> None:
+    return None
