@@ -75,10 +75,13 @@ def _halves(x: Tensor, dim: int, small: int) -> Tensor:
     """x in bfloat16 three times over along a dimension, the `small`-th time what is left of it."""
     if not x.is_contiguous():
         return _halves(x.T, 1 - dim, small).T
-    large = x.to(torch.bfloat16)
-    parts = [large, large, large]
-    parts[small] = torch.sub(x, large, out=torch.empty_like(large))
-    return torch.cat(parts, dim=dim)
+    out = x.new_empty([3 * n if i == dim else n for i, n in enumerate(x.shape)], dtype=torch.bfloat16)
+    parts = list(out.chunk(3, dim=dim))
+    left = parts.pop(small)
+    for part in parts:
+        part.copy_(x)
+    torch.sub(x, parts[0], out=left)
+    return out
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -90,10 +93,15 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
-def gradient_of(gradient, feature, columns, D, TERMS: tl.constexpr):
-    """A feature's row of a gradient, at some columns."""
+def gradient_of(gradient, feature, columns, rows, products, D, TERMS: tl.constexpr):
+    """A feature's row of a gradient, at some columns.
+
+    With `rows`, writes each term's inner product at these columns with the feature's row.
+    """
     offsets, vectors, owners, weights, place, added = gradient
     inside = columns < D
+    if rows is not None:
+        own = tl.load(rows + feature * D + columns, mask=inside, other=0.0)
     row = tl.zeros(columns.shape, tl.float32)
     if place is not None:
         at = tl.load(place + feature).to(tl.int64)
@@ -107,14 +115,18 @@ def gradient_of(gradient, feature, columns, D, TERMS: tl.constexpr):
         begin = tl.load(owners + term, mask=exists, other=0) * D
         tile = tl.load(vectors + begin[:, None] + columns[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
         row += tl.sum(weight[:, None] * tile, axis=0)
+        if rows is not None:
+            tl.store(products + term * tl.num_programs(1), tl.sum(own[None, :] * tile, axis=1), mask=exists)
     return row
 
 
 @triton.jit
-def squares_kernel(gradient, out, D, COLUMNS: tl.constexpr, TERMS: tl.constexpr):
+def squares_kernel(gradient, rows, products, out, D, COLUMNS: tl.constexpr, TERMS: tl.constexpr):
     """A program has some columns of a feature's row; those of all features come before the next columns."""
     feature, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = gradient_of(gradient, feature, part * COLUMNS + tl.arange(0, COLUMNS), D, TERMS)
+    if products is not None:
+        products += part
+    row = gradient_of(gradient, feature, part * COLUMNS + tl.arange(0, COLUMNS), rows, products, D, TERMS)
     tl.store(out + feature * tl.num_programs(1) + part, tl.sum(row * row))
 
 
@@ -125,7 +137,7 @@ def adam_rows_kernel(state, gradient, along, rates, learning_rate, D, COLUMNS: t
     feature, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     inside, at = columns < D, feature * D + columns
     p = tl.load(parameter + at, mask=inside, other=0.0)
-    g = gradient_of(gradient, feature, columns, D, TERMS)
+    g = gradient_of(gradient, feature, columns, None, None, D, TERMS)
     if along is not None:
         g -= tl.load(along + feature) * p
     g /= tl.load(rates)
@@ -159,9 +171,16 @@ def rounded(x, noise):
     return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
+def row_products(gradient: MatrixGradient, rows_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner products of each term's vector with its feature's row, (terms), and the squared norm of the gradient."""
+    products, row_squares = _row_squares(_tensors(gradient), rows_FD)
+    return products.sum(dim=1), row_squares.sum()
+
+
 def squares(gradient: MatrixGradient) -> Tensor:
     """The squared norm of a gradient, without its part along the matrix's rows (of unit norm), a scalar."""
-    total = _row_squares(_tensors(gradient)).sum()
+    known = gradient.squares
+    total = _row_squares(_tensors(gradient), None)[1].sum() if known is None else known
     return total if gradient.along is None else total - gradient.along.square().sum()
 
 
@@ -190,21 +209,28 @@ def _arguments(tensors: list[Tensor], count: int) -> tuple[Tensor | None, ...]:
 
 
 @torch.library.custom_op("mistral_sae::row_squares", mutates_args=())
-def _row_squares(gradient: list[Tensor]) -> Tensor:
-    """Squares of a gradient, summed over columns, (F, parts)."""
-    n_features, d_model = len(gradient[0]) - 1, gradient[1].shape[1]
-    columns = min(COLUMNS, triton.next_power_of_2(d_model))
-    out = gradient[1].new_empty(n_features, triton.cdiv(d_model, columns))
+def _row_squares(gradient: list[Tensor], rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each term's inner products with its row, where rows are given, (terms, parts), and squares (F, parts)."""
+    products, out = _empty_parts(gradient, rows_FD)
+    d_model = gradient[1].shape[1]
     with torch.cuda.device_of(out):
-        squares_kernel[out.shape](_arguments(gradient, 6), out, d_model, columns, TERMS, num_warps=4, **OPTIONS)
-    return out
+        squares_kernel[out.shape](
+            _arguments(gradient, 6), rows_FD, None if rows_FD is None else products, out, d_model,
+            _columns(d_model), TERMS, num_warps=4, **OPTIONS,
+        )  # fmt: skip
+    return products, out
 
 
 @_row_squares.register_fake
-def _(gradient: list[Tensor]) -> Tensor:
-    d_model = gradient[1].shape[1]
-    columns = min(COLUMNS, triton.next_power_of_2(d_model))
-    return gradient[1].new_empty(len(gradient[0]) - 1, triton.cdiv(d_model, columns))
+def _empty_parts(gradient: list[Tensor], rows_FD: Tensor | None) -> tuple[Tensor, Tensor]:
+    offsets, vectors, owners = gradient[:3]
+    parts = triton.cdiv(vectors.shape[1], _columns(vectors.shape[1]))
+    n_terms = 0 if rows_FD is None else len(owners)
+    return vectors.new_empty(n_terms, parts), vectors.new_empty(len(offsets) - 1, parts)
+
+
+def _columns(d_model: int) -> int:
+    return min(COLUMNS, triton.next_power_of_2(d_model))
 
 
 @torch.library.custom_op("mistral_sae::adam_rows", mutates_args=("state",))

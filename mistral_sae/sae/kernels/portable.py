@@ -17,6 +17,7 @@ from mistral_sae.sae.kernels.types import BETAS, EPSILON, MatrixGradient, Rates,
 
 GROUP = 16  # features a group in the two-level top-k
 FEWEST_GROUPS = 3  # times k, from which on two levels are faster than one (measured)
+PAIRS = 2**14  # of gathered rows at a time
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of a parameter in float32, a block: L2 cache; few enough launches
 
 
@@ -47,20 +48,37 @@ def inner_products(x_BD: Tensor, indices: Tensor, rows_FD: Tensor) -> Tensor:
     """Inner products of each token's vector (B, D) with its own choice of rows (F, D), indices (B, K) -> (B, K)."""
     n_tokens, k = indices.shape
     if x_BD.device.type == "cpu":
+        order = indices.argsort(dim=1)
         starts = torch.arange(0, n_tokens * k + 1, k)
-        order = indices.argsort(dim=1)  # a CSR row wants ascending columns
-        columns, zeros = indices.gather(1, order).flatten(), x_BD.new_zeros(n_tokens * k)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            pattern = torch.sparse_csr_tensor(starts, columns, zeros, (n_tokens, len(rows_FD)), check_invariants=False)
-        products = torch.sparse.sampled_addmm(pattern, x_BD, rows_FD.T, beta=0.0).values().view(n_tokens, k)
+        products = _sampled(x_BD, rows_FD, starts, indices.gather(1, order).flatten()).view(n_tokens, k)
         return torch.empty_like(products).scatter_(1, order, products)
-    out = x_BD.new_empty(n_tokens, k)
-    step = max(1, 2**26 // (k * rows_FD.shape[1]))  # tokens at a time: the gathered rows are K times the batch
-    for start in range(0, n_tokens, step):
-        part = slice(start, start + step)
-        torch.bmm(rows_FD[indices[part]], x_BD[part].unsqueeze(-1), out=out[part].unsqueeze(-1))
-    return out
+    tokens = torch.arange(n_tokens, device=x_BD.device).repeat_interleave(k)
+    return _paired(x_BD, rows_FD, tokens, indices.flatten()).view(n_tokens, k)
+
+
+def row_products(gradient: MatrixGradient, rows_FD: Tensor) -> tuple[Tensor, None]:
+    """Inner products of each term's vector with its feature's row, (terms)."""
+    if rows_FD.device.type == "cpu":
+        return _sampled(rows_FD, gradient.vectors, gradient.offsets, gradient.owners), None
+    counts = gradient.offsets.diff()
+    features = torch.arange(len(rows_FD), device=counts.device)
+    features = features.repeat_interleave(counts, output_size=len(gradient.owners))
+    return _paired(rows_FD, gradient.vectors, features, gradient.owners), None
+
+
+def _sampled(a: Tensor, b: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
+    """Inner products of each row of a with some rows of b, ascending, laid out as in a CSR matrix; on a CPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        shape, zeros = (len(a), len(b)), a.new_zeros(len(columns))
+        pattern = torch.sparse_csr_tensor(offsets, columns, zeros, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
+
+
+def _paired(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Inner products of rows of a with rows of b, in pairs (N); some at a time, since the rows of both are gathered."""
+    pairs = zip(rows.split(PAIRS), columns.split(PAIRS), strict=True)
+    return torch.cat([torch.linalg.vecdot(a.index_select(0, r), b.index_select(0, c)) for r, c in pairs])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

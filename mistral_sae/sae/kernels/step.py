@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mistral_sae.sae.kernels.devices import operations
 from mistral_sae.sae.kernels.portable import decode, topk
-from mistral_sae.sae.kernels.types import AuxK, MatrixGradient, Step, Used, Weights
+from mistral_sae.sae.kernels.types import AuxK, Dense, MatrixGradient, Step, Used, Weights
 
 # Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take about as long
 # there (measured); on a GPU gathered rows should take longer, going by their traffic
@@ -86,14 +86,16 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None) -> S
     variance = variation(z).clamp_min(SMALLEST_VARIANCE)
     normalized_mse = squared_norm(error) / variance
     scale = -2 / variance
-    grad_values = operations(z.device).inner_products(error, indices, W_dec) * (values > 0) * scale
-    used = [Used(indices, values, grad_values, error, scale)]
+    used, dense = [Used(indices, values, scale * (values > 0), error, scale)], None
     loss, auxk = normalized_mse, z.new_zeros(())
     if aux is not None and len(aux.dead) and aux.k and aux.coefficient:
         auxk, of_dead = auxk_loss(error, centered, weights, aux)
         loss = normalized_mse + aux.coefficient * auxk
-        used.append(of_dead)
-    grad_W_enc, grad_b_enc, grad_W_dec = gradients(used, centered, len(W_dec))
+        if isinstance(of_dead, Used):
+            used.append(of_dead)
+        else:
+            dense = of_dead
+    grad_W_enc, grad_b_enc, grad_W_dec = gradients(used, dense, centered, W_dec)
     return Step(
         loss=loss,
         normalized_mse=normalized_mse,
@@ -108,8 +110,8 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None) -> S
     )
 
 
-def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> tuple[Tensor, Used]:
-    """How much of the error (B, D) the dead features leave, and which of them each token used.
+def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> tuple[Tensor, Used | Dense]:
+    """How much of the error (B, D) the dead features leave, and which of them each token used, or their gradients.
 
     A token uses many of them: where that is a good part of all, products with all are faster than gathered rows.
     """
@@ -126,54 +128,45 @@ def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> t
     residual = torch.where(finite, residual, 0.0)
     scale = torch.where(finite, -2 * aux.coefficient / variance, 0.0)
     loss = torch.where(finite, loss, 0.0)
-    if is_dense:
-        return loss, Used(indices, values, product(residual, rows.T).gather(1, indices) * scale, residual, scale, dead)
-    grad_values = operations(error.device).inner_products(residual, indices, rows) * scale
-    return loss, Used(dead.take(indices), values, grad_values, residual, scale)
+    if not is_dense:
+        return loss, Used(dead.take(indices), values, scale.expand_as(values), residual, scale)
+    grad_values = product(residual, rows.T).gather(1, indices) * scale
+    along = _scattered(values * grad_values, indices, len(rows)).sum(dim=0)
+    of_W_dec = product(_scattered(values * scale, indices, len(rows)).T, residual)
+    grad_pre = _scattered(grad_values, indices, len(rows))
+    return loss, Dense(dead, product(grad_pre.T, centered), grad_pre.sum(dim=0), of_W_dec, along)
 
 
-def gradients(used: list[Used], centered: Tensor, n_features: int) -> tuple[MatrixGradient, Tensor, MatrixGradient]:
+def gradients(
+    used: list[Used], dense: Dense | None, centered: Tensor, W_dec: Tensor
+) -> tuple[MatrixGradient, Tensor, MatrixGradient]:
     """Gradients of W_enc, b_enc (F) and W_dec, which sum over the same terms: one sort by feature serves all three."""
-    n_tokens, device = len(centered), centered.device
-    gathered = [u for u in used if u.among is None]
-    features, order = torch.cat([u.features.flatten().to(torch.int32) for u in gathered]).sort(stable=True)
+    n_tokens, n_features, device = len(centered), len(W_dec), centered.device
+    features, order = torch.cat([u.features.flatten().to(torch.int32) for u in used]).sort(stable=True)
     offsets = torch.searchsorted(features, torch.arange(n_features + 1, dtype=torch.int32, device=device))
-    rows = torch.arange(n_tokens * len(gathered), device=device).split(n_tokens)  # of the tokens, loss by loss
-    owners = torch.cat([r.repeat_interleave(u.features.shape[1]) for r, u in zip(rows, gathered, strict=True)]).take(
-        order
+    rows = torch.arange(n_tokens * len(used), device=device).split(n_tokens)  # of the tokens, loss by loss
+    owners = torch.cat([r.repeat_interleave(u.features.shape[1]) for r, u in zip(rows, used, strict=True)]).take(order)
+    values, scaled, slopes = (
+        torch.cat([part.flatten() for part in parts]).take(order)
+        for parts in zip(*((u.values, u.values * u.scale, u.slopes) for u in used), strict=True)
     )
-    tokens = owners % n_tokens
-    weights = torch.cat([(u.values * u.scale).flatten() for u in gathered]).take(order)
-    grad_values = torch.cat([u.grad_values.flatten() for u in gathered]).take(order)
-    grad_W_enc = MatrixGradient(offsets, centered, tokens, grad_values)
-    grad_b_enc = _sums(grad_values, offsets)
-    along = _sums(torch.cat([(u.values * u.grad_values).flatten() for u in gathered]).take(order), offsets)
-    errors = torch.cat([u.error for u in gathered]) if len(gathered) > 1 else gathered[0].error
-    grad_W_dec = MatrixGradient(offsets, errors, owners, weights, along=along)
-    for u in used:
-        if u.among is not None:
-            of_W_enc, of_b_enc, of_W_dec, along_rows = _dense_gradients(u, centered, len(u.among))
-            grad_W_enc = grad_W_enc._replace(added=(u.among, of_W_enc))
-            grad_W_dec = grad_W_dec._replace(added=(u.among, of_W_dec), along=along.index_add_(0, u.among, along_rows))
-            grad_b_enc.index_add_(0, u.among, of_b_enc)
-    return grad_W_enc, grad_b_enc, grad_W_dec
+    errors = torch.cat([u.error for u in used]) if len(used) > 1 else used[0].error
+    grad_W_dec = MatrixGradient(offsets, errors, owners, scaled, added=dense and (dense.features, dense.W_dec))
+    products, squares = operations(device).row_products(grad_W_dec, W_dec)
+    grad_values = products * slopes
+    grad_b_enc, along = _sums(grad_values, offsets), _sums(values * grad_values, offsets)
+    if dense is not None:
+        grad_b_enc.index_add_(0, dense.features, dense.b_enc)
+        along.index_add_(0, dense.features, dense.along)
+    tokens = owners % n_tokens if len(used) > 1 else owners
+    grad_W_enc = MatrixGradient(offsets, centered, tokens, grad_values, dense and (dense.features, dense.W_enc))
+    return grad_W_enc, grad_b_enc, grad_W_dec._replace(along=along, squares=squares)
 
 
 def _sums(terms: Tensor, offsets: Tensor) -> Tensor:
     """Sums of runs of terms, (F)."""
     places = torch.arange(len(terms), device=terms.device)
     return F.embedding_bag(places, terms.unsqueeze(1), offsets, mode="sum", include_last_offset=True).squeeze(1)
-
-
-def _dense_gradients(used: Used, centered: Tensor, n_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of some rows of W_enc (A, D), b_enc (A) and rows of W_dec (A, D), and `along` the last (A)."""
-    product = operations(centered.device).product
-    grad_pre = _scattered(used.grad_values, used.features, n_features)
-    of_W_enc, of_b_enc = product(grad_pre.T, centered), grad_pre.sum(dim=0)
-    del grad_pre
-    of_W_dec = product(_scattered(used.values * used.scale, used.features, n_features).T, used.error)
-    along = _scattered(used.values * used.grad_values, used.features, n_features).sum(dim=0)
-    return of_W_enc, of_b_enc, of_W_dec, along
 
 
 def _scattered(values: Tensor, indices: Tensor, n_features: int) -> Tensor:

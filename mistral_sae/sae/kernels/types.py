@@ -24,6 +24,7 @@ class MatrixGradient(NamedTuple):
     weights: Tensor  # (terms) and how much of it
     added: tuple[Tensor, Tensor] | None = None  # features (A), ascending, and rows (A, D) that come on top
     along: Tensor | None = None  # (F) inner product of each row with the matrix's own, where that part is to be removed
+    squares: Tensor | None = None  # () its squared norm, that part included, where it is known
 
     def whole(self) -> Tensor:
         """All of it, (F, D), the part along the matrix's rows included."""
@@ -57,11 +58,17 @@ class Operations(Protocol):
     def inner_products(self, x_BD: Tensor, indices: Tensor, rows_FD: Tensor) -> Tensor:
         """Inner products of each token's vector (B, D) with its own choice of rows (F, D), indices (B, K) -> (B, K)."""
 
+    def row_products(self, gradient: MatrixGradient, rows_FD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inner products of each term's vector with its feature's row, (terms).
+
+        And the squared norm of the gradient, a scalar, where it is had on the way.
+        """
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """The matrix product a @ b in float32."""
 
     def squares(self, gradient: MatrixGradient) -> Tensor:
-        """The squared norm of a gradient, without its part along the matrix's rows, a scalar."""
+        """The squared norm of a gradient, without its part along the matrix's rows, which have unit norm; a scalar."""
 
     def adam_rows(self, state: RowState, gradient: MatrixGradient, rates: Rates) -> None:
         """One step of Adam on a matrix.
@@ -105,11 +112,20 @@ class Step(NamedTuple):
 
 
 class Used(NamedTuple):
-    """The features that one of the two losses used, and its gradients."""
+    """The features that one of the two losses used, and what its gradients are made of."""
 
     features: Tensor  # (B, k)
     values: Tensor  # (B, k), their activations
-    grad_values: Tensor  # (B, k), the gradient of their pre-activations
-    error: Tensor  # (B, D), what they leave; `scale` times it is the gradient of what they decode to
-    scale: Tensor  # ()
-    among: Tensor | None = None  # (A) what `features` are indices into, where dense products with all A are faster
+    slopes: Tensor  # (B, k), times the inner product of error and decoder row: the gradient of a pre-activation
+    error: Tensor  # (B, D), what they leave
+    scale: Tensor  # (), times the error: the gradient of what they decode to
+
+
+class Dense(NamedTuple):
+    """Gradients of some features that were used so much that they were made by products with all of them."""
+
+    features: Tensor  # (A)
+    W_enc: Tensor  # (A, D)
+    b_enc: Tensor  # (A)
+    W_dec: Tensor  # (A, D)
+    along: Tensor  # (A) inner products of W_dec's rows with their gradients
