@@ -238,12 +238,18 @@ def _adam_rows(
     state: list[Tensor], gradient: list[Tensor], along: Tensor | None, rates: Tensor, learning_rate: float
 ) -> None:
     n_features, d_model = state[0].shape
-    columns = max(4, triton.next_power_of_2(d_model))
+    columns, terms, warps = row_shape(d_model)
     with torch.cuda.device_of(rates):
         adam_rows_kernel[(n_features,)](
-            _arguments(state, 4), _arguments(gradient, 6), along, rates, learning_rate, d_model, columns, TERMS,
-            num_warps=min(32, max(4, columns // 512)), **OPTIONS,
+            _arguments(state, 4), _arguments(gradient, 6), along, rates, learning_rate, d_model, columns, terms,
+            num_warps=warps, **OPTIONS,
         )  # fmt: skip
+
+
+def row_shape(d_model: int) -> tuple[int, int, int]:
+    """Columns, terms at a time and warps of a program that holds a row: registers suffice up to D = 8,192."""
+    columns = max(4, triton.next_power_of_2(d_model))
+    return columns, TERMS if columns <= 4096 else TERMS // 2, min(32, max(4, columns // 512))
 
 
 @_adam_rows.register_fake
