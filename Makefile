@@ -3,7 +3,7 @@ BIN = .venv/bin
 PIP = $(BIN)/pip install -q --disable-pip-version-check
 export MPLBACKEND = agg
 
-.PHONY: quickstart english test bench clean
+.PHONY: quickstart english test bench clean gpu-check
 
 quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, minutes on two cores
 	@$(BIN)/python train.py
@@ -44,6 +44,9 @@ bench: .venv/installed-bench  ## side by side with peers, into benchmarks/result
 		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks.tables
+
+gpu-check: .venv/installed-dev .venv/installed-bench  ## with a GPU: its tests and its benchmark, into one file
+	@$(BIN)/python -m benchmarks.gpu --check
 
 # torch first, from its own line: the packages after it accept the one that is there
 .venv/installed: requirements.txt

@@ -24,9 +24,18 @@ from torch.utils.flop_counter import flop_registry
 
 from mistral_sae.sae.kernels import devices
 
-BANDWIDTH = 0.85 * 3.35e12  # bytes a second: an H100's (SXM), and the share of it that long copies reach
-PRODUCTS = {torch.bfloat16: 0.7 * 989e12, torch.float32: 0.7 * 67e12}  # operations a second, by what is multiplied
 CAPABILITY = (9, 0)
+
+
+class Speeds(NamedTuple):
+    """What a device does in a second."""
+
+    bandwidth: float  # bytes
+    bfloat16: float  # operations in a product of such matrices
+    float32: float
+
+
+H100 = Speeds(0.85 * 3.35e12, 0.7 * 989e12, 0.7 * 67e12)  # SXM, dense: shares that long copies and large products reach
 
 
 class Cost(NamedTuple):
@@ -155,8 +164,15 @@ def tensors_of(tree: Any) -> list[Tensor]:
 class Count(TorchDispatchMode):
     """Costs by term, peak memory, operators that make the host wait, and operators on the host."""
 
-    def __init__(self, terms: dict[str, str], by_operator: dict[tuple[str, str], str], device: str = "cuda"):
+    def __init__(
+        self,
+        terms: dict[str, str],
+        by_operator: dict[tuple[str, str], str],
+        device: str = "cuda",
+        speeds: Speeds = H100,
+    ):
         super().__init__()
+        self.speeds = speeds
         self.device = device  # whose operators count
         self.terms = terms  # by the name of a function: the innermost counts, but all of AuxK is AuxK
         self.by_operator = by_operator  # by operator and term
@@ -185,10 +201,10 @@ class Count(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         count = moved(func, args, kwargs, out)
-        dtype = torch.bfloat16 if any(t.dtype == torch.bfloat16 for t in tensors) else torch.float32
+        is_bf16 = any(t.dtype == torch.bfloat16 for t in tensors)
         term = self._term(sys._getframe(1))
         term = self.by_operator.get((name, term), term)
-        seconds = max(count / BANDWIDTH, flops / PRODUCTS[dtype])
+        seconds = max(count / self.speeds.bandwidth, flops / (self.speeds.bfloat16 if is_bf16 else self.speeds.float32))
         self.costs[term] = self.costs.get(term, Cost()) + Cost(count, flops, seconds)
         return out
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.accounting import BANDWIDTH, PRODUCTS, Cost, Count, pretended_gpu
+from benchmarks.accounting import H100, Cost, Count, Speeds, pretended_gpu
 from benchmarks.machine import save
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
@@ -41,7 +41,6 @@ OURS = {
     "decode": "decode",
     "gradients": "sort by feature",
     "auxk_loss": "AuxK",
-    "_dense_gradients": "AuxK",
     "squares": "norm of the encoder's gradient",
     "adam_rows": "gradients, projection, Adam, rounding, rows",
     "topk_step": "losses, gradients of biases",
@@ -77,9 +76,9 @@ def config_of(sizes: Sizes) -> TrainConfig:
     )  # fmt: skip
 
 
-def our_step(sizes: Sizes) -> Count:
+def our_step(sizes: Sizes, speeds: Speeds = H100) -> Count:
     """Ours, with the number of dead features that the sizes say."""
-    count = Count(OURS, OURS_BY_OPERATOR)
+    count = Count(OURS, OURS_BY_OPERATOR, speeds=speeds)
     with pretended_gpu(), count, patch.object(Trainer, "find_dead"):  # which waits, between the steps
         trainer = Trainer(config_of(sizes), "cuda", bf16=True)
         trainer.dead = torch.empty(sizes.dead, dtype=torch.int64, device="cuda")
@@ -142,11 +141,11 @@ def sparsifys_step(sizes: Sizes) -> Count:
     return count
 
 
-def floor(sizes: Sizes) -> Cost:
+def floor(sizes: Sizes, speeds: Speeds = H100) -> Cost:
     """What no step avoids: the encoder product, and parameters and moments read and written."""
     flops = 2 * sizes.B * sizes.D * sizes.F
     count = 2 * sizes.D * sizes.F * 2 * (4 + 2 * getattr(torch, sizes.moments).itemsize)
-    return Cost(count, flops, flops / PRODUCTS[torch.bfloat16] + count / BANDWIDTH)
+    return Cost(count, flops, flops / speeds.bfloat16 + count / speeds.bandwidth)
 
 
 def as_json(count: Count) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from mistral_sae.sae import kernels
 from mistral_sae.sae.kernels import portable
 from mistral_sae.sae.kernels import step as kernels_step
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 CASES = [  # B, D, F, K, dead features, K_AUX
     (33, 24, 130, 7, 0, 0),

@@ -117,4 +117,4 @@ def test_waits_and_operators_on_the_host_are_told():
 def test_a_product_takes_as_long_as_its_operations_where_that_is_longer():
     (cost,) = counted(torch.mm, (4096, 4096), (4096, 4096), dtype=torch.bfloat16).costs.values()
     assert cost.flops == 2 * 4096**3
-    assert cost.seconds == pytest.approx(cost.flops / accounting.PRODUCTS[torch.bfloat16])
+    assert cost.seconds == pytest.approx(cost.flops / accounting.H100.bfloat16)
