@@ -1,6 +1,7 @@
-"""Compile the Triton kernels for a GPU that need not be there, at full size: a line of JSON each with what it takes.
+"""Compile what the Triton wrappers start, for a GPU that need not be there: a line of JSON a kernel with what it takes.
 
-`python tests/sae/compile_kernels.py 90`; test_fused.py reads the lines.
+`python tests/sae/compile_kernels.py 90`; test_fused.py reads the lines. Triton is told of a driver that has such a GPU,
+and kernels are compiled for the arguments that they are called with and not started.
 """
 
 import json
@@ -9,75 +10,62 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
-import triton
+import torch
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from mistral_sae.sae.kernels import fused
-
-GRADIENT = ("*i64", "*fp32", "*i64", "*fp32")
-GRADIENTS = (*GRADIENT, None, None), (*GRADIENT, "*i32", "*fp32")  # without rows on top, and with
-
+from mistral_sae.sae.kernels import Rates, RowState, fused
+from mistral_sae.sae.kernels.types import MatrixGradient
 
 WIDTHS = (4096, 8192)  # Mistral 7B's, and the widest at which nothing spills
+B, F, K = 6, 5, 160
 
 
-def variants():
-    """The kernels as a step starts them: arguments that are types, or constants."""
-    yield fused.inner_products_kernel, 4, {
-        "x": "*fp32", "indices": "*i64", "rows": "*fp32", "out": "*fp32", "K": "i32", "D": "i32",
-        "ROWS": fused.ROWS, "WIDTH": fused.WIDTH,
-    }  # fmt: skip
-    for gradient, rows in zip(GRADIENTS, ("*fp32", None), strict=True):
-        yield fused.squares_kernel, 4, {
-            "gradient": gradient, "rows": rows, "products": rows, "out": "*fp32", "D": "i32",
-            "COLUMNS": fused.COLUMNS, "TERMS": fused.TERMS,
-        }  # fmt: skip
-    for d_model in WIDTHS:
-        columns, terms, warps = fused.row_shape(d_model)
-        for moments in ("*fp32", "*bf16"):
-            for copy, along in (("*bf16", None), (None, "*fp32")):  # of the encoder, of the decoder
-                yield fused.adam_rows_kernel, warps, {
-                    "state": ("*fp32", moments, moments, copy), "gradient": GRADIENTS[1], "along": along,
-                    "rates": "*fp32", "learning_rate": "fp32", "D": "i32", "COLUMNS": columns, "TERMS": terms,
-                }  # fmt: skip
-
-
-def compiled(kernel, warps, arguments, capability):
-    """The kernel as `triton.compile` makes it where pointers and D are multiples of 16, as in a training."""
-    constants, multiples = {}, {}
-
-    def types(value, path):
-        if isinstance(value, tuple):
-            return tuple(types(part, (*path, i)) for i, part in enumerate(value))
-        if not isinstance(value, str):
-            constants[path] = value
-            return "constexpr"
-        if value.startswith("*") or path == (kernel.arg_names.index("D"),):
-            multiples[path] = [["tt.divisibility", 16]]
-        return value
-
-    signature = {name: types(arguments[name], (i,)) for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **fused.OPTIONS}
-    )
+def start_everything(d_model):
+    """Every kernel as a training step at this width calls it, with and without rows on top, moments of either kind."""
+    vectors, rows = torch.randn(B, d_model), torch.randn(F, d_model)
+    fused.inner_products(vectors, torch.zeros(B, K, dtype=torch.int64), rows)
+    terms = torch.arange(F + 1), vectors, torch.arange(F), torch.ones(F)
+    plain, more = MatrixGradient(*terms), MatrixGradient(*terms, (torch.tensor([1, 3]), torch.randn(2, d_model)))
+    for gradient in (plain, more):
+        fused.row_products(gradient, rows)
+        fused.squares(gradient)
+    for moments in (torch.float32, torch.bfloat16):
+        for along, copy in ((None, torch.empty(F, d_model, dtype=torch.bfloat16)), (torch.ones(F), None)):
+            state = RowState(rows, torch.ones(F, d_model, dtype=moments), torch.ones(F, d_model, dtype=moments), copy)
+            fused.adam_rows(state, more._replace(along=along), Rates(1e-3, torch.tensor(1.0), torch.tensor(0.0)))
 
 
 def main():
-    capability = int(sys.argv[1])
+    gpu = GPUTarget("cuda", int(sys.argv[1]), 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        )
+    )
+    run, made = JITFunction.run, {}
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        made[kernel.hash] = kernel
+
+    with patch.object(JITFunction, "run", compile_only):
+        for d_model in WIDTHS:
+            start_everything(d_model)
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        for kernel, warps, arguments in variants():
-            made = compiled(kernel, warps, arguments, capability)
-            path.write_bytes(made.asm["cubin"])
+        for kernel in made.values():
+            path.write_bytes(kernel.asm["cubin"])
             listing = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
             used = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
-            print(json.dumps({"kernel": kernel.__name__, "shared": made.metadata.shared} | used))
+            print(json.dumps({"kernel": kernel.name, "shared": kernel.metadata.shared} | used))
 
 
 if __name__ == "__main__":

@@ -156,16 +156,19 @@ def test_products_of_halves_are_as_exact_as_is_said():
 # ---- a training ----
 
 
-@pytest.mark.parametrize(("k", "k_aux", "dead"), [(5, 0, 0), (1, 0, 0), (32, 0, 0), (4, 3, 9), (4, 1, 9)])
-def test_some_steps_of_training_equal_torchs(monkeypatch, k, k_aux, dead):
+@pytest.mark.parametrize(("k", "k_aux", "dead", "bf16"), [
+    (5, 0, 0, True), (1, 0, 0, False), (32, 0, 0, False), (4, 3, 9, False), (4, 1, 9, True),
+])  # fmt: skip
+def test_some_steps_of_training_equal_torchs(monkeypatch, k, k_aux, dead, bf16):
     """With dead features whose second loss takes dense products (three of nine a token), and gathered rows (one)."""
     trainers, figures = [], []
     for operations in (portable, fused):
         run_on(monkeypatch, operations)
         config = TrainConfig(12, 32, k, k_aux=k_aux, max_gradient_norm=0.05, dead_after_tokens=10**9)
-        trainer = Trainer(config, bf16=False)
+        trainer = Trainer(config, bf16=bf16)
         trainer.initialize(randn(40, 12))
-        trainer.sae.W_enc.mul_(0.8)  # else activations have no gradient with K = 1, but for rounding
+        for W_enc in (trainer.sae.W_enc, *([trainer.W_enc_bf16] if bf16 else [])):
+            W_enc.mul_(0.8)  # else activations have no gradient with K = 1, but for rounding
         trainer.dead = torch.arange(3, 3 + 2 * dead, 2)
         figures.append([trainer.step(randn(10, 12, seed=10 + i), 1e-2) for i in range(3)])
         trainers.append(trainer)

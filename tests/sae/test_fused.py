@@ -37,7 +37,7 @@ def test_under_the_interpreter_every_kernel_equals_torchs():
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_every_kernel_compiles_without_spills_and_into_little_shared_memory(capability, tmp_path):
-    printed = run("tests/sae/compile_kernels.py", str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    printed = run("-W", "error", "tests/sae/compile_kernels.py", str(capability), TRITON_CACHE_DIR=str(tmp_path))
     used = [json.loads(line) for line in printed.splitlines()]
     assert {each["kernel"] for each in used} == {"inner_products_kernel", "squares_kernel", "adam_rows_kernel"}
     for each in used:

@@ -144,3 +144,13 @@ def test_the_product_is_in_bfloat16_where_that_is_asked(monkeypatch, bf16):
     monkeypatch.setattr(kernels_step.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
     kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, W_enc.bfloat16() if bf16 else None)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
+
+
+def test_inner_products_on_a_gpu_without_triton_are_those_on_a_cpu(monkeypatch):
+    """They take other operators, which run on a CPU, too."""
+    monkeypatch.setattr(portable, "PAIRS", 7)
+    x, rows = (torch.randn(n, 12, generator=torch.Generator().manual_seed(n)) for n in (10, 40))
+    indices = torch.stack([torch.randperm(40)[:5] for _ in range(10)])
+    tokens = torch.arange(10).repeat_interleave(5)
+    found = portable._paired(x, rows, tokens, indices.flatten()).view(10, 5)
+    torch.testing.assert_close(found, portable.inner_products(x, indices, rows))

@@ -45,7 +45,7 @@ class RowState(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What one step of Adam is the same in for all parameters; on the device but for the learning rate."""
+    """Numbers of one step of Adam that all parameters share."""
 
     learning_rate: float
     divisor: Tensor  # () of the gradient, so that its norm is bounded
