@@ -3,7 +3,7 @@ BIN = .venv/bin
 PIP = $(BIN)/pip install -q --disable-pip-version-check
 export MPLBACKEND = agg
 
-.PHONY: quickstart english test bench clean
+.PHONY: quickstart english test bench clean gpu-check
 
 quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in, minutes on two cores
 	@$(BIN)/python train.py
@@ -40,10 +40,13 @@ test: .venv/installed-dev  ## lint, types, import contracts and tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: .venv/installed-bench  ## side by side with peers, into benchmarks/results
-	@for name in step growth moments quality control pipeline end_to_end collect steering steering_speed gpu; do \
+	@for name in step growth moments quality control pipeline end_to_end collect steering steering_speed traffic gpu; do \
 		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks.tables
+
+gpu-check: .venv/installed-dev .venv/installed-bench  ## with a GPU: its tests and its benchmark, into one file
+	@$(BIN)/python -m benchmarks.gpu --check
 
 # torch first, from its own line: the packages after it accept the one that is there
 .venv/installed: requirements.txt

@@ -22,8 +22,9 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.gpu import DEVICE, MISTRAL_7B, SMOKE_MISTRAL, random_model, wall
+from benchmarks.clock import DEVICE, wall
 from benchmarks.machine import save
+from benchmarks.random_mistral import MISTRAL_7B, SMOKE_MISTRAL, random_model
 from benchmarks.steering_speed import QUARTER, random_autoencoder
 from mistral_sae.data.tokens import Corpus, Row
 from mistral_sae.explain import cache
@@ -160,7 +161,7 @@ class Timed:
 def beside_the_forward_pass(params: dict[str, Any], rows: int, shards: int, folder: Path) -> dict[str, Any]:
     """What writing adds to the forward pass, in whole shards of random rows."""
     layer = params["n_layers"] // 2
-    model = random_model(params, layer)
+    model = random_model(params, layer, DEVICE)
     sae = random_autoencoder(model.d_model, layer, model.device).sae
     made_up = MadeUp({"F": sae.n_features, "K": sae.k, "rows": rows})
     n_rows = max(rows, shards * cache.SHARD_TOKENS // T)

@@ -1,28 +1,27 @@
-"""What a CUDA GPU makes of it: the training step, its parts and its floor, text-free end to end, memory, sparsify.
+"""What a CUDA GPU makes of it: the training step beside what is reckoned of it, end to end, generation, memory, peers.
 
     python -m benchmarks.gpu
 
-Sizes are those that mistral_sae/defaults.py has for Mistral 7B, and the language model is a Mistral 7B up to the target
-layer with random weights, made on the device: speed and memory do not depend on what it has learned, and nothing is
-downloaded. Tokens are random too, so tokenizing is not part of it. Times are medians after a warm-up, by CUDA's own
-clock. A part that runs out of memory says so and the others go on.
+Sizes are those that mistral_sae/defaults.py has for Mistral 7B, and the language model is a Mistral 7B with random
+weights, made on the device: nothing is downloaded. Tokens are random too, so tokenizing is not part of it. Times are
+medians after a warm-up, by CUDA's own clock. A part that runs out of memory says so and the others go on.
 
-The floor of a step is one encoder product, at the rate the device is found to have for it, and Adam's traffic, at the
-bandwidth it is found to have. `--smoke` runs everything in tiny sizes, on a CPU too, and saves nothing.
+Beside each time of a step stands what benchmarks/traffic.py reckons of it, with the bandwidth and the rates of products
+that this device is found to have, and a verdict; likewise beside the peak of memory what is planned. `--check` runs the
+tests that want a GPU first and writes what they said with the rest: `make gpu-check`. `--smoke` runs everything in tiny
+sizes, on a CPU too, and saves nothing.
 """
 
 import gc
-import math
 import os
-import statistics
+import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -30,77 +29,34 @@ import numpy as np
 import torch
 
 import config
+from benchmarks import traffic
+from benchmarks.accounting import Speeds
+from benchmarks.clock import DEVICE, REPEATS, peak, seconds, speeds, wall
 from benchmarks.machine import save
-from benchmarks.stages import STEP, STEP_STAGES, Stages
+from benchmarks.random_mistral import MISTRAL_7B, SMOKE_MISTRAL, random_model, random_rows, spec_of
+from benchmarks.stages import Stages, step_parts
 from mistral_sae import cli
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.tokens import prefetch
 from mistral_sae.defaults import defaults
-from mistral_sae.model import engines
-from mistral_sae.model.folder import MISTRAL_INFERENCE, PARAMS, ModelFolder, Stored
-from mistral_sae.model.language_model import LanguageModel, ModelSpec
-from mistral_sae.model.params import shapes_of_params
-from mistral_sae.model.source import Source
-from mistral_sae.sae import memory
+from mistral_sae.sae import memory, optimizer
+from mistral_sae.sae.kernels import operations, portable
+from mistral_sae.sae.kernels import step as topk_step
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
-MISTRAL_7B = {  # params.json of v0.3
-    "dim": 4096,
-    "n_layers": 32,
-    "head_dim": 128,
-    "hidden_dim": 14336,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "norm_eps": 1e-5,
-    "vocab_size": 32768,
-    "rope_theta": 1e6,
-}
 BATCHES = (4096, 16384)  # tokens a step
-WARM_UP, REPEATS = 3, 20
 BUFFERS = 3  # of residuals, end to end, after one as a warm-up
-DEAD = 0.1  # share of the features, in the step with AuxK
-COPY_BYTES = 2**31
+DEAD = 8192  # features, in the step with AuxK
 GPU_BYTES = 24e9  # of the card that config.py's constants are meant to fit
+HOLDS = 1.3  # times what is reckoned, up to which a reckoning holds
+PROMPT, GENERATED = 32, 64  # tokens
 
 RANDOM = "MISTRAL_MODEL_PATH=random weights"  # anything but the stand-in
-SMOKE_MISTRAL = MISTRAL_7B | {
-    "dim": 64, "n_layers": 3, "head_dim": 16, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 128,
-}  # fmt: skip
 SMOKE = ["TARGET_LAYER=1", "D_HIDDEN=512", "K=8", "K_AUX=16", "CONTEXT_LENGTH=16", "BATCH_SIZE=64"]
 SMOKE += ["BUFFER_TOKENS=256", "ROWS_PER_FORWARD=4"]
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
-# ---- clock ----
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Median time of a call on the device, after a warm-up."""
-    times = []
-    for _ in range(WARM_UP + REPEATS):
-        if DEVICE.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            before = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - before)
-    return statistics.median(times[WARM_UP:])
-
-
-def wall() -> float:
-    """The time, once the device has done what it was given."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-# ---- what is measured ----
+# ---- the step ----
 
 
 def random_residuals(batch: int, d_model: int) -> torch.Tensor:
@@ -116,104 +72,79 @@ def new_trainer(d_model: int, moments: str) -> Trainer:
     return trainer
 
 
-def floor(d_model: int, batch: int, moments: str, bf16: bool) -> float:
-    """Seconds that no step can avoid."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    x = torch.randn(batch, d_model, device=DEVICE, dtype=dtype)
-    weight = torch.randn(config.D_HIDDEN, d_model, device=DEVICE, dtype=dtype)
-    source = torch.empty(COPY_BYTES if DEVICE.type == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    bandwidth = 2 * len(source) / seconds(lambda: target.copy_(source))
-    per_weight = (
-        3 * 4 + 4 * getattr(torch, moments).itemsize
-    )  # weight read and written, gradient read, two moments read and written
-    return seconds(lambda: x @ weight.T) + 2 * d_model * config.D_HIDDEN * per_weight / bandwidth
-
-
-def step(d_model: int, batch: int, moments: str) -> dict[str, Any]:
-    """The autoencoder's training step: time, with dead features too, its parts, and the floor beside it."""
-    found = step_alone(d_model, batch, moments)  # when it returns, its memory is free
-    found["floor"] = floor(d_model, batch, moments, found["bf16_product"])
-    took, ratio = found["seconds"], found["seconds"] / found["floor"]
-    print(f"  {1000 * took:.1f} ms   {batch / took:,.0f} tokens/s   {ratio:.2f} x the floor ({1 / ratio:.0%} is floor)")
-    print(f"  {1000 * found['seconds_with_dead']:.1f} ms with {DEAD:.0%} dead features")
-    for name, value in found["parts"].items():
-        print(f"    {name:34}{1000 * value:9.2f} ms")
+def step(d_model: int, batch: int, moments: str, rates: Speeds, torch_only: bool = False) -> dict[str, Any]:
+    """The autoencoder's training step: time, with dead features too, its parts, its peak, and what is reckoned."""
+    with ExitStack() as stack:
+        if torch_only:
+            for module in (topk_step, optimizer):
+                stack.enter_context(patch.object(module, "operations", lambda device: portable))
+        found = step_alone(d_model, batch, moments)  # when it returns, its memory is free
+    took = found["seconds"]
+    print(f"  {1000 * took:.1f} ms   {batch / took:,.0f} tokens/s   peak {found['peak_bytes'] / 1e9:.1f} GB")
+    print(f"  {1000 * found['seconds_with_dead']:.1f} ms with {found['dead']:,} dead features")
+    if not torch_only and find_spec("triton") is not None:
+        sizes = traffic.Sizes(batch, d_model, config.D_HIDDEN, config.K, 0, moments)
+        found["reckoned"] = judge(found, sizes, rates)
     return found
 
 
 def step_alone(d_model: int, batch: int, moments: str) -> dict[str, Any]:
-    """The same without the floor."""
+    """The same without what is reckoned."""
+    peak()
     trainer, x = new_trainer(d_model, moments), random_residuals(batch, d_model)
 
     def one() -> None:
         trainer.step(x, config.LEARNING_RATE)
 
-    found: dict[str, Any] = {"bf16_product": trainer.bf16, "seconds": seconds(one)}
+    kernels = operations(DEVICE).__name__.rpartition(".")[2]
+    found: dict[str, Any] = {"kernels": kernels, "bf16_product": trainer.bf16, "seconds": seconds(one)}
     stages = Stages()
-    with stages.wrapping(STEP):
+    with stages.wrapping(step_parts(DEVICE)):
         for _ in range(REPEATS):
             one()
         stages.stop()
-    found["parts"] = {name: stages.seconds[name] / REPEATS for name in STEP_STAGES if name in stages.seconds}
-    trainer.dead = torch.randperm(config.D_HIDDEN, device=DEVICE)[: int(DEAD * config.D_HIDDEN)].sort().values
+    found["parts"] = {name: value / REPEATS for name, value in stages.seconds.items()}
+    found["peak_bytes"] = peak()
+    found["dead"] = min(DEAD, config.D_HIDDEN // 10)
+    trainer.dead = torch.randperm(config.D_HIDDEN, device=DEVICE)[: found["dead"]].sort().values
     trainer.sae.b_enc[trainer.dead] = -100.0
     return found | {"seconds_with_dead": seconds(one)}
 
 
-def spec_of(params: dict[str, Any]) -> ModelSpec:
-    """Sizes of a mistral-inference model."""
-    shapes = shapes_of_params(params, None)
-
-    def parameters(*prefixes: str) -> int:
-        return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
-
-    return ModelSpec(
-        "random weights",
-        MISTRAL_INFERENCE,
-        params["dim"],
-        params["n_layers"],
-        params["vocab_size"],
-        parameters("tok_embeddings"),
-        tuple(parameters(f"layers.{layer}.") for layer in range(params["n_layers"])),
-        parameters("norm.", "output."),
-    )
+def judge(found: dict[str, Any], sizes: traffic.Sizes, rates: Speeds) -> dict[str, Any]:
+    """What is reckoned of a step on a device with these speeds, printed beside what was measured."""
+    count = traffic.our_step(sizes, rates)
+    with_dead = traffic.our_step(sizes._replace(dead=found["dead"]), rates)
+    reckoned = {name: cost.seconds for name, cost in count.costs.items()}
+    floor = traffic.floor(sizes, rates).seconds
+    print(f"  {verdict('step', found['seconds'], sum(reckoned.values()))}   {found['seconds'] / floor:.2f} x the floor")
+    dead_seconds = sum(cost.seconds for cost in with_dead.costs.values())
+    print(f"  {verdict('step with dead features', found['seconds_with_dead'], dead_seconds)}")
+    if found["peak_bytes"]:
+        print(f"  {verdict('peak memory', found['peak_bytes'] / 1e12, count.peak / 1e12)} (GB)")
+    for name in reckoned.keys() & found["parts"].keys():
+        print(f"    {verdict(name, found['parts'][name], reckoned[name])}")
+    return {"seconds": reckoned, "seconds_with_dead": dead_seconds, "peak_bytes": count.peak, "floor": floor}
 
 
-def random_model(params: dict[str, Any], last_layer: int) -> LanguageModel:
-    """A mistral-inference model up to `last_layer`, with random weights made on the device."""
-    spec, shapes = spec_of(params), shapes_of_params(params, None)
-    stored = {name: Stored(Path("random"), name, shape) for name, shape in shapes.items()}
-    folder = ModelFolder(Source(Path("random")), spec, PARAMS, params, stored)
-
-    def random_tensors(wanted, device, dtype):
-        tensors = {name: torch.empty(stored.shape, device=device, dtype=dtype) for name, stored in wanted.items()}
-        for tensor in tensors.values():
-            tensor.fill_(1.0) if tensor.ndim == 1 else tensor.normal_(std=tensor.shape[1] ** -0.5)
-        return tensors
-
-    with patch.object(engines, "_read_tensors", random_tensors):
-        engine = engines.MistralInference(folder, last_layer, DEVICE, torch.bfloat16)
-    return LanguageModel(spec, None, engine, last_layer, DEVICE, torch.bfloat16)
+def verdict(name: str, measured: float, reckoned: float) -> str:
+    """A line: what was measured and reckoned, in thousandths, and whether the reckoning holds."""
+    times = measured / reckoned
+    word = "holds" if times <= HOLDS else "does not hold"
+    return f"{name:48}{1000 * measured:9.2f} measured {1000 * reckoned:9.2f} reckoned {times:6.2f} x   {word}"
 
 
-def random_rows(vocab_size: int) -> Iterator[np.ndarray]:
-    """Rows of random tokens behind a BOS."""
-    generator = np.random.default_rng(config.SEED)
-    while True:
-        row = generator.integers(vocab_size, size=config.CONTEXT_LENGTH)
-        row[0] = 1
-        yield row
+# ---- the rest of a run ----
 
 
 def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
     """Tokens to a trained autoencoder, as train.py does it, with config.py's constants but for the batch."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    model = random_model(params, config.TARGET_LAYER)
+    model = random_model(params, config.TARGET_LAYER, DEVICE)
     trainer = new_trainer(model.d_model, config.MOMENTS_DTYPE)
     batches = shuffled_batches(
-        prefetch(random_rows(model.vocab_size), depth=4 * config.ROWS_PER_FORWARD),
+        prefetch(rows_of(model.vocab_size), depth=4 * config.ROWS_PER_FORWARD),
         model,
         config.TARGET_LAYER,
         batch_size=batch,
@@ -237,7 +168,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         found["peak_bytes_reserved"] = torch.cuda.max_memory_reserved()
     batches.close()
 
-    tokens = torch.from_numpy(np.stack(list(islice(random_rows(model.vocab_size), config.ROWS_PER_FORWARD))))
+    tokens = torch.from_numpy(np.stack(list(islice(rows_of(model.vocab_size), config.ROWS_PER_FORWARD))))
     forward = seconds(lambda: residuals_of(model, tokens, config.TARGET_LAYER))
     spec = spec_of(params)
     found["language_model_tokens_per_second"] = tokens[:, 1:].numel() / forward
@@ -265,6 +196,25 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
     return found
 
 
+def rows_of(vocab_size: int) -> Iterator[np.ndarray]:
+    """Rows of random tokens behind a BOS."""
+    return random_rows(vocab_size, config.CONTEXT_LENGTH, config.SEED)
+
+
+def generation(params: dict[str, Any]) -> dict[str, float]:
+    """Tokens that the whole model adds to a prompt, alone and in a batch of eight."""
+    model, found = random_model(params, None, DEVICE), {}
+    prompt = next(random_rows(model.vocab_size, PROMPT, config.SEED)).tolist()
+    for rows in (1, 8):
+        model.sample(prompt, range(rows), GENERATED)
+        start = wall()
+        model.sample(prompt, range(rows), GENERATED)
+        found[f"milliseconds a token, {rows} rows"] = 1000 * (wall() - start) / GENERATED
+    for name, value in found.items():
+        print(f"  {value:.1f} {name}")
+    return found
+
+
 def sparsify(d_model: int, batch: int) -> dict[str, float]:
     """The step of sparsify's trainer, Adam in place of its default SignSGD; in float32 with its own autocast."""
     from sparsify import SparseCoder, SparseCoderConfig
@@ -283,12 +233,21 @@ def sparsify(d_model: int, batch: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    found = {"seconds": seconds(one)}
+    peak()
+    found = {"seconds": seconds(one), "peak_bytes": peak()}
     print(f"  {1000 * found['seconds']:.1f} ms   {batch / found['seconds']:,.0f} tokens/s")
     return found
 
 
 # ---- all of it ----
+
+
+def checks() -> dict[str, Any]:
+    """What the tests say that want a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)
+    return {"exit_code": done.returncode, "output": done.stdout[-4000:]}
 
 
 def attempt(results: dict[str, Any], name: str, part: Callable[[], dict[str, Any]]) -> None:
@@ -306,7 +265,7 @@ def attempt(results: dict[str, Any], name: str, part: Callable[[], dict[str, Any
 
 def main() -> None:
     """All parts, as far as memory allows."""
-    smoke = sys.argv[1:] == ["--smoke"]
+    smoke = "--smoke" in sys.argv[1:]
     if DEVICE.type != "cuda" and not smoke:
         print("benchmarks.gpu: found no CUDA GPU, nothing is measured (--smoke runs it in tiny sizes)")
         return
@@ -315,27 +274,45 @@ def main() -> None:
     params = SMOKE_MISTRAL if smoke else MISTRAL_7B
     for name, value, _ in defaults(config, spec_of(params), DEVICE, torch.bfloat16):
         setattr(config, name, value)
-    d_model, batches = params["dim"], (config.BATCH_SIZE, 2 * config.BATCH_SIZE) if smoke else BATCHES
+    d_model = params["dim"]
     print(f"D={d_model}, F={config.D_HIDDEN}, K={config.K}, layer {config.TARGET_LAYER}, on {DEVICE.type}")
     results: dict[str, Any] = {}
     try:
-        for moments in ("float32", "bfloat16"):
-            for batch in batches:
-                name = f"step, B={batch}, moments in {moments}"
-                attempt(results, name, lambda batch=batch, moments=moments: step(d_model, batch, moments))
-        for batch in batches:
-            attempt(results, f"end to end, B={batch}", lambda batch=batch: end_to_end(params, batch))
-        if find_spec("sparsify") is None:
-            print("sparsify is not installed: pip install -r benchmarks/requirements.txt")
-            return
-        if DEVICE.type != "cuda":
-            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU
-        for batch in batches:
-            attempt(results, f"sparsify's step, B={batch}", lambda batch=batch: sparsify(d_model, batch))
-            compare(results, batch)
+        if "--check" in sys.argv[1:]:
+            attempt(results, "tests", checks)
+        measure(results, params, (config.BATCH_SIZE, 2 * config.BATCH_SIZE) if smoke else BATCHES)
     finally:
         if not smoke:
             save("gpu", {"sizes": {"D": d_model, "F": config.D_HIDDEN, "K": config.K}, "parts": results})
+
+
+def measure(results: dict[str, Any], params: dict[str, Any], batches: tuple[int, ...]) -> None:
+    """Every part into `results`."""
+    d_model, rates = params["dim"], None
+
+    def measured_speeds() -> dict[str, float]:
+        nonlocal rates
+        rates = speeds()
+        return rates._asdict()
+
+    attempt(results, "speeds", measured_speeds)
+    for moments in ("float32", "bfloat16"):
+        for batch in batches:
+            name = f"step, B={batch}, moments in {moments}"
+            attempt(results, name, lambda batch=batch, moments=moments: step(d_model, batch, moments, rates))
+    name = f"step without Triton, B={batches[0]}, moments in bfloat16"
+    attempt(results, name, lambda: step(d_model, batches[0], "bfloat16", rates, torch_only=True))
+    for batch in batches:
+        attempt(results, f"end to end, B={batch}", lambda batch=batch: end_to_end(params, batch))
+    attempt(results, "generation", lambda: generation(params))
+    if find_spec("sparsify") is None:
+        print("sparsify is not installed: pip install -r benchmarks/requirements.txt")
+        return
+    if DEVICE.type != "cuda":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU
+    for batch in batches:
+        attempt(results, f"sparsify's step, B={batch}", lambda batch=batch: sparsify(d_model, batch))
+        compare(results, batch)
 
 
 def compare(results: dict[str, Any], batch: int) -> None:

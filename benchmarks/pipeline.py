@@ -16,10 +16,12 @@ from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 import config
 import train
 from benchmarks.machine import save
-from benchmarks.stages import REST, STEP, STEP_STAGES, Part, Stages
+from benchmarks.stages import REST, Part, Stages, step_parts
 from mistral_sae import cli
 from mistral_sae.data import activations
 from mistral_sae.data.tokens import Corpus
@@ -30,6 +32,7 @@ SMOKE = ["TRAIN_TOKENS=10240", "BUFFER_TOKENS=4096", "D_HIDDEN=1024", "DEVICE=cp
 SMOKE += ["EVALUATION_ROWS=4", "EVALUATIONS=2"]
 
 START = "start: plan, model, held-out text"
+STEP = step_parts(torch.device("cpu"))
 RUN = [
     Part(train, "make_plan", START, whole=True),
     Part(train, "open_model", START, whole=True),
@@ -46,7 +49,7 @@ RUN = [
     Part(train, "save", "checkpoints", whole=True),
 ]
 ORDER = ["waiting for text", "language model", "shuffling buffer"]
-ORDER += [*STEP_STAGES, "log", "evaluation", "checkpoints", START, REST]
+ORDER += [*(part.stage for part in STEP), "log", "evaluation", "checkpoints", START, REST]
 
 
 class Background:

@@ -1,7 +1,7 @@
 """What the time of a run goes to, by stage, measured from outside: functions are wrapped while a block runs.
 
     stages = Stages()
-    with stages.wrapping(STEP):
+    with stages.wrapping(step_parts(x.device)):
         trainer.step(x, learning_rate)
     stages.seconds["encoder product"]
 
@@ -20,9 +20,10 @@ from unittest.mock import patch
 
 import torch
 
-from mistral_sae.sae import kernels
+from mistral_sae.sae import trainer
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.optimizer import SAEAdam
+from mistral_sae.sae.kernels import operations
+from mistral_sae.sae.kernels import step as topk_step
 from mistral_sae.sae.trainer import Trainer
 
 REST = "everything else"
@@ -37,20 +38,23 @@ class Part(NamedTuple):
     whole: bool = False  # stages inside count to this one too
 
 
-STEP = [
-    Part(Trainer, "step", "rest of the step"),
-    Part(SparseAutoencoder, "standardize", "standardise"),
-    Part(kernels, "encode", "encoder product"),
-    Part(kernels, "topk", "top-k"),
-    Part(kernels, "decode", "decode"),
-    Part(kernels, "inner_products", "inner products with chosen rows"),
-    Part(kernels, "gradients", "sort by feature"),
-    Part(kernels.MatrixGradient, "whole", "weight gradients"),
-    Part(kernels, "auxk_loss", "AuxK", whole=True),
-    Part(kernels, "_dense_gradients", "AuxK"),
-    Part(SAEAdam, "step", "optimizer"),
-]
-STEP_STAGES = [*dict.fromkeys(part.stage for part in STEP[1:]), STEP[0].stage]
+def step_parts(device: torch.device) -> list[Part]:
+    """The parts of a training step on a device, under the names of benchmarks/traffic.py's terms."""
+    kernels = operations(device)
+    return [
+        Part(Trainer, "step", "biases, what fired"),
+        Part(SparseAutoencoder, "standardize", "standardise"),
+        Part(trainer, "topk_step", "losses, gradients of biases"),
+        Part(topk_step, "encode", "encoder product"),
+        Part(topk_step, "topk", "top-k"),
+        Part(kernels, "inner_products", "exact values of candidates"),
+        Part(topk_step, "decode", "decode"),
+        Part(topk_step, "auxk_loss", "AuxK", whole=True),
+        Part(topk_step, "gradients", "sort by feature"),
+        Part(kernels, "row_products", "gradient of activations, norm of the decoder's"),
+        Part(kernels, "squares", "norm of the encoder's gradient"),
+        Part(kernels, "adam_rows", "gradients, projection, Adam, rounding, rows"),
+    ]
 
 
 class Stages:

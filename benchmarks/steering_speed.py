@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import MISTRAL_7B, SMOKE_MISTRAL, random_model, wall
+from benchmarks.clock import DEVICE, wall
 from benchmarks.machine import save
+from benchmarks.random_mistral import MISTRAL_7B, SMOKE_MISTRAL, random_model
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
@@ -58,7 +59,7 @@ def edits(lm: LanguageModel, loaded: LoadedSAE) -> dict[str, AbstractContextMana
 
 def measure(params: dict[str, Any], rounds: int) -> dict[str, float]:
     """Median seconds a generated token of each."""
-    lm = random_model(params, None)
+    lm = random_model(params, None, DEVICE)
     lm.tokenizer = SimpleNamespace(eos_id=-1)  # random weights end no text
     loaded = random_autoencoder(lm.d_model, lm.n_layers // 2, lm.device)
     prompt = torch.randint(lm.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.machine import save
-from mistral_sae.sae.trainer import Trainer
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU; this is the path it takes without one
 THREADS = 2
@@ -60,11 +60,9 @@ def dead_features(size: Size) -> torch.Tensor:
 
 def ours(size: Size, bf16: bool | None = None) -> Callable[[torch.Tensor], Any]:
     """Our step; by default its encoder product is in bfloat16 where that pays."""
-    trainer = Trainer(
-        size.D, size.F, size.K,
-        k_aux=size.D // 2, auxk_coefficient=1 / 32, dead_after_tokens=10**9, max_gradient_norm=1.0, bf16=bf16,
-    )  # fmt: skip
-    trainer.initialize(torch.randn(256, size.D), seed=0)
+    config = TrainConfig(size.D, size.F, size.K, k_aux=size.D // 2, dead_after_tokens=10**9)
+    trainer = Trainer(config, bf16=bf16)
+    trainer.initialize(torch.randn(256, size.D))
     dead = dead_features(size)
     trainer.sae.b_enc[dead] = -100.0
     trainer.dead = dead

@@ -183,6 +183,23 @@ def steering_speed(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def traffic(result: dict[str, Any]) -> str:
+    """What a step of full size moves on a GPU and the time reckoned from it, by term."""
+    found = result["results"]
+    rows = [["", "GB", "TFLOP", "reckoned ms", "peak memory, GB"]]
+
+    def row(name: str, cost: dict[str, float], peak: str = "") -> list[str]:
+        flops = f"{cost['flops'] / 1e12:.1f}" if cost["flops"] > 1e10 else ""
+        return [name, f"{cost['bytes'] / 1e9:.1f}", flops, f"{1000 * cost['seconds']:.1f}", peak]
+
+    for name, step in found["steps"].items():
+        rows.append(row(f"**{name}**", step["all"], f"{step['peak_bytes'] / 1e9:.1f}"))
+        if name in ("mistral-sae", "sparsify"):
+            rows += [row(term, cost) for term, cost in step["terms"].items() if cost["bytes"] > 5e7]
+    rows.append(row("**the floor**: encoder product, parameters and moments read and written", found["floor"]))
+    return _table(rows)
+
+
 def pipeline(result: dict[str, Any]) -> str:
     """Seconds of a run of train.py by stage, longest first."""
     seconds = sorted(result["results"]["seconds"].items(), key=lambda stage: -stage[1])
@@ -195,7 +212,19 @@ def pipeline(result: dict[str, Any]) -> str:
 # What makes each table, and the results that it is made from
 TABLES = {
     make.__name__: (make, [make.__name__])
-    for make in (control, quality, step, growth, end_to_end, moments, collect, pipeline, steering, steering_speed)
+    for make in (
+        control,
+        quality,
+        step,
+        growth,
+        end_to_end,
+        moments,
+        collect,
+        pipeline,
+        steering,
+        steering_speed,
+        traffic,
+    )
 } | {"peers": (peers, ["step", "end_to_end", "quality"])}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral_sae.sae import kernels
+from mistral_sae.sae.kernels import normalize_rows
 
 EPSILON = 1e-5  # added to the standard deviation a token is divided by, on the way in only, as SAE Lens does
 
@@ -112,7 +113,8 @@ class SparseAutoencoder(nn.Module):
         z, mean, std = self.standardize(x)
         centered = z - self.b_dec if self.center else z
         if self.activation == "topk":
-            values, indices = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k, bf16)
+            nominates = self.W_enc.to(torch.bfloat16) if bf16 else None
+            values, indices = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k, nominates)
             shape = (*x.shape[:-1], self.k)
             return Encoded(values.relu().view(shape), indices.view(shape), mean, std)
         pre = centered @ self.W_enc + self.b_enc
@@ -130,12 +132,6 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Residuals (..., D) -> their reconstruction (..., D)."""
         return self.decode(self.encode(x))
-
-
-@torch.no_grad()
-def normalize_rows(W_dec: Tensor) -> None:
-    """Scale each row of W_dec (F, D), or of a block of its rows, to unit norm, in place."""
-    W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.kernels import CHUNK_BYTES
-from mistral_sae.sae.optimizer import BLOCK_BYTES
+from mistral_sae.sae.kernels.portable import BLOCK_BYTES
 from mistral_sae.sae.trainer import TrainConfig
 
 SPARE = 0.03  # share of the free memory that a plan leaves to the allocator
@@ -58,26 +58,29 @@ def memory_plan(
     # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
     # width in its feed-forward layer three times over
     forward = tokens * D * (8 + 3 * 4) * model_bytes
-    chunk = max(size for (where, _), size in CHUNK_BYTES.items() if where == kind)
-    encoder = min(chunk, 4 * config.batch_size * F) * 2  # pre-activations and the selection's work space
-    bf16_encoder = 2 * D * F  # W_enc in bfloat16, in training
+    # Pre-activations and the selection's work space, on a GPU that of an eighth of them
+    work = 2.0 if kind == "cpu" else 1.25
+    chunks = [CHUNK_BYTES[kind, torch.float32], CHUNK_BYTES[kind, torch.bfloat16]]
+    encoder_float32, encoder_bf16 = (int(work * min(size, 4 * config.batch_size * F)) for size in chunks)
+    bf16_encoder = 2 * D * F  # a copy of W_enc, in training
     batch = 4 * config.batch_size * (6 * D + 8 * config.k)  # standardised, centered, error; indices, values, bags
     # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
     # (as many as half of them), and four times their rows: of both matrices and of both gradients
     auxk = 4 * min(config.auxk_features, F) * (4 * config.batch_size + 4 * D)
     row_of_logits = 4 * config.context_length * model.vocab_size
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, config.rows_per_forward * row_of_logits), row_of_logits)
-    step = encoder + bf16_encoder + batch + auxk
-    evaluation = forward + logits + encoder
+    step = max(encoder_float32, encoder_bf16) + batch + auxk
+    evaluation = forward + logits + encoder_float32
     part = "" if last_layer is None else f" to layer {last_layer}"
     return MemoryPlan(
         training={
             f"language model{part} ({model_dtype})": model.parameters(last_layer) * model_bytes,
             "autoencoder (float32)": 4 * weights,
-            "its gradients (float32)": 4 * weights if kind == "cuda" else min(4 * weights, 4 * BLOCK_BYTES[kind]),
+            # A block of features at a time; on a GPU a feature at a time, in registers
+            **({"its gradients (float32)": min(4 * weights, 4 * BLOCK_BYTES["cpu"])} if kind == "cpu" else {}),
             f"Adam's moments ({config.moments_dtype})": 2 * weights * moment_bytes,
             f"buffer of residuals ({model_dtype})": (config.buffer_tokens + config.batch_size) * D * model_bytes,
-            "activations": max(forward, step, evaluation if last_layer is None else 0),
+            "activations": bf16_encoder + max(forward, step, evaluation if last_layer is None else 0),
         },
         evaluation={
             "language model": model.parameters() * model_bytes,

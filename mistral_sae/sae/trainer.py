@@ -87,8 +87,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu", bf16: bool | None = None):
         self.config = config
         self.sae = SparseAutoencoder(config.d_model, config.d_hidden, config.k, device=device).requires_grad_(False)
-        self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype))
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
+        self.W_enc_bf16 = torch.empty_like(self.sae.W_enc, dtype=torch.bfloat16) if self.bf16 else None
+        self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype), self.W_enc_bf16)
         self.since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens
         self.counts = Counts(config.d_hidden, device)  # since `forget_counts`
         self.find_dead()
@@ -96,6 +97,12 @@ class Trainer:
     def initialize(self, x: Tensor) -> None:
         """Start from random features around the first residuals x (B, D)."""
         self.sae.initialize(self.sae.standardize(x)[0], self.config.seed)
+        self._copy_W_enc()
+
+    def _copy_W_enc(self) -> None:
+        """Bring the copy that the steps keep up to date."""
+        if self.W_enc_bf16 is not None:
+            self.W_enc_bf16.copy_(self.sae.W_enc)
 
     def find_dead(self) -> Tensor:
         """Bring `self.dead`, the indices of the dead features, up to date. Waits for the device."""
@@ -107,7 +114,7 @@ class Trainer:
         config, z = self.config, self.sae.standardize(x)[0]
         # Forward and backward
         aux = AuxK(self.dead[: config.auxk_features], config.k_aux, config.auxk_coefficient)
-        step = topk_step(z, self.sae.weights, config.k, aux, self.bf16)
+        step = topk_step(z, self.sae.weights._replace(W_enc_bf16=self.W_enc_bf16), config.k, aux)
         # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
         gradient_norm = self.adam.step(step, learning_rate, config.max_gradient_norm)
         # Remember what fired
@@ -137,6 +144,7 @@ class Trainer:
             )
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
+        self._copy_W_enc()
         self.counts.tokens = int(tensors["counted_tokens"])
         self.find_dead()
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from mistral_sae.sae import kernels
+from mistral_sae.sae.kernels import portable
+from mistral_sae.sae.kernels import step as kernels_step
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 CASES = [  # B, D, F, K, dead features, K_AUX
     (33, 24, 130, 7, 0, 0),
@@ -65,7 +68,8 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
 
     on_device = [p.T.contiguous().to(device).T if i == 0 else p.to(device) for i, p in enumerate(parameters)]
     aux = kernels.AuxK(dead.to(device), K_AUX, 1 / 32)
-    step = kernels.topk_step(z.to(device), kernels.Weights(*on_device), K, aux, bf16)
+    W_enc_bf16 = on_device[0].bfloat16() if bf16 else None
+    step = kernels.topk_step(z.to(device), kernels.Weights(*on_device, W_enc_bf16), K, aux)
 
     assert step.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert step.normalized_mse.item() == pytest.approx(normalized_mse.item(), rel=1e-5)
@@ -77,13 +81,15 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
 
 
 @pytest.mark.parametrize("k_aux", [5, 2])  # the second loss by dense products, and by gathered rows
-def test_a_matrix_gradient_is_the_same_in_blocks(k_aux):
+def test_a_matrix_gradient_is_the_same_in_blocks(k_aux, monkeypatch):
     parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
     z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
     step = kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, k_aux, 1 / 32))
-    assert (step.W_dec.added is None) == (len(dead) > kernels.DENSE_AUXK * k_aux)
+    assert (step.W_dec.added is None) == (len(dead) > kernels_step.DENSE_AUXK * k_aux)
+    monkeypatch.setitem(portable.BLOCK_BYTES, "cpu", 7 * 16 * 4)
     for gradient in (step.W_enc, step.W_dec):
-        blocks = [gradient.rows(start, min(start + 7, 100)) for start in range(0, 100, 7)]
+        blocks = [block for _, block in portable.blocks(gradient)]
+        assert [len(block) for block in blocks] == [7] * 14 + [2]
         assert torch.equal(torch.cat(blocks), gradient.whole())
         assert gradient.whole()[dead].any()  # else the second loss is not in it
 
@@ -101,7 +107,7 @@ def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
     W_enc, b_enc, _, b_dec = random_parameters(64, 4096)
     centered = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) - b_dec
     values, indices = kernels.encode(centered, W_enc, b_enc, 16)
-    values_bf16, indices_bf16 = kernels.encode(centered, W_enc, b_enc, 16, bf16=True)
+    values_bf16, indices_bf16 = kernels.encode(centered, W_enc, b_enc, 16, W_enc.bfloat16())
     assert torch.equal(indices.sort(dim=1).values, indices_bf16.sort(dim=1).values)
     torch.testing.assert_close(values_bf16.sort(dim=1).values, values.sort(dim=1).values, rtol=1e-5, atol=1e-6)
 
@@ -120,7 +126,7 @@ def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
     z, dead = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), torch.arange(3, 99, 4)
     found = []
     for ratio in (0, 1000):
-        monkeypatch.setattr(kernels, "DENSE_AUXK", ratio)
+        monkeypatch.setattr(kernels_step, "DENSE_AUXK", ratio)
         found.append(kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, 7, 1 / 32)))
     sparse, dense = found
     assert sparse.W_enc.added is None is not dense.W_enc.added
@@ -134,7 +140,17 @@ def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_product_is_in_bfloat16_where_that_is_asked(monkeypatch, bf16):
     W_enc, b_enc, _, _ = random_parameters(16, 256)
-    dtypes, linear = [], kernels.F.linear
-    monkeypatch.setattr(kernels.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
-    kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, bf16=bf16)
+    dtypes, linear = [], kernels_step.F.linear
+    monkeypatch.setattr(kernels_step.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
+    kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, W_enc.bfloat16() if bf16 else None)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
+
+
+def test_inner_products_on_a_gpu_without_triton_are_those_on_a_cpu(monkeypatch):
+    """They take other operators, which run on a CPU, too."""
+    monkeypatch.setattr(portable, "PAIRS", 7)
+    x, rows = (torch.randn(n, 12, generator=torch.Generator().manual_seed(n)) for n in (10, 40))
+    indices = torch.stack([torch.randperm(40)[:5] for _ in range(10)])
+    tokens = torch.arange(10).repeat_interleave(5)
+    found = portable._paired(x, rows, tokens, indices.flatten()).view(10, 5)
+    torch.testing.assert_close(found, portable.inner_products(x, indices, rows))

@@ -11,7 +11,6 @@ from mistral_sae.cli import override
 from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.defaults import defaults
 from mistral_sae.model.language_model import ModelSpec, inspect, load_model
-from mistral_sae.sae.kernels import topk_step
 from mistral_sae.sae.memory import MemoryPlan, free_memory, memory_plan
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
@@ -90,7 +89,6 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     trainer = Trainer(TrainConfig(spec.d_model, 512, 8, moments_dtype=moments))
     sae = trainer.sae
     sae.initialize(torch.randn(64, spec.d_model), seed=0)
-    step = topk_step(torch.randn(64, spec.d_model), sae.weights, 8)
     model = load_model(mistral_folder, last_layer=1, dtype="float32", device="cpu")
     model_weights = {p.data_ptr(): p for p in model._engine._model.parameters()}
 
@@ -99,7 +97,6 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
 
     assert plan["language model to layer 1 (float32)"] == size(model_weights.values())
     assert plan["autoencoder (float32)"] == size(sae.parameters())
-    assert plan["its gradients (float32)"] == size([step.W_enc.whole(), step.b_enc, step.W_dec.whole(), step.b_dec])
     adam = [t for name, t in trainer.state().items() if name.startswith(("adam.first", "adam.second"))]
     assert plan[f"Adam's moments ({moments})"] == size(adam)
     rest = [t for t in trainer.state().values() if t.dtype == torch.int64]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mistral_sae.sae import optimizer
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.kernels import topk_step
-from mistral_sae.sae.optimizer import BETAS, EPSILON, SAEAdam
+from mistral_sae.sae.kernels import portable, topk_step
+from mistral_sae.sae.kernels.types import BETAS, EPSILON
+from mistral_sae.sae.optimizer import SAEAdam
 
 D, F, K = 24, 200, 6
 
@@ -14,7 +14,7 @@ D, F, K = 24, 200, 6
 @pytest.fixture(params=["one block", "blocks of 7 features"])
 def blocks(request, monkeypatch):
     if request.param != "one block":
-        monkeypatch.setitem(optimizer.BLOCK_BYTES, "cpu", 7 * D * 4)
+        monkeypatch.setitem(portable.BLOCK_BYTES, "cpu", 7 * D * 4)
 
 
 def made(z):
@@ -77,7 +77,7 @@ def test_bfloat16_moments_take_half_the_memory_and_stay_close():
 def test_bfloat16_moments_follow_changes_too_small_for_bfloat16():
     """0.999 * v + 0.001 * g^2 rounds to v wherever the two are close, unless rounding is stochastic."""
     x = torch.full((20_000,), 1.0 + 2**-10)  # an eighth of the way to the next bfloat16
-    rounded = optimizer._round_stochastically(x)
+    rounded = portable.round_stochastically(x)
     assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
     assert rounded.float().mean().item() == pytest.approx(x[0].item(), abs=2e-4)
 
@@ -89,8 +89,8 @@ def test_a_step_rounds_both_moments_stochastically():
     gradients = gradients_of(sae, batches()[0])
     nothing = {name: torch.zeros_like(getattr(gradients, name)) for name in ("b_enc", "b_dec")}
     nothing |= {
-        name: getattr(gradients, name)._replace(weights=torch.zeros_like(getattr(gradients, name).weights))
-        for name in ("W_enc", "W_dec")
+        "W_enc": gradients.W_enc._replace(weights=torch.zeros_like(gradients.W_enc.weights)),
+        "W_dec": gradients.W_dec._replace(weights=torch.zeros_like(gradients.W_dec.weights), along=torch.zeros(F)),
     }
     for moments in (adam.first, adam.second):
         for tensor in moments.values():

@@ -1,0 +1,24 @@
+"""The TopK step and its kernels: `step` has the algorithm, `portable` and `fused` what differs by device."""
+
+from mistral_sae.sae.kernels.devices import operations
+from mistral_sae.sae.kernels.portable import decode, inner_products, normalize_rows, topk
+from mistral_sae.sae.kernels.step import CHUNK_BYTES, bf16_pays, encode, topk_step
+from mistral_sae.sae.kernels.types import AuxK, MatrixGradient, Rates, RowState, Step, Weights
+
+__all__ = [
+    "CHUNK_BYTES",
+    "AuxK",
+    "MatrixGradient",
+    "Rates",
+    "RowState",
+    "Step",
+    "Weights",
+    "bf16_pays",
+    "decode",
+    "encode",
+    "inner_products",
+    "normalize_rows",
+    "operations",
+    "topk",
+    "topk_step",
+]

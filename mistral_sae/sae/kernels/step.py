@@ -1,0 +1,184 @@
+"""The sparse forward and backward of the TopK step.
+
+Only the encoder product is dense. Everything behind it touches K of F features a token: the decoder gathers rows,
+both weight gradients sum over the tokens in which a feature fired, the gradient of an activation is one inner product.
+
+Shapes: B tokens, D model width, F features, K active features, A dead features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mistral_sae.sae.kernels.devices import operations
+from mistral_sae.sae.kernels.portable import decode, topk
+from mistral_sae.sae.kernels.types import AuxK, Dense, MatrixGradient, Step, Used, Weights
+
+# Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take about as long
+# there (measured); on a GPU gathered rows should take longer, going by their traffic
+DENSE_AUXK = 4
+# Bytes of pre-activations at a time. On a CPU a product in float32 wants many tokens, one in bfloat16 a result that
+# stays in cache (measured); on a GPU launches should be few
+CHUNK_BYTES = {
+    ("cpu", torch.float32): 2**26,
+    ("cpu", torch.bfloat16): 2**23,
+    ("cuda", torch.float32): 2**28,
+    ("cuda", torch.bfloat16): 2**30,
+}
+SMALLEST_VARIANCE = 1e-12  # floor of the loss's denominator: a batch of one token has no variance about its mean
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether an encoder product in bfloat16, and the exact values after it, take less time than one in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks)
+
+
+def encode(
+    centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, W_enc_bf16: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each token and their features, (B, K) and (B, K), unordered.
+
+    The only dense product; it runs over some tokens at a time, so that the pre-activations of a batch need not all
+    exist. With W_enc in bfloat16 it only nominates: somewhat more than k candidates a token, of which float32 computes
+    the values and chooses k. Rounding can swap features whose values lie close to the k-th; so few do that the k true
+    ones are among the candidates, as a test checks, and the values are as exact as without it.
+    """
+    weight, candidates = W_enc, k
+    if W_enc_bf16 is not None:
+        weight, candidates = W_enc_bf16, min(len(b_enc), k + max(8, k // 4))
+    inputs, bias = centered.to(weight.dtype), b_enc.to(weight.dtype)
+    kind = "cpu" if inputs.device.type == "cpu" else "cuda"
+    step = max(1, CHUNK_BYTES[kind, weight.dtype] // (weight.itemsize * len(b_enc)))
+    pairs = [topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)]
+    values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
+    if W_enc_bf16 is not None:
+        exact = operations(centered.device).inner_products(centered, indices, W_enc.T) + b_enc.take(indices)
+        values, chosen = torch.topk(exact, k, dim=-1, sorted=False)
+        indices = indices.gather(1, chosen)
+    return values, indices
+
+
+@torch.no_grad()
+def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None) -> Step:
+    """Loss of the TopK autoencoder with AuxK and its gradients in closed form (Gao et al. 2024, sections 2.3, A.2).
+
+    ::
+
+        loss = |z - z^|^2 / |z - mean(z)|^2  +  aux.coefficient * |e - e^|^2 / |e - mean(e)|^2
+        e = z - z^ as a constant;  e^ = topk(pre of the dead features, aux.k) @ W_dec
+
+    Sums run over the batch, means over its tokens. The second term is 0 where it is not finite.
+
+    Args:
+        z: standardised residuals (B, D).
+        weights: with W_enc in bfloat16, that nominates the active features (see `encode`).
+        k: active features a token.
+        aux: None for the first term alone.
+    """
+    W_enc, b_enc, W_dec, b_dec, W_enc_bf16 = weights
+    centered = z - b_dec
+    values, indices = encode(centered, W_enc, b_enc, k, W_enc_bf16)
+    values = values.relu_()
+    error = centered - decode(values, indices, W_dec)
+    variance = variation(z).clamp_min(SMALLEST_VARIANCE)
+    normalized_mse = squared_norm(error) / variance
+    scale = -2 / variance
+    used, dense = [Used(indices, values, scale * (values > 0), error, scale)], None
+    loss, auxk = normalized_mse, z.new_zeros(())
+    if aux is not None and len(aux.dead) and aux.k and aux.coefficient:
+        auxk, of_dead = auxk_loss(error, centered, weights, aux)
+        loss = normalized_mse + aux.coefficient * auxk
+        if isinstance(of_dead, Used):
+            used.append(of_dead)
+        else:
+            dense = of_dead
+    grad_W_enc, grad_b_enc, grad_W_dec = gradients(used, dense, centered, W_dec)
+    return Step(
+        loss=loss,
+        normalized_mse=normalized_mse,
+        auxk=auxk,
+        l0=(values > 0).sum() / len(z),
+        values=values,
+        indices=indices,
+        W_enc=grad_W_enc,
+        b_enc=grad_b_enc,
+        W_dec=grad_W_dec,
+        b_dec=scale * error.sum(dim=0) - W_enc @ grad_b_enc,  # it also enters every pre-activation, by the centering
+    )
+
+
+def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> tuple[Tensor, Used | Dense]:
+    """How much of the error (B, D) the dead features leave, and which of them each token used, or their gradients.
+
+    A token uses many of them: where that is a good part of all, products with all are faster than gathered rows.
+    """
+    dead, product = aux.dead, operations(error.device).product
+    k, rows = min(aux.k, len(dead)), weights.W_dec.index_select(0, dead)
+    pre = product(centered, weights.W_enc.T.index_select(0, dead).T).add_(weights.b_enc.index_select(0, dead))
+    is_dense = len(dead) <= DENSE_AUXK * k
+    values, indices = topk(pre, k)
+    e_hat = product(_scattered(values, indices, len(rows)), rows) if is_dense else decode(values, indices, rows)
+    residual = error - e_hat
+    variance = variation(error)
+    loss = squared_norm(residual) / variance
+    finite = loss.isfinite()
+    residual = torch.where(finite, residual, 0.0)
+    scale = torch.where(finite, -2 * aux.coefficient / variance, 0.0)
+    loss = torch.where(finite, loss, 0.0)
+    if not is_dense:
+        return loss, Used(dead.take(indices), values, scale.expand_as(values), residual, scale)
+    grad_values = product(residual, rows.T).gather(1, indices) * scale
+    along = _scattered(values * grad_values, indices, len(rows)).sum(dim=0)
+    of_W_dec = product(_scattered(values * scale, indices, len(rows)).T, residual)
+    grad_pre = _scattered(grad_values, indices, len(rows))
+    return loss, Dense(dead, product(grad_pre.T, centered), grad_pre.sum(dim=0), of_W_dec, along)
+
+
+def gradients(
+    used: list[Used], dense: Dense | None, centered: Tensor, W_dec: Tensor
+) -> tuple[MatrixGradient, Tensor, MatrixGradient]:
+    """Gradients of W_enc, b_enc (F) and W_dec, which sum over the same terms: one sort by feature serves all three."""
+    n_tokens, n_features, device = len(centered), len(W_dec), centered.device
+    features, order = torch.cat([u.features.flatten().to(torch.int32) for u in used]).sort(stable=True)
+    offsets = torch.searchsorted(features, torch.arange(n_features + 1, dtype=torch.int32, device=device))
+    rows = torch.arange(n_tokens * len(used), device=device).split(n_tokens)  # of the tokens, loss by loss
+    owners = torch.cat([r.repeat_interleave(u.features.shape[1]) for r, u in zip(rows, used, strict=True)]).take(order)
+    values, scaled, slopes = (
+        torch.cat([part.flatten() for part in parts]).take(order)
+        for parts in zip(*((u.values, u.values * u.scale, u.slopes) for u in used), strict=True)
+    )
+    errors = torch.cat([u.error for u in used]) if len(used) > 1 else used[0].error
+    grad_W_dec = MatrixGradient(offsets, errors, owners, scaled, added=dense and (dense.features, dense.W_dec))
+    products, squares = operations(device).row_products(grad_W_dec, W_dec)
+    grad_values = products * slopes
+    grad_b_enc, along = _sums(grad_values, offsets), _sums(values * grad_values, offsets)
+    if dense is not None:
+        grad_b_enc.index_add_(0, dense.features, dense.b_enc)
+        along.index_add_(0, dense.features, dense.along)
+    tokens = owners % n_tokens if len(used) > 1 else owners
+    grad_W_enc = MatrixGradient(offsets, centered, tokens, grad_values, dense and (dense.features, dense.W_enc))
+    return grad_W_enc, grad_b_enc, grad_W_dec._replace(along=along, squares=squares)
+
+
+def _sums(terms: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of runs of terms, (F)."""
+    places = torch.arange(len(terms), device=terms.device)
+    return F.embedding_bag(places, terms.unsqueeze(1), offsets, mode="sum", include_last_offset=True).squeeze(1)
+
+
+def _scattered(values: Tensor, indices: Tensor, n_features: int) -> Tensor:
+    """Values (B, k) in their places among all features, (B, A)."""
+    return values.new_zeros(len(values), n_features).scatter_(1, indices, values)
+
+
+def variation(x: Tensor) -> Tensor:
+    """The squared norm of x (B, D) about its mean over the batch, a scalar."""
+    return x.var(dim=0, correction=0).sum() * len(x)
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """The squared norm of all of x, a scalar."""
+    return torch.linalg.vector_norm(x).square()
