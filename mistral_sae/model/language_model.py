@@ -73,6 +73,8 @@ class LanguageModel:
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
         self.tokenizer, self._engine, self.last_layer = tokenizer, engine, last_layer
         self.device, self.dtype, self.special_ids = device, dtype, list(special_ids)
+        on_cpu = torch.tensor(self.special_ids, dtype=torch.long)
+        self._special = {"cpu": on_cpu, device.type: on_cpu.to(device)}
         self.span, self._tokens_BT = (0, 0, 0), torch.zeros(0, 0, dtype=torch.long)
 
     def kept(self, tokens_BT: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class LanguageModel:
         return self._is_special(self._tokens_BT)
 
     def _is_special(self, tokens_BT: Tensor) -> Tensor:
-        return torch.isin(tokens_BT, torch.tensor(self.special_ids, dtype=tokens_BT.dtype, device=tokens_BT.device))
+        return torch.isin(tokens_BT, self._special[tokens_BT.device.type])
 
     def block(self, layer: int) -> nn.Module:
         """The module whose output is blocks.{layer}.hook_resid_post; ModelError if it is not loaded."""
@@ -242,13 +244,20 @@ class LanguageModel:
         if cache is not None and (cache.rows != B or start + T > cache.max_length):
             expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
             raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
-        tokens_BT = tokens_BT.to(self.device, non_blocking=True)
+        tokens_BT = sent(tokens_BT, self.device)
         self.span, self._tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():
             hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state)
         if cache is not None:
             cache.length += T
         return hidden_BTD
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, from pinned memory, which spares waiting for what a GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def inspect(path: str | Path, engine: str | None = None) -> ModelSpec:
