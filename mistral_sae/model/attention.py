@@ -112,7 +112,8 @@ def rotate(x_BTHE: Tensor, rotary_TE: Tensor) -> Tensor:
     pairs = x_BTHE.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # which knows no complex numbers, and makes one kernel of this
         (even, odd), (cos, sin) = pairs.unbind(-1), rotary_TE.unsqueeze(1).unbind(-1)
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_BTHE)
+        both = (part.type_as(x_BTHE) for part in (even * cos - odd * sin, even * sin + odd * cos))
+        return torch.stack(tuple(both), dim=-1).flatten(-2)
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(rotary_TE).unsqueeze(1)
     return torch.view_as_real(turned).flatten(-2).type_as(x_BTHE)
 

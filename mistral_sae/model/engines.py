@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mistral_sae.cli import expect, one_line
+from mistral_sae.model import compiled
 from mistral_sae.model.attention import Past, install_attention, quiet_load, rotary_table
 from mistral_sae.model.folder import (
     CONFIG,
@@ -86,7 +87,10 @@ def open_folder(path: str | Path, engine: str | None = None, last_layer: int | N
 
 def load_engine(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Engine:
     """The model of a folder, or its embedding and layers 0..last_layer. Raises ModelError."""
-    return ENGINES[folder.spec.engine](folder, last_layer, device, dtype)
+    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype)
+    if compiled.pays(device):
+        compiled.compile_blocks(engine.blocks)
+    return engine
 
 
 # ---- transformers ----
