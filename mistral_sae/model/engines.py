@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mistral_sae.cli import expect, one_line
+from mistral_sae.cli import expect, is_out_of_memory, one_line
 from mistral_sae.model import compiled
 from mistral_sae.model.attention import Past, install_attention, quiet_load, rotary_table
 from mistral_sae.model.folder import (
@@ -179,6 +179,8 @@ def _load_in_transformers(folder: ModelFolder, last_layer: int | None, device: t
                 output_loading_info=True,
             )
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ModelError(f"{folder.path} cannot be loaded ({one_line(error)}): get the whole model") from error
     for name in sorted(set(report["missing_keys"]) - ({"norm.weight"} if last_layer is not None else set())):
         raise ModelError(f"{folder.path} has no tensor {name}: get the whole model")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "
 
 STANDIN = Path(__file__).parent.parent / "standin"  # the bundled model
 FINGERPRINTED = ["attention_norm", "attention.wv", "attention.wo", "ffn_norm"]  # alike in both engines
+DRIVER = Path("/proc/driver/nvidia/version")  # is there where NVIDIA's driver is loaded
 UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
 
 
@@ -300,7 +302,7 @@ def device_and_dtype(
     device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """The torch device and dtype to use, found where they are None (see `load_model`). Raises ModelError."""
-    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = str(device or ("cuda" if why_no_gpu() is None else "cpu"))
     if not re.fullmatch(r"mps|(cpu|cuda)(:[1-9]?\d)?", name):
         raise ModelError(f"found device {name!r}: expected cpu, cuda, cuda:0 or mps")
     found = torch.device(name)
@@ -314,6 +316,22 @@ def device_and_dtype(
     if name not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"found dtype {name}: expected float32, bfloat16 or float16")
     return found, getattr(torch, name)
+
+
+def why_no_gpu() -> str | None:
+    """Why a GPU of NVIDIA's cannot be used; "" if none is seen, None if one can be used."""
+    with warnings.catch_warnings(record=True) as said:  # PyTorch warns, once, of a driver that is too old
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    try:
+        driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text())
+    except OSError:
+        driver = None
+    if not said and driver is None:
+        return ""
+    found = f"its driver{f' {driver[1]}' if driver else ''}"
+    return f"PyTorch {torch.__version__} cannot use the GPU with {found}: update it, or install a PyTorch built for it"
 
 
 def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

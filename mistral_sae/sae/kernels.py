@@ -66,7 +66,8 @@ def encode(centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bf16: bool = 
     if bf16:
         candidates, dtype = min(len(b_enc), k + max(8, k // 4)), torch.bfloat16
     inputs, weight, bias = centered.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
-    step = max(1, CHUNK_BYTES[inputs.device.type, dtype] // (inputs.element_size() * len(b_enc)))
+    kind = "cpu" if inputs.device.type == "cpu" else "cuda"
+    step = max(1, CHUNK_BYTES[kind, dtype] // (inputs.element_size() * len(b_enc)))
     pairs = [topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)]
     values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     if bf16:

@@ -6,11 +6,15 @@ from pretended import OnDevice, pretended
 
 from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.model.language_model import load_model
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.evaluate import Evaluator
+from mistral_sae.sae.features import decoder_geometry
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 SIZES = {"D_HIDDEN": 128, "K": 4, "K_AUX": 8, "BATCH_SIZE": 128, "TRAIN_TOKENS": 5120, "BUFFER_TOKENS": 1024}
 SIZES |= {"ROWS_PER_FORWARD": 4, "CONTEXT_LENGTH": 64, "EVALUATION_ROWS": 4, "EVALUATION_STRIDE": 1, "LOG_EVERY": 10}
 SIZES |= {"CHECKPOINT_EVERY": 20, "DEAD_AFTER_TOKENS": 1000, "EXPLAIN_TOKENS": 5120, "EXPLAIN_STRIDE": 1}
+SIZES |= {"SHUFFLE_ROWS": 64}
 
 
 @pytest.fixture
@@ -122,6 +126,25 @@ def test_train_explain_and_demo_run_whole(gpu, run):
     assert "cross-entropy recovered" in trained
     assert "8 features: " in run("explain.py", EXPLAINER="offline", SELECT="random 8")
     assert "with steering" in run("demo.py", FEATURE_INDEX=3, NEW_TOKENS=8)
+
+
+def test_an_apple_gpu_which_has_no_float64_is_never_asked_for_it(monkeypatch, tokens):
+    on_cpu = load_model(None, device="cpu")
+    sae = SparseAutoencoder(on_cpu.d_model, 64, 4)
+    rows = torch.from_numpy(tokens[:4])
+    sae.initialize(sae.standardize(on_cpu.residuals(rows, 2)[:, 1:].flatten(0, 1))[0], 0)
+    expected = Evaluator(on_cpu, rows, 2, 2)(sae)
+    with pretended(monkeypatch, kind="mps") as device:
+        with pytest.raises(TypeError, match="MPS Tensor to float64"):
+            torch.ones(1, device="mps").double()
+        model, there = load_model(None, device="mps"), SparseAutoencoder(on_cpu.d_model, 64, 4, device="mps")
+        for ours, given in zip(there.parameters(), sae.parameters(), strict=True):
+            ours.data.copy_(given.data)
+        found = Evaluator(model, rows, 2, 2)(there)
+        counts = decoder_geometry(there.W_dec)
+    assert device.operators["linear"]
+    assert counts.features == 64
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 # ---- what may wait ----
