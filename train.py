@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -58,7 +59,8 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
     model = open_model(last_layer)
     held_out = corpus.held_out_rows(model.tokenizer, filled.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     evaluate = Evaluator(model, held_out, layer, rows_at_once)
-    trainer = Trainer(training, model.device)
+    with cli.room_for("the autoencoder", "D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
+        trainer = Trainer(training, model.device)
     history = start_or_resume(trainer, corpus, run_dir)
 
     skipped = Skipped()
@@ -86,7 +88,8 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
         gc.collect()
         evaluate = Evaluator(open_model(), held_out, layer, rows_at_once)
     print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
-    evaluation = evaluate(sae) | {"dead_fraction": dead_fraction}
+    with room_for_evaluating():
+        evaluation = evaluate(sae) | {"dead_fraction": dead_fraction}
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     plot_training(run_dir / "training.png", history, evaluation, density_F)
     print(f"\n{summary(evaluation)}\n")
@@ -130,14 +133,20 @@ def make_plan(corpus: Corpus) -> tuple[Filled, TrainConfig, int | None]:
 
 def open_model(last_layer: int | None = None) -> LanguageModel:
     """The language model, or its embedding and layers 0 to `last_layer`."""
-    return load_model(
-        config.MISTRAL_MODEL_PATH,
-        last_layer=last_layer,
-        device=config.DEVICE,
-        dtype=config.DTYPE,
-        engine=config.ENGINE,
-        exclude_tokens=config.EXCLUDE_TOKENS,
-    )
+    with cli.room_for("the language model", "TARGET_LAYER, or DTYPE to bfloat16"):
+        return load_model(
+            config.MISTRAL_MODEL_PATH,
+            last_layer=last_layer,
+            device=config.DEVICE,
+            dtype=config.DTYPE,
+            engine=config.ENGINE,
+            exclude_tokens=config.EXCLUDE_TOKENS,
+        )
+
+
+def room_for_evaluating() -> AbstractContextManager:
+    """Where memory does not suffice for it, say what to lower."""
+    return cli.room_for("evaluating", "ROWS_PER_FORWARD")
 
 
 def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dict[str, Any]]:
@@ -179,7 +188,8 @@ def train(
             if step == training.decay_step:  # from here on features move little
                 trainer.forget_counts()
             torch.manual_seed(config.SEED * training.steps + step)  # bfloat16 moments are rounded at random
-            figures.append(torch.stack(trainer.step(x, training.learning_rate_at(step))))
+            with cli.room_for("a step", "BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"):
+                figures.append(torch.stack(trainer.step(x, training.learning_rate_at(step))))
             step += 1
             progress.update(len(x))
 
@@ -192,7 +202,8 @@ def train(
                 if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
                     record["dead"] = len(trainer.find_dead())
                 if step in evaluate_at:
-                    record |= as_held_out(evaluate(trainer.sae))
+                    with room_for_evaluating():
+                        record |= as_held_out(evaluate(trainer.sae))
                 history.append(record)
                 append_line(run_dir / "metrics.jsonl", record)
                 progress.set_postfix_str(f"normalized MSE {record['normalized_mse']:.3f}, dead {record['dead']}")

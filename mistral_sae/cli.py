@@ -5,8 +5,10 @@ import difflib
 import inspect
 import math
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
@@ -157,16 +159,30 @@ def run(main: Callable[[], None], out_of_memory: str) -> None:
 
     `out_of_memory` says which constants to lower where the device's memory does not suffice.
     """
-    import torch  # as main's modules have
-
     try:
-        main()
+        with room_for("this run", out_of_memory):
+            main()
     except UserError as error:
         fail(error, error.exit_code)
-    except torch.OutOfMemoryError:
-        fail(f"the device is out of memory: lower {out_of_memory}", 1)
     except OSError as error:  # a full disk, a folder that cannot be written
         fail(error, 1)
+
+
+@contextmanager
+def room_for(what: str, lower: str) -> Iterator[None]:
+    """Raise Failed where memory does not suffice for something, of the device or the host; it says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Failed(f"the device is out of memory for {what}: lower {lower}") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is for want of memory; only some of PyTorch's have a kind of their own."""
+    words = r"out of memory|can't allocate memory|_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mistral_sae.model.language_model import STANDIN, ModelSpec, device_and_dtype, inspect
+from mistral_sae.model.language_model import STANDIN, ModelSpec, device_and_dtype, inspect, why_no_gpu
 
 TOKENS = 1_000_000_000  # trained on for FEATURES features
 FEATURES = 2**17
@@ -55,10 +55,12 @@ def fill(constants: Any) -> tuple[Filled, ModelSpec, list[Default]]:
     """Set the constants of a module such as config.py that are None, and run its `check` again.
 
     Returns the module, the model that it names, as `inspect` does, and what was set, in the order in which one follows
-    from another. Raises ModelError and UserError.
+    from another. Prints a line if there is a GPU that cannot be used. Raises ModelError and UserError.
     """
     spec = inspect(constants.MISTRAL_MODEL_PATH or STANDIN, constants.ENGINE)
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
+    if constants.MISTRAL_MODEL_PATH is not None and constants.DEVICE is None and (why := why_no_gpu()):
+        print(f"warning: {why}; DEVICE=cpu does without, and is slow")
     found = defaults(constants, spec, device, dtype)
     for name, value, _ in found:
         setattr(constants, name, value)

@@ -11,21 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.cli import room_for
+from mistral_sae.model.language_model import LanguageModel, sent
 
 
 def residuals_of(model: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
     """Residuals of `layer` at the positions of `model.kept`, (N, D), row by row; tokens on the CPU spare a wait."""
     kept_N = model.kept(tokens_RT).flatten().nonzero().squeeze(1)
-    x_RTD = model.residuals(_sent(tokens_RT, model.device), layer)
-    return x_RTD.flatten(0, 1).index_select(0, _sent(kept_N, model.device))
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, from pinned memory, which spares waiting for what a GPU has still to do."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    x_RTD = model.residuals(tokens_RT, layer)
+    return x_RTD.flatten(0, 1).index_select(0, sent(kept_N, model.device))
 
 
 def shuffled_batches(
@@ -67,9 +61,10 @@ def shuffled_batches(
         if skipped >= n_residuals:
             skipped -= n_residuals
             continue
-        residuals_ND = _residuals_of_buffer(tokens_RT, n_residuals, model, layer, rows_per_forward)
+        with room_for("a buffer of residuals", "BUFFER_TOKENS or ROWS_PER_FORWARD"):
+            residuals_ND = _residuals_of_buffer(tokens_RT, n_residuals, model, layer, rows_per_forward)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        order = _sent(torch.randperm(n_residuals, generator=generator)[skipped:], model.device)
+        order = sent(torch.randperm(n_residuals, generator=generator)[skipped:], model.device)
         skipped = 0
         while len(order):
             if batch is None:

@@ -1,10 +1,11 @@
-"""Attention for mistral-inference, on any device.
+"""What mistral-inference takes from xformers and its own buffer cache, for any device and without a wait for it.
 
-mistral-inference calls xformers' `memory_efficient_attention`, which does not run on a CPU and whose compiled part
-loads only with the PyTorch it was built for. The function of that name below takes its place, through PyTorch's scaled
-dot product attention; of xformers only the descriptions of masks, which are plain Python, stay in use.
+xformers' attention does not run on a CPU, and its compiled part loads only with the PyTorch that it was built for. The
+buffer cache makes the masks of every layer again for each token, on the host. `attention` below takes the place of
+both: PyTorch's scaled dot product attention, and a cache that is a slice of one block of memory.
 
-Shapes: B rows, Q queries a row, K keys a row, H heads, E width of a head, S and N queries and keys of all rows.
+Shapes: B rows, T positions of this forward, K positions seen, N positions that a cache has room for, H heads of
+queries, G heads of keys and values, E width of a head.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -47,63 +48,100 @@ def quiet_load() -> Iterator[None]:
 
 
 def install_attention() -> None:
-    """Let mistral-inference use this module's attention, in this process; a second call changes nothing."""
+    """Let mistral-inference use this module's attention and norm, in this process; a second call changes nothing."""
     with quiet("xformers"):  # it complains at import of compiled parts that are not used here
-        from mistral_inference import transformer_layers
+        from mistral_inference import transformer, transformer_layers
 
-    transformer_layers.memory_efficient_attention = memory_efficient_attention
+    transformer_layers.Attention.forward = attention
+    transformer_layers.RMSNorm = transformer.RMSNorm = RMSNorm
 
 
-class CausalView:
-    """What a block of mistral-inference needs of a cache when there is none: the causal mask.
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, which is one kernel on a GPU, for inputs of another dtype than the weight's too."""
 
-    Without it the block calls attention with no mask at all, so that every token sees every other, of other
-    rows too.
+    def forward(self, x: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, in x's dtype."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Past(NamedTuple):
+    """What a block is given in place of mistral-inference's view of a cache."""
+
+    rows: int
+    window: int | None  # positions that a query sees, its own included; None for all before it
+    start: int = 0  # of this forward: positions that the cache holds
+    keys_BGNE: Tensor | None = None  # None where nothing is kept
+    values_BGNE: Tensor | None = None
+
+    def and_now(self, key_BGTE: Tensor, value_BGTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions seen, (B, G, K, E); those of this forward are kept."""
+        if self.keys_BGNE is None or self.values_BGNE is None:
+            return key_BGTE, value_BGTE
+        end = self.start + key_BGTE.shape[2]
+        self.keys_BGNE[:, :, self.start : end] = key_BGTE
+        self.values_BGNE[:, :, self.start : end] = value_BGTE
+        return self.keys_BGNE[:, :, :end], self.values_BGNE[:, :, :end]
+
+
+def attention(self: Any, x_ND: Tensor, rotary_TE: Tensor, past: Past) -> Tensor:
+    """`Attention.forward` of mistral-inference, of N = B * T tokens: B rows, each of which sees itself only."""
+
+    def heads(projected: Tensor, count: int) -> Tensor:
+        return projected.view(past.rows, -1, count, self.head_dim)
+
+    query_BTHE = rotate(heads(self.wq(x_ND), self.n_heads), rotary_TE)
+    key_BTGE = rotate(heads(self.wk(x_ND), self.n_kv_heads), rotary_TE)
+    value_BTGE = heads(self.wv(x_ND), self.n_kv_heads)
+    key, value = past.and_now(key_BTGE.transpose(1, 2), value_BTGE.transpose(1, 2))
+    out_BHTE = causal_attention(query_BTHE.transpose(1, 2), key, value, past.window)
+    return self.wo(out_BHTE.transpose(1, 2).reshape(len(x_ND), -1))
+
+
+def rotary_table(positions: int, width: int, theta: float, device: torch.device) -> Tensor:
+    """Cosine and sine of the angles by which pairs of E / 2 are turned at each position, (positions, E / 2, 2)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
+    angles = torch.outer(torch.arange(positions, device=device).float(), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotate(x_BTHE: Tensor, rotary_TE: Tensor) -> Tensor:
+    """Queries or keys turned by their positions: neighbours (2i, 2i + 1) as complex numbers, times exp(i * angle).
+
+    `rotary_TE` (T, E / 2, 2) is in float32, and so is the product. (Su et al. 2021, "RoFormer", section 3.2)
     """
-
-    prefill = True
-
-    def __init__(self, rows: int, length: int, window: int | None):
-        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
-
-        mask = BlockDiagonalCausalMask.from_seqlens([length] * rows, device=torch.device("cpu"))
-        self.mask = mask if window is None else mask.make_local_attention(window)
-
-    def interleave_kv(self, key_NHE: Tensor, value_NHE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values as they are: nothing lies before them."""
-        return key_NHE, value_NHE
-
-    def update(self, key_NHE: Tensor, value_NHE: Tensor) -> None:
-        """Store nothing."""
+    pairs = x_BTHE.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which knows no complex numbers, and makes one kernel of this
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotary_TE.unsqueeze(1).unbind(-1)
+        both = (part.type_as(x_BTHE) for part in (even * cos - odd * sin, even * sin + odd * cos))
+        return torch.stack(tuple(both), dim=-1).flatten(-2)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(rotary_TE).unsqueeze(1)
+    return torch.view_as_real(turned).flatten(-2).type_as(x_BTHE)
 
 
-def memory_efficient_attention(query_1SHE: Tensor, key_1NHE: Tensor, value_1NHE: Tensor, attn_bias: Any) -> Tensor:
-    """Attention of flattened rows of equal length, each to its own keys only, (1, S, H, E) like the queries.
-
-    `attn_bias` is one of xformers' causal block-diagonal masks: prefill with or without a sliding window, prefill
-    after cached keys, and decoding over padded keys. Raises TypeError for any other mask, for none (that would be
-    attention in both directions and across rows), and for rows of several lengths, which no model here is given.
-    """
-    from xformers.ops.fmha import attn_bias as masks
-
-    to_bottom_right = masks.BlockDiagonalCausalFromBottomRightMask, masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
-    if not isinstance(attn_bias, (masks.BlockDiagonalCausalMask, *to_bottom_right)):
-        raise TypeError(f"found {type(attn_bias).__name__} as attention mask, expected a causal block-diagonal one")
-    queries, keys = ([b - a for a, b in part.intervals()] for part in (attn_bias.q_seqinfo, attn_bias.k_seqinfo))
-    B, Q, K = len(queries), queries[0], keys[0]
-    if queries != [Q] * B or keys != [K] * B:
-        raise TypeError(f"found rows of {queries} queries and {keys} keys, expected rows of equal length")
-    query, key, value = (
-        x.view(B, -1, *x.shape[2:])[:, :length].transpose(1, 2)  # keys may be padded
-        for x, length in ((query_1SHE, Q), (key_1NHE, K), (value_1NHE, K))
+def causal_attention(query_BHTE: Tensor, key_BGKE: Tensor, value_BGKE: Tensor, window: int | None) -> Tensor:
+    """Attention (B, H, T, E) of the last T of K positions to those up to their own, at most `window` of them."""
+    T = query_BHTE.shape[2]
+    if window is not None and T == 1:  # the keys outside of it are left out
+        key_BGKE, value_BGKE = key_BGKE[:, :, -window:], value_BGKE[:, :, -window:]
+    K = key_BGKE.shape[2]
+    seen_TK = None
+    if T > 1 and (T < K or (window is not None and window < K)):
+        last = torch.arange(K - T, K, device=query_BHTE.device).unsqueeze(1)
+        position = torch.arange(K, device=query_BHTE.device)
+        seen_TK = position <= last
+        if window is not None:
+            seen_TK &= position > last - window
+    groups = query_BHTE.shape[1] // key_BGKE.shape[1]
+    if repeats := groups > 1 and not shares_keys(query_BHTE.device, seen_TK is not None):
+        key_BGKE, value_BGKE = (x.repeat_interleave(groups, dim=1) for x in (key_BGKE, value_BGKE))
+    is_causal = seen_TK is None and T > 1
+    return F.scaled_dot_product_attention(
+        query_BHTE, key_BGKE, value_BGKE, seen_TK, is_causal=is_causal, enable_gqa=groups > 1 and not repeats
     )
-    offset = K - Q if isinstance(attn_bias, to_bottom_right) else 0
-    window = getattr(attn_bias, "_window_size", None) or Q + offset
-    needs_no_mask = Q + offset == K <= window and (Q == 1 or offset == 0)  # one query, or what PyTorch calls causal
-    seen_QK = None
-    if not needs_no_mask:
-        last = torch.arange(Q, device=query.device)[:, None] + offset
-        position = torch.arange(K, device=query.device)
-        seen_QK = (position <= last) & (position > last - window)
-    out_BHQE = F.scaled_dot_product_attention(query, key, value, seen_QK, is_causal=needs_no_mask and offset == 0)
-    return out_BHQE.transpose(1, 2).reshape(query_1SHE.shape)
+
+
+def shares_keys(device: torch.device, is_masked: bool) -> bool:
+    """Whether PyTorch has a kernel there in which heads of queries share keys; else it would write all scores."""
+    if device.type != "cuda":
+        return True
+    return not is_masked and torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention's

@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mistral_sae.cli import expect, one_line
-from mistral_sae.model.attention import CausalView, install_attention, quiet_load
+from mistral_sae.cli import expect, is_out_of_memory, one_line
+from mistral_sae.model import compiled
+from mistral_sae.model.attention import Past, install_attention, quiet_load, rotary_table
 from mistral_sae.model.folder import (
     CONFIG,
     MISTRAL_INFERENCE,
@@ -86,7 +87,10 @@ def open_folder(path: str | Path, engine: str | None = None, last_layer: int | N
 
 def load_engine(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Engine:
     """The model of a folder, or its embedding and layers 0..last_layer. Raises ModelError."""
-    return ENGINES[folder.spec.engine](folder, last_layer, device, dtype)
+    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype)
+    if compiled.pays(device):
+        compiled.compile_blocks(engine.blocks)
+    return engine
 
 
 # ---- transformers ----
@@ -117,10 +121,29 @@ class Transformers:
         return self._body(input_ids=tokens_BT, **given).last_hidden_state
 
     def new_cache(self, rows: int, length: int) -> Any:
-        """A KV cache, which grows as it is used."""
-        from transformers import DynamicCache
+        """A KV cache: a block of memory for each layer that sees all positions; windows are short, and copied."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
 
-        return DynamicCache(config=self._config)
+        class Block(DynamicLayer):
+            """What a DynamicLayer returns, without copying all of it for each token."""
+
+            def lazy_initialization(self, key_BGTE: Tensor, value_BGTE: Tensor) -> None:
+                B, G, _, E = key_BGTE.shape
+                self.block, self.device = key_BGTE.new_empty(2, B, G, length, E), key_BGTE.device
+                self.keys, self.values = self.block[:, :, :, :0]
+                self.is_initialized = True
+
+            def update(self, key_BGTE: Tensor, value_BGTE: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+                if not self.is_initialized:
+                    self.lazy_initialization(key_BGTE, value_BGTE)
+                start, end = self.keys.shape[2], self.keys.shape[2] + key_BGTE.shape[2]
+                self.block[0, :, :, start:end], self.block[1, :, :, start:end] = key_BGTE, value_BGTE
+                self.keys, self.values = self.block[:, :, :, :end]
+                return self.keys, self.values
+
+        cache = DynamicCache(config=self._config)
+        cache.layers = [Block() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
 
 
 def _load_in_transformers(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Any:
@@ -156,6 +179,8 @@ def _load_in_transformers(folder: ModelFolder, last_layer: int | None, device: t
                 output_loading_info=True,
             )
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ModelError(f"{folder.path} cannot be loaded ({one_line(error)}): get the whole model") from error
     for name in sorted(set(report["missing_keys"]) - ({"norm.weight"} if last_layer is not None else set())):
         raise ModelError(f"{folder.path} has no tensor {name}: get the whole model")
@@ -207,7 +232,7 @@ class MistralInference:
         self._model = model.eval().requires_grad_(False)
         self._args, self._device, self._dtype = args, device, dtype
         self._windows, self._theta = windows_of(params)[: args.n_layers], theta_of(params)
-        self._rotary = torch.empty(0)  # of as many positions as were needed so far, (N, head_dim / 2)
+        self._rotary = torch.empty(0)  # of as many positions as were needed so far, (N, head_dim / 2, 2)
         self.blocks = list(model.layers.values())
         self.norm, self.head = model.norm, model.output
 
@@ -223,35 +248,22 @@ class MistralInference:
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
         """Hidden states (B, T, D)."""
-        from mistral_inference.rope import precompute_freqs_cis
-
         B, T = tokens_BT.shape
         if len(self._rotary) < start + T:
-            table = precompute_freqs_cis(self._args.head_dim, 2 * (start + T), self._theta)
-            self._rotary = table.to(self._device)
-        rotary = self._rotary[start : start + T].repeat(B, 1)
-        views: list[Any]
-        if cache is None:
-            view_of = {window: CausalView(B, T, window) for window in set(self._windows)}
-            views = [view_of[window] for window in self._windows]
-        else:
-            views = [cache.get_view(layer, data) for layer, data in enumerate(cache.get_input_metadata([T] * B))]
+            self._rotary = rotary_table(2 * (start + T), self._args.head_dim, self._theta, self._device)
+        rotary = self._rotary[start : start + T]
         hidden = self._model.tok_embeddings(tokens_BT.flatten())
-        for block, view in zip(self.blocks, views, strict=True):
-            hidden = block(hidden, rotary, view)
-        if cache is not None:
-            cache.update_seqlens([T] * B)
+        for layer, (block, window) in enumerate(zip(self.blocks, self._windows, strict=True)):
+            kept = () if cache is None else (start, *cache[:, layer])
+            hidden = block(hidden, rotary, Past(B, window, *kept))
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden.view(B, T, -1)
 
-    def new_cache(self, rows: int, length: int) -> Any:
-        """A KV cache; of a layer with a sliding window it keeps the window only."""
-        from mistral_inference.cache import BufferCache
-
-        windows = [length if window is None else min(window, length) for window in self._windows]
-        heads, width = self._args.n_kv_heads, self._args.head_dim
-        return BufferCache(len(windows), rows, length, heads, width, windows).to(self._device, self._dtype)
+    def new_cache(self, rows: int, length: int) -> Tensor:
+        """Keys and values of all layers, (2, layers, B, G, N, E)."""
+        sizes = len(self.blocks), rows, self._args.n_kv_heads, length, self._args.head_dim
+        return torch.empty(2, *sizes, device=self._device, dtype=self._dtype)
 
 
 def _read_tensors(wanted: dict[str, Stored], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

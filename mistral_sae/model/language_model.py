@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = ["STANDIN", "LanguageModel", "ModelError", "ModelSpec", "Tokenizer", "
 
 STANDIN = Path(__file__).parent.parent / "standin"  # the bundled model
 FINGERPRINTED = ["attention_norm", "attention.wv", "attention.wo", "ffn_norm"]  # alike in both engines
+DRIVER = Path("/proc/driver/nvidia/version")  # is there where NVIDIA's driver is loaded
 UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
 
 
@@ -73,6 +75,8 @@ class LanguageModel:
         self.vocab_size, self.context_length = spec.vocab_size, spec.context_length
         self.tokenizer, self._engine, self.last_layer = tokenizer, engine, last_layer
         self.device, self.dtype, self.special_ids = device, dtype, list(special_ids)
+        on_cpu = torch.tensor(self.special_ids, dtype=torch.long)
+        self._special = {"cpu": on_cpu, device.type: on_cpu.to(device)}
         self.span, self._tokens_BT = (0, 0, 0), torch.zeros(0, 0, dtype=torch.long)
 
     def kept(self, tokens_BT: Tensor) -> Tensor:
@@ -90,7 +94,7 @@ class LanguageModel:
         return self._is_special(self._tokens_BT)
 
     def _is_special(self, tokens_BT: Tensor) -> Tensor:
-        return torch.isin(tokens_BT, torch.tensor(self.special_ids, dtype=tokens_BT.dtype, device=tokens_BT.device))
+        return torch.isin(tokens_BT, self._special[tokens_BT.device.type])
 
     def block(self, layer: int) -> nn.Module:
         """The module whose output is blocks.{layer}.hook_resid_post; ModelError if it is not loaded."""
@@ -242,13 +246,20 @@ class LanguageModel:
         if cache is not None and (cache.rows != B or start + T > cache.max_length):
             expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
             raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
-        tokens_BT = tokens_BT.to(self.device, non_blocking=True)
+        tokens_BT = sent(tokens_BT, self.device)
         self.span, self._tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():
             hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state)
         if cache is not None:
             cache.length += T
         return hidden_BTD
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, from pinned memory, which spares waiting for what a GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def inspect(path: str | Path, engine: str | None = None) -> ModelSpec:
@@ -291,7 +302,7 @@ def device_and_dtype(
     device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """The torch device and dtype to use, found where they are None (see `load_model`). Raises ModelError."""
-    name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = str(device or ("cuda" if why_no_gpu() is None else "cpu"))
     if not re.fullmatch(r"mps|(cpu|cuda)(:[1-9]?\d)?", name):
         raise ModelError(f"found device {name!r}: expected cpu, cuda, cuda:0 or mps")
     found = torch.device(name)
@@ -305,6 +316,22 @@ def device_and_dtype(
     if name not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"found dtype {name}: expected float32, bfloat16 or float16")
     return found, getattr(torch, name)
+
+
+def why_no_gpu() -> str | None:
+    """Why a GPU of NVIDIA's cannot be used; "" if none is seen, None if one can be used."""
+    with warnings.catch_warnings(record=True) as said:  # PyTorch warns, once, of a driver that is too old
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    try:
+        driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text())
+    except OSError:
+        driver = None
+    if not said and driver is None:
+        return ""
+    found = f"its driver{f' {driver[1]}' if driver else ''}"
+    return f"PyTorch {torch.__version__} cannot use the GPU with {found}: update it, or install a PyTorch built for it"
 
 
 def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

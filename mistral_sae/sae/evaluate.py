@@ -58,9 +58,9 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
         x_hat = sae.decode(encoded)
         z, mean, std = sae.standardize(x)
         for space, true, found in (("x", x, x_hat), ("z", z, (x_hat - mean) / std)):
-            errors[space] += (true - found).double().square().sum().item()
-            sums[space] += true.double().sum(dim=0).cpu()
-            squares[space] += true.double().square().sum().item()
+            errors[space] += _exact(true - found).square().sum().item()
+            sums[space] += _exact(true).sum(dim=0).cpu()
+            squares[space] += _exact(true).square().sum().item()
         counts.add(encoded.values, encoded.indices)
     density_F = counts.density_F()
     if not counts.tokens:
@@ -127,8 +127,9 @@ class Evaluator:
     @torch.no_grad()
     def _ablated(self) -> tuple[float, float]:
         """Cross-entropy with the mean, and with zero, in place of every residual."""
-        sums = [x.double().sum(dim=0) for x in self._residuals()]
-        mean = (torch.stack(sums).sum(dim=0) / int(self.model.kept(self.rows_RT).sum())).float()
+        sums = [_exact(x).sum(dim=0) for x in self._residuals()]
+        mean = torch.stack(sums).sum(dim=0) / int(self.model.kept(self.rows_RT).sum())
+        mean = mean.float().to(self.model.device)
         totals = torch.zeros(2, dtype=torch.float64)
         for tokens in Progress(self._parts(), desc="cross-entropy without the layer", leave=False):
             for i, constant in enumerate((mean, torch.zeros_like(mean))):
@@ -163,6 +164,11 @@ on {figures["tokens"]:,} held-out tokens
   cross-entropy recovered  {figures["ce_loss_recovered"]:.1%}
   dead features            {figures["dead_fraction"]:.1%}
   rarely firing features   {figures["rare_fraction"]:.1%} (on fewer than one of these tokens in 10,000)"""
+
+
+def _exact(x: Tensor) -> Tensor:
+    """The same in float64; on the CPU where the device, an Apple GPU, has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _negative_log_likelihood(logprobs_RTV: Tensor, tokens_RT: Tensor) -> float:

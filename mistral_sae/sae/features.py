@@ -57,12 +57,12 @@ class Counts:
         self.maximum_F.scatter_reduce_(0, indices, values.float(), "amax")
 
     def density_F(self) -> Tensor:
-        """Share of the tokens on which each feature has fired, float64."""
-        return self.fired_F.double() / max(1, self.tokens)
+        """Share of the tokens on which each feature has fired, float64, on the CPU."""
+        return self.fired_F.cpu().double() / max(1, self.tokens)
 
     def statistics(self) -> Statistics:
         """Density and maximum, on the CPU."""
-        return Statistics(self.maximum_F.cpu(), self.density_F().float().cpu(), self.tokens)
+        return Statistics(self.maximum_F.cpu(), self.density_F().float(), self.tokens)
 
 
 @torch.no_grad()
@@ -204,5 +204,5 @@ def decoder_geometry(W_dec_FD: Tensor, fired_F: Tensor | None = None) -> Geometr
         participation=torch.cat(participation).median().item(),
         participation_random=(d_model + 2) / 3,
         writers_D=tuple(int(n) for n in writers_D.tolist()),
-        effective_dimensions=n_features**2 / gram_DD.double().square().sum().item(),
+        effective_dimensions=n_features**2 / gram_DD.cpu().double().square().sum().item(),
     )

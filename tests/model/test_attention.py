@@ -1,104 +1,108 @@
-"""Attention against the masks as xformers spells them out, and the import of xformers in a fresh process."""
+"""Attention, rotary positions and the norm against what they stand in for, and the import of xformers."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mistral_sae.model.attention import install_attention, memory_efficient_attention
+from mistral_sae.model import attention
+from mistral_sae.model.attention import Past, RMSNorm, causal_attention, install_attention, rotary_table, rotate
+from mistral_sae.model.language_model import load_model
 
-H, E = 2, 8
-
-
-@pytest.fixture(scope="module")
-def masks():
-    install_attention()
-    from xformers.ops.fmha import attn_bias
-
-    return attn_bias
+B, H, G, E = 3, 4, 2, 8
 
 
-def by_hand(query, key, value, mask):
-    """Softmax attention with the dense mask that xformers itself makes of its description."""
-    bias = mask.materialize((query.shape[1], key.shape[1]))
-    scores = torch.einsum("bqhe,bkhe->bhqk", query, key) * E**-0.5 + bias
-    return torch.einsum("bhqk,bkhe->bqhe", scores.softmax(-1), value)
+def by_hand(query_BHTE, key_BGKE, value_BGKE, window):
+    """Softmax attention, a query and its keys at a time."""
+    out_BHTE = torch.empty_like(query_BHTE)
+    before = key_BGKE.shape[2] - query_BHTE.shape[2]
+    for head in range(H):
+        for t in range(query_BHTE.shape[2]):
+            end = before + t + 1
+            seen = slice(max(0, end - window) if window else 0, end)
+            key, value = (x[:, head // (H // G), seen] for x in (key_BGKE, value_BGKE))
+            scores = torch.einsum("be,bke->bk", query_BHTE[:, head, t], key) * E**-0.5
+            out_BHTE[:, head, t] = torch.einsum("bk,bke->be", scores.softmax(-1), value)
+    return out_BHTE
 
 
 def random_qkv(queries: int, keys: int):
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, n, H, E, generator=generator) for n in (queries, keys, keys))
+    return tuple(torch.randn(B, h, n, E, generator=generator) for h, n in ((H, queries), (G, keys), (G, keys)))
 
 
-def masks_to_try(masks):
-    cpu = torch.device("cpu")
-    causal, plain = masks.BlockDiagonalCausalMask, masks.BlockDiagonalMask
-    padded = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
-    return {
-        "rows of equal length": causal.from_seqlens([5, 5, 5], device=cpu),
-        "a sliding window": causal.from_seqlens([7, 7], device=cpu).make_local_attention(3),
-        "a window as long as the rows": causal.from_seqlens([7, 7], device=cpu).make_local_attention(7),
-        "prefill after cached keys": plain.from_seqlens(
-            [2, 2], [6, 6], device=cpu
-        ).make_local_attention_from_bottomright(100),
-        "prefill after cached keys in a window": plain.from_seqlens(
-            [4, 4], [7, 7], device=cpu
-        ).make_local_attention_from_bottomright(3),
-        "decoding": padded.from_seqlens([1, 1, 1], 8, [5, 5, 5], device=cpu),
-        "decoding with full caches": padded.from_seqlens([1, 1], 4, [4, 4], device=cpu),
-    }
+@pytest.mark.parametrize("repeats", [False, True], ids=["keys shared", "keys repeated"])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (2, 7), (1, 7), (1, 1)])
+def test_attention_equals_softmax_over_the_keys_that_a_query_may_see(queries, keys, window, repeats, monkeypatch):
+    monkeypatch.setattr(attention, "shares_keys", lambda device, is_masked: not repeats)
+    given = random_qkv(queries, keys)
+    torch.testing.assert_close(causal_attention(*given, window), by_hand(*given, window), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", list(range(7)))
-def test_attention_equals_softmax_over_the_spelled_out_mask(masks, case):
-    name, mask = list(masks_to_try(masks).items())[case]
-    query, key, value = random_qkv(mask.q_seqinfo.seqstart_py[-1], mask.k_seqinfo.seqstart_py[-1])
-    out = memory_efficient_attention(query, key, value, mask)
-    torch.testing.assert_close(
-        out, by_hand(query, key, value, mask), rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}"
-    )
+def test_a_cache_returns_what_it_was_given_and_never_what_lies_behind_it():
+    room = torch.full((2, B, G, 9, E), float("nan"))
+    _, key, value = random_qkv(1, 5)
+    for start, end in ((0, 3), (3, 4), (4, 5)):
+        seen = Past(B, None, start, *room).and_now(key[:, :, start:end], value[:, :, start:end])
+        assert all(torch.equal(found, x[:, :, :end]) for found, x in zip(seen, (key, value), strict=True))
+    assert room[:, :, :, 5:].isnan().all()
 
 
-def test_padding_behind_the_keys_is_never_read(masks):
-    mask = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1, 1], 8, [5, 5], device=torch.device("cpu"))
-    query, key, value = random_qkv(2, 16)
-    before = memory_efficient_attention(query, key, value, mask)
-    for start in (5, 13):
-        key[:, start : start + 3] = value[:, start : start + 3] = float("nan")
-    assert torch.equal(memory_efficient_attention(query, key, value, mask), before)
+def test_rotation_equals_that_of_mistral_inference_compiled_or_not(monkeypatch):
+    from mistral_inference.rope import apply_rotary_emb, precompute_freqs_cis
+
+    x_BTHE, theta = torch.randn(2, 6, H, E), 1e6
+    table = rotary_table(6, E, theta, torch.device("cpu"))
+    by_token = precompute_freqs_cis(E, 6, theta).repeat(2, 1)
+    expected, _ = apply_rotary_emb(x_BTHE.flatten(0, 1), x_BTHE.flatten(0, 1), by_token)
+    torch.testing.assert_close(rotate(x_BTHE, table).flatten(0, 1), expected, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x_BTHE, table).flatten(0, 1), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_attention_in_both_directions_is_refused(masks):
-    query, key, value = random_qkv(4, 4)
-    both_ways = masks.BlockDiagonalMask.from_seqlens([4], device=torch.device("cpu"))
-    for mask in (None, both_ways):
-        with pytest.raises(TypeError, match="expected a causal block-diagonal one"):
-            memory_efficient_attention(query, key, value, mask)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_keeps_its_inputs_dtype_and_equals_its_formula(dtype):
+    norm = RMSNorm(16, eps=1e-5)
+    norm.weight.data = torch.randn(16, dtype=torch.bfloat16)
+    x = torch.randn(5, 16, dtype=dtype)
+    expected = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.float()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x).float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_rows_of_several_lengths_are_refused(masks):
-    query, key, value = random_qkv(10, 10)
-    mask = masks.BlockDiagonalCausalMask.from_seqlens([3, 6, 1], device=torch.device("cpu"))
-    with pytest.raises(TypeError, match=r"found rows of \[3, 6, 1\] queries.*expected rows of equal length"):
-        memory_efficient_attention(query, key, value, mask)
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_one_row_runs_on_each_of_pytorchs_kernels(backend):
+    model, tokens = load_model(None), torch.arange(20, 28).view(1, 8)
+    with sdpa_kernel(backend):  # the plain one is what bfloat16 gets on GPUs before Ampere
+        logits = model.forward(tokens)
+    torch.testing.assert_close(logits, model.forward(tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_install_replaces_the_operator_and_may_run_twice(masks):
-    from mistral_inference import transformer_layers
+def test_install_replaces_attention_and_norms_and_may_run_twice():
+    from mistral_inference import transformer, transformer_layers
 
     install_attention()
     install_attention()
-    assert transformer_layers.memory_efficient_attention is memory_efficient_attention
+    assert transformer_layers.Attention.forward is attention.attention
+    assert transformer.RMSNorm is transformer_layers.RMSNorm is RMSNorm
 
 
-def test_only_install_attention_imports_mistral_inference_and_xformers_stays_silent():
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_only_install_attention_imports_mistral_inference_and_xformers_stays_silent(has_gpu):
+    """With a GPU xformers imports Triton and the kernels that it has in it."""
+    if has_gpu:
+        pytest.importorskip("triton")
     code = (
-        "import sys, mistral_sae.model.attention as attention, mistral_sae.model.language_model\n"
+        "import sys, torch, mistral_sae.model.attention as attention, mistral_sae.model.language_model\n"
+        f"if {has_gpu}: torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *_: (9, 0)\n"
         "assert 'mistral_inference' not in sys.modules and 'xformers' not in sys.modules\n"
         "attention.install_attention()\n"
+        f"assert ('triton' in sys.modules) >= {has_gpu}\n"
         "import logging; logging.getLogger('xformers').warning('another warning')\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == ""
-    assert run.stderr == "another warning\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "another warning\n")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_models import PARAMS, WINDOW, params_of, random_weights, write_mistral_folder
 
 from mistral_sae.model import engines, language_model
-from mistral_sae.model.language_model import STANDIN, ModelError, device_and_dtype, inspect, load_model
+from mistral_sae.model.language_model import STANDIN, ModelError, device_and_dtype, inspect, load_model, why_no_gpu
 from tools.weights import from_hf, to_hf
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -453,6 +454,20 @@ def test_a_chat_begins_with_bos_and_the_instruction_marker(tokenizer):
     assert tokenizer.decode(ids).strip() == "hi"
     with pytest.raises(ModelError, match="does not take these messages"):
         tokenizer.chat([{"role": "nobody"}])
+
+
+def test_a_gpu_that_cannot_be_used_is_told_by_the_warning_or_by_its_driver(monkeypatch, tmp_path):
+    monkeypatch.setattr(language_model, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_no_gpu() == ""
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13\n")
+    assert "cannot use the GPU with its driver 470.57.02: update it" in why_no_gpu()
+    (tmp_path / "version").unlink()
+    too_old = "CUDA initialization: The NVIDIA driver on your system is too old"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(warnings.warn(too_old, stacklevel=1)))
+    assert "cannot use the GPU with its driver: update it" in why_no_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert why_no_gpu() is None
 
 
 def test_a_cuda_device_is_named_as_its_tensors_name_it(monkeypatch):

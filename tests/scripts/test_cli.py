@@ -307,14 +307,25 @@ def test_a_known_error_ends_a_script_with_its_code_and_one_line(capsys, error, c
     assert capsys.readouterr() == ("", line)
 
 
-def test_too_little_memory_is_said_with_what_helps(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),  # pinned memory
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.97 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 7.45 GiB for an array"),
+    ],
+)
+def test_too_little_memory_is_said_with_what_helps(capsys, error):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        raise error
 
     with pytest.raises(SystemExit) as stopped:
         cli.run(main, out_of_memory="K or BATCH_SIZE")
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == "error: the device is out of memory: lower K or BATCH_SIZE\n"
+    assert capsys.readouterr().err == "error: the device is out of memory for this run: lower K or BATCH_SIZE\n"
 
 
 def test_an_error_of_the_programs_own_keeps_its_traceback():

@@ -1,0 +1,69 @@
+"""Whatever part of a run the memory does not suffice for: one line, and the checkpoint before it stays good."""
+
+import pytest
+import torch
+from test_pretended_device import SIZES
+
+from mistral_sae.sae.checkpoint import load_sae
+
+
+@pytest.fixture
+def run(run_script, tmp_path):
+    """train.py or explain.py in tiny sizes: exit code, output, error stream."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(60):
+        words = " ".join(f"def f{number}_{i}(x): return x + {i * number}" for i in range(12))
+        (text / f"{number}.txt").write_text(words)
+
+    def run(script="train.py", **changed):
+        constants = {"DATA_PATH": text, "RUN_DIR": tmp_path / "run", "EXPLAINER": "offline"} | SIZES | changed
+        return run_script(script, [f"{name}={value}" for name, value in constants.items()])
+
+    return run
+
+
+def fails_at(call: int, function):
+    """The function, whose so-manyth call finds no memory."""
+    calls = 0
+
+    def of(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return function(*args, **kwargs)
+
+    return of
+
+
+STAGES = {
+    "mistral_sae.model.engines._read_tensors": (1, "the language model: lower TARGET_LAYER, or DTYPE to bfloat16"),
+    "mistral_sae.sae.trainer.SAEAdam": (1, "the autoencoder: lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"),
+    "mistral_sae.data.activations.residuals_of": (9, "a buffer of residuals: lower BUFFER_TOKENS or ROWS_PER_FORWARD"),
+    "mistral_sae.sae.trainer.topk_step": (25, "a step: lower BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"),
+    "mistral_sae.sae.evaluate.reconstruction": (2, "evaluating: lower ROWS_PER_FORWARD"),
+    "mistral_sae.sae.trainer.save_state": (
+        2,
+        "this run: lower BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_without_memory_ends_with_one_line_and_goes_on_from_its_checkpoint(run, stage, monkeypatch, tmp_path):
+    call, line = STAGES[stage]
+    module, name = stage.rsplit(".", 1)
+    with monkeypatch.context() as patched:
+        function = getattr(__import__(module, fromlist=[name]), name)
+        patched.setattr(stage, fails_at(call, function))
+        code, _, err = run()
+    assert (code, err.splitlines()[-1]) == (1, f"error: the device is out of memory for {line}")
+    assert "Traceback" not in err
+    if (tmp_path / "run" / "checkpoint.safetensors").exists():
+        code, out, _ = run()
+        assert code == 0
+        assert "continuing after step 20" in out
+        assert load_sae(tmp_path / "run" / "sae").sae.n_features == SIZES["D_HIDDEN"]
+    else:
+        assert call < 20
