@@ -338,8 +338,12 @@ def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: 
     """The next token's id, as `LanguageModel.generate` takes it."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V, ids_V = torch.softmax(logits_V / temperature, dim=-1).sort(descending=True)
-    before_V = probabilities_V.cumsum(0) - probabilities_V  # a token stays if those before it do not yet make top_p
-    probabilities_V = torch.where(before_V < top_p, probabilities_V, 0.0)
-    probabilities_V[0] = probabilities_V[0].clamp_min(torch.finfo(torch.float32).tiny)
-    return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+    probabilities_V, ids_V = torch.softmax(logits_V / temperature, dim=-1), None
+    if top_p < 1:  # sorting a large vocabulary takes longer than a small model's forward
+        probabilities_V, ids_V = probabilities_V.sort(descending=True)
+        before_V = probabilities_V.cumsum(0) - probabilities_V  # a token stays if those before it do not yet make top_p
+        probabilities_V = torch.where(before_V < top_p, probabilities_V, 0.0)
+        probabilities_V[0] = probabilities_V[0].clamp_min(torch.finfo(torch.float32).tiny)
+    up_to_V = probabilities_V.cumsum(0, dtype=torch.float64)
+    at = int(torch.searchsorted(up_to_V, torch.rand(1, generator=generator) * up_to_V[-1], right=True))
+    return at if ids_V is None else int(ids_V[at])
