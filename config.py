@@ -115,15 +115,16 @@ MAX_DOLLARS: float | None = None  # of all runs in RUN_DIR together; the run sto
 MAX_API_TOKENS: int | None = None  # the same in tokens read and written
 
 # ---- demo.py: what to steer ----
-# A feature's number; words such as "exception", for the feature that matches them best; several features as {number:
-# coefficient}; or None for one that shows in steered text, of the explained ones if there are any
+# A feature's number; words such as "exception", for the feature whose steered text shows most of them; several features
+# as {number: coefficient}; or None for one whose effect is seen in text, of the explained ones if there are any
 FEATURE_INDEX: int | str | dict | None = None
 STEERING_ON: bool = True  # False: both columns are the model's own
 METHOD: str = "clamp"  # "clamp", "add", "ablate" or "raw"
 # Its unit depends on the method. clamp: the feature is set to so many times its maximum seen in training; add: so many
 # times the residual's norm at each position is added along the feature's direction; raw: so many times the feature's
-# decoder row is added; ablate sets the feature to 0 whatever it is. Negative ones push away; None is as it is
-COEFFICIENT: float | None = 1.0
+# decoder row is added; ablate sets the feature to 0 whatever it is. Negative ones push away. None is the strongest at
+# which a few texts stay fluent; inside {number: None} the feature is left as it is
+COEFFICIENT: float | None = None
 POSITIONS: str = "all"  # "all": of the prompt (but its first) and of what is generated; "generated": the latter only
 EXACT: bool = False  # encode all features to know when TopK silences the steered one, at the price of its speed
 
@@ -133,8 +134,10 @@ NEW_TOKENS: int = 64  # generated, at most
 TEMPERATURE: float = 0.7  # 0 takes the likeliest token
 
 # ---- demo.py: other things to do ----
-SWEEP: bool = False  # a table over coefficients
-SWEEP_COEFFICIENTS: tuple | list = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # multiples of COEFFICIENT's unit
+SWEEP: bool = False  # figures and texts over coefficients
+# In COEFFICIENT's unit, for SWEEP and where COEFFICIENT is to be found. None are those that move the residual by a
+# tenth of its norm, two tenths and so on, whatever the method
+SWEEP_COEFFICIENTS: tuple | list | None = None
 SWEEP_SAMPLES: int = 8  # texts a coefficient
 CHAT: bool = False  # a conversation, with commands: /help lists them
 CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the model is given, at most
@@ -208,9 +211,12 @@ def check_steering() -> None:
     expect(
         "SWEEP_COEFFICIENTS",
         SWEEP_COEFFICIENTS,
-        SWEEP_COEFFICIENTS
-        and all(type(value) in (int, float) and 0 < value < math.inf for value in SWEEP_COEFFICIENTS)
-        and list(SWEEP_COEFFICIENTS) == sorted(SWEEP_COEFFICIENTS),
+        SWEEP_COEFFICIENTS is None
+        or (
+            len(SWEEP_COEFFICIENTS) > 0
+            and all(type(value) in (int, float) and 0 < value < math.inf for value in SWEEP_COEFFICIENTS)
+            and list(SWEEP_COEFFICIENTS) == sorted(SWEEP_COEFFICIENTS)
+        ),
         "numbers above 0, from weak to strong",
     )
     expect("SWEEP", SWEEP, not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength")

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     cli.start("demo", config)  # before the imports below take their seconds
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -31,11 +32,11 @@ from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.sae.evaluate import reconstruction
 from mistral_sae.steer import chat, display, search, sweep
 from mistral_sae.steer.display import print_line
-from mistral_sae.steer.steering import Coefficient, Edit, Explanation, SteeringError, Subject, statistics_of
+from mistral_sae.steer.steering import Edit, Explanation, SteeringError, Subject, statistics_of
 
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
 SHOWN = 10  # tokens that a feature raises, or lowers
-TRIED_TEXTS = 3  # of each feature that is tried where FEATURE_INDEX is None
+TRIED_TEXTS = 4  # at each strength, where the coefficient is to be found
 
 
 def main() -> None:
@@ -46,14 +47,18 @@ def main() -> None:
     kept_in = run_dir / "feature_statistics.safetensors"
     statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
     subject = Subject(model, loaded, statistics, read_explanations(loaded, run_dir))
-    edit = choose_edit(subject)
+    edit = Edit({}, config.METHOD, config.POSITIONS == "generated", config.EXACT)
+    is_instruct = config.CHAT and not config.ON_STANDIN and chat.has_chat_format(model)
+    searched = searching(subject, chat_format=is_instruct)
+    find = partial(search.choose, searched)
+    edit = find(edit, config.FEATURE_INDEX, config.COEFFICIENT)
     edit.in_units_of_steer(subject)  # what cannot be steered is said before anything is generated
     if config.CHAT:
-        talk(subject, edit, run_dir)
+        talk(subject, edit, find, run_dir, is_instruct)
         return
     print_line("edit", edit.describe(subject) if config.STEERING_ON else "none: STEERING_ON is False")
     if config.SWEEP:
-        show_sweep(subject, edit)
+        show_sweep(subject, edit, searched.strengths)
     else:
         show_texts(subject, edit)
 
@@ -78,25 +83,17 @@ def source_of(label: Label) -> str:
     return f"{label.explainer}, detection {detection.value:.2f}"
 
 
-def choose_edit(subject: Subject) -> Edit:
-    """The edit that the constants describe. Raises SteeringError for what cannot be steered."""
-    edit = Edit({}, config.METHOD, config.POSITIONS == "generated", config.EXACT)
-    if config.FEATURE_INDEX is not None:
-        return replace(edit, coefficients=choose(subject, config.FEATURE_INDEX, config.COEFFICIENT))
-    trial, strength = replace(edit, exact=False), config.COEFFICIENT or 0.0
-    if config.METHOD == "ablate" or strength <= 0:  # which push a feature away: it must show before
-        trial, strength = replace(trial, method="clamp"), 1.0
-    feature = search.most_visible(subject, trial, strength, trials_of(subject, TRIED_TEXTS))
-    return replace(edit, coefficients={feature: config.COEFFICIENT})
-
-
-def choose(subject: Subject, wanted: int | str | dict, coefficient: Coefficient) -> dict[int, Coefficient]:
-    """The features meant and their coefficients; words are looked up in explanations and held-out text."""
+def searching(subject: Subject, *, chat_format: bool) -> search.Search:
+    """What features and coefficients are found with: a few texts that continue the prompt, or reply to it."""
 
     def rows(n: int) -> torch.Tensor:
         return Corpus.of(config).held_out_rows(subject.model.tokenizer, n, config.EVALUATION_STRIDE)
 
-    return search.choose(wanted, coefficient, subject, rows)
+    tried = trials_of(subject, TRIED_TEXTS)
+    if chat_format:
+        ids = subject.model.tokenizer.chat([{"role": "user", "content": config.PROMPT}])
+        tried = tried._replace(prompt_ids=ids)
+    return search.Search(subject, tried, rows, config.SWEEP_COEFFICIENTS)
 
 
 def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
@@ -180,17 +177,17 @@ def marks_of(subject: Subject, edit: Edit, prompt_ids: list[int], ids: list[int]
 # ---- a table over coefficients ----
 
 
-def show_sweep(subject: Subject, edit: Edit) -> None:
-    """Texts over coefficients, and the same for a random direction and for other features, as controls."""
+def show_sweep(subject: Subject, edit: Edit, strengths: Callable[[list[Edit]], list[list[float]]]) -> None:
+    """Figures and texts over coefficients, and the same for a random direction and other features, as controls."""
     console, trials = Console(highlight=False), trials_of(subject, config.SWEEP_SAMPLES)
     signs = {feature: float(c) for feature, c in edit.coefficients.items() if c}
     if not signs:
-        raise SteeringError("found SWEEP with COEFFICIENT None or 0, which has no sign: expected 1 or -1")
+        raise SteeringError("found SWEEP with COEFFICIENT 0, which has no sign: expected 1 or -1")
     if len(signs) == 1:  # several keep their proportions
         signs = {feature: math.copysign(1.0, c) for feature, c in signs.items()}
     own = trials.unsteered(list(signs))
     print_line("prompt", f"{config.PROMPT!r}, {config.SWEEP_SAMPLES} texts each")
-    scales = list(config.SWEEP_COEFFICIENTS)
+    (scales,) = strengths([replace(edit, coefficients=signs)])
     for title, of, directions_SD in sweep.with_controls(subject, signs, config.SEED):
 
         def context(scales_B: list[float], of=of, directions_SD=directions_SD) -> AbstractContextManager:
@@ -203,7 +200,7 @@ def show_sweep(subject: Subject, edit: Edit) -> None:
         named = zip(["none", *(f"{scale:g}" for scale in scales)], [own, *found], strict=True)
         rows = [(name, trial.pooled, trials.text_of(trial.texts[0])) for name, trial in named]
         print()
-        console.print(display.sweep_table(title, rows, marked=None if strongest is None else f"{strongest:g}"))
+        display.print_sweep(console, title, rows, marked=None if strongest is None else f"{strongest:g}")
     print(
         f"\n→ strongest setting at which the text is still fluent: at most {sweep.MOST_NATS:g} nat a token above the "
         f"model's own text, and at most {sweep.MOST_REPETITION:.0%} more of it repeated"
@@ -213,15 +210,15 @@ def show_sweep(subject: Subject, edit: Edit) -> None:
 # ---- conversation ----
 
 
-def talk(subject: Subject, edit: Edit, run_dir: Path) -> None:
+def talk(subject: Subject, edit: Edit, find: chat.Find, run_dir: Path, is_instruct: bool) -> None:
     """A conversation in the terminal; its transcript goes to RUN_DIR/chat.jsonl."""
-    is_instruct = not config.ON_STANDIN and chat.has_chat_format(subject.model)
     if not is_instruct:
         print("this is no instruct model: it continues what you write")
     conversation = chat.Conversation(
         subject,
         edit,
-        partial(choose, subject),
+        find,
+        coefficient=config.COEFFICIENT,
         context=config.CHAT_CONTEXT,
         sampling=chat.Sampling(config.NEW_TOKENS, config.TEMPERATURE, config.SEED),
         transcript=run_dir / "chat.jsonl",

@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +11,20 @@ from typing import Any, NamedTuple
 from mistral_sae.cli import UserError
 from mistral_sae.files import append_line
 from mistral_sae.model.language_model import LanguageModel, ModelError
-from mistral_sae.steer.steering import Coefficient, Edit, Subject
+from mistral_sae.steer.steering import Edit, Subject
 
 HELP = """\
 /feature 12         steer with feature 12; with words, the feature that matches them best; or {12: 2, 40: -1}
-/coefficient 2      how strongly, in the method's unit; None leaves the feature as it is; of several, see /feature
+/coefficient 2      how strongly, in the method's unit; auto finds the strongest that stays fluent
 /method clamp       clamp, add, ablate or raw
 /off                stop steering; /on, or any of the above, steers again
 /both               show each reply without steering, too; again for the steered one alone
+/reset              forget the conversation so far
 /help               this list
 /quit               end, as Ctrl-D does; Ctrl-C stops a reply"""
 
-# What follows /feature, and the coefficient so far -> coefficients by feature
-Choose = Callable[[str, Coefficient], Mapping[int, Coefficient]]
+# How, a feature or what follows /feature, and a coefficient (None: it is found) -> the edit with them
+Find = Callable[[Edit, int | str, float | None], Edit]
 
 
 class Sampling(NamedTuple):
@@ -39,7 +40,8 @@ class Conversation:
 
     Args:
         edit: what the first replies are steered with.
-        choose: finds the features that /feature means; what it raises is printed.
+        find: the edit with the features that /feature means, and with a coefficient; what it raises is printed.
+        coefficient: of features to come; None is found for each.
         context: tokens the model is given at most, with the reply to come; the oldest turns are forgotten.
         transcript: JSONL file.
         is_instruct: use the tokenizer's chat format. Without it the conversation is one text, in which each line of
@@ -50,8 +52,9 @@ class Conversation:
         self,
         subject: Subject,
         edit: Edit,
-        choose: Choose,
+        find: Find,
         *,
+        coefficient: float | None,
         context: int,
         sampling: Sampling,
         transcript: Path,
@@ -59,7 +62,7 @@ class Conversation:
     ):
         self.edit, self.is_on, self.shows_both = edit, True, False
         self.messages: list[dict[str, str]] = []  # by user and assistant in turn
-        self._subject, self._choose, self._sampling = subject, choose, sampling
+        self._subject, self._find, self._sampling, self._coefficient = subject, find, sampling, coefficient
         self._transcript, self._is_instruct, self._turn = transcript, is_instruct, 0
         self._room = context - sampling.max_tokens
 
@@ -94,36 +97,38 @@ class Conversation:
     def command(self, line: str) -> None:
         """Carry out a command and print what holds from now on; one that fails changes nothing. Raises UserError."""
         name, _, argument = line.partition(" ")
-        argument, edit = argument.strip(), self.edit
+        argument, edit, coefficient = argument.strip(), self.edit, self._coefficient
         if name == "/help":
             print(HELP)
             return
+        if name == "/reset":
+            self.messages.clear()
+            print("the conversation so far is forgotten")
+            return
         if name in ("/feature", "/coefficient", "/method") and not argument:
             raise UserError(f"{name} needs a value: /help shows examples")
+        only = next(iter(edit.coefficients)) if len(edit.coefficients) == 1 else None
         if name == "/feature":
-            first = next(iter(edit.coefficients.values()))
-            edit = replace(edit, coefficients=self._choose(argument, first))
+            edit = self._find(edit, argument, coefficient)
         elif name == "/coefficient":
-            edit = replace(edit, coefficients=dict.fromkeys(edit.coefficients, self._coefficient(argument)))
+            if only is None:
+                raise UserError("each of several features has its own coefficient: expected /feature {12: 2, 40: -1}")
+            coefficient = coefficient_of(argument)
+            edit = self._find(edit, only, coefficient)
         elif name == "/method":
             edit = replace(edit, method=argument)
+            edit.in_units_of_steer(self._subject)
+            if only is not None and coefficient is None:  # its unit is another
+                edit = self._find(edit, only, None)
         elif name not in ("/on", "/off", "/both"):
             raise UserError(f"there is no command {name}: /help lists them")
         edit.in_units_of_steer(self._subject)  # raises for what cannot be steered
-        self.edit = edit
+        self.edit, self._coefficient = edit, coefficient
         if name == "/both":
             self.shows_both = not self.shows_both
         else:
             self.is_on = name != "/off"
         print(self.describe())
-
-    def _coefficient(self, argument: str) -> float | None:
-        if len(self.edit.coefficients) > 1:
-            raise UserError("each of several features has its own coefficient: expected /feature {12: 2, 40: -1}")
-        try:
-            return None if argument.lower() == "none" else float(argument)
-        except ValueError:
-            raise UserError(f"found coefficient {argument!r}: expected a number or None") from None
 
     def say(self, line: str) -> str:
         """Print the model's reply to a line as it comes, and return it. Raises UserError if the line is too long."""
@@ -174,6 +179,14 @@ class Conversation:
             print(" (stopped)", end="")
         print()
         return "".join(parts), stopped
+
+
+def coefficient_of(argument: str) -> float | None:
+    """The number that is written there; None for one that is to be found. Raises UserError."""
+    try:
+        return None if argument.lower() in ("auto", "none") else float(argument)
+    except ValueError:
+        raise UserError(f"found coefficient {argument!r}: expected a number or auto") from None
 
 
 def has_chat_format(model: LanguageModel) -> bool:

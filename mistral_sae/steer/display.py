@@ -18,6 +18,7 @@ from mistral_sae.steer.sweep import Measured
 STYLES = ("", "underline", "underline black on #ffe8a3", "underline black on #ffb84d", "underline black on #ff7a45")
 BARS = " ▁▃▅▇"
 TAB = 4  # columns
+INDENT = 4
 NAME = 19  # columns of a name before its value
 
 
@@ -70,18 +71,21 @@ def bars(line: Text) -> str:
     return "".join(BARS[level] * cell_len(character) for character, level in pairs).rstrip()
 
 
-def sweep_table(title: str, rows: Sequence[tuple[str, Measured, str]], marked: str | None) -> Table:
-    """A table of edits: their names, figures, and a text as far as the screen's width goes; one may be marked."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
+def print_sweep(console: Console, title: str, rows: Sequence[tuple[str, Measured, str]], marked: str | None) -> None:
+    """Print a table of edits, their names and figures, one of which may be marked; then a text of each in full."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("", "coef.", "nats", "KL", "repeated", "fires", "mean"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    for name, m, text in rows:
+    for name, m, _ in rows:
         nats = (f"{m.cross_entropy:.2f}", f"{m.kl:.2f}")
         features = (f"{m.repetition:.0%}", f"{m.rate:.1%}", f"{m.activation:.2f}")
         arrow, style = ("→", "bold") if name == marked else ("", None)
-        shown.add_row(arrow, name, *nats, *features, Text(repr(text)[1:-1]), style=style)
-    return shown
+        shown.add_row(arrow, name, *nats, *features, style=style)
+    console.print(shown)
+    for name, _, text in rows:
+        console.print(Text(f"\n{'→' if name == marked else ' '} {name}", style="bold"))
+        for line in lay_out(console, [Mark(text, 0)], console.width - INDENT):
+            console.print(Text(" " * INDENT) + line)
 
 
 def legend(console: Console) -> Text:

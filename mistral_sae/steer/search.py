@@ -1,4 +1,4 @@
-"""Which feature to steer with: by number, by words, or one whose effect shows in text.
+"""Which feature to steer with, and how strongly: by number, by words, or one whose effect shows in text.
 
 Shapes: R rows, T positions, N features that are looked at, F features, V vocabulary.
 """
@@ -7,8 +7,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,41 +20,81 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer.display import print_line
+from mistral_sae.steer.effect import VISIBLE, Effect, each_alone, effects_of, strengths_of
 from mistral_sae.steer.steering import Coefficient, Edit, SteeringError, Subject, steer
-from mistral_sae.steer.sweep import LOGITS_BYTES, MOST_NATS, MOST_REPETITION, Trial, Trials, is_fluent, read_back
+from mistral_sae.steer.sweep import LOGITS_BYTES, Trials
 
 SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for the word
 CLASS = 5  # tokens by which a class of raised tokens is judged
-CANDIDATES = 64  # features by words whose effect on the words' tokens is measured
-SAMPLE = (4, 32)  # rows and positions of the text on which it is measured
+CANDIDATES = 24  # features by explanation, and as many by tokens, whose effect on the words' tokens is measured
 SCAN_ROWS, SCAN_AT_ONCE = 48, 16  # rows of text that are read to find features by their tokens
-LOOKED_AT, TRIED, FINALISTS = 128, 24, 4  # features among which one is looked for that shows in text
-VISIBLE = 0.1  # of the tokens, on which a feature must fire more to be taken before others are tried
-LOOKED_AT_TOKENS = 16  # of the text on which those are measured, after the prompt
-LISTED = 3  # features of a printed list
+LOOKED_AT = 128  # features among which one is looked for that shows in text
+RAISED = 20  # words that a feature raises most, whose share of a text shows it
+WORD = re.compile(r"[^\W\d_]{2}")  # a token with two letters is one
+TEXT_TOKENS = 8  # of the text on which it is measured what they raise, after the prompt
+TRIED, TRIED_TOKENS = 16, 24  # features of which a text is made at two strengths, and its length
+TRIED_BY_WORDS = 8  # of which two texts are made
+FINALISTS, FINAL_TEXTS = 4, 2  # of which so many are made in full length, at three strengths
+LISTED = 4  # features of a printed list
 
 Rows = Callable[[int], Tensor]  # so many rows of text (R, T)
+
+
+class Search(NamedTuple):
+    """What features are looked for with."""
+
+    subject: Subject
+    trials: Trials  # texts in which they are tried
+    rows: Rows  # of held-out text
+    grid: Sequence[float] | None = None  # strengths to try, in the method's unit; None are those of `strengths_of`
+
+    def text(self) -> Tensor:
+        """The prompt with a few tokens of the model's own after it (1, T)."""
+        model, trials = self.subject.model, self.trials
+        (ids,) = model.sample(trials.prompt_ids, trials.seeds[:1], TEXT_TOKENS, trials.temperature)
+        return torch.tensor([[*trials.prompt_ids, *ids]])
+
+    def strengths(self, units: Sequence[Edit]) -> list[list[float]]:
+        """The multiples of each edit that are tried, from weak to strong."""
+        if self.grid is not None:
+            return [list(self.grid) for _ in units]
+        model, layer, text_1T = self.subject.model, self.subject.loaded.metadata.residual_layer, self.text()
+        x_TD = model.residuals(text_1T, layer)[model.kept(text_1T)].float()
+        return [strengths_of(self.subject, unit, x_TD) for unit in units]
 
 
 # ---- what the user asked for ----
 
 
-def choose(wanted: int | str | dict, coefficient: Coefficient, subject: Subject, rows: Rows) -> dict[int, Coefficient]:
-    """The features that FEATURE_INDEX means and their coefficients; words are looked up, and a list printed.
+def choose(search: Search, edit: Edit, wanted: int | str | dict | None, coefficient: float | None) -> Edit:
+    """The edit with the features that FEATURE_INDEX means and their coefficients; prints how they were found.
 
-    Raises SteeringError.
+    Without a coefficient it is the strongest at which a few texts stay fluent. Raises SteeringError.
     """
     wanted = parse(wanted) if isinstance(wanted, str) else wanted
-    if isinstance(wanted, str):
-        wanted = _look_up(wanted, subject, rows)
-    if not isinstance(wanted, dict):
-        wanted = {wanted: coefficient}
-    if not wanted:
-        raise SteeringError("found no feature in FEATURE_INDEX: expected one or more, as in {12: 2, 40: -1}")
-    return wanted
+    if isinstance(wanted, dict):
+        if not wanted:
+            raise SteeringError("found no feature in FEATURE_INDEX: expected one or more, as in {12: 2, 40: -1}")
+        return replace(edit, coefficients=wanted)
+    found = None
+    if not isinstance(wanted, int):
+        trial, given = replace(edit, exact=False), coefficient
+        if edit.method == "ablate" or (given is not None and given <= 0):  # which push away: it must show before
+            trial, given = replace(trial, method="clamp"), None
+        found = _by_words(search, trial, wanted, given) if wanted else _most_visible(search, trial, given)
+        wanted = found.feature
+    if coefficient is None and edit.method == "ablate":
+        coefficient = 1.0  # it has no strength
+    if coefficient is None:
+        if found is None:
+            (strengths,) = search.strengths([replace(edit, coefficients={wanted: 1.0})])
+            (found,) = effects_of(search.subject, edit, {wanted: strengths}, {}, search.trials)
+        print(f"coefficient: {found.why()}")
+        coefficient = found.strength
+    return replace(edit, coefficients={wanted: coefficient})
 
 
-def parse(words: str) -> int | str | dict:
+def parse(words: str) -> int | str | dict[int, Coefficient]:
     """The number or the dictionary that is written there, or the words themselves. Raises SteeringError."""
     value = literal(words)
     if type(value) is int or isinstance(value, dict):
@@ -65,33 +104,49 @@ def parse(words: str) -> int | str | dict:
     return words
 
 
-def _look_up(words: str, subject: Subject, rows: Rows) -> int:
-    """The feature that matches words best, from a ranked list that is printed."""
-    found = find(words, subject, rows)
-    if not found:
-        raise SteeringError(
-            f"found no feature for {words!r}: expected words or parts of words that the model's text has"
+# ---- trying features in text ----
+
+
+def _tried(search: Search, edit: Edit, classes: Mapping[int, Collection[int]], given: float | None) -> list[Effect]:
+    """What features do to text, the most visible first and those that leave none fluent last.
+
+    Each makes a short text or two at two middle strengths; the best FINALISTS, which come first, make texts of full
+    length at the strengths around their best. `classes` are the tokens that show each feature.
+    """
+    subject, trials = search.subject, search.trials
+    units = [replace(edit, coefficients={feature: 1.0}) for feature in classes]
+    strengths = dict(zip(classes, search.strengths(units) if given is None else [[given]] * len(units), strict=True))
+    some = {feature: every[len(every) // 4 :: 2][:2] for feature, every in strengths.items()}
+    seeds = trials.seeds[: max(1, TRIED // len(classes))]
+    short = trials._replace(seeds=seeds, max_tokens=min(TRIED_TOKENS, trials.max_tokens))
+    first = sorted(effects_of(subject, edit, some, classes, short), key=Effect.rank)
+    around = {}
+    for each in first[:FINALISTS]:
+        every = strengths[each.feature]
+        best = every.index(each.strength)
+        around[each.feature] = every[max(0, best - 1) : best + 2]
+    in_full = trials._replace(seeds=trials.seeds[:FINAL_TEXTS])
+    return sorted(effects_of(subject, edit, around, classes, in_full), key=Effect.rank) + first[FINALISTS:]
+
+
+def _print_tried(tried: Sequence[Effect], what: Callable[[int], str], match: Mapping[int, float] | None = None) -> None:
+    """A list of features with what is seen of them, of which the first is taken."""
+    labels = "" if match is None else "label  "
+    print(f"     feature  {labels}its tokens   fires on")
+    for i, each in enumerate(tried):
+        shares = (each.own_shown, each.shown), (each.own.rate, each.steered.rate)
+        figures = "  ".join(f"{own:3.0%} → {steered:4.0%}" for own, steered in shares)
+        label = "" if match is None else f"{match.get(each.feature, 0.0):5.1f}  "
+        seen = (
+            "not fluent: "
+            if not each.is_fluent
+            else ""
+            if each.is_visible
+            else "repeats itself: "
+            if each.gain >= VISIBLE
+            else "no visible effect: "
         )
-    by_words, by_tokens = [each for each in found if each.match], [each for each in found if not each.match]
-    explained = len(subject.explanations)
-    if by_words:
-        how = f"by explanation, of which {len(by_words):,} of {explained:,} match"
-    elif explained:
-        how = f"none of {explained:,} explanations matches: by tokens fired on"
-    else:
-        how = "no explanations of it (explain.py writes them): by tokens fired on"
-    print(f"features for {words!r}, {how}; the number: by how much the words' tokens are raised when steered")
-    for i, each in enumerate(by_words[:LISTED]):
-        _print_ranked(i, each.feature, f"{each.strength:4.1f}", subject.explanations[each.feature].text)
-    if by_words and by_tokens:
-        print("and by tokens fired on, with no explanation that matches")
-    for i, each in enumerate(by_tokens[:LISTED], start=len(by_words)):
-        _print_ranked(i, each.feature, f"{each.strength:4.1f}", "raises " + "  ".join(map(repr, each.raised)))
-    return found[0].feature
-
-
-def _print_ranked(rank: int, feature: int, figure: str, what: str) -> None:
-    print_line(f"  {' ' if rank else '→'} {feature:>6}  {figure}", what)
+        print_line(f"  {' ' if i else '→'} {each.feature:>8}  {label}{figures} ", seen + what(each.feature))
 
 
 # ---- what a feature raises when it is clamped ----
@@ -111,20 +166,12 @@ def logit_changes(
     features, parts = list(activations), []
     with Progress(total=len(features), desc="what they raise", unit=" features", leave=False) as bar:
         for some in (features[i : i + at_once] for i in range(0, len(features), at_once)):
-            with steer(model, loaded, each_alone([feature for feature in some for _ in range(R)], activations)):
+            with steer(model, loaded, each_alone([(f, activations[f]) for f in some for _ in range(R)])):
                 logits_NTV = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:]
             parts.append(logits_NTV.unflatten(0, (len(some), R)).mean(dim=(1, 2)) - plain_V)
             bar.update(len(some))
     change_NV = torch.cat(parts)
     return ((change_NV - change_NV.mean(dim=1, keepdim=True)) / change_NV.std(dim=1, keepdim=True)).cpu()
-
-
-def each_alone(of_row: Sequence[int], values: Mapping[int, float]) -> dict[int, Tensor]:
-    """Coefficients by which each row of a batch has one feature clamped, and the others' left as they are."""
-    return {
-        feature: torch.tensor([values[feature] if own == feature else math.nan for own in of_row])
-        for feature in dict.fromkeys(of_row)
-    }
 
 
 def clearness(change_NV: Tensor) -> Tensor:
@@ -200,98 +247,80 @@ def by_tokens(model: LanguageModel, loaded: LoadedSAE, ids: Sequence[int], rows_
     return [feature for feature, f1 in zip(best.indices.tolist(), best.values.tolist(), strict=True) if f1 > 0]
 
 
-class Found(NamedTuple):
-    """A feature that was found by words."""
+def find(query: str, search: Search) -> tuple[dict[int, float], dict[int, float]]:
+    """Features for words: those whose explanations match, and those that fire on the words' tokens, best first.
 
-    feature: int
-    match: float  # of its explanation with the words, as `by_explanation` scores it; 0 for one found by tokens
-    strength: float  # mean change of the CLASS tokens among the words' that it raises most; of all, if there are none
-    raised: list[str]  # the tokens it raises most when steered
-
-
-def find(query: str, subject: Subject, rows: Rows) -> list[Found]:
-    """Features for words, best first: those whose explanations match, then those that fire on the words' tokens.
-
-    The latter are looked for in rows of text, unless an explanation matches and every feature has one. Of features that
-    match equally well, first the one that raises the words' tokens most when steered. Empty where no explanation
-    matches and no token of the vocabulary does, or none of the features fires on it.
+    The former with `by_explanation`'s scores; of equal ones the one comes first that raises the words' tokens most when
+    steered. The latter with how far they raise these tokens; they are looked for in rows of text, unless an explanation
+    matches and every feature has one.
     """
-    model, loaded, statistics, explanations = subject
+    model, loaded, statistics, explanations = search.subject
     ids = tokens_like(model.tokenizer, query)
     matches = by_explanation(query, {feature: each.text for feature, each in explanations.items()})
-    candidates = sorted(matches, key=matches.__getitem__, reverse=True)[:CANDIDATES]
+    labelled = sorted(matches, key=matches.__getitem__, reverse=True)[:CANDIDATES]
+    others: list[int] = []
     if ids and not (matches and len(explanations) == loaded.sae.n_features):
-        others = by_tokens(model, loaded, ids, rows(SCAN_ROWS), CANDIDATES)
-        candidates += [feature for feature in others if feature not in matches]
-    activations = {f: float(statistics.maximum_F[f]) for f in candidates if statistics.maximum_F[f] > 0}
+        others = [f for f in by_tokens(model, loaded, ids, search.rows(SCAN_ROWS), CANDIDATES) if f not in matches]
+    activations = {f: float(statistics.maximum_F[f]) for f in labelled + others if statistics.maximum_F[f] > 0}
     if not activations:
-        return []
-    changes_NV = logit_changes(model, loaded, activations, own_text(model))
-    strengths = clearness(changes_NV[:, ids] if ids else changes_NV).tolist()
-    found = [
-        Found(feature, matches.get(feature, 0.0), strength, extremes(model, change_V, CLASS)[0])
-        for feature, strength, change_V in zip(activations, strengths, changes_NV, strict=True)
-    ]
-    return sorted(found, key=lambda each: (-each.match, -each.strength))
+        return {}, {}
+    changes_NV = logit_changes(model, loaded, activations, search.text())
+    strengths = dict(zip(activations, clearness(changes_NV[:, ids] if ids else changes_NV).tolist(), strict=True))
+    ranked = sorted(strengths, key=lambda feature: (-matches.get(feature, 0.0), -strengths[feature]))
+    by_label = {feature: matches[feature] for feature in ranked if feature in matches}
+    return by_label, {feature: strengths[feature] for feature in ranked if feature not in matches}
 
 
-def own_text(model: LanguageModel) -> Tensor:
-    """Text of the model's own (R, T), of SAMPLE's size and the same each time: this needs no corpus."""
-    (R, T), bos, eos = SAMPLE, model.tokenizer.bos_id, model.tokenizer.eos_id
-    texts = model.sample([bos], range(R), T - 1, temperature=1.0)
-    return torch.tensor([[bos, *text, *[eos] * (T - 1 - len(text))] for text in texts])
+def _by_words(search: Search, edit: Edit, words: str, given: float | None) -> Effect:
+    """The feature for words that shows most in text, of those that match best; prints them."""
+    by_label, by_token = find(words, search)
+    if not by_label and not by_token:
+        raise SteeringError(
+            f"found no feature for {words!r}: expected words or parts of words that the model's text has"
+        )
+    explanations, half = search.subject.explanations, TRIED_BY_WORDS // 2
+    candidates = [*list(by_label)[: max(half, TRIED_BY_WORDS - len(by_token))], *by_token][:TRIED_BY_WORDS]
+    ids = set(tokens_like(search.subject.model.tokenizer, words))
+    if explanations:
+        how = f"{len(by_label)} of {len(explanations):,} explanations match"
+    else:
+        how = "no explanations of it (explain.py writes them)"
+    print(
+        f"features for {words!r}: {how}, {len(by_token)} others fire on its tokens; {len(candidates)} are tried in text"
+    )
+    tried = _tried(search, edit, dict.fromkeys(candidates, ids), given)
+    _print_tried(tried, lambda feature: _explained(search.subject, feature), by_label)
+    return tried[0]
+
+
+def _explained(subject: Subject, feature: int) -> str:
+    explanation = subject.explanations.get(feature)
+    return explanation.text if explanation else "no explanation"
 
 
 # ---- by what shows in text ----
 
 
-class Shown(NamedTuple):
-    """A feature that was tried, and how far it shows in text steered with it."""
-
-    feature: int
-    rate: float  # share of the steered texts' tokens on which it fires when they are read back without the edit
-    own_rate: float  # the same of the model's own texts
-    is_fluent: bool  # the steered texts, each by itself
-
-    @property
-    def gain(self) -> float:
-        """The share of the tokens on which steering makes it fire."""
-        return self.rate - self.own_rate
-
-    def rank(self) -> tuple[bool, float, int]:
-        """What sorts the most visible first, and those that leave a text not fluent last."""
-        return (not self.is_fluent, -self.gain, self.feature)
-
-
-def most_visible(subject: Subject, edit: Edit, coefficient: float, trials: Trials) -> int:
+def _most_visible(search: Search, edit: Edit, given: float | None) -> Effect:
     """A feature whose effect on text shows, from a ranked list that is printed.
 
-    Explained features of middle density are tried first, then others, until one fires on VISIBLE more of the tokens of
-    its texts than of the model's own while the texts stay fluent; else the best is taken. Of LOOKED_AT random ones the
-    TRIED that raise the clearest classes of tokens are tried in one text, the best FINALISTS in all, as they will be
-    shown. Raises SteeringError if no feature ever fired.
+    Explained features of middle density are looked at first, then others, until the effect of one is visible; else the
+    best is taken. Of LOOKED_AT random ones the TRIED that raise the clearest classes of words are tried in text. Raises
+    SteeringError if no feature ever fired.
     """
-    found: list[Shown] = []
-    for kind, among in _pools(subject):
+    tried: list[Effect] = []
+    for kind, among in _pools(search.subject):
         looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-        tried = _clearest(subject, looked_at, trials)
+        classes = _clearest(search, looked_at)
         print(
-            f"choosing a feature: of {len(looked_at):,} {kind} the {len(tried)} that raise the clearest class of "
-            f"tokens are tried in a text each, the best {min(FINALISTS, len(tried))} in {len(trials.seeds)}"
+            f"choosing a feature: of {len(looked_at)} {kind} the {len(classes)} that raise the clearest class of words "
+            "are tried in text"
         )
-        first = _shown(subject, edit, coefficient, tried, trials._replace(seeds=trials.seeds[:1]))
-        finalists = [each.feature for each in first[:FINALISTS]]
-        found = sorted([*found, *_shown(subject, edit, coefficient, finalists, trials)], key=Shown.rank)
-        if found[0].is_fluent and found[0].gain >= VISIBLE:
+        tried = sorted([*tried, *_tried(search, edit, classes, given)], key=Effect.rank)
+        if tried[0].is_visible:
             break
-    bounds = f"together at most {MOST_NATS:g} nat a token and {MOST_REPETITION:.0%} repetition more"
-    how = f" and leaves them fluent ({bounds})" if found[0].is_fluent else "; none leaves them fluent"
-    print(f"→ fires on most more tokens of its texts than of the model's own{how}")
-    for i, each in enumerate(found[:LISTED]):
-        explanation = subject.explanations.get(each.feature)
-        rates = f"fires on {each.own_rate:3.0%}, steered {each.rate:4.0%} "
-        _print_ranked(i, each.feature, rates, explanation.text if explanation else "no explanation")
-    return found[0].feature
+    _print_tried(tried[:LISTED], lambda feature: _explained(search.subject, feature))
+    return tried[0]
 
 
 def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
@@ -308,37 +337,13 @@ def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
     return [(kind, among) for kind, among in pools if among]
 
 
-def _clearest(subject: Subject, candidates: Sequence[int], trials: Trials) -> list[int]:
-    """The TRIED of the candidates that raise the clearest classes of tokens in a text of the model's own."""
-    text = subject.model.sample(trials.prompt_ids, trials.seeds[:1], LOOKED_AT_TOKENS, trials.temperature)[0]
-    activations = {feature: float(subject.statistics.maximum_F[feature]) for feature in candidates}
-    changes_NV = logit_changes(subject.model, subject.loaded, activations, torch.tensor([[*trials.prompt_ids, *text]]))
-    order = clearness(changes_NV).argsort(descending=True).tolist()
-    return [candidates[i] for i in order[:TRIED]]
-
-
-def _shown(subject: Subject, edit: Edit, coefficient: float, tried: Sequence[int], trials: Trials) -> list[Shown]:
-    """The features tried, the most visible first; those that leave a text not fluent come last."""
-    ids = trials.prompt_ids
-
-    def context(of_text: list[int]) -> AbstractContextManager:
-        alone = each_alone(of_text, dict.fromkeys(of_text, coefficient))
-        return replace(edit, coefficients=alone).context(subject, len(ids))
-
-    own, of = trials.unsteered(tried[:1]), torch.tensor(tried)
-    texts = [torch.tensor([[*ids, *text]]) for text in own.texts if text]
-    fired = [read_back(subject.model, subject.loaded, of, text, len(ids))[0] > 0 for text in texts]
-    own_rates = torch.cat(fired or [torch.zeros(1, len(tried))]).float().mean(dim=0).tolist()
-    steered = trials.steered(tried, context, lambda feature: [feature], with_kl=False)
-    bar = Progress(steered, "steered texts", len(tried), unit=" features", leave=False)
-    found = [
-        Shown(feature, trial.pooled.rate, own_rate, _stays_fluent(trial, own))
-        for feature, own_rate, trial in zip(tried, own_rates, bar, strict=True)
-    ]
-    return sorted(found, key=Shown.rank)
-
-
-def _stays_fluent(trial: Trial, own: Trial) -> bool:
-    """Whether the texts are fluent together, and none repeats itself more than the model's own do."""
-    most = max(each.repetition for each in own.measured) + MOST_REPETITION
-    return is_fluent(trial.pooled, own.pooled) and all(each.repetition <= most for each in trial.measured)
+def _clearest(search: Search, candidates: Sequence[int]) -> dict[int, list[int]]:
+    """The TRIED of the candidates that raise the clearest classes of words in a text of the model's own, and these."""
+    model, loaded, statistics, _ = search.subject
+    activations = {feature: float(statistics.maximum_F[feature]) for feature in candidates}
+    changes_NV = logit_changes(model, loaded, activations, search.text())
+    words = [id for id in range(model.tokenizer.vocab_size) if WORD.search(model.tokenizer.strings([id])[0])]
+    changes_NW = changes_NV[:, words]
+    best = clearness(changes_NW).argsort(descending=True).tolist()[:TRIED]
+    raised_NR = changes_NW[best].topk(min(RAISED, len(words)), dim=1).indices.tolist()
+    return {candidates[i]: [words[w] for w in raised] for i, raised in zip(best, raised_NR, strict=True)}

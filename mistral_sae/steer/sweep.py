@@ -1,6 +1,6 @@
 """What an edit does to text: samples in batches, and what the model without the edit finds in them.
 
-Shapes: B texts, T positions of a text with its prompt, S features, V vocabulary.
+Shapes: B texts, T positions of a text with its prompt, S features, D model width, V vocabulary.
 """
 
 import random
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mistral_sae.model.hooks import edit_residual
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer.steering import Subject, activations_of
@@ -20,6 +21,7 @@ NGRAM = 4  # tokens of a phrase that counts as repeated
 # Text is fluent if it costs the unsteered model at most so many nats a token more than its own texts do, and if the
 # share of it that is repeated is at most so much higher than theirs
 MOST_NATS, MOST_REPETITION = 1.0, 0.15
+LEAST_TOKENS = 0.5  # of the length of its own texts: one that ends at once is neither
 ROWS = 64  # texts made at a time, where memory allows
 LOGITS_BYTES = 2**28  # of logits at a time, which exist three times over
 
@@ -64,7 +66,15 @@ def measure(
     lengths_B = torch.tensor([len(text) for text in texts])
     is_text_BT = torch.arange(tokens_BT.shape[1] - n) < lengths_B[:, None]
 
-    plain_BTV = model.log_probabilities(tokens_BT)[:, n - 1 :]
+    x_BTD = torch.empty(0)
+
+    def read(residual_BTD: Tensor) -> Tensor:
+        nonlocal x_BTD
+        x_BTD = residual_BTD[:, n:]
+        return residual_BTD
+
+    with edit_residual(model, loaded.metadata.residual_layer, read):  # in the forward that gives the logits, too
+        plain_BTV = model.log_probabilities(tokens_BT)[:, n - 1 :]
     nats_BT = -plain_BTV.gather(-1, tokens_BT[:, n:, None].to(plain_BTV.device)).squeeze(-1).cpu()
     kl_BT = torch.zeros_like(nats_BT)
     if steered is not None:
@@ -74,7 +84,7 @@ def measure(
     features_S = torch.as_tensor(features)
     if features_S.ndim == 2:
         features_S = features_S[:, None, None]  # (B, S): the same at all positions of a text
-    activation_BT = read_back(model, loaded, features_S, tokens_BT, n).amax(dim=-1)
+    activation_BT = activations_of(loaded.sae, x_BTD.float(), features_S.to(x_BTD.device))[0].cpu().amax(dim=-1)
 
     figures = (nats_BT, kl_BT, activation_BT, activation_BT > 0)
     means = [((values * is_text_BT).sum(dim=1) / lengths_B.clamp_min(1)).tolist() for values in figures]
@@ -106,10 +116,11 @@ def pooled(measured: Sequence[Measured]) -> Measured:
 
 
 def is_fluent(found: Measured, unsteered: Measured) -> bool:
-    """Whether texts read about as well as the model's own, by MOST_NATS and MOST_REPETITION."""
+    """Whether as many texts read about as well as the model's own, by MOST_NATS, MOST_REPETITION and LEAST_TOKENS."""
     return (
         found.cross_entropy <= unsteered.cross_entropy + MOST_NATS
         and found.repetition <= unsteered.repetition + MOST_REPETITION
+        and found.tokens >= unsteered.tokens * LEAST_TOKENS
     )
 
 
@@ -181,10 +192,16 @@ class Trials(NamedTuple):
 def strongest_fluent(scales: Sequence[float], trials: Sequence[Trial], unsteered: Measured) -> float | None:
     """The strongest of the edits, by their scales, at which the text is fluent; None if it is at none.
 
-    A weaker one may fail: a few texts say little about repetition, and with chance alone one in many oversteps.
+    A weaker one may fail: a few texts say little about repetition, and with chance alone one in many oversteps. What
+    comes after two failures in a row is not looked at, as one in many passes by chance, too.
     """
-    pairs = zip(scales, trials, strict=True)
-    return max((scale for scale, trial in pairs if is_fluent(trial.pooled, unsteered)), default=None)
+    strongest, failed = None, 0
+    for scale, trial in zip(scales, trials, strict=True):
+        if is_fluent(trial.pooled, unsteered):
+            strongest, failed = scale, 0
+        elif (failed := failed + 1) == 2:
+            break
+    return strongest
 
 
 # ---- controls ----
