@@ -36,7 +36,7 @@ from mistral_sae.steer.steering import Edit, Explanation, SteeringError, Subject
 
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
 SHOWN = 10  # tokens that a feature raises, or lowers
-TRIED_TEXTS = 4  # at each strength, where the coefficient is to be found
+TRIED_TEXTS, TRIED_TOKENS = 4, 64  # at most, at each strength, where features or coefficients are looked for
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def searching(subject: Subject, *, chat_format: bool) -> search.Search:
     def rows(n: int) -> torch.Tensor:
         return Corpus.of(config).held_out_rows(subject.model.tokenizer, n, config.EVALUATION_STRIDE)
 
-    tried = trials_of(subject, TRIED_TEXTS)
+    tried = trials_of(subject, TRIED_TEXTS)._replace(max_tokens=min(TRIED_TOKENS, config.NEW_TOKENS))
     if chat_format:
         ids = subject.model.tokenizer.chat([{"role": "user", "content": config.PROMPT}])
         tried = tried._replace(prompt_ids=ids)
@@ -196,14 +196,14 @@ def show_sweep(subject: Subject, edit: Edit, strengths: Callable[[list[Edit]], l
 
         steered = trials.steered(scales, context, lambda _: list(signs))
         found = list(Progress(steered, title, len(scales), unit=" coefficients", leave=False))
-        strongest = sweep.strongest_fluent(scales, found, own.pooled)
+        strongest = sweep.strongest_fluent(scales, found, own)
         named = zip(["none", *(f"{scale:g}" for scale in scales)], [own, *found], strict=True)
         rows = [(name, trial.pooled, trials.text_of(trial.texts[0])) for name, trial in named]
         print()
         display.print_sweep(console, title, rows, marked=None if strongest is None else f"{strongest:g}")
     print(
-        f"\n→ strongest setting at which the text is still fluent: at most {sweep.MOST_NATS:g} nat a token above the "
-        f"model's own text, and at most {sweep.MOST_REPETITION:.0%} more of it repeated"
+        f"\n→ strongest setting at which texts are still fluent, together and the first alone: at most "
+        f"{sweep.MOST_NATS:g} nat a token above the model's own, and at most {sweep.MOST_REPETITION:.0%} more repeated"
     )
 
 

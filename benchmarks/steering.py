@@ -1,32 +1,35 @@
-"""Does clamping a feature do what its activations say? Over features chosen by rule, beside a random direction.
+"""Does steering show, and does the text stay fluent? Over features chosen by rule, for each method, beside controls.
 
     python -m benchmarks.steering [NAME=value ...]
 
 The features: in a random order (SEED), the first FEATURES that fire on 0.01 % to 1 % of tokens and raise a clear class
-of tokens when steered. Clear is measured: clamped to its maximum on held-out text, the feature raises the logits of
-five tokens by CLEAR standard deviations over the vocabulary or more, in the mean. Neither looks at what the feature
-does to generated text, which is what is measured then.
+of tokens when steered: clamped to its maximum on held-out text, a feature raises the logits of five tokens by CLEAR
+standard deviations over the vocabulary or more, in the mean. A feature's class are these tokens, SHOWN of them, and
+the SHOWN on which it fires most often in held-out text, of those on which it fires LEAST_PRECISION of the time. None of
+this looks at steered text. What is counted then is the share of a text's tokens that are of the class.
 
-For each feature, texts from several prompts are sampled at growing strengths, and the strongest at which they are
-still fluent is marked, by demo.py's own rule (`sweep.is_fluent`) with a margin. At that strength, on texts of other
-seeds: how often the feature fires when the model without the edit reads them, beside its rate on the model's own texts
-and on texts made under an edit of the same size at every token along a random direction; and what the texts cost in
-cross-entropy.
+Each feature is steered as demo.py does without COEFFICIENT, at the strongest strength at which a few texts of a prompt
+stay fluent, and measured on texts of other seeds. Beside it, each at its own strongest strength: a random direction,
+and the difference of means (the mean residual where the class's tokens stand less the mean elsewhere), both of the
+decoder row's norm. Before are features clamped at their maximum, as demo.py did. Then demo.py's own pick of a feature,
+by today's rule and by that of before: of those that fire on most more tokens at their maximum the first that is fluent.
 
 The autoencoder is that of RUN_DIR, which train.py makes if there is none.
 """
 
+import random
 import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import config
@@ -38,162 +41,213 @@ from mistral_sae.loading import load_pair
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer import search, sweep
-from mistral_sae.steer.steering import steer
+from mistral_sae.steer.effect import Effect, effects_of
+from mistral_sae.steer.search import Search
+from mistral_sae.steer.steering import Edit, Subject, activations_of, statistics_of
 
 FEATURES = 24
 CLEAR = 4.0  # standard deviations
-CLASS_SAMPLE = (12, 128)  # rows and positions of held-out text on which the classes are measured
-MARGIN = 0.2  # nats by which a marked strength stays below what is allowed: what is measured then are other texts
-STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)  # times the maximum
-PROMPTS = ("import os\nimport sys\n\ndef main(", 'class Parser:\n    """', "    def test_", "    # The")
-STRENGTHS_AT_ONCE = 4  # before it is seen whether stronger ones are needed
-SEEDS_TO_MARK, SEEDS_TO_MEASURE = range(16), range(100, 116)  # of each prompt's texts
-MAX_TOKENS, TEMPERATURE = 40, 0.7
-SHOWN = 5  # raised tokens
+CLASS_SAMPLE = (4, 64)  # rows and positions of held-out text on which what features raise is measured
 AT_ONCE = 64  # candidates whose classes are measured together
+SHOWN, LEAST_PRECISION = 10, 0.2
+NAMED = 5  # raised tokens
+SHOWS = 0.02  # of the tokens, by which a class must be more frequent than in the model's own texts
+PROMPTS = (
+    ("import os\nimport sys\n\ndef main(", 'class Parser:\n    """')
+    if config.ON_STANDIN
+    else ("The thing that I wanted to tell you is that", "Here is what happened on Monday:")
+)
+PROMPTS_OF_PICKS = (*PROMPTS, config.PROMPT, "# The" if config.ON_STANDIN else "My favourite")
+MAX_TOKENS, TEMPERATURE = 32, 0.7
+SEEDS_TO_FIND, SEEDS_TO_MEASURE = range(4), range(100, 108)  # of each prompt's texts
+METHODS = ("clamp", "add", "raw")
+
+Classes = dict[int, set[int]]
 
 
-def candidates(loaded: LoadedSAE) -> list[int]:
-    """The features in the range of frequencies, in a random order."""
-    found = loaded.statistics
+# ---- features and their classes, from held-out text ----
+
+
+def with_a_clear_class(subject: Subject, rows_RT: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The features that raise a clear class of tokens when steered, in a random order, and what they raise (V)."""
+    model, loaded, found, _ = subject
     order = torch.randperm(len(found.density_F), generator=torch.Generator().manual_seed(config.SEED))
-    of_mid_density = set(found.mid_density())
-    return [feature for feature in order.tolist() if feature in of_mid_density]
-
-
-def with_a_clear_class(model: LanguageModel, loaded: LoadedSAE, rows_RT: torch.Tensor) -> Iterator[dict[str, Any]]:
-    """The candidates that raise a clear class of tokens when steered, in their order, and what they raise."""
-    (R, T), every = CLASS_SAMPLE, candidates(loaded)
-    for looked_at in range(0, len(every), AT_ONCE):
-        activations = {f: float(loaded.maximum_F[f]) for f in every[looked_at : looked_at + AT_ONCE]}
+    of_mid_density, (R, T) = set(found.mid_density()), CLASS_SAMPLE
+    every = [feature for feature in order.tolist() if feature in of_mid_density]
+    for start in range(0, len(every), AT_ONCE):
+        activations = {f: float(found.maximum_F[f]) for f in every[start : start + AT_ONCE]}
         change_NV = search.logit_changes(model, loaded, activations, rows_RT[:R, :T])
-        clearness = search.clearness(change_NV).tolist()
-        for i, (feature, clear, change_V) in enumerate(zip(activations, clearness, change_NV, strict=True)):
+        for feature, clear, change_V in zip(activations, search.clearness(change_NV).tolist(), change_NV, strict=True):
             if clear >= CLEAR:
-                yield {
-                    "feature": feature,
-                    "density": float(loaded.density_F[feature]),
-                    "maximum": activations[feature],
-                    "clearness": clear,
-                    "raised": search.extremes(model, change_V, SHOWN)[0],
-                    "candidates_before": looked_at + i,
-                }
+                yield feature, change_V
 
 
-class Texts:
-    """Samples from all prompts under one edit or another, and what is found in them."""
-
-    def __init__(self, model: LanguageModel, loaded: LoadedSAE, seeds: range):
-        prompts = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in PROMPTS]
-        self._trials = [
-            sweep.Trials(model, loaded, ids, [1000 * number + seed for seed in seeds], MAX_TOKENS, TEMPERATURE)
-            for number, ids in enumerate(prompts)
-        ]
-        self._own = [trials.unsteered([0]).texts for trials in self._trials]
-
-    def own(self, feature: int) -> sweep.Measured:
-        """Of the unsteered model."""
-        found = [
-            sweep.measure(trials.model, trials.loaded, [feature], trials.prompt_ids, texts)
-            for trials, texts in zip(self._trials, self._own, strict=True)
-        ]
-        return sweep.pooled([each for texts in found for each in texts])
-
-    def steered(
-        self, feature: int, strengths: Sequence[float], directions_SD: torch.Tensor | None = None
-    ) -> list[sweep.Measured]:
-        """With the feature clamped to so many times its maximum, or the same along other directions, by strength."""
-        by_strength: list[list[sweep.Measured]] = [[] for _ in strengths]
-        for trials in self._trials:
-            maximum = float(trials.loaded.maximum_F[feature])
-
-            def edit(
-                strengths_B: list[float], trials: sweep.Trials = trials, maximum: float = maximum
-            ) -> AbstractContextManager:
-                coefficients = {feature: maximum * torch.tensor(strengths_B)}
-                return steer(trials.model, trials.loaded, coefficients, directions_SD=directions_SD)
-
-            for found, trial in zip(by_strength, trials.steered(strengths, edit, lambda _: [feature]), strict=True):
-                found += trial.measured
-        return [sweep.pooled(each) for each in by_strength]
+@torch.no_grad()
+def fired_on(model: LanguageModel, loaded: LoadedSAE, features: Sequence[int], rows_RT: Tensor) -> Classes:
+    """The tokens on which each feature fires most often, of those on which it mostly does."""
+    fired_SV, there_V = torch.zeros(len(features), model.vocab_size), torch.zeros(model.vocab_size)
+    for tokens_RT in rows_RT.split(config.ROWS_PER_FORWARD or 8):
+        kept_RT = model.kept(tokens_RT)
+        x_ND = model.residuals(tokens_RT, loaded.metadata.residual_layer)[kept_RT].float()
+        active_NS = activations_of(loaded.sae, x_ND, torch.tensor(features))[0].cpu() > 0
+        fired_SV.index_add_(1, tokens_RT[kept_RT], active_NS.T.float())
+        there_V += torch.bincount(tokens_RT[kept_RT], minlength=model.vocab_size)
+    often_SV = torch.where(fired_SV >= LEAST_PRECISION * there_V.clamp_min(1), fired_SV, 0.0)
+    best = often_SV.topk(SHOWN, dim=1)
+    pairs = zip(features, best.indices.tolist(), best.values.tolist(), strict=True)
+    return {feature: {id for id, n in zip(ids, counts, strict=True) if n > 0} for feature, ids, counts in pairs}
 
 
-def marked_strength(texts: Texts, feature: int) -> float | None:
-    """The strongest at which the texts are still fluent; None if they are not even at the weakest."""
-    own, best = texts.own(feature), None
-    for i in range(0, len(STRENGTHS), STRENGTHS_AT_ONCE):
-        some = STRENGTHS[i : i + STRENGTHS_AT_ONCE]
-        for strength, found in zip(some, texts.steered(feature, some), strict=True):
-            cost = found.cross_entropy - own.cross_entropy
-            if not sweep.is_fluent(found, own) or cost > sweep.MOST_NATS - MARGIN:
-                return best
-            best = strength
-    return best
+@torch.no_grad()
+def differences_of_means(subject: Subject, classes: Classes, rows_RT: Tensor) -> dict[int, Tensor]:
+    """Mean residual where the tokens of each class stand less the mean elsewhere, of the decoder row's norm."""
+    model, loaded = subject.model, subject.loaded
+    sums_CD, counts_C = torch.zeros(len(classes), model.d_model), torch.zeros(len(classes), 1)
+    total_D, n = torch.zeros(model.d_model), 0
+    for tokens_RT in rows_RT.split(config.ROWS_PER_FORWARD or 8):
+        kept_RT = model.kept(tokens_RT)
+        x_ND = model.residuals(tokens_RT, loaded.metadata.residual_layer)[kept_RT].float().cpu()
+        total_D, n = total_D + x_ND.sum(dim=0), n + len(x_ND)
+        for i, ids in enumerate(classes.values()):
+            is_it = torch.isin(tokens_RT[kept_RT], torch.tensor(sorted(ids)))
+            sums_CD[i] += x_ND[is_it].sum(dim=0)
+            counts_C[i] += is_it.sum()
+    means_CD = sums_CD / counts_C.clamp_min(1) - (total_D - sums_CD) / (n - counts_C)
+    norms_C1 = loaded.sae.W_dec[list(classes)].detach().float().cpu().norm(dim=1, keepdim=True)
+    scaled_CD = torch.nn.functional.normalize(means_CD, dim=1) * norms_C1
+    return dict(zip(classes, scaled_CD, strict=True))
 
 
-def effect(to_mark: Texts, to_measure: Texts, loaded: LoadedSAE, feature: int) -> dict[str, Any]:
-    """One feature's figures at its marked strength."""
-    strength = marked_strength(to_mark, feature)
-    if strength is None:
-        return {"strength": None}
-    direction_SD = sweep.random_directions(loaded.sae.W_dec[[feature]], seed=feature)
-    found = {
-        "own": to_measure.own(feature),
-        "steered": to_measure.steered(feature, [strength])[0],
-        "random_direction": to_measure.steered(feature, [strength], direction_SD)[0],
-    }
-    return {"strength": strength} | {name: measured._asdict() for name, measured in found.items()}
+# ---- steered texts ----
 
 
-def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all features; one without a fluent strength counts as one that did nothing."""
-    marked = [each for each in found if each["strength"] is not None]
-    rates = {name: [each[name]["rate"] for each in marked] for name in ("own", "steered", "random_direction")}
-    costs = [each["steered"]["cross_entropy"] - each["own"]["cross_entropy"] for each in marked]
-    control_costs = [each["random_direction"]["cross_entropy"] - each["own"]["cross_entropy"] for each in marked]
+def trials_of(subject: Subject, prompt: str, seeds: range) -> sweep.Trials:
+    """Texts of a prompt."""
+    return sweep.Trials(subject.model, subject.loaded, subject.model.encode(prompt), seeds, MAX_TOKENS, TEMPERATURE)
+
+
+def measured(
+    subject: Subject,
+    edit: Edit,
+    classes: Classes,
+    directions: Mapping[int, Tensor] | None,
+    given: float | None = None,
+) -> dict[int, list[Effect]]:
+    """What each feature does to the texts of each prompt, at a given strength or at the strongest that is fluent."""
+    found: dict[int, list[Effect]] = {feature: [] for feature in classes}
+    units = [replace(edit, coefficients={feature: 1.0}) for feature in classes]
+    for prompt in PROMPTS:
+        trials = trials_of(subject, prompt, SEEDS_TO_FIND)
+        strengths = {feature: [given or 0.0] for feature in classes}
+        if given is None:
+            grids = dict(zip(classes, Search(subject, trials, lambda n: torch.empty(0)).strengths(units), strict=True))
+            marked = effects_of(subject, edit, grids, classes, trials, directions)
+            strengths = {each.feature: [each.strength] for each in marked}
+        fresh = trials._replace(seeds=SEEDS_TO_MEASURE)
+        for each in effects_of(subject, edit, strengths, classes, fresh, directions):
+            found[each.feature].append(each)
+    return found
+
+
+def figures(effects: Sequence[Effect]) -> dict[str, float]:
+    """One feature's, over all prompts."""
+    of_steered, of_own = (sweep.pooled([getattr(each, name) for each in effects]) for name in ("steered", "own"))
     return {
-        "features": len(found),
-        "candidates": found[-1]["candidates_before"] + 1,
-        "raised": sum(s > o for s, o in zip(rates["steered"], rates["own"], strict=True)) / len(found),
-        "beat_random_direction": sum(s > r for s, r in zip(rates["steered"], rates["random_direction"], strict=True))
-        / len(found),
-        "median_rates": {name: statistics.median(values) for name, values in rates.items()},
-        "mean_rates": {name: statistics.mean(values) for name, values in rates.items()},
-        "median_strength": statistics.median(each["strength"] for each in marked),
-        "cost": {"median": statistics.median(costs), "mean": statistics.mean(costs), "highest": max(costs)},
-        "within_a_nat": sum(cost <= sweep.MOST_NATS for cost in costs) / len(found),
-        "control_cost": {"median": statistics.median(control_costs)},
+        "strength": statistics.mean(each.strength for each in effects),
+        "own_share": statistics.mean(each.own_shown for each in effects),
+        "share": statistics.mean(each.shown for each in effects),
+        "own_rate": of_own.rate,
+        "rate": of_steered.rate,
+        "nats": of_steered.cross_entropy - of_own.cross_entropy,
+        "repeated": of_steered.repetition - of_own.repetition,
+        "fluent": statistics.mean(sweep.is_fluent(each.steered, each.own) for each in effects),
     }
+
+
+def summary(of_features: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of all features: how many show, and the medians."""
+    shows = sum(each["share"] - each["own_share"] >= SHOWS for each in of_features)
+    fires = sum(each["rate"] > each["own_rate"] for each in of_features)
+    medians = {name: statistics.median(each[name] for each in of_features) for name in of_features[0]}
+    return (
+        {"shows": shows, "fires_more": fires}
+        | medians
+        | {"fluent": statistics.mean(each["fluent"] for each in of_features)}
+    )
+
+
+# ---- demo.py's own pick ----
+
+
+def picks(subject: Subject) -> dict[str, list[dict[str, Any]]]:
+    """For each prompt the feature that demo.py takes by today's rule and by that of before, on texts of other seeds."""
+    found: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+    for prompt in PROMPTS_OF_PICKS:
+        trials, edit = trials_of(subject, prompt, range(4))._replace(max_tokens=64), Edit({})
+        searched = Search(subject, trials, lambda n: torch.empty(0))
+        after = search.choose(searched, edit, None, None)
+        chosen = {"after": after.coefficients, "before": before(searched, edit)}
+        for name, coefficients in chosen.items():
+            ((feature, strength),) = coefficients.items()
+            classes = search._clearest(searched, [feature])
+            fresh = trials._replace(seeds=SEEDS_TO_MEASURE)
+            (effect,) = effects_of(subject, edit, {feature: [float(strength or 0)]}, classes, fresh)
+            found[name].append({"prompt": prompt, "feature": feature} | figures([effect]))
+    return found
+
+
+def before(searched: Search, edit: Edit) -> dict[int, float]:
+    """The feature that fires on most more tokens when clamped at its maximum, and that."""
+    _, among = search._pools(searched.subject)[0]
+    looked_at = random.Random(0).sample(among, min(search.LOOKED_AT, len(among)))
+    classes = dict(islice(search._clearest(searched, looked_at).items(), 24))
+    short = searched.trials._replace(seeds=range(3))
+    effects = effects_of(searched.subject, edit, {feature: [1.0] for feature in classes}, classes, short)
+    best = max(effects, key=lambda each: (each.is_fluent, each.steered.rate - each.own.rate))
+    return {best.feature: 1.0}
 
 
 def main() -> None:
-    """Choose, mark, measure."""
+    """Choose features and classes, steer, count."""
     warnings.simplefilter("ignore")
     cli.override(sys.argv[1:], config)
     filled, spec, _ = fill(config)
     if not Path(filled.RUN_DIR, "sae").exists():
         subprocess.run([sys.executable, "train.py", *sys.argv[1:]], check=True)
     loaded, model = load_pair(config, spec)
+    kept_in = Path(filled.RUN_DIR, "feature_statistics.safetensors")
+    known = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
+    subject = Subject(model, loaded, known, {})
     rows_RT = Corpus.of(config).held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
-    to_mark, to_measure = (Texts(model, loaded, seeds) for seeds in (SEEDS_TO_MARK, SEEDS_TO_MEASURE))
-    found = []
-    chosen = islice(with_a_clear_class(model, loaded, rows_RT), FEATURES)
-    for known in tqdm(chosen, total=FEATURES, unit=" features"):
-        found.append(known | effect(to_mark, to_measure, loaded, known["feature"]))
-        print(line(found[-1]), flush=True)
-    results = {"summary": summary(found), "features": found}
-    for name, value in results["summary"].items():
-        print(f"{name:24}{value}")
-    save("steering", results)
-
-
-def line(each: dict[str, Any]) -> str:
-    """One feature's figures."""
-    text = f"{each['feature']:6}  {each['density']:.2%} of tokens  x{each['strength']}"
-    if each["strength"] is not None:
-        rates = "  ".join(f"{name} {each[name]['rate']:.2%}" for name in ("own", "random_direction", "steered"))
-        text += f"  {rates}  +{each['steered']['cross_entropy'] - each['own']['cross_entropy']:.2f} nats"
-    return text + f"  {'  '.join(map(repr, each['raised']))}"
+    chosen = dict(islice(with_a_clear_class(subject, rows_RT), FEATURES))
+    on = fired_on(model, loaded, list(chosen), rows_RT)
+    classes = {f: on[f] | set(change_V.topk(SHOWN).indices.tolist()) for f, change_V in chosen.items()}
+    random_FD = sweep.random_directions(loaded.sae.W_dec[list(chosen)], seed=config.SEED)
+    along = {
+        "feature": None,
+        "difference of means": differences_of_means(subject, classes, rows_RT),
+        "random direction": dict(zip(chosen, random_FD, strict=True)),
+    }
+    runs = [("clamp", "before: at its maximum", None, 1.0)]
+    runs += [(method, name, directions, None) for method in METHODS for name, directions in along.items()]
+    by_feature: dict[int, dict[str, Any]] = {
+        f: {"raised": search.extremes(model, change_V, NAMED)[0], "density": float(known.density_F[f])}
+        for f, change_V in chosen.items()
+    }
+    table = []
+    for method, name, directions, given in tqdm(runs, unit=" runs"):
+        effects = measured(subject, Edit({}, method), classes, directions, given)
+        found = {feature: figures(each) for feature, each in effects.items()}
+        table.append({"method": method, "along": name} | summary(list(found.values())))
+        print(
+            "  ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{value}" for key, value in table[-1].items()
+            )
+        )
+        for feature, each in found.items():
+            by_feature[feature][f"{method}, {name}"] = each
+    features = [{"feature": feature} | each for feature, each in by_feature.items()]
+    save("steering", {"features": FEATURES, "runs": table, "picks": picks(subject), "by_feature": features})
 
 
 if __name__ == "__main__":

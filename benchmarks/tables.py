@@ -150,24 +150,59 @@ def collect(result: dict[str, Any]) -> str:
 
 
 def steering(result: dict[str, Any]) -> str:
-    """What clamping features does to text, beside a random direction: of all features together, and of each."""
-    found, features = result["results"]["summary"], result["results"]["features"]
-    rows = [["feature raises", "fires on", "set to", "its rate, own text", "random direction", "clamped", "nats more"]]
+    """How often steering shows, how fluent the text stays, beside controls and before; then demo.py's own picks."""
+    found = result["results"]
+    names = [
+        "method",
+        "along",
+        "shows in",
+        "fires more in",
+        "its tokens",
+        "fires on",
+        "nats more",
+        "repeated",
+        "fluent",
+    ]
+    rows = [names]
+    for each in found["runs"]:
+        counts = (f"{each[name]} of {found['features']}" for name in ("shows", "fires_more"))
+        rows.append([each["method"], each["along"], *counts, *_shares(each)])
+    picked = [["rule", "prompt", "feature", "its tokens", "fires on", "nats more", "repeated", "fluent"]]
+    for rule, picks in found["picks"].items():
+        for each in picks:
+            prompt = repr(each["prompt"]).replace("|", "\\|")
+            picked.append([rule, f"`{prompt}`", str(each["feature"]), *_shares(each)])
+    return f"{_table(rows)}\n\nWhat demo.py takes without FEATURE_INDEX:\n\n{_table(picked)}"
 
-    def row(name: str, density: str, strength: str, rates: dict[str, float], cost: float) -> list[str]:
-        shown = (f"{rates[kind]:.2%}" for kind in ("own", "random_direction", "steered"))
-        return [name, density, strength, *shown, f"{cost:.2f}"]
 
-    name = f"**{found['features']} features, median**"
-    rows.append(row(name, "", f"{found['median_strength']:g} x", found["median_rates"], found["cost"]["median"]))
-    for each in features:
+def _shares(each: dict[str, float]) -> list[str]:
+    pairs = (
+        f"{each[own]:.1%} → {each[steered]:.1%}" for own, steered in (("own_share", "share"), ("own_rate", "rate"))
+    )
+    return [*pairs, f"{each['nats']:+.2f}", f"{each['repeated']:+.0%}", f"{each['fluent']:.0%}"]
+
+
+def features_steered(result: dict[str, Any]) -> str:
+    """The share of a text's tokens that are of each feature's class, at the strongest clamp that is fluent."""
+    names = ["clamp, before: at its maximum", "clamp, feature", "clamp, difference of means", "clamp, random direction"]
+    rows = [
+        [
+            "feature raises",
+            "fires on",
+            "own text",
+            "at its maximum",
+            "clamped",
+            "set to",
+            "difference of means",
+            "random",
+        ]
+    ]
+    for each in result["results"]["by_feature"]:
         raised = " ".join(f"`{token.strip()}`" for token in each["raised"] if token.strip(" \n`|")).replace("|", "\\|")
-        if each["strength"] is None:
-            rows.append([raised, f"{each['density']:.2%}", "none fluent", "", "", "", ""])
-            continue
-        rates = {kind: each[kind]["rate"] for kind in ("own", "random_direction", "steered")}
-        cost = each["steered"]["cross_entropy"] - each["own"]["cross_entropy"]
-        rows.append(row(raised, f"{each['density']:.2%}", f"{each['strength']:g} x", rates, cost))
+        before, clamped, means, at_random = (each[name] for name in names)
+        shares = [f"{share:.1%}" for share in (clamped["own_share"], before["share"], clamped["share"])]
+        controls = [f"{control['share']:.1%}" for control in (means, at_random)]
+        rows.append([raised, f"{each['density']:.2%}", *shares, f"{clamped['strength']:.2g} x", *controls])
     return _table(rows)
 
 
@@ -225,7 +260,7 @@ TABLES = {
         steering_speed,
         traffic,
     )
-} | {"peers": (peers, ["step", "end_to_end", "quality"])}
+} | {"features_steered": (features_steered, ["steering"]), "peers": (peers, ["step", "end_to_end", "quality"])}
 
 
 def filled(page: str) -> str:

@@ -73,7 +73,7 @@ def bars(line: Text) -> str:
 
 def print_sweep(console: Console, title: str, rows: Sequence[tuple[str, Measured, str]], marked: str | None) -> None:
     """Print a table of edits, their names and figures, one of which may be marked; then a text of each in full."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    shown = Table(box=None, pad_edge=False)
     for heading in ("", "coef.", "nats", "KL", "repeated", "fires", "mean"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, m, _ in rows:
@@ -81,6 +81,7 @@ def print_sweep(console: Console, title: str, rows: Sequence[tuple[str, Measured
         features = (f"{m.repetition:.0%}", f"{m.rate:.1%}", f"{m.activation:.2f}")
         arrow, style = ("→", "bold") if name == marked else ("", None)
         shown.add_row(arrow, name, *nats, *features, style=style)
+    console.print(title)
     console.print(shown)
     for name, _, text in rows:
         console.print(Text(f"\n{'→' if name == marked else ' '} {name}", style="bold"))

@@ -22,6 +22,7 @@ from mistral_sae.steer.sweep import MOST_NATS, MOST_REPETITION, Measured, Trials
 # The strengths that are tried, as lengths of the edit beside the residual's: texts stop being fluent at about a half,
 # whatever the feature, where its maximum may be anything
 SIZES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+CHANCE = 0.05  # by which a few texts repeat themselves more or less than a few others
 VISIBLE, ENOUGH = 0.02, 0.15  # of the tokens: from where on a reader sees an effect, and where more of it is not better
 
 
@@ -61,8 +62,8 @@ class Effect(NamedTuple):
 
     @property
     def score(self) -> float:
-        """How much more is seen of the feature than in the model's own texts, less what they repeat themselves more."""
-        return self.gain - max(0.0, self.repeated)
+        """How much more is seen of the feature than in the model's own texts, less how much more they repeat."""
+        return self.gain - max(0.0, self.repeated - CHANCE)
 
     @property
     def repeated(self) -> float:
@@ -71,9 +72,13 @@ class Effect(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """The share of tokens that are of its class, and of those that it fires on, each up to ENOUGH, in the mean."""
+        """How many more tokens are of its class and how many more it fires on, each up to ENOUGH: their geometric mean.
+
+        So what is counted is both: words that the feature raises whatever they mean, or tokens that it fires on where
+        nothing is to be read of it, are no effect.
+        """
         gains = self.shown - self.own_shown, self.steered.rate - self.own.rate
-        return sum(min(gain, ENOUGH) for gain in gains) / len(gains)
+        return math.sqrt(math.prod(min(max(gain, 0.0), ENOUGH) for gain in gains))
 
     @property
     def is_visible(self) -> bool:
@@ -100,6 +105,7 @@ def effects_of(
     strengths: Mapping[int, Sequence[float]],
     classes: Mapping[int, Collection[int]],
     trials: Trials,
+    directions: Mapping[int, Tensor] | None = None,
 ) -> list[Effect]:
     """What steering with each feature alone does to texts.
 
@@ -107,25 +113,28 @@ def effects_of(
         edit: how; its coefficients are not used.
         strengths: by feature, from weak to strong.
         classes: by feature, the tokens that show it.
+        directions: by feature, what to write along (D) in place of its decoder row, as a control.
     """
     features, ids = list(strengths), trials.prompt_ids
     settings = [(feature, strength) for feature, some in strengths.items() for strength in some]
+    unsteered = (features[0], math.nan)  # as it is: in the same batch, which costs little more
 
     def context(settings_B: list[tuple[int, float]]) -> AbstractContextManager[None]:
-        return replace(edit, coefficients=each_alone(settings_B)).context(subject, len(ids))
+        alone = each_alone(settings_B)
+        along_SD = None if directions is None else torch.stack([directions[feature] for feature in alone])
+        return replace(edit, coefficients=alone).context(subject, len(ids), along_SD)
 
-    own = trials.unsteered(features)
+    steered = trials.steered([unsteered, *settings], context, lambda setting: setting[:1], with_kl=False)
+    own, *tried = Progress(steered, "steered texts", 1 + len(settings), unit=" settings", leave=False)
+    by_setting = dict(zip(settings, tried, strict=True))
     texts = [torch.tensor([[*ids, *text]]) for text in own.texts if text]
     of_S = torch.tensor(features)
     fired = [read_back(subject.model, subject.loaded, of_S, text, len(ids))[0] > 0 for text in texts]
     rates = torch.cat(fired or [torch.zeros(1, len(features))]).float().mean(dim=0).tolist()
-    steered = trials.steered(settings, context, lambda setting: setting[:1], with_kl=False)
-    tried = Progress(steered, "steered texts", len(settings), unit=" settings", leave=False)
-    by_setting = dict(zip(settings, tried, strict=True))
     found = []
     for feature, rate in zip(features, rates, strict=True):
         some, own_figures = strengths[feature], own.pooled._replace(rate=rate)
-        strongest = strongest_fluent(some, [by_setting[feature, strength] for strength in some], own_figures)
+        strongest = strongest_fluent(some, [by_setting[feature, strength] for strength in some], own)
         strength = some[0] if strongest is None else strongest
         trial = by_setting[feature, strength]
         shown, own_shown = (share_of(each.texts, classes.get(feature, ())) for each in (trial, own))

@@ -7,9 +7,9 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,15 +32,16 @@ LOOKED_AT = 128  # features among which one is looked for that shows in text
 RAISED = 20  # words that a feature raises most, whose share of a text shows it
 WORD = re.compile(r"[^\W\d_]{2}")  # a token with two letters is one
 TEXT_TOKENS = 8  # of the text on which it is measured what they raise, after the prompt
-TRIED, TRIED_TOKENS = 16, 24  # features of which a text is made at two strengths, and its length
-TRIED_BY_WORDS = 8  # of which two texts are made
-FINALISTS, FINAL_TEXTS = 4, 2  # of which so many are made in full length, at three strengths
-LISTED = 4  # features of a printed list
+TRIED, TRIED_BY_WORDS = 16, 8  # features of which short texts are made in a round, and by words
+ROUNDS = 3  # at most, of features with an explanation and of those without
+SHORT_TEXTS, SHORT_TOKENS = 32, 24  # of all of them together, and their length
+FINALISTS, FINAL_TEXTS = 3, 2  # of which so many are made in full length, at three strengths
 
 Rows = Callable[[int], Tensor]  # so many rows of text (R, T)
 
 
-class Search(NamedTuple):
+@dataclass(frozen=True)
+class Search:
     """What features are looked for with."""
 
     subject: Subject
@@ -48,7 +49,8 @@ class Search(NamedTuple):
     rows: Rows  # of held-out text
     grid: Sequence[float] | None = None  # strengths to try, in the method's unit; None are those of `strengths_of`
 
-    def text(self) -> Tensor:
+    @cached_property
+    def text_1T(self) -> Tensor:
         """The prompt with a few tokens of the model's own after it (1, T)."""
         model, trials = self.subject.model, self.trials
         (ids,) = model.sample(trials.prompt_ids, trials.seeds[:1], TEXT_TOKENS, trials.temperature)
@@ -58,8 +60,8 @@ class Search(NamedTuple):
         """The multiples of each edit that are tried, from weak to strong."""
         if self.grid is not None:
             return [list(self.grid) for _ in units]
-        model, layer, text_1T = self.subject.model, self.subject.loaded.metadata.residual_layer, self.text()
-        x_TD = model.residuals(text_1T, layer)[model.kept(text_1T)].float()
+        model, layer = self.subject.model, self.subject.loaded.metadata.residual_layer
+        x_TD = model.residuals(self.text_1T, layer)[model.kept(self.text_1T)].float()
         return [strengths_of(self.subject, unit, x_TD) for unit in units]
 
 
@@ -107,26 +109,25 @@ def parse(words: str) -> int | str | dict[int, Coefficient]:
 # ---- trying features in text ----
 
 
-def _tried(search: Search, edit: Edit, classes: Mapping[int, Collection[int]], given: float | None) -> list[Effect]:
-    """What features do to text, the most visible first and those that leave none fluent last.
+def _tried(
+    search: Search, edit: Edit, classes: Mapping[int, Collection[int]], given: float | None
+) -> tuple[list[Effect], list[Effect]]:
+    """What the finalists among features do to text, the most visible first, and what the others do.
 
-    Each makes a short text or two at two middle strengths; the best FINALISTS, which come first, make texts of full
-    length at the strengths around their best. `classes` are the tokens that show each feature.
+    Each makes a few short texts at a middle strength; the best FINALISTS, which come first, make FINAL_TEXTS of full
+    length at one strength below it and two above. `classes` are the tokens that show each feature.
     """
     subject, trials = search.subject, search.trials
     units = [replace(edit, coefficients={feature: 1.0}) for feature in classes]
     strengths = dict(zip(classes, search.strengths(units) if given is None else [[given]] * len(units), strict=True))
-    some = {feature: every[len(every) // 4 :: 2][:2] for feature, every in strengths.items()}
-    seeds = trials.seeds[: max(1, TRIED // len(classes))]
-    short = trials._replace(seeds=seeds, max_tokens=min(TRIED_TOKENS, trials.max_tokens))
-    first = sorted(effects_of(subject, edit, some, classes, short), key=Effect.rank)
-    around = {}
-    for each in first[:FINALISTS]:
-        every = strengths[each.feature]
-        best = every.index(each.strength)
-        around[each.feature] = every[max(0, best - 1) : best + 2]
+    middle = 3 * len(next(iter(strengths.values()))) // 8
+    seeds = trials.seeds[: max(1, SHORT_TEXTS // len(classes))]
+    short = trials._replace(seeds=seeds, max_tokens=min(SHORT_TOKENS, trials.max_tokens))
+    first = effects_of(subject, edit, {f: [some[middle]] for f, some in strengths.items()}, classes, short)
+    first.sort(key=lambda each: -each.score)
+    around = {f: strengths[f][max(0, middle - 1) : middle + 3] for f, *_ in first[:FINALISTS]}
     in_full = trials._replace(seeds=trials.seeds[:FINAL_TEXTS])
-    return sorted(effects_of(subject, edit, around, classes, in_full), key=Effect.rank) + first[FINALISTS:]
+    return sorted(effects_of(subject, edit, around, classes, in_full), key=Effect.rank), first[FINALISTS:]
 
 
 def _print_tried(tried: Sequence[Effect], what: Callable[[int], str], match: Mapping[int, float] | None = None) -> None:
@@ -264,7 +265,7 @@ def find(query: str, search: Search) -> tuple[dict[int, float], dict[int, float]
     activations = {f: float(statistics.maximum_F[f]) for f in labelled + others if statistics.maximum_F[f] > 0}
     if not activations:
         return {}, {}
-    changes_NV = logit_changes(model, loaded, activations, search.text())
+    changes_NV = logit_changes(model, loaded, activations, search.text_1T)
     strengths = dict(zip(activations, clearness(changes_NV[:, ids] if ids else changes_NV).tolist(), strict=True))
     ranked = sorted(strengths, key=lambda feature: (-matches.get(feature, 0.0), -strengths[feature]))
     by_label = {feature: matches[feature] for feature in ranked if feature in matches}
@@ -288,9 +289,9 @@ def _by_words(search: Search, edit: Edit, words: str, given: float | None) -> Ef
     print(
         f"features for {words!r}: {how}, {len(by_token)} others fire on its tokens; {len(candidates)} are tried in text"
     )
-    tried = _tried(search, edit, dict.fromkeys(candidates, ids), given)
-    _print_tried(tried, lambda feature: _explained(search.subject, feature), by_label)
-    return tried[0]
+    finalists, others = _tried(search, edit, dict.fromkeys(candidates, ids), given)
+    _print_tried(finalists + others, lambda feature: _explained(search.subject, feature), by_label)
+    return finalists[0]
 
 
 def _explained(subject: Subject, feature: int) -> str:
@@ -304,23 +305,30 @@ def _explained(subject: Subject, feature: int) -> str:
 def _most_visible(search: Search, edit: Edit, given: float | None) -> Effect:
     """A feature whose effect on text shows, from a ranked list that is printed.
 
-    Explained features of middle density are looked at first, then others, until the effect of one is visible; else the
-    best is taken. Of LOOKED_AT random ones the TRIED that raise the clearest classes of words are tried in text. Raises
-    SteeringError if no feature ever fired.
+    They are tried in rounds until the effect of one is visible; else the best is taken. Raises SteeringError if no
+    feature ever fired.
     """
     tried: list[Effect] = []
-    for kind, among in _pools(search.subject):
-        looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-        classes = _clearest(search, looked_at)
-        print(
-            f"choosing a feature: of {len(looked_at)} {kind} the {len(classes)} that raise the clearest class of words "
-            "are tried in text"
-        )
-        tried = sorted([*tried, *_tried(search, edit, classes, given)], key=Effect.rank)
+    for classes in _rounds(search):
+        tried = sorted(tried + _tried(search, edit, classes, given)[0], key=Effect.rank)
         if tried[0].is_visible:
             break
-    _print_tried(tried[:LISTED], lambda feature: _explained(search.subject, feature))
+    _print_tried(tried[:FINALISTS], lambda feature: _explained(search.subject, feature))
     return tried[0]
+
+
+def _rounds(search: Search) -> Iterator[dict[int, list[int]]]:
+    """Features to try together and the words that each raises: explained ones first, then others, clearest first."""
+    for kind, among in _pools(search.subject):
+        looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
+        ranked = list(_clearest(search, looked_at).items())[: ROUNDS * TRIED]
+        for start in range(0, len(ranked), TRIED):
+            some = dict(ranked[start : start + TRIED])
+            print(
+                f"choosing a feature: of {len(looked_at)} {kind}, by how clear a class of words they raise, "
+                f"numbers {start + 1} to {start + len(some)} are tried in text"
+            )
+            yield some
 
 
 def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
@@ -338,12 +346,12 @@ def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
 
 
 def _clearest(search: Search, candidates: Sequence[int]) -> dict[int, list[int]]:
-    """The TRIED of the candidates that raise the clearest classes of words in a text of the model's own, and these."""
+    """The candidates, first those that raise the clearest classes of words in a text of the model's own, and these."""
     model, loaded, statistics, _ = search.subject
     activations = {feature: float(statistics.maximum_F[feature]) for feature in candidates}
-    changes_NV = logit_changes(model, loaded, activations, search.text())
+    changes_NV = logit_changes(model, loaded, activations, search.text_1T)
     words = [id for id in range(model.tokenizer.vocab_size) if WORD.search(model.tokenizer.strings([id])[0])]
     changes_NW = changes_NV[:, words]
-    best = clearness(changes_NW).argsort(descending=True).tolist()[:TRIED]
+    best = clearness(changes_NW).argsort(descending=True).tolist()
     raised_NR = changes_NW[best].topk(min(RAISED, len(words)), dim=1).indices.tolist()
     return {candidates[i]: [words[w] for w in raised] for i, raised in zip(best, raised_NR, strict=True)}

@@ -189,15 +189,16 @@ class Trials(NamedTuple):
         return self.model.sample(self.prompt_ids, [*self.seeds] * times, self.max_tokens, self.temperature)
 
 
-def strongest_fluent(scales: Sequence[float], trials: Sequence[Trial], unsteered: Measured) -> float | None:
-    """The strongest of the edits, by their scales, at which the text is fluent; None if it is at none.
+def strongest_fluent(scales: Sequence[float], trials: Sequence[Trial], own: Trial) -> float | None:
+    """The strongest of the edits, by their scales, at which texts are fluent; None if they are at none.
 
-    A weaker one may fail: a few texts say little about repetition, and with chance alone one in many oversteps. What
-    comes after two failures in a row is not looked at, as one in many passes by chance, too.
+    All of them together, and the first, which is the one that is shown, by itself. A weaker edit may fail: a few texts
+    say little about repetition, and with chance alone one in many oversteps. What comes after two failures in a row is
+    not looked at, as one in many passes by chance, too.
     """
     strongest, failed = None, 0
     for scale, trial in zip(scales, trials, strict=True):
-        if is_fluent(trial.pooled, unsteered):
+        if is_fluent(trial.pooled, own.pooled) and is_fluent(trial.measured[0], own.measured[0]):
             strongest, failed = scale, 0
         elif (failed := failed + 1) == 2:
             break

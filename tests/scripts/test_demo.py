@@ -20,7 +20,7 @@ from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
 from mistral_sae.sae.features import Statistics
-from mistral_sae.steer import search, sweep
+from mistral_sae.steer import effect, search, sweep
 from mistral_sae.steer.display import BARS, level_of
 from mistral_sae.steer.steering import Subject, steer
 
@@ -126,7 +126,7 @@ def test_the_models_own_text_stands_beside_the_steered_one(demo, mistral_folder,
     assert ran.columns == [without_spaces(model, plain), without_spaces(model, steered)]
 
 
-@pytest.mark.parametrize("changed", [{"STEERING_ON": False}, {"COEFFICIENT": None}])
+@pytest.mark.parametrize("changed", [{"STEERING_ON": False}, {"FEATURE_INDEX": "{3: None}"}])
 def test_without_steering_both_columns_are_the_models_own(demo, changed):
     ran = demo(**changed)
     assert ran.code == 0, ran.err
@@ -221,7 +221,7 @@ def test_words_find_a_feature_by_its_tokens_while_there_are_no_explanations(demo
     assert ran.code == 0, ran.err
     assert "no explanations of it (explain.py writes them)" in ran.out
     (chosen,) = re.findall(r"^  → +(\d+) ", ran.out, re.M)
-    assert len(re.findall(r"^  [→ ] +\d+ .*raises", ran.out, re.M)) > 1
+    assert len(re.findall(r"^  [→ ] +\d+ +0\.0 .*no explanation$", ran.out, re.M)) > 1
     assert f"feature {chosen} " in ran.out
 
 
@@ -237,13 +237,13 @@ def test_words_find_a_feature_by_its_explanation(demo, run_dir):
     explain(run_dir, f7="brackets", f9="an exception raised", f11="exceptions")
     ran = demo(FEATURE_INDEX="raised exception")
     assert ran.code == 0, ran.err
-    assert "by explanation, of which 2 of 3 match" in ran.out
-    assert re.findall(r"^  → +(\d+) .*an exception raised$", ran.out, re.M) == ["9"]
-    by_tokens = ran.out.split("and by tokens fired on")[1]
-    assert re.search(r"^ +\d+ .*raises", by_tokens, re.M)
-    assert "an exception raised (offline)" in ran.out
+    assert "2 of 3 explanations match" in ran.out
+    listed = dict(re.findall(r"^  [→ ] +(\d+) +(\d\.\d) ", ran.out, re.M))
+    assert float(listed["9"]) > float(listed["11"]) > 0
+    assert {label for feature, label in listed.items() if feature not in ("9", "11")} == {"0.0"}
+    assert re.search(r"^  [→ ] +9 .*an exception raised$", ran.out, re.M)
     unmatched = demo(FEATURE_INDEX="import")
-    assert "none of 3 explanations matches" in unmatched.out
+    assert "0 of 3 explanations match" in unmatched.out
     assert unmatched.code == 0, unmatched.err
 
 
@@ -262,13 +262,23 @@ def test_explanations_of_another_autoencoder_are_not_used(demo, run_dir):
 def test_without_a_feature_one_that_shows_is_taken_of_the_explained_if_there_are_any(demo, run_dir, monkeypatch):
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    assert len(re.findall(r"^  [→ ] +\d+ +fires on +\d+%, steered +\d+% ", ran.out, re.M)) == 3
+    assert len(re.findall(r"^  [→ ] +\d+ +\d+% → +\d+% +\d+% → +\d+% ", ran.out, re.M)) == search.FINALISTS
     explain(run_dir, f7="brackets")
-    monkeypatch.setattr(search, "VISIBLE", -1.0)  # random weights show nothing
-    monkeypatch.setattr(search, "_stays_fluent", lambda trial, own: True)
+    monkeypatch.setattr(effect.Effect, "is_visible", True)  # random weights show nothing
     ran = demo(FEATURE_INDEX=None)
     assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
     assert "brackets (offline)" in ran.out
+
+
+@pytest.mark.parametrize("method", ["clamp", "add", "raw"])
+def test_without_a_coefficient_it_is_found_and_the_line_says_how(demo, method):
+    ran = demo(COEFFICIENT=None, METHOD=method)
+    assert ran.code == 0, ran.err
+    found = re.findall(r"^coefficient: (\S+) of 0.5, 2, 8: the (?:strongest|weakest)", ran.out, re.M)
+    assert found[0] in ("0.5", "2", "8")
+    assert re.search(rf"^edit .* {found[0]} times its|^edit .* {found[0]} times the", ran.out, re.M)
+    by_size = demo(COEFFICIENT=None, METHOD=method, SWEEP_COEFFICIENTS=None)
+    assert len(re.search(r"^coefficient: .* of (.*): the", by_size.out, re.M)[1].split(", ")) == len(effect.SIZES)
 
 
 @pytest.mark.parametrize(("density", "of"), [(0.5, "features"), (0.003, "features that fire now and then")])
@@ -279,7 +289,7 @@ def test_without_an_explained_feature_that_fires_now_and_then_others_are_taken(d
     save_sae(run_dir / "sae", autoencoder(), METADATA, Statistics(torch.linspace(1, 5, F), densities, None))
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    assert re.search(rf"of \d+ {of} the \d+ that raise", ran.out)
+    assert re.search(rf"of \d+ {of}, by how clear", ran.out)
     swept = demo(FEATURE_INDEX=3, SWEEP=1)
     assert swept.code == 0, swept.err
     assert ("control: at random" in swept.out) == (density == 0.003)
@@ -378,8 +388,8 @@ def test_both_kinds_of_model_folder_give_the_same_texts(demo, mistral_folder, hu
         ({"COEFFICIENT": "much"}, "COEFFICIENT must be of type float"),
         ({"SWEEP": 1, "METHOD": "ablate"}, "SWEEP is True: expected False with METHOD=ablate"),
         ({"SWEEP": 1, "STEERING_ON": False}, "SWEEP is True: expected False with STEERING_ON=False"),
-        ({"SWEEP": 1, "COEFFICIENT": None}, "SWEEP with COEFFICIENT None or 0"),
-        ({"SWEEP": 1, "COEFFICIENT": 0}, "SWEEP with COEFFICIENT None or 0"),
+        ({"SWEEP": 1, "FEATURE_INDEX": "{3: None}"}, "SWEEP with COEFFICIENT 0, which has no sign"),
+        ({"SWEEP": 1, "COEFFICIENT": 0}, "SWEEP with COEFFICIENT 0, which has no sign"),
         ({"SWEEP_COEFFICIENTS": "(1, 'a')"}, "SWEEP_COEFFICIENTS is (1, 'a'): expected numbers"),
         ({"FEATURE_INDEX": "[3, 40]"}, "found FEATURE_INDEX '[3, 40]': expected a number, words or several"),
         ({"FEATURE_INDEX": 4.5}, "found FEATURE_INDEX '4.5'"),
@@ -411,7 +421,7 @@ def test_an_autoencoder_of_another_width_or_a_deeper_model_is_one_line(demo, run
 # ---- the table ----
 
 
-def test_the_sweep_has_a_table_for_the_feature_and_for_each_control(demo):
+def test_the_sweep_has_a_table_and_texts_for_the_feature_and_for_each_control(demo, mistral_folder, run_dir):
     ran = demo(SWEEP=1)
     assert ran.code == 0, ran.err
     for title in ("feature 3", "control: random direction", "control: at random, feature"):
@@ -421,6 +431,12 @@ def test_the_sweep_has_a_table_for_the_feature_and_for_each_control(demo):
     assert divergences[0] < divergences[1] < divergences[2]
     assert "strongest setting" in ran.out
     assert ran.out.count("→") >= 2
+    assert re.findall(r"^[→ ] (none|0\.5|2|8)$", ran.out, re.M) == ["none", "0.5", "2", "8"] * 3
+    model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
+    ids = model.encode(PROMPT)
+    with steer(model, loaded, {3: 8 * loaded.maximum_F[3]}):
+        text = list(model.generate(ids, 12, 0.7))
+    assert without_spaces(model, text) in "".join(ran.out.split())
 
 
 @pytest.mark.parametrize("of", [{3: 1.0}, {3: -1.0}, {3: 1.0, 40: -2.0}])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,10 +30,13 @@ def subject(lm):
     return Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.001), None), {})
 
 
-def choose(words, coefficient):
-    if words == "nothing":
+FOUND = 7.0  # what is found where no coefficient is given
+
+
+def find(edit, wanted, coefficient):
+    if wanted == "nothing":
         raise SteeringError("found no feature for 'nothing'")
-    return {40: coefficient}
+    return replace(edit, coefficients={40 if isinstance(wanted, str) else wanted: coefficient or FOUND})
 
 
 @pytest.fixture
@@ -41,7 +45,8 @@ def conversation_of(subject, tmp_path):
 
     def of(edit=EDIT, **options):
         options = {"context": 400, "sampling": Sampling(6, 0.0, 0), "is_instruct": True} | options
-        return Conversation(subject, edit, choose, transcript=tmp_path / "chat.jsonl", **options)
+        options = {"coefficient": 1.0} | options
+        return Conversation(subject, edit, find, transcript=tmp_path / "chat.jsonl", **options)
 
     return of
 
@@ -52,7 +57,7 @@ def conversation_of(subject, tmp_path):
         ("/feature exception", Edit({40: 1.0}, "clamp")),
         ("/coefficient 2.5", Edit({12: 2.5}, "clamp")),
         ("/coefficient -3", Edit({12: -3.0}, "clamp")),
-        ("/coefficient None", Edit({12: None}, "clamp")),
+        ("/coefficient auto", Edit({12: FOUND}, "clamp")),
         ("/method add", Edit({12: 1.0}, "add")),
         ("/off", EDIT),
         ("/on", EDIT),
@@ -73,6 +78,30 @@ def test_another_feature_takes_the_coefficient_that_was_set(conversation_of):
     conversation.command("/coefficient 2")
     conversation.command("/feature http")
     assert conversation.edit.coefficients == {40: 2.0}
+
+
+def test_while_coefficients_are_found_each_feature_and_each_method_has_its_own(conversation_of):
+    conversation = conversation_of(coefficient=None)
+    conversation.command("/feature http")
+    assert conversation.edit == Edit({40: FOUND})
+    conversation.command("/coefficient 2")
+    conversation.command("/method add")
+    assert conversation.edit == Edit({40: 2.0}, "add")
+    conversation.command("/coefficient auto")
+    assert conversation.edit == Edit({40: FOUND}, "add")
+    conversation.edit = Edit({40: 3.0}, "add")
+    conversation.command("/method raw")
+    assert conversation.edit == Edit({40: FOUND}, "raw")
+
+
+def test_a_reset_forgets_what_was_said_and_keeps_the_edit(lm, conversation_of, capsys):
+    conversation = conversation_of()
+    conversation.messages = turns(("def f", "return 1"))
+    conversation.command("/off")
+    conversation.command("/reset")
+    assert "forgotten" in capsys.readouterr().out
+    assert conversation.prompt("more") == lm.tokenizer.chat([{"role": "user", "content": "more"}])
+    assert (conversation.edit, conversation.is_on) == (EDIT, False)
 
 
 @pytest.mark.parametrize("command", ["/feature exception", "/coefficient 1", "/method clamp", "/on"])

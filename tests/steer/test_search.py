@@ -1,6 +1,7 @@
 """What is known of features, and which of them match words."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
 from mistral_sae.sae.features import Statistics
-from mistral_sae.steer import search, sweep
+from mistral_sae.steer import effect, search, sweep
+from mistral_sae.steer.search import Search
 from mistral_sae.steer.steering import Edit, Explanation, SteeringError, Subject, steer
-from mistral_sae.steer.sweep import Measured, Trial, Trials
+from mistral_sae.steer.sweep import Measured, Trials
 
 PROMPT = [1, 50, 60, 70]
 
@@ -127,86 +129,135 @@ def test_features_are_found_by_the_tokens_they_fire_on(lm, rows_RT, monkeypatch)
     assert search.by_tokens(lm, loaded, [4000], rows_RT, 3) == []
 
 
-def test_between_equal_matches_the_one_that_raises_the_words_tokens_most_comes_first(lm, loaded, rows_RT):
-    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
+def test_between_equal_matches_the_one_that_raises_the_words_tokens_most_comes_first(lm, search_of, loaded, rows_RT):
     explanations = {feature: "an exception" for feature in (3, 7, 30, 31)} | {9: "brackets", 11: "an exception test"}
-    found = search.find("exception", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
-    found = [each for each in found if each.match]
-    assert {each.feature for each in found} == {3, 7, 30, 31, 11}
-    assert [each.strength for each in found] == sorted((each.strength for each in found), reverse=True)
+    searched = search_of(loaded, explanations, rows=lambda n: rows_RT)
+    found, others = search.find("exception", searched)
+    assert set(found) == {3, 7, 30, 31, 11}
+    assert not {3, 7, 30, 31, 11} & set(others)
     ids = search.tokens_like(lm.tokenizer, "exception")
-    maxima = {each.feature: float(loaded.maximum_F[each.feature]) for each in found}
-    changes_NV = search.logit_changes(lm, loaded, maxima, search.own_text(lm))
-    expected = changes_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1)
-    assert [each.strength for each in found] == pytest.approx(expected.tolist(), rel=1e-2)
-    both = search.find("exception test", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
-    assert both[0].feature == 11
+    maxima = {feature: float(loaded.maximum_F[feature]) for feature in found}
+    changes_NV = search.logit_changes(lm, loaded, maxima, searched.text_1T)
+    raised = changes_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1).tolist()
+    assert raised == sorted(raised, reverse=True)
+    both, _ = search.find("exception test", searched)
+    assert next(iter(both)) == 11
 
 
-def test_without_a_matching_explanation_features_are_found_by_tokens(lm, rows_RT):
+def test_without_a_matching_explanation_features_are_found_by_tokens(lm, search_of, rows_RT):
     rows_RT = rows_RT.clone()
     (id, *_) = search.tokens_like(lm.tokenizer, "exception")
     rows_RT[1, 4] = id
     loaded = knows_tokens(lm, rows_RT, [id])
-    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
     for explanations in ({}, {5: "brackets"}):
-        found = search.find("exception", Subject(lm, loaded, statistics, explained(explanations)), lambda n: rows_RT)
-        assert [each.feature for each in found] == [0]
-        assert found[0].match == 0
-    assert search.find("xylophone", Subject(lm, loaded, statistics, {}), lambda n: rows_RT) == []
+        by_label, by_token = search.find("exception", search_of(loaded, explanations, rows=lambda n: rows_RT))
+        assert (list(by_label), list(by_token)) == ([], [0])
+    assert search.find("xylophone", search_of(loaded, rows=lambda n: rows_RT)) == ({}, {})
 
 
-def test_features_found_by_tokens_come_after_those_whose_explanations_match(lm, rows_RT):
+def test_no_text_is_read_where_explanations_are_enough(search_of, loaded):
+    every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}  # then they know best
+    by_label, by_token = search.find("exception", search_of(loaded, every))
+    assert (list(by_label), by_token) == ([5], {})
+
+
+def test_features_that_never_fired_are_not_found(search_of, loaded, rows_RT):
+    searched = search_of(loaded, {3: "an exception"}, maximum_F=torch.zeros(F), rows=lambda n: rows_RT)
+    assert search.find("exception", searched) == ({}, {})
+
+
+def test_words_take_the_feature_whose_texts_show_them_most_whatever_its_label(
+    lm, search_of, loaded, rows_RT, monkeypatch, capsys
+):
+    ids = set(search.tokens_like(lm.tokenizer, "raised exception"))
     rows_RT = rows_RT.clone()
-    (id, *_) = search.tokens_like(lm.tokenizer, "exception")
-    rows_RT[1, 4] = id
-    loaded = knows_tokens(lm, rows_RT, [id])
-    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
-    found = search.find(
-        "exception", Subject(lm, loaded, statistics, explained({5: "an exception", 6: "brackets"})), lambda n: rows_RT
-    )
-    assert [(each.feature, each.match > 0) for each in found] == [(5, True), (0, False)]
-    every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}  # then the explanations know best
-    found = search.find("exception", Subject(lm, loaded, statistics, explained(every)), lambda n: rows_RT)
-    assert [each.feature for each in found] == [5]
+    rows_RT[1, 4] = min(ids)
+
+    def effects_of(subject, edit, strengths, classes, trials):
+        """Feature 30 shows most, and is seen by the words' tokens."""
+        assert all(set(of) == ids for of in classes.values())
+        found = effect.effects_of(subject, edit, strengths, classes, trials)
+        own = Measured(30, 1.0, 0.0, 0.0, 0.0, 0.0)
+        same = {"is_fluent": True, "own": own, "steered": own._replace(rate=0.1), "own_shown": 0.0}
+        return [each._replace(**same, shown=0.1 if each.feature == 30 else 0.0) for each in found]
+
+    monkeypatch.setattr(search, "effects_of", effects_of)
+    explanations = {3: "raised exception", 7: "raised exception", 30: "an exception", 11: "brackets"}
+    searched = search_of(loaded, explanations, rows=lambda n: rows_RT)
+    edit = search.choose(searched, Edit({}), "raised exception", None)
+    printed = capsys.readouterr().out
+    assert "3 of 4 explanations match" in printed
+    listed = [int(feature) for feature in re.findall(r"^  [→ ] +(\d+) ", printed, re.M)]
+    assert listed[0] == 30
+    assert list(edit.coefficients) == [30]
+    assert {3, 7} < set(listed)
+    assert set(listed) - set(explanations)  # found by tokens
+    assert len(listed) == len(set(listed)) == search.TRIED_BY_WORDS
+    assert re.search(r"^coefficient: [\d.e-]+ of ", printed, re.M)
 
 
-def test_no_text_is_read_where_explanations_are_enough(lm, loaded):
-    def none(n):
-        raise AssertionError("no text is wanted")
-
-    statistics = Statistics(loaded.maximum_F, torch.full((F,), 0.01), None)
-    every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}
-    assert [
-        each.feature for each in search.find("exception", Subject(lm, loaded, statistics, explained(every)), none)
-    ] == [5]
-
-
-def test_features_that_never_fired_are_not_found(lm, loaded, rows_RT):
-    statistics = Statistics(torch.zeros(F), torch.zeros(F), None)
-    assert (
-        search.find("exception", Subject(lm, loaded, statistics, explained({3: "an exception"})), lambda n: rows_RT)
-        == []
-    )
+def test_a_feature_found_by_its_label_that_does_nothing_visible_is_said_to_be_so(
+    search_of, loaded, rows_RT, monkeypatch, capsys
+):
+    everything_is_fluent(monkeypatch)
+    monkeypatch.setattr(effect, "VISIBLE", 2.0)
+    monkeypatch.setattr(search, "VISIBLE", 2.0)
+    searched = search_of(loaded, {3: "an exception"}, rows=lambda n: rows_RT)
+    search.choose(searched, Edit({}), "exception", None)
+    assert re.search(r"^  [→ ] +3 .* no visible effect: an exception$", capsys.readouterr().out, re.M)
 
 
 # ---- what was asked for ----
 
 
-def test_numbers_and_several_features_are_taken_as_they_are(lm, loaded):
-    subject = Subject(lm, loaded, Statistics(loaded.maximum_F, torch.full((F,), 0.01), None), {})
-    assert search.choose(3, 2.0, subject, no_rows) == search.choose("3", 2.0, subject, no_rows) == {3: 2.0}
-    assert search.choose("{3: 1, 7: -2}", 2.0, subject, no_rows) == {3: 1, 7: -2}
+def test_numbers_and_several_features_are_taken_as_they_are(search_of, loaded):
+    searched = search_of(loaded)
+    for wanted in (3, "3"):
+        assert search.choose(searched, Edit({}), wanted, 2.0) == Edit({3: 2.0})
+    assert search.choose(searched, Edit({}), "{3: 1, 7: None}", 2.0) == Edit({3: 1, 7: None})
     for wrong in ("{}", "[3]", "4.5"):
         with pytest.raises(SteeringError):
-            search.choose(wrong, 2.0, subject, no_rows)
+            search.choose(searched, Edit({}), wrong, 2.0)
 
 
-def no_rows(n):
-    raise AssertionError("no text is wanted")
+@pytest.mark.parametrize("method", ["clamp", "add", "raw"])
+def test_a_coefficient_that_is_not_given_is_the_strongest_that_stays_fluent(
+    search_of, loaded, trials, monkeypatch, capsys, method
+):
+    monkeypatch.setattr(sweep, "MOST_REPETITION", 1.0)
+    monkeypatch.setattr(sweep, "MOST_NATS", 0.3)
+    searched = search_of(loaded)
+    edit = search.choose(searched, Edit({}, method), 3, None)
+    printed = capsys.readouterr().out
+    (strengths,) = searched.strengths([Edit({3: 1.0}, method)])
+    found = list(
+        trials.steered(
+            strengths,
+            lambda of: Edit({3: torch.tensor(of)}, method).context(searched.subject, len(PROMPT)),
+            lambda _: [3],
+        )
+    )
+    strongest = sweep.strongest_fluent(strengths, found, trials.unsteered([3]))
+    assert edit == Edit({3: strengths[0] if strongest is None else strongest}, method)
+    assert f"{edit.coefficients[3]:g} of {', '.join(f'{strength:g}' for strength in strengths)}: " in printed
+
+
+def test_the_strengths_tried_can_be_given_and_ablating_has_none(search_of, loaded, capsys):
+    searched = replace(search_of(loaded), grid=(0.25, 4.0))
+    edit = search.choose(searched, Edit({}), 3, None)
+    assert edit.coefficients[3] in (0.25, 4.0)
+    assert "of 0.25, 4: " in capsys.readouterr().out
+    assert search.choose(searched, Edit({}, "ablate"), 3, None) == Edit({3: 1.0}, "ablate")
+    assert capsys.readouterr().out == ""
 
 
 # ---- what shows in text ----
+
+
+def everything_is_fluent(monkeypatch):
+    """That random weights repeat themselves, or cost much, says nothing."""
+    monkeypatch.setattr(sweep, "MOST_NATS", 99.0)
+    monkeypatch.setattr(sweep, "MOST_REPETITION", 1.0)
 
 
 @pytest.fixture
@@ -214,73 +265,101 @@ def trials(lm, loaded):
     return Trials(lm, loaded, PROMPT, range(3), max_tokens=10, temperature=0.7)
 
 
-def subject_of(lm, loaded, density=0.001, explanations=()):
-    statistics = Statistics(4 * loaded.maximum_F, torch.full((F,), density), None)
-    return Subject(lm, loaded, statistics, explained(dict.fromkeys(explanations, "an explanation")))
+@pytest.fixture
+def search_of(lm, trials):
+    """What features of an autoencoder are looked for with."""
+
+    def of(loaded, explanations=(), *, maximum_F=None, density=0.001, rows=no_rows):
+        statistics = Statistics(loaded.maximum_F if maximum_F is None else maximum_F, torch.full((F,), density), None)
+        subject = Subject(lm, loaded, statistics, explained(dict(explanations)))
+        return Search(subject, trials._replace(loaded=loaded), rows)
+
+    return of
 
 
-def test_the_most_visible_feature_fires_on_more_of_its_texts_than_of_the_models_own(
-    lm, loaded, trials, monkeypatch, capsys
+def no_rows(n):
+    raise AssertionError("no text is wanted")
+
+
+def labelled(*features):
+    return dict.fromkeys(features, "an explanation")
+
+
+def test_the_most_visible_feature_is_taken_at_the_strength_at_which_it_was_tried(
+    lm, loaded, search_of, monkeypatch, capsys
 ):
     monkeypatch.setattr(search, "TRIED", 4)
-    monkeypatch.setattr(search, "MOST_REPETITION", 1.0)  # that random weights repeat themselves says nothing
-    monkeypatch.setattr(sweep, "MOST_REPETITION", 1.0)
-    subject = subject_of(lm, loaded, explanations=[3, 7, 11, 30, 40])
-    chosen = search.most_visible(subject, Edit({}), 0.5, trials)
+    monkeypatch.setattr(search, "FINALISTS", 2)
+    everything_is_fluent(monkeypatch)
+    searched = search_of(loaded, labelled(3, 7, 11, 30, 40))
+    edit = search.choose(searched, Edit({}), None, None)
     printed = capsys.readouterr().out
+    assert "of 5 explained features, by how clear a class of words they raise, numbers 1 to 4 are tried" in printed
     listed = [int(feature) for feature in re.findall(r"^  [→ ] +(\d+) ", printed, re.M)]
-    assert listed[0] == chosen
-    assert "of 5 explained features" in printed
-    more = {}
-    for feature in listed:
-        with steer(lm, loaded, {feature: 0.5 * float(subject.statistics.maximum_F[feature])}):
-            texts = [list(lm.generate(PROMPT, 10, 0.7, seed=seed)) for seed in range(3)]
-        own = [list(lm.generate(PROMPT, 10, 0.7, seed=seed)) for seed in range(3)]
-        steered, plain = (sweep.pooled(sweep.measure(lm, loaded, [feature], PROMPT, t)) for t in (texts, own))
-        more[feature] = (not sweep.is_fluent(steered, plain), plain.rate - steered.rate)
-    assert list(more.values()) == sorted(more.values())
+    ((feature, strength),) = edit.coefficients.items()
+    assert feature == listed[0]
+    strengths = searched.strengths([Edit({f: 1.0}) for f in listed[:2]])
+    assert strength in strengths[0]
+    trials = searched.trials._replace(seeds=range(search.FINAL_TEXTS))
+    classes = search._clearest(searched, [3, 7, 11, 30, 40])
+    best = {f: some[5] for f, some in zip(listed[:2], strengths, strict=True)}  # two above the middle one
+    scores = [
+        effect.effects_of(searched.subject, Edit({}), {f: [best[f]]}, classes, trials)[0].score for f in listed[:2]
+    ]
+    assert strength == best[feature]
+    assert scores == sorted(scores, reverse=True)
 
 
-def test_the_features_tried_are_those_that_raise_the_clearest_classes(lm, loaded, trials, monkeypatch):
-    monkeypatch.setattr(search, "TRIED", 2)
+@pytest.mark.parametrize("pushes_away", [("clamp", -2.0), ("ablate", None)])
+def test_a_feature_that_is_to_be_pushed_away_is_one_that_shows_when_clamped(loaded, search_of, pushes_away, capsys):
+    method, coefficient = pushes_away
+    searched = search_of(loaded, labelled(3, 7))
+    clamped = search.choose(searched, Edit({}), None, None)
+    assert "coefficient: " in capsys.readouterr().out
+    away = search.choose(searched, Edit({}, method), None, coefficient)
+    assert away == Edit(dict.fromkeys(clamped.coefficients, coefficient or 1.0), method)
+    assert "coefficient: " not in capsys.readouterr().out
+
+
+def test_features_are_tried_in_the_order_of_how_clear_a_class_of_words_they_raise(lm, loaded, search_of, monkeypatch):
     candidates = [3, 7, 11, 30, 40]
-    (text,) = lm.sample(PROMPT, [0], search.LOOKED_AT_TOKENS, 0.7)
-    maxima = {feature: 4 * float(loaded.maximum_F[feature]) for feature in candidates}
-    clear = search.clearness(search.logit_changes(lm, loaded, maxima, torch.tensor([PROMPT + text]))).tolist()
-    best = sorted(candidates, key=lambda feature: -clear[candidates.index(feature)])[:2]
-    assert search._clearest(subject_of(lm, loaded), candidates, trials) == best
-
-
-def test_a_text_that_repeats_itself_is_not_taken_for_an_effect(lm, loaded, trials):
-    own = Trial([[]] * 2, [Measured(40, 1.0, 0.0, 0.1, 0.0, 0.0)] * 2)
-    fluent, repeats = Measured(40, 1.5, 0.0, 0.2, 0.0, 0.5), Measured(40, 1.5, 0.0, 0.3, 0.0, 0.5)
-    assert search._stays_fluent(Trial([[]] * 2, [fluent, fluent]), own)
-    assert not search._stays_fluent(Trial([[]] * 2, [fluent._replace(repetition=0.0), repeats]), own)
+    searched = search_of(loaded)
+    maxima = {feature: float(loaded.maximum_F[feature]) for feature in candidates}
+    changes_NV = search.logit_changes(lm, loaded, maxima, searched.text_1T)
+    names = [lm.tokenizer.strings([id])[0] for id in range(lm.vocab_size)]
+    is_word_V = torch.tensor([sum(c.isalpha() for c in name) >= 2 and bool(search.WORD.search(name)) for name in names])
+    changes_NV[:, ~is_word_V] = -torch.inf
+    clear = search.clearness(changes_NV).tolist()
+    best = sorted(candidates, key=lambda feature: -clear[candidates.index(feature)])
+    found = search._clearest(searched, candidates)
+    assert list(found) == best
+    for feature, ids in found.items():
+        assert ids == changes_NV[candidates.index(feature)].topk(search.RAISED).indices.tolist()
 
 
 @pytest.mark.parametrize(
-    ("density", "explained", "expected"),
+    ("density", "features", "expected"),
     [
         (0.001, [3], [("explained features", 1), ("features that fire now and then", F - 1)]),
         (0.001, [], [("features that fire now and then", F)]),
         (0.5, [3], [("features", F)]),
     ],
 )
-def test_explained_features_are_looked_among_first(lm, loaded, density, explained, expected):
-    pools = search._pools(subject_of(lm, loaded, density, explained))
+def test_explained_features_are_looked_among_first(loaded, search_of, density, features, expected):
+    pools = search._pools(search_of(loaded, labelled(*features), density=density).subject)
     assert [(kind, len(among)) for kind, among in pools] == expected
 
 
-@pytest.mark.parametrize(("visible", "kinds"), [(-1.0, 1), (2.0, 2)])
-def test_others_are_tried_where_no_explained_feature_shows(lm, loaded, trials, monkeypatch, capsys, visible, kinds):
+@pytest.mark.parametrize(("visible", "kinds"), [(-1.0, 1), (2.0, 1 + 3)])
+def test_others_are_tried_where_no_explained_feature_shows(loaded, search_of, monkeypatch, capsys, visible, kinds):
     monkeypatch.setattr(search, "TRIED", 2)
-    monkeypatch.setattr(search, "VISIBLE", visible)
-    monkeypatch.setattr(search, "_stays_fluent", lambda trial, own: True)
-    search.most_visible(subject_of(lm, loaded, explanations=[3, 7]), Edit({}), 0.5, trials)
+    monkeypatch.setattr(effect, "VISIBLE", visible)
+    everything_is_fluent(monkeypatch)
+    monkeypatch.setattr(effect.Effect, "score", 0.0)
+    search.choose(search_of(loaded, labelled(3, 7)), Edit({}), None, None)
     assert capsys.readouterr().out.count("choosing a feature") == kinds
 
 
-def test_without_a_feature_that_ever_fired_there_is_none_to_show(lm, loaded, trials):
-    subject = Subject(lm, loaded, Statistics(torch.zeros(F), torch.zeros(F), None), {})
+def test_without_a_feature_that_ever_fired_there_is_none_to_show(loaded, search_of):
     with pytest.raises(SteeringError, match="no feature that ever fired"):
-        search.most_visible(subject, Edit({}), 1.0, trials)
+        search.choose(search_of(loaded, maximum_F=torch.zeros(F)), Edit({}), None, None)

@@ -100,16 +100,26 @@ def test_fluent_text_costs_and_repeats_little_more_than_the_models_own():
     assert sweep.is_fluent(figures(1.5 + sweep.MOST_NATS, 0.1), own)
     assert not sweep.is_fluent(figures(1.5 + sweep.MOST_NATS + 0.01, 0.1), own)
     assert not sweep.is_fluent(figures(0.2, 0.1 + sweep.MOST_REPETITION + 0.01), own)
+    assert not sweep.is_fluent(figures(1.5, 0.1)._replace(tokens=1), own)  # it ended at once
 
 
 def test_the_strongest_fluent_setting_may_come_after_one_that_failed_by_chance():
     def strongest(*fluent):
         trials = [Trial([[]], [figures(1 if is_it else 9, 0)]) for is_it in fluent]
-        return sweep.strongest_fluent(range(len(fluent)), trials, figures(1, 0))
+        return sweep.strongest_fluent(range(len(fluent)), trials, Trial([[]], [figures(1, 0)]))
 
     assert strongest(True, False, True, False) == 2
     assert strongest(True, True) == 1
     assert strongest(False, False) is None
+    assert strongest(True, False, False, True) == 0  # which passed by chance
+
+
+def test_the_first_text_which_is_shown_is_fluent_by_itself_too():
+    own, first = Trial([[]] * 3, [figures(1, 0)] * 3), Trial([[]] * 3, [figures(3, 0), figures(1, 0), figures(1, 0)])
+    last = first._replace(measured=first.measured[::-1])
+    assert sweep.is_fluent(first.pooled, own.pooled)
+    assert sweep.strongest_fluent([1.0, 2.0], [own, first], own) == 1.0
+    assert sweep.strongest_fluent([1.0, 2.0], [own, last], own) == 2.0
 
 
 @pytest.mark.parametrize("rows", [4, 100])
