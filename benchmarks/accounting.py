@@ -265,5 +265,6 @@ def pretended_gpu() -> Iterator[None]:
         stack.enter_context(patch("torch.cuda.get_device_capability", return_value=CAPABILITY))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(Indexing())
+        devices.operations(torch.empty(0, device="cuda").device)  # which tries them, once
         yield
     devices.operations.cache_clear()

@@ -81,7 +81,8 @@ class Figures(NamedTuple):
 class Trainer:
     """A TopK autoencoder in training, with Adam's moments and counts of what fired (Gao et al. 2024).
 
-    `bf16` nominates active features by a bfloat16 product (`kernels.encode`); None does so where it pays.
+    `bf16` nominates active features by a bfloat16 product (`kernels.encode`); None does so where it pays. The copy of
+    W_enc that this takes is kept up to date by `initialize`, `load` and each `step`.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu", bf16: bool | None = None):
@@ -100,7 +101,7 @@ class Trainer:
         self._copy_W_enc()
 
     def _copy_W_enc(self) -> None:
-        """Bring the copy that the steps keep up to date."""
+        """Bring W_enc's copy in bfloat16 up to date."""
         if self.W_enc_bf16 is not None:
             self.W_enc_bf16.copy_(self.sae.W_enc)
 

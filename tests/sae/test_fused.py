@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mistral_sae.sae import kernels
-from mistral_sae.sae.kernels import devices, portable
+from mistral_sae.sae.kernels import devices
 
 ROOT = Path(__file__).parent.parent.parent
 SMALLEST_SHARED = 99 * 1024  # bytes that a block may have on sm_89, the least of those below
@@ -45,23 +45,47 @@ def test_every_kernel_compiles_without_spills_and_into_little_shared_memory(capa
         assert 0 <= each["shared"] <= SMALLEST_SHARED, each
 
 
-def test_the_package_runs_without_triton(monkeypatch):
+@pytest.fixture
+def chosen_for(monkeypatch):
+    """A function: what is chosen for a kind of device of some capability."""
+    devices.operations.cache_clear()
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape) + 1)  # as if it were there
+
+    def choose(kind: str, capability: tuple[int, int] = (9, 0)) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return kernels.operations(torch.device(kind)).__name__.rpartition(".")[2]
+
+    yield choose
+    devices.operations.cache_clear()
+
+
+def test_the_package_runs_without_triton(monkeypatch, chosen_for):
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    devices.operations.cache_clear()
-    assert kernels.operations(torch.device("cuda")) is portable
-    devices.operations.cache_clear()
+    assert chosen_for("cuda") == "portable"
 
 
 @needs_triton
 @pytest.mark.parametrize(("kind", "capability", "name"), [
-    ("cpu", None, "portable"), ("cuda", (7, 5), "portable"), ("cuda", (8, 0), "fused"), ("cuda", (9, 0), "fused"),
+    ("cpu", (9, 0), "portable"), ("cuda", (7, 5), "portable"), ("cuda", (8, 0), "fused"), ("cuda", (9, 0), "fused"),
 ])  # fmt: skip
-def test_tritons_kernels_run_on_a_gpu_from_ampere_on(monkeypatch, kind, capability, name):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    devices.operations.cache_clear()
-    assert kernels.operations(torch.device(kind)).__name__ == f"mistral_sae.sae.kernels.{name}"
-    devices.operations.cache_clear()
+def test_tritons_kernels_run_on_a_gpu_from_ampere_on(monkeypatch, chosen_for, kind, capability, name):
+    from mistral_sae.sae.kernels import fused
+
+    monkeypatch.setattr(fused, "inner_products", lambda x, indices, rows: x)
+    assert chosen_for(kind, capability) == name
+
+
+@needs_triton
+def test_where_tritons_kernels_do_not_start_a_line_says_so_and_torchs_run(monkeypatch, chosen_for, capsys):
+    from mistral_sae.sae.kernels import fused
+
+    def fail(x, indices, rows):
+        raise RuntimeError("Failed to find C compiler\nmore of it")
+
+    monkeypatch.setattr(fused, "inner_products", fail)
+    assert chosen_for("cuda") == chosen_for("cuda") == "portable"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "do not start on cuda (Failed to find C compiler): training uses torch's" in line
 
 
 def test_importing_the_package_does_not_import_triton():

@@ -154,3 +154,11 @@ def test_inner_products_on_a_gpu_without_triton_are_those_on_a_cpu(monkeypatch):
     tokens = torch.arange(10).repeat_interleave(5)
     found = portable._paired(x, rows, tokens, indices.flatten()).view(10, 5)
     torch.testing.assert_close(found, portable.inner_products(x, indices, rows))
+
+
+def test_squared_norms_of_large_batches_are_exact():
+    x = 3 + torch.randn(8192, 512, generator=torch.Generator().manual_seed(0))
+    exact = x.double()
+    assert kernels_step.squared_norm(x).item() == pytest.approx(exact.square().sum().item(), rel=1e-6)
+    about_mean = (exact - exact.mean(dim=0)).square().sum().item()
+    assert kernels_step.variation(x).item() == pytest.approx(about_mean, rel=1e-6)

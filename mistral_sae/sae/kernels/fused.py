@@ -15,8 +15,8 @@ from mistral_sae.sae.kernels.types import BETAS, EPSILON, MatrixGradient, Rates,
 
 ROWS, WIDTH = 64, 128  # of the tile of chosen rows whose inner products are taken at a time
 TERMS = 4  # of a feature's gradient, loaded at a time
-COLUMNS = 1024  # at a time, of the gradient whose squares are summed: that much of all vectors fits an L2 cache
-ROUNDS = tl.constexpr(7)  # of Philox, the fewest that pass the tests of its authors (Salmon et al. 2011)
+COLUMNS = 1024  # of the gradient whose squares are summed, at a time: that much of 4,096 vectors fits an L2 cache
+ROUNDS = tl.constexpr(7)  # of Philox4x32, the fewest whose numbers pass all of BigCrush (Salmon et al. 2011)
 BETA1, BETA2, EPS = (tl.constexpr(value) for value in (*BETAS, EPSILON))
 # Multiplications and additions contract, as in torch's own kernels; said so that Triton does not warn of its default
 OPTIONS = {"enable_fp_fusion": True}
@@ -45,6 +45,7 @@ def inner_products_kernel(x, indices, rows, out, K, D, ROWS: tl.constexpr, WIDTH
 def inner_products(x_BD: Tensor, indices: Tensor, rows_FD: Tensor) -> Tensor:
     """Inner products of each token's vector (B, D) with its own choice of rows (F, D), indices (B, K) -> (B, K)."""
     n_tokens, k = indices.shape
+    x_BD, indices, rows_FD = x_BD.contiguous(), indices.contiguous(), rows_FD.contiguous()  # as they are in training
     out = x_BD.new_empty(n_tokens, k)
     at_once = min(ROWS, triton.next_power_of_2(k))
     with torch.cuda.device_of(x_BD):
@@ -153,8 +154,8 @@ def adam_rows_kernel(state, gradient, along, rates, learning_rate, D, COLUMNS: t
     if copy is not None:
         tl.store(copy + at, p.to(tl.bfloat16), mask=inside)
     if first.dtype.element_ty == tl.bfloat16:
-        # One call of the generator has the sixteen random bits of both moments of four numbers. It counts numbers, and
-        # its key is the step and which of the two matrices this is
+        # The generator gives 128 bits a call, for both moments of four parameters; its counter says which four, its key
+        # which step and which matrix
         key = tl.load(rates + 3).to(tl.int32) * 2 + (along is not None)
         a, b, c, d = tl.randint4x(key, feature * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4), ROUNDS)
         noise = tl.join(tl.join(a, c), tl.join(b, d)).reshape(COLUMNS).to(tl.int32, bitcast=True)
@@ -237,6 +238,7 @@ def _columns(d_model: int) -> int:
 def _adam_rows(
     state: list[Tensor], gradient: list[Tensor], along: Tensor | None, rates: Tensor, learning_rate: float
 ) -> None:
+    assert all(tensor.is_contiguous() for tensor in state)
     n_features, d_model = state[0].shape
     columns, terms, warps = row_shape(d_model)
     with torch.cuda.device_of(rates):

@@ -60,9 +60,8 @@ def row_products(gradient: MatrixGradient, rows_FD: Tensor) -> tuple[Tensor, Non
     """Inner products of each term's vector with its feature's row, (terms)."""
     if rows_FD.device.type == "cpu":
         return _sampled(rows_FD, gradient.vectors, gradient.offsets, gradient.owners), None
-    counts = gradient.offsets.diff()
-    features = torch.arange(len(rows_FD), device=counts.device)
-    features = features.repeat_interleave(counts, output_size=len(gradient.owners))
+    terms = torch.arange(len(gradient.owners), device=rows_FD.device)
+    features = torch.searchsorted(gradient.offsets, terms, right=True) - 1
     return _paired(rows_FD, gradient.vectors, features, gradient.owners), None
 
 

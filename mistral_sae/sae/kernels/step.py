@@ -180,5 +180,5 @@ def variation(x: Tensor) -> Tensor:
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """The squared norm of all of x, a scalar."""
-    return torch.linalg.vector_norm(x).square()
+    """The squared norm of all of x (B, D), a scalar."""
+    return torch.linalg.vector_norm(x, dim=1).square().sum()  # row by row: one running sum would lose digits
