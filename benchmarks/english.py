@@ -27,7 +27,7 @@ from mistral_sae.sae.evaluate import Evaluator
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 LAYERS = (6, 9, 12, 15, 18)
-HELD_OUT_ROWS = 32
+HELD_OUT_ROWS = 24
 LOG_EVERY = 10  # steps, as in config.py: how often the set of dead features is brought up to date
 
 
@@ -49,7 +49,6 @@ SETTINGS = [
     *(BASE._replace(k=k) for k in (16, 64)),
     *(BASE._replace(learning_rate=scale * BASE.learning_rate) for scale in (0.5, 2)),
     BASE._replace(batch_size=1024),
-    BASE._replace(batch_size=1024, learning_rate=2 * BASE.learning_rate),
 ]
 
 

@@ -235,6 +235,17 @@ def traffic(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def english(result: dict[str, Any]) -> str:
+    """What each layer, size, sparsity, batch and rate gives on SmolLM2, the first row being what is varied."""
+    rows = [["layer", "D_HIDDEN", "K", "BATCH_SIZE", "LEARNING_RATE", "normalized MSE", "recovered", "dead", "tokens/s"]]
+    for each in result["results"]["settings"]:
+        varied = (f"{each[name]:,}" for name in ("d_hidden", "k", "batch_size"))
+        figures = f"{each['normalized_mse']:.3f}", f"{each['ce_loss_recovered']:.1%}", f"{each['dead_fraction']:.1%}"
+        speed = f"{each['tokens_per_second']:.0f}"
+        rows.append([str(each["layer"]), *varied, f"{each['learning_rate']:g}", *figures, speed])
+    return _table(rows)
+
+
 def pipeline(result: dict[str, Any]) -> str:
     """Seconds of a run of train.py by stage, longest first."""
     seconds = sorted(result["results"]["seconds"].items(), key=lambda stage: -stage[1])
@@ -259,6 +270,7 @@ TABLES = {
         steering,
         steering_speed,
         traffic,
+        english,
     )
 } | {"features_steered": (features_steered, ["steering"]), "peers": (peers, ["step", "end_to_end", "quality"])}
 
