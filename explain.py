@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mistral_sae.defaults import fill
+from mistral_sae.defaults import Filled, fill
 from mistral_sae.explain import cache, offline, pipeline, prompts, report
 from mistral_sae.explain.client import Client, Server
 from mistral_sae.explain.examples import FeatureRecords, Settings
@@ -30,7 +30,10 @@ from mistral_sae.explain.reading import Reading, read_corpus
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
-from mistral_sae.model.language_model import LanguageModel, ModelSpec
+from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.checkpoint import LoadedSAE
+from mistral_sae.sae.memory import explaining_plan
 
 SHOWN_FEATURES = 10  # of a token of TEXT
 WHO = config.EXPLAINER or ("openai" if config.OPENAI_API_KEY or config.OPENAI_BASE_URL else "offline")
@@ -47,11 +50,11 @@ def main() -> None:
     run_dir = Path(filled.RUN_DIR)
     sae_source(config)  # or a mistaken RUN_DIR would be made
     if config.TEXT is not None:
-        return show_text(config.TEXT, spec, run_dir)
+        return show_text(config.TEXT, filled, spec)
     with locked(run_dir) as note:  # first, so that a second run is refused before it has loaded a model
         if note:
             print(note)
-        loaded, model = load_pair(config, spec)
+        loaded, model = open_pair(filled, spec)
         selected.check(loaded.sae.n_features)  # before the corpus is read
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         atexit.register(gc.unfreeze)  # libraries such as triton complain of what is left at the end
@@ -76,6 +79,24 @@ def main() -> None:
     print_results(labels, len(every), run_dir)
     if broken:
         raise cli.Failed(f"the run was not finished: {broken}")
+
+
+def open_pair(filled: Filled, spec: ModelSpec) -> tuple[LoadedSAE, LanguageModel]:
+    """The autoencoder and what of the model is needed, after the plan of their memory; UserError if it has no room."""
+
+    def plan(sae: SparseAutoencoder, last_layer: int | None, device: torch.device, free: int) -> None:
+        tokens = filled.ROWS_PER_FORWARD * config.CONTEXT_LENGTH
+        dtype = device_and_dtype(config.DEVICE, config.DTYPE)[1]
+        needed = explaining_plan(
+            sae, spec, last_layer=last_layer, dtype=dtype, tokens=tokens, shard_tokens=cache.SHARD_TOKENS, free=free
+        )
+        print(f"memory    on {device}, by part\n{needed}")
+        if not needed.fits:
+            advice = "lower ROWS_PER_FORWARD, or use another DEVICE"
+            raise cli.UserError(f"the run needs more memory than is free: {advice}")
+
+    # Only its own explanations need logits of a text; the report wants those of decoder rows, by the head alone
+    return load_pair(config, spec, whole=WHO == "mistral", plan=plan)
 
 
 def model_name(model: LanguageModel) -> str:
@@ -178,9 +199,10 @@ def advance(progress: cli.Progress, completer: Completer) -> None:
 # ---- what comes of it ----
 
 
-def show_text(text: str, spec: ModelSpec, run_dir: Path) -> None:
+def show_text(text: str, filled: Filled, spec: ModelSpec) -> None:
     """Write the page of TEXT: the strongest features of each of its tokens."""
-    loaded, model = load_pair(config, spec)
+    run_dir = Path(filled.RUN_DIR)
+    loaded, model = open_pair(filled, spec)
     layer, ids = loaded.metadata.residual_layer, model.encode(text)
     encoded = loaded.sae.encode(model.residuals(torch.tensor([ids]), layer)[0, 1:])
     strongest = encoded.values.topk(min(SHOWN_FEATURES, encoded.values.shape[1]), dim=1)

@@ -59,7 +59,7 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
     model = open_model(last_layer)
     held_out = corpus.held_out_rows(model.tokenizer, filled.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     evaluate = Evaluator(model, held_out, layer, rows_at_once)
-    with cli.room_for("the autoencoder", "D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
+    with cli.room_for("the autoencoder", "lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
         trainer = Trainer(training, model.device)
     history = start_or_resume(trainer, corpus, run_dir)
 
@@ -133,7 +133,7 @@ def make_plan(corpus: Corpus) -> tuple[Filled, TrainConfig, int | None]:
 
 def open_model(last_layer: int | None = None) -> LanguageModel:
     """The language model, or its embedding and layers 0 to `last_layer`."""
-    with cli.room_for("the language model", "TARGET_LAYER, or DTYPE to bfloat16"):
+    with cli.room_for("the language model", "lower TARGET_LAYER, or DTYPE to bfloat16"):
         return load_model(
             config.MISTRAL_MODEL_PATH,
             last_layer=last_layer,
@@ -146,7 +146,7 @@ def open_model(last_layer: int | None = None) -> LanguageModel:
 
 def room_for_evaluating() -> AbstractContextManager:
     """Where memory does not suffice for it, say what to lower."""
-    return cli.room_for("evaluating", "ROWS_PER_FORWARD")
+    return cli.room_for("evaluating", "lower ROWS_PER_FORWARD")
 
 
 def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dict[str, Any]]:
@@ -188,7 +188,7 @@ def train(
             if step == training.decay_step:  # from here on features move little
                 trainer.forget_counts()
             torch.manual_seed(config.SEED * training.steps + step)  # bfloat16 moments are rounded at random
-            with cli.room_for("a step", "BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"):
+            with cli.room_for("a step", "lower BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"):
                 figures.append(torch.stack(trainer.step(x, training.learning_rate_at(step))))
             step += 1
             progress.update(len(x))

@@ -186,7 +186,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         device=DEVICE.type,
         free=0,
     )
-    found["planned_bytes"] = sum(planned.training.values())
+    found["planned_bytes"] = sum(planned.parts.values())
     if "peak_bytes" in found:
         fits = "fits" if found["peak_bytes_reserved"] < GPU_BYTES else "does not fit"
         print(

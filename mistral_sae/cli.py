@@ -160,7 +160,7 @@ def run(main: Callable[[], None], out_of_memory: str) -> None:
     `out_of_memory` says which constants to lower where the device's memory does not suffice.
     """
     try:
-        with room_for("this run", out_of_memory):
+        with room_for("this run", f"lower {out_of_memory}"):
             main()
     except UserError as error:
         fail(error, error.exit_code)
@@ -169,14 +169,14 @@ def run(main: Callable[[], None], out_of_memory: str) -> None:
 
 
 @contextmanager
-def room_for(what: str, lower: str) -> Iterator[None]:
-    """Raise Failed where memory does not suffice for something, of the device or the host; it says what to lower."""
+def room_for(what: str, advice: str) -> Iterator[None]:
+    """Raise Failed where memory does not suffice for something, of the device or the host; it says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise Failed(f"the device is out of memory for {what}: lower {lower}") from None
+        raise Failed(f"the device is out of memory for {what}: {advice}") from None
 
 
 def is_out_of_memory(error: Exception) -> bool:

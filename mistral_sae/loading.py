@@ -1,30 +1,50 @@
 """What explain.py and demo.py begin with: an autoencoder, and the model that it was trained on."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mistral_sae.cli import room_for
 from mistral_sae.files import SAEError
 from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype, load_model
+from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
+from mistral_sae.sae.memory import free_memory
+
+# Told the autoencoder, the last layer of the model, the device and the bytes that were free there: prints what a run
+# needs, before the model is loaded, and raises UserError where that is too much
+Plan = Callable[[SparseAutoencoder, int | None, torch.device, int], None]
 
 
-def load_pair(constants: Any, spec: ModelSpec) -> tuple[LoadedSAE, LanguageModel]:
-    """The autoencoder and the whole model that constants such as config.py's name; prints what they are.
+def load_pair(
+    constants: Any, spec: ModelSpec, *, whole: bool = True, plan: Plan | None = None
+) -> tuple[LoadedSAE, LanguageModel]:
+    """The autoencoder and the model that constants such as config.py's name; prints what they are.
 
     `spec` is of that model, and `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, ENGINE,
-    EXCLUDE_TOKENS, DEVICE and DTYPE.
+    EXCLUDE_TOKENS, DEVICE and DTYPE. The model is all there, or unless `whole` up to the autoencoder's layer with its
+    head. `plan` is called in between.
     Raises SAEError and ModelError, also where the two do not fit each other, before the model is loaded.
     """
     source, path = sae_source(constants), constants.MISTRAL_MODEL_PATH
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
-    loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=device)
+    free = free_memory(str(device))
+    with room_for("the autoencoder", "use another DEVICE"):
+        loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=device)
     check_model(loaded, spec.name, spec.d_model, spec.n_layers)
     metadata = loaded.metadata
     print(f"engine    {spec.run_by()}")
     print(f"layer     {metadata.residual_layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
     print(f"features  {loaded.sae.n_features:,} of {source}")
     engine, excluded = constants.ENGINE, constants.EXCLUDE_TOKENS
-    model = load_model(path, device=device, dtype=dtype, engine=engine, exclude_tokens=excluded)
+    last_layer = None if whole else metadata.residual_layer
+    if plan is not None:
+        plan(loaded.sae, last_layer, device, free)
+    options: dict[str, Any] = {"engine": engine, "exclude_tokens": excluded, "last_layer": last_layer, "head": True}
+    with room_for("the language model", "use another DEVICE, or DTYPE=bfloat16"):
+        model = load_model(path, device=device, dtype=dtype, **options)
     named = metadata.model_name or "a model without a name"
     if metadata.model_fingerprint and constants.HOOK_NAME is None:  # which is of the layers up to the labelled one
         if metadata.model_fingerprint != model.fingerprint(metadata.residual_layer):

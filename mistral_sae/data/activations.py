@@ -61,7 +61,7 @@ def shuffled_batches(
         if skipped >= n_residuals:
             skipped -= n_residuals
             continue
-        with room_for("a buffer of residuals", "BUFFER_TOKENS or ROWS_PER_FORWARD"):
+        with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
             residuals_ND = _residuals_of_buffer(tokens_RT, n_residuals, model, layer, rows_per_forward)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
         order = sent(torch.randperm(n_residuals, generator=generator)[skipped:], model.device)

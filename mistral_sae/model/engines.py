@@ -42,8 +42,8 @@ class Engine(Protocol):
     """A model, or its first layers, in one of the libraries."""
 
     blocks: list[nn.Module]  # the loaded layers
-    norm: nn.Module | None  # the final norm; None where only the first layers are loaded
-    head: nn.Linear | None  # its output to logits; None where it is not loaded
+    norm: nn.Module | None  # the final norm, and
+    head: nn.Linear | None  # its output to logits; None where they are not loaded
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
         """The final norm's output (B, T, D), or the last loaded layer's, of rows that begin at position `start`."""
@@ -85,9 +85,11 @@ def open_folder(path: str | Path, engine: str | None = None, last_layer: int | N
     raise ModelError("; ".join(dict.fromkeys(failures.values())))
 
 
-def load_engine(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Engine:
-    """The model of a folder, or its embedding and layers 0..last_layer. Raises ModelError."""
-    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype)
+def load_engine(
+    folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, head: bool = False
+) -> Engine:
+    """The model of a folder, or its embedding and layers 0..last_layer, with its head or without. Raises ModelError."""
+    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype, head)
     if compiled.pays(device):
         compiled.compile_blocks(engine.blocks)
     return engine
@@ -99,13 +101,21 @@ def load_engine(folder: ModelFolder, last_layer: int | None, device: torch.devic
 class Transformers:
     """A model that transformers runs, its weights from a folder of either layout."""
 
-    def __init__(self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype):
-        model = _load_in_transformers(folder, last_layer, device, dtype).requires_grad_(False)
-        self._body = model if last_layer is not None else model.model
+    def __init__(
+        self,
+        folder: ModelFolder,
+        last_layer: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        head: bool = False,
+    ):
+        has_head = head or last_layer is None
+        model = _load_in_transformers(folder, last_layer, device, dtype, has_head).requires_grad_(False)
+        self._body = model.model if has_head else model
         self._config = self._body.config
         self.blocks = list(self._body.layers)
-        self.norm: nn.Module | None = self._body.norm if last_layer is None else None
-        self.head: nn.Linear | None = model.lm_head if last_layer is None else None
+        self.norm: nn.Module | None = self._body.norm if has_head else None
+        self.head: nn.Linear | None = model.lm_head if has_head else None
         # transformers 5.24 renamed it, and warns of the old name
         renamed = "cache" in inspect.signature(self._body.forward).parameters
         self._cache = "cache" if renamed else "past_key_values"
@@ -113,7 +123,7 @@ class Transformers:
     @staticmethod
     def check(folder: ModelFolder, last_layer: int | None) -> None:
         """Raise ModelError if a tensor is missing or misshapen: a load without a value."""
-        _load_in_transformers(folder, last_layer, META, torch.float32)
+        _load_in_transformers(folder, last_layer, META, torch.float32, last_layer is None)
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
         """Hidden states (B, T, D)."""
@@ -146,12 +156,14 @@ class Transformers:
         return cache
 
 
-def _load_in_transformers(folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' causal model, or the body of one that ends at `last_layer`, in evaluation mode."""
+def _load_in_transformers(
+    folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, has_head: bool
+) -> Any:
+    """transformers' causal model, or the body of one without its head, up to the last layer, in evaluation mode."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     config = copy.deepcopy(folder.config)
-    kind = (MODEL_FOR_CAUSAL_LM_MAPPING if last_layer is None else MODEL_MAPPING)[type(config)]
+    kind = (MODEL_FOR_CAUSAL_LM_MAPPING if has_head else MODEL_MAPPING)[type(config)]
     if last_layer is not None:
         config.num_hidden_layers = last_layer + 1
         if getattr(config, "layer_types", None):
@@ -182,7 +194,7 @@ def _load_in_transformers(folder: ModelFolder, last_layer: int | None, device: t
             if is_out_of_memory(error):
                 raise
             raise ModelError(f"{folder.path} cannot be loaded ({one_line(error)}): get the whole model") from error
-    for name in sorted(set(report["missing_keys"]) - ({"norm.weight"} if last_layer is not None else set())):
+    for name in sorted(set(report["missing_keys"]) - (set() if has_head else {"norm.weight"})):
         raise ModelError(f"{folder.path} has no tensor {name}: get the whole model")
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise misshapen(folder, name, tuple(found), tuple(expected))
@@ -206,7 +218,15 @@ class _Slice:
 class MistralInference:
     """A model of a mistral-inference folder: dense, sliding-window or mixture-of-experts."""
 
-    def __init__(self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        folder: ModelFolder,
+        last_layer: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        head: bool = False,
+    ):
+        has_head = head or last_layer is None
         install_attention()
         from mistral_inference.args import TransformerArgs
         from mistral_inference.moe import MoeArgs
@@ -222,11 +242,11 @@ class MistralInference:
         )
         with META:
             model = Transformer(args)
-        if last_layer is not None:
+        if not has_head:
             model.norm = model.output = None
-        wanted = {name: folder.tensors[name] for name in shapes_of_params(params, last_layer)}
+        wanted = {name: folder.tensors[name] for name in shapes_of_params(params, last_layer, has_head)}
         weights = _read_tensors(wanted, device, dtype)
-        if last_layer is None and params.get("tied_embeddings"):
+        if has_head and params.get("tied_embeddings"):
             weights["output.weight"] = weights["tok_embeddings.weight"]
         model.load_state_dict(weights, assign=True)
         self._model = model.eval().requires_grad_(False)

@@ -122,7 +122,7 @@ class LanguageModel:
         a GPU, are checked against the vocabulary.
         """
         hidden_BTD = self._run(tokens_BT, cache)
-        _, head = self._output()
+        _, head = self._output(of_all_layers=True)
         with torch.no_grad():
             return head(hidden_BTD).float()
 
@@ -144,7 +144,7 @@ class LanguageModel:
 
         Through the final norm and the output matrix, so the vectors' lengths play no part (nostalgebraist 2020,
         "interpreting GPT: the logit lens"). Computed in float32 whatever the model's dtype: bfloat16 has ties among
-        the strongest ten. Raises ModelError unless the whole model is loaded.
+        the strongest ten. Raises ModelError unless the whole model is loaded, or the head beside its first layers.
         """
         norm, head = self._output()
         with torch.no_grad():
@@ -152,9 +152,10 @@ class LanguageModel:
             parts = head.weight.split(UNEMBEDDED)
             return torch.cat([x_ND @ part_VD.float().T for part_VD in parts], dim=1)
 
-    def _output(self) -> tuple[nn.Module, nn.Linear]:
-        """The final norm and the output matrix. Raises ModelError unless the whole model is loaded."""
-        if self._engine.norm is None or self._engine.head is None:
+    def _output(self, of_all_layers: bool = False) -> tuple[nn.Module, nn.Linear]:
+        """The final norm and the output matrix. Raises ModelError where they, or layers before them, are left out."""
+        is_cut = of_all_layers and self.last_layer is not None
+        if self._engine.norm is None or self._engine.head is None or is_cut:
             raise ModelError(f"{self.name} was loaded with last_layer={self.last_layer}: logits need the whole model")
         return self._engine.norm, self._engine.head
 
@@ -280,21 +281,25 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     engine: str | None = None,
     exclude_tokens: Sequence[int | str] = (),
+    head: bool = False,
 ) -> LanguageModel:
     """Load a model and its tokenizer: those of a folder, a .gguf file or owner/name on the hub; None is the stand-in.
 
-    With `last_layer` only the embedding and layers 0..last_layer are read, which is what training needs. `device` is by
+    With `last_layer` only the embedding and layers 0..last_layer are read, which is what training needs, and with
+    `head` the final norm and the output matrix, which `unembed` needs. `device` is by
     default CUDA if there is one, else the CPU; `dtype` (or its name) bfloat16 on CUDA, else float32; `engine`
     "mistral-inference" where that is installed and the folder is in its layout, else "transformers". `exclude_tokens`
     are ids or names of tokens that count as special beside BOS, EOS and padding. Raises ModelError.
     """
-    folder = open_folder(STANDIN if path is None else path, engine, last_layer)
+    folder = open_folder(STANDIN if path is None else path, engine, None if head else last_layer)
     spec = folder.spec
+    if last_layer is not None:
+        check_layer(spec, last_layer)
     tokenizer = load_tokenizer(folder)
     device, dtype = device_and_dtype(device, dtype)
     special_ids = tokenizer.special_ids(exclude_tokens)
     folder.fetch()
-    loaded = load_engine(folder, last_layer, device, dtype)
+    loaded = load_engine(folder, last_layer, device, dtype, head)
     return LanguageModel(spec, tokenizer, loaded, last_layer, device, dtype, special_ids)
 
 

@@ -32,8 +32,8 @@ NAMES = {
 EXPERTS = "feed_forward.experts.", "block_sparse_moe.experts."  # then {number}.w1, w2 or w3 in both
 
 
-def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of mistral-inference's tensors: embedding and layers 0..last_layer, or all."""
+def shapes_of_params(params: dict[str, Any], last_layer: int | None, head: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of mistral-inference's tensors: embedding, layers 0..last_layer and the head, or all."""
     D, hidden = params["dim"], params["hidden_dim"]
     q, kv = params["n_heads"] * params["head_dim"], params["n_kv_heads"] * params["head_dim"]
     layer: dict[str, tuple[int, ...]] = {"attention_norm": (D,), "attention.wq": (q, D), "attention.wk": (kv, D)}
@@ -45,7 +45,7 @@ def shapes_of_params(params: dict[str, Any], last_layer: int | None) -> dict[str
     for expert in experts:
         layer |= {f"{expert}.w1": (hidden, D), f"{expert}.w2": (D, hidden), f"{expert}.w3": (hidden, D)}
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (params["vocab_size"], D)}
-    if last_layer is None:
+    if head or last_layer is None:
         shapes["norm.weight"] = (D,)
         if not params.get("tied_embeddings"):
             shapes["output.weight"] = (params["vocab_size"], D)

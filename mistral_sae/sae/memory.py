@@ -1,35 +1,44 @@
-"""What a training run needs on its device, by part, before anything is loaded."""
+"""What a run needs on its device, by part, before the model is loaded."""
 
 from typing import NamedTuple, Protocol
 
 import psutil
 import torch
 
+from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
+from mistral_sae.sae.features import CHUNK_BYTES as CHUNK
 from mistral_sae.sae.kernels import CHUNK_BYTES
 from mistral_sae.sae.kernels.portable import BLOCK_BYTES
 from mistral_sae.sae.trainer import TrainConfig
 
+# A block holds its input, its attention's queries, keys, values and output, and about four times the residual's width
+# in its feed-forward layer three times over
+FORWARD_WIDTHS = 8 + 3 * 4
+# Of each activation of a shard: token, feature and value as they come and joined, then sorted, with their order
+SORTED_BYTES = 80
+UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
 SPARE = 0.03  # share of the free memory that a plan leaves to the allocator
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes on the device while training and while the finished autoencoder is evaluated."""
+    """Bytes on the device in the two stages of a run."""
 
-    training: dict[str, int]  # by part
-    evaluation: dict[str, int]  # by part, after the run
+    parts: dict[str, int]  # while training, or while reading a corpus
+    afterwards: dict[str, int]  # while the finished autoencoder is evaluated, or its features are reported
     free: int  # on the device now
+    after: str = "the evaluation after it"
 
     @property
     def fits(self) -> bool:
-        """Whether the run, and its evaluation afterwards, find room."""
-        return max(sum(self.training.values()), sum(self.evaluation.values())) <= self.free * (1 - SPARE)
+        """Whether both find room."""
+        return max(sum(self.parts.values()), sum(self.afterwards.values())) <= self.free * (1 - SPARE)
 
     def __str__(self) -> str:
-        width = max(map(len, self.training))
-        lines = [f"  {part:{width}}  {_size(size):>7}" for part, size in self.training.items()]
-        lines.append(f"  {'all':{width}}  {_size(sum(self.training.values())):>7} of {_size(self.free)} free")
-        lines.append(f"  {'the evaluation after it':{width}}  {_size(sum(self.evaluation.values())):>7}")
+        width = max(map(len, (*self.parts, self.after)))
+        lines = [f"  {part:{width}}  {_size(size):>7}" for part, size in self.parts.items()]
+        lines.append(f"  {'all':{width}}  {_size(sum(self.parts.values())):>7} of {_size(self.free)} free")
+        lines.append(f"  {self.after:{width}}  {_size(sum(self.afterwards.values())):>7}")
         return "\n".join(lines)
 
 
@@ -40,6 +49,8 @@ class _Sizes(Protocol):
     def d_model(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def head_parameters(self) -> int: ...
     def parameters(self, last_layer: int | None = None) -> int: ...
 
 
@@ -50,14 +61,12 @@ def memory_plan(
 
     With `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
     """
-    kind, D, F = device.partition(":")[0], model.d_model, config.d_hidden
+    kind, D, F = "cpu" if device == "cpu" else "cuda", model.d_model, config.d_hidden
     model_dtype = str(dtype).removeprefix("torch.")
     model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
     weights = (2 * D + 1) * F + D
     tokens = config.rows_per_forward * config.context_length
-    # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's
-    # width in its feed-forward layer three times over
-    forward = tokens * D * (8 + 3 * 4) * model_bytes
+    forward = tokens * D * FORWARD_WIDTHS * model_bytes
     # Pre-activations and the selection's work space, on a GPU that of an eighth of them
     work = 2.0 if kind == "cpu" else 1.25
     chunks = [CHUNK_BYTES[kind, torch.float32], CHUNK_BYTES[kind, torch.bfloat16]]
@@ -73,7 +82,7 @@ def memory_plan(
     evaluation = forward + logits + encoder_float32
     part = "" if last_layer is None else f" to layer {last_layer}"
     return MemoryPlan(
-        training={
+        parts={
             f"language model{part} ({model_dtype})": model.parameters(last_layer) * model_bytes,
             "autoencoder (float32)": 4 * weights,
             # A block of features at a time; on a GPU a feature at a time, in registers
@@ -82,7 +91,7 @@ def memory_plan(
             f"buffer of residuals ({model_dtype})": (config.buffer_tokens + config.batch_size) * D * model_bytes,
             "activations": bf16_encoder + max(forward, step, evaluation if last_layer is None else 0),
         },
-        evaluation={
+        afterwards={
             "language model": model.parameters() * model_bytes,
             "autoencoder": 4 * weights,
             "activations": evaluation,
@@ -91,9 +100,51 @@ def memory_plan(
     )
 
 
+def explaining_plan(
+    sae: SparseAutoencoder,
+    model: _Sizes,
+    *,
+    last_layer: int | None,
+    dtype: torch.dtype,
+    tokens: int,
+    shard_tokens: int,
+    free: int,
+) -> MemoryPlan:
+    """Estimate the memory of explaining features: of the pass over a corpus, and of what the report says of each.
+
+    The model is there up to `last_layer` with its head, or all of it; `tokens` go through it at a time, and the
+    activations of `shard_tokens` are sorted at a time. `free` is of the device before the autoencoder is on it.
+    """
+    D, F, k, kind = sae.d_model, sae.n_features, sae.k, sae.W_dec.device.type
+    name = str(dtype).removeprefix("torch.")
+    part = "" if last_layer is None else f" to layer {last_layer}, and its head"
+    parameters = model.parameters(last_layer) + (0 if last_layer is None else model.head_parameters)
+    weights = {
+        f"language model{part} ({name})": parameters * dtype.itemsize,
+        "autoencoder (float32)": sum(4 * p.numel() for p in sae.parameters()),
+    }
+    forward = tokens * D * FORWARD_WIDTHS * dtype.itemsize
+    pre = 2 * min(_chunk(kind), 4 * tokens * F) + 2 * D * F  # with W_enc in bfloat16, which may choose the features
+    encoding = pre + 4 * tokens * (4 * D + 8 * k)
+    sorting = SORTED_BYTES * shard_tokens * k
+    cosines, logits = 4 * min(CHUNK, 4 * F * F), 3 * min(CHUNK, 4 * F * model.vocab_size)
+    unembedding = 4 * min(UNEMBEDDED, model.vocab_size) * D + logits
+    return MemoryPlan(
+        weights | {"activations": max(forward, encoding + tokens * D * dtype.itemsize, sorting)},
+        weights | {"activations": max(unembedding, cosines)},
+        free,
+        after="the features after it",
+    )
+
+
 def free_memory(device: str) -> int:
     """Bytes free on a device ("cpu", "cuda", "cuda:1")."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+
+
+def _chunk(kind: str) -> int:
+    """Bytes of pre-activations that exist at a time."""
+    return max(size for (where, _), size in CHUNK_BYTES.items() if where == ("cpu" if kind == "cpu" else "cuda"))
 
 
 def _size(size: float) -> str:

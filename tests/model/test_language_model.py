@@ -456,6 +456,17 @@ def test_a_chat_begins_with_bos_and_the_instruction_marker(tokenizer):
         tokenizer.chat([{"role": "nobody"}])
 
 
+@pytest.mark.parametrize("engine", ["mistral-inference", "transformers"])
+def test_the_head_beside_the_first_layers_gives_logits_of_vectors_but_of_no_text(mistral_folder, tokens_BT, engine):
+    whole = load_model(mistral_folder, engine=engine)
+    model = load_model(mistral_folder, engine=engine, last_layer=1, head=True)
+    x_ND = torch.randn(3, 32)
+    assert torch.equal(model.unembed(x_ND), whole.unembed(x_ND))
+    assert torch.equal(model.residuals(tokens_BT, 1), whole.residuals(tokens_BT, 1))
+    with pytest.raises(ModelError, match="last_layer=1: logits need the whole model"):
+        model.forward(tokens_BT)
+
+
 def test_a_gpu_that_cannot_be_used_is_told_by_the_warning_or_by_its_driver(monkeypatch, tmp_path):
     monkeypatch.setattr(language_model, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

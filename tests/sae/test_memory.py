@@ -11,7 +11,8 @@ from mistral_sae.cli import override
 from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.defaults import defaults
 from mistral_sae.model.language_model import ModelSpec, inspect, load_model
-from mistral_sae.sae.memory import MemoryPlan, free_memory, memory_plan
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.memory import MemoryPlan, explaining_plan, free_memory, memory_plan
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 CARD_24_GB = int(23.6 * 2**30 - 0.5e9)  # what a driver leaves of 24 GiB, less the CUDA context
@@ -50,7 +51,7 @@ def test_the_defaults_for_7b_fit_a_24_gb_card(config_7b, vocab_size):
     assert (config_7b.D_HIDDEN, config_7b.K, config_7b.TARGET_LAYER) == (131_072, 128, 16)
     plan = plan_of(config_7b, mistral_7b(vocab_size), CARD_24_GB)
     assert plan.fits
-    assert sum(plan.training.values()) <= 24e9
+    assert sum(plan.parts.values()) <= 24e9
     # Cross-entropy waits for the end of the run
     assert not plan_of(config_7b, mistral_7b(vocab_size), CARD_24_GB, last_layer=None).fits
 
@@ -85,7 +86,7 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     spec = inspect(mistral_folder)
     sizes = {"d_hidden": 512, "k": 8, "batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
     sizes |= {"last_layer": 1, "context_length": 12, "dtype": torch.float32, "moments_dtype": moments}
-    plan = plan_of(config_7b, spec, free=0, **sizes).training
+    plan = plan_of(config_7b, spec, free=0, **sizes).parts
     trainer = Trainer(TrainConfig(spec.d_model, 512, 8, moments_dtype=moments))
     sae = trainer.sae
     sae.initialize(torch.randn(64, spec.d_model), seed=0)
@@ -112,7 +113,7 @@ def test_the_buffer_of_the_plan_holds_that_of_a_run(config_7b, mistral_folder):
     batch = next(batches)
     held = [t for t in batches.gi_frame.f_locals.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, batch]}
-    plan = plan_of(config_7b, spec, free=0, dtype=torch.float32, **options).training
+    plan = plan_of(config_7b, spec, free=0, dtype=torch.float32, **options).parts
     assert plan["buffer of residuals (float32)"] == (330 + 64) * spec.d_model * 4
     assert sum(storages.values()) == plan["buffer of residuals (float32)"]
 
@@ -126,6 +127,17 @@ def test_the_plan_shows_each_part_the_sum_and_what_is_free():
     assert lines[1].split() == ["autoencoder", "300", "MB"]
     assert lines[2].split() == ["all", "8.0", "GB", "of", "24.0", "GB", "free"]
     assert lines[3].endswith("9.1 GB")
+
+
+@pytest.mark.parametrize("last_layer", [16, None])
+def test_explaining_7b_fits_a_24_gb_card(last_layer):
+    """None: the model explains itself, and is there with all its layers."""
+    with torch.device("meta"):
+        sae = SparseAutoencoder(4096, 131_072, 128)
+    sizes = {"dtype": torch.bfloat16, "tokens": 32 * 256, "shard_tokens": 2**16, "free": CARD_24_GB}
+    plan = explaining_plan(sae, mistral_7b(32_768), last_layer=last_layer, **sizes)
+    assert plan.fits, str(plan)
+    assert str(plan).splitlines()[-1].startswith("  the features after it")
 
 
 def test_the_free_memory_of_the_cpu_is_between_nothing_and_all_of_it():
