@@ -22,7 +22,10 @@ def _source(*results: dict[str, Any]) -> str:
     commands, dates, machines = {}, {}, {}
     for result in results:
         versions = [f"{name} {v}" for name, v in result["versions"].items() if name in SHOWN_VERSIONS]
-        on = result["gpu"] or f"{result['processor'].split(';')[0]}), {result['threads']} threads"
+        on = (
+            result["gpu"]
+            or f"{result['processor'].split(';')[0]}), {result['threads']} thread{'s' * (result['threads'] > 1)}"
+        )
         commands[f"`{result['command']}`"] = dates[result["date"]] = machines[", ".join([on, *versions])] = None
     return f"*{', '.join(commands)}, {' and '.join(sorted(dates))}, {'; '.join(machines)}*"
 
@@ -237,12 +240,13 @@ def traffic(result: dict[str, Any]) -> str:
 
 def english(result: dict[str, Any]) -> str:
     """What each layer, size, sparsity, batch and rate gives on SmolLM2, the first row being what is varied."""
-    rows = [["layer", "D_HIDDEN", "K", "BATCH_SIZE", "LEARNING_RATE", "normalized MSE", "recovered", "dead", "tokens/s"]]
+    varied = ["layer", "D_HIDDEN", "K", "BATCH_SIZE", "LEARNING_RATE"]
+    rows = [[*varied, "normalized MSE", "recovered", "dead", "tokens/s"]]
     for each in result["results"]["settings"]:
-        varied = (f"{each[name]:,}" for name in ("d_hidden", "k", "batch_size"))
+        sizes = (f"{each[name]:,}" for name in ("d_hidden", "k", "batch_size"))
         figures = f"{each['normalized_mse']:.3f}", f"{each['ce_loss_recovered']:.1%}", f"{each['dead_fraction']:.1%}"
         speed = f"{each['tokens_per_second']:.0f}"
-        rows.append([str(each["layer"]), *varied, f"{each['learning_rate']:g}", *figures, speed])
+        rows.append([str(each["layer"]), *sizes, f"{each['learning_rate']:g}", *figures, speed])
     return _table(rows)
 
 

@@ -95,10 +95,10 @@ def print_steered(subject: Subject, feature: int) -> None:
     print()
 
 
-def row(name: str, subject: Subject, trials: sweep.Trials, edit: Edit, found: Effect, directions_SD: Tensor | None) -> str:
+def row(name: str, subject: Subject, trials: sweep.Trials, edit: Edit, found: Effect, along_SD: Tensor | None) -> str:
     """A row of the table of one feature."""
     at = Edit({found.feature: found.strength}, edit.method)
-    with at.context(subject, len(trials.prompt_ids), directions_SD):
+    with at.context(subject, len(trials.prompt_ids), along_SD):
         ids = subject.model.sample(trials.prompt_ids, trials.seeds, TOKENS, trials.temperature)[0]
     nats = found.steered.cross_entropy - found.own.cross_entropy
     strength = f"{found.strength:g}" if found.is_fluent else f"{found.strength:g}, not fluent"
