@@ -274,7 +274,7 @@ def test_a_link_shows_all_of_a_feature(browser, report):
         f"{score.value:.2f} {score.low:.2f} to {score.high:.2f}",
         "24 of 25",
         f"{feature.maximum:.3g}",
-        "python demo.py RUN_DIR=runs/standin FEATURE_INDEX=25 COEFFICIENT=1.0",
+        "python demo.py RUN_DIR=runs/standin FEATURE_INDEX=25",
         "75\u2013100% of the maximum",
         "detection: 22 of 23 right, 1 without an answer",
         "✗ wrongheld-out passage: fires, judged: does not fire",
@@ -356,10 +356,7 @@ def test_the_command_that_steers_with_a_feature_can_be_copied(browser, report):
     find(browser, ".code button").click()
     wait(browser, "document.querySelector('.code button').textContent === 'Copied'")
     find(browser, "#search").send_keys(Keys.CONTROL, "v")
-    assert (
-        find(browser, "#search").get_property("value")
-        == "python demo.py RUN_DIR=runs/standin FEATURE_INDEX=25 COEFFICIENT=1.0"
-    )
+    assert find(browser, "#search").get_property("value") == "python demo.py RUN_DIR=runs/standin FEATURE_INDEX=25"
 
 
 def test_only_features_in_the_report_are_linked_and_opened(browser, report):

@@ -202,14 +202,14 @@ function histogram(bins, maximum) {
 }
 
 function steering(feature) {
-  const command = h("pre", {}, `${state.index.demo} FEATURE_INDEX=${feature} COEFFICIENT=1.0`);
+  const command = h("pre", {}, `${state.index.demo} FEATURE_INDEX=${feature}`);
   const button = h("button", { type: "button" }, "Copy");
   button.addEventListener("click", async () => {
     button.textContent = (await copy(command)) ? "Copied" : "Selected, press Ctrl-C";
     setTimeout(() => (button.textContent = "Copy"), 2000);
   });
   return h("section", { class: "steer" }, h("h2", {}, "Steer with it"), h("div", { class: "code" }, command, button),
-    h("p", { class: "small" }, "The coefficient is in units of the feature's maximum."));
+    h("p", { class: "small" }, "As strongly as a few texts stay fluent; COEFFICIENT sets it, in units of the feature's maximum."));
 }
 
 /** Copy an element's text; where the clipboard is closed to the scripts of a file, through the selection. */
