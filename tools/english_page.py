@@ -71,7 +71,7 @@ def passage(example: Example) -> str:
 
 def escaped(text: str) -> str:
     """Text in a cell of a table."""
-    return " ".join(text.replace("\n", "⏎").split(" ")).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return " ".join(text.replace("\n", "⏎").split(" ")).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("[", "\\[")
 
 
 def print_steered(subject: Subject, feature: int) -> None:

@@ -57,8 +57,8 @@ def test_the_memory_plan_has_room_for_the_step(counts):
 
     config = traffic.config_of(traffic.Sizes())
     plan = memory_plan(config, Nothing(), last_layer=0, dtype=torch.bfloat16, device="cuda", free=0)
-    buffer = plan.training["buffer of residuals (bfloat16)"]
-    assert counts["mistral-sae, 8,192 features dead"].peak <= sum(plan.training.values()) - buffer
+    buffer = plan.parts["buffer of residuals (bfloat16)"]
+    assert counts["mistral-sae, 8,192 features dead"].peak <= sum(plan.parts.values()) - buffer
 
 
 def test_the_committed_figures_are_those_of_todays_code(counts):
