@@ -71,7 +71,8 @@ def passage(example: Example) -> str:
 
 def escaped(text: str) -> str:
     """Text in a cell of a table."""
-    return " ".join(text.replace("\n", "⏎").split(" ")).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("[", "\\[")
+    marks = {"\n": "⏎", "|": "\\|", "*": "\\*", "<": "&lt;", "[": "&#91;", "]": "&#93;"}
+    return text.translate(str.maketrans(marks))
 
 
 def print_steered(subject: Subject, feature: int) -> None:
