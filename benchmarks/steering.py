@@ -14,7 +14,8 @@ and the difference of means (the mean residual where the class's tokens stand le
 decoder row's norm. Before are features clamped at their maximum, as demo.py did. Then demo.py's own pick of a feature,
 by today's rule and by that of before: of those that fire on most more tokens at their maximum the first that is fluent.
 
-The autoencoder is that of RUN_DIR, which train.py makes if there is none.
+The autoencoder is that of RUN_DIR, which train.py makes if there is none. With MISTRAL_MODEL_PATH in the environment
+another model is steered, by clamping alone, in fewer texts and without demo.py's pick.
 """
 
 import random
@@ -55,12 +56,13 @@ SHOWS = 0.02  # of the tokens, by which a class must be more frequent than in th
 PROMPTS = (
     ("import os\nimport sys\n\ndef main(", 'class Parser:\n    """')
     if config.ON_STANDIN
-    else ("The thing that I wanted to tell you is that", "Here is what happened on Monday:")
+    else ("The thing that I wanted to tell you is that",)
 )
-PROMPTS_OF_PICKS = (*PROMPTS, config.PROMPT, "# The" if config.ON_STANDIN else "My favourite")
+PROMPTS_OF_PICKS = (*PROMPTS, config.PROMPT, "# The")  # of the stand-in
 MAX_TOKENS, TEMPERATURE = 32, 0.7
-SEEDS_TO_FIND, SEEDS_TO_MEASURE = range(4), range(100, 108)  # of each prompt's texts
-METHODS = ("clamp", "add", "raw")
+# Of each prompt's texts, and how they are steered; a larger model takes its time
+SEEDS_TO_FIND, SEEDS_TO_MEASURE = (range(4), range(100, 108)) if config.ON_STANDIN else (range(2), range(100, 104))
+METHODS = ("clamp", "add", "raw") if config.ON_STANDIN else ("clamp",)
 
 Classes = dict[int, set[int]]
 
@@ -247,7 +249,9 @@ def main() -> None:
         for feature, each in found.items():
             by_feature[feature][f"{method}, {name}"] = each
     features = [{"feature": feature} | each for feature, each in by_feature.items()]
-    save("steering", {"features": FEATURES, "runs": table, "picks": picks(subject), "by_feature": features})
+    picked = picks(subject) if config.ON_STANDIN else {}
+    name = "steering" if config.ON_STANDIN else f"steering_{spec.name.split('-')[0].lower()}"
+    save(name, {"features": FEATURES, "runs": table, "picks": picked, "by_feature": features})
 
 
 if __name__ == "__main__":

@@ -170,6 +170,8 @@ def steering(result: dict[str, Any]) -> str:
     for each in found["runs"]:
         counts = (f"{each[name]} of {found['features']}" for name in ("shows", "fires_more"))
         rows.append([each["method"], each["along"], *counts, *_shares(each)])
+    if not found["picks"]:
+        return _table(rows)
     picked = [["rule", "prompt", "feature", "its tokens", "fires on", "nats more", "repeated", "fluent"]]
     for rule, picks in found["picks"].items():
         for each in picks:
@@ -276,7 +278,11 @@ TABLES = {
         traffic,
         english,
     )
-} | {"features_steered": (features_steered, ["steering"]), "peers": (peers, ["step", "end_to_end", "quality"])}
+} | {
+    "steering_smollm2": (steering, ["steering_smollm2"]),
+    "features_steered": (features_steered, ["steering"]),
+    "peers": (peers, ["step", "end_to_end", "quality"]),
+}
 
 
 def filled(page: str) -> str:
