@@ -237,6 +237,7 @@ def convert(path: Path, folder: Path) -> None:
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     weights = {name: x.to(dtype).contiguous() for name, x in model.state_dict().items() if name not in tied}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config.architectures = [type(model).__name__]  # which other tools want to know
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

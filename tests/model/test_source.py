@@ -155,6 +155,11 @@ def test_a_gguf_file_is_the_model_that_transformers_reads_in_it(gguf_file):
     assert model.context_length == 128
 
 
+def test_other_tools_can_open_the_folder_that_it_was_converted_to(gguf_file):
+    folder = source.from_gguf(gguf_file).path
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_its_tokenizer_comes_with_it(gguf_file):
     tokenizer = load_model(gguf_file, device="cpu").tokenizer
     text = "def f(a): return 'é' + a"
