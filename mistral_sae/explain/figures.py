@@ -175,11 +175,21 @@ def geometry_panels(geometry: Geometry | None) -> list[Panel]:
         _histogram(
             "Decoder cosines",
             "How close each feature's decoder row comes to its nearest neighbour's: at 0 features would not interfere, "
-            "at the line they are packed as random directions are, near 1 two features say almost the same.",
+            "at the line they are packed as random directions are, near 1 two features say almost the same. No packing "
+            f"of as many directions brings the largest below {geometry.welch:.2f} (Welch's bound).",
             geometry.nearest_N,
             (min(0.0, *geometry.nearest_N), 1.0),
             [(geometry.nearest_random, "--", "random directions")],
             xlabel="cosine with the nearest other feature",
+        ),
+        _histogram(
+            "Feature dimensionality",
+            "The share of a dimension that each feature has to itself: 1 over the sum of its squared cosines with all "
+            f"features (Elhage et al. 2022). Without superposition it is 1; here they sum to "
+            f"{sum(geometry.dimensionality_F):.0f}.",
+            geometry.dimensionality_F,
+            (0.0, max(geometry.dimensionality_F)),
+            xlabel="dimensions a feature",
         ),
         _histogram(
             "Features a dimension",

@@ -160,6 +160,13 @@ class Geometry(NamedTuple):
     participation_random: float
     writers_D: tuple[int, ...]  # features that write to each dimension with more than an even share, |w| > 1/sqrt(D)
     effective_dimensions: float  # F^2 / |W^T W|^2, the participation of the rows' covariance: D if they fill the space
+    dimensionality_F: tuple[float, ...]  # 1 / sum_j cos_ij^2 (Elhage et al. 2022): 1 for a feature that shares nothing
+    welch: float  # the largest cosine that any packing of as many rows must have (Welch 1974); 0 for D or fewer
+
+    @property
+    def median_dimensionality(self) -> float:
+        """Median over features of the share of a dimension that each has to itself."""
+        return statistics.median(self.dimensionality_F)
 
     @property
     def median_nearest(self) -> float:
@@ -190,12 +197,16 @@ def decoder_geometry(W_dec_FD: Tensor, fired_F: Tensor | None = None) -> Geometr
 
     sample_N = features[torch.arange(n_sample, device=features.device) * n_features // n_sample]
     gram_DD, writers_D = W_FD.new_zeros(d_model, d_model), W_FD.new_zeros(d_model)
-    participation = []
-    for some in features.split(max(1, CHUNK_BYTES // (4 * d_model))):
+    participation, parts = [], features.split(max(1, CHUNK_BYTES // (4 * d_model)))
+    for some in parts:
         rows_ND = W_FD[some] / norm_F[some].unsqueeze(1)
         gram_DD += rows_ND.T @ rows_ND
         participation.append(1 / rows_ND.pow(4).sum(dim=1))
         writers_D += (rows_ND.abs() > d_model**-0.5).sum(dim=0)
+    shared = []  # sum over all features of the squared cosine with each, its own included
+    for some in parts:
+        rows_ND = W_FD[some] / norm_F[some].unsqueeze(1)
+        shared.append(((rows_ND @ gram_DD) * rows_ND).sum(dim=1))
     expected_largest = statistics.NormalDist().inv_cdf(0.5 ** (1 / (n_features - 1)))
     return Geometry(
         features=n_features,
@@ -205,4 +216,6 @@ def decoder_geometry(W_dec_FD: Tensor, fired_F: Tensor | None = None) -> Geometr
         participation_random=(d_model + 2) / 3,
         writers_D=tuple(int(n) for n in writers_D.tolist()),
         effective_dimensions=n_features**2 / gram_DD.cpu().double().square().sum().item(),
+        dimensionality_F=tuple((1 / torch.cat(shared)).tolist()),
+        welch=math.sqrt(max(0, n_features - d_model) / (d_model * (n_features - 1))),
     )

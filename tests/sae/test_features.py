@@ -118,6 +118,21 @@ def test_directions_at_right_angles_along_the_axes_are_no_superposition():
     assert geometry.participation == pytest.approx(1)
     assert geometry.writers_D == (1,) * 8
     assert geometry.effective_dimensions == pytest.approx(8)
+    assert geometry.dimensionality_F == pytest.approx((1,) * 8)
+    assert geometry.welch == 0
+
+
+def test_two_opposite_pairs_share_a_dimension_each_and_meet_no_bound_but_their_own():
+    geometry = decoder_geometry(torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -3.0]]))
+    assert geometry.dimensionality_F == pytest.approx((0.5,) * 4)
+    assert geometry.welch == pytest.approx((1 / 3) ** 0.5)
+
+
+def test_three_directions_in_a_plane_reach_the_bound_of_welch():
+    angles = torch.arange(3) * 2 * torch.pi / 3
+    geometry = decoder_geometry(torch.stack([angles.cos(), angles.sin()], dim=1))
+    assert geometry.dimensionality_F == pytest.approx((2 / 3,) * 3)  # Elhage et al.: a triangle
+    assert geometry.welch == pytest.approx(0.5)  # and its largest |cosine| is a half
 
 
 def test_random_directions_measure_as_random_directions_are_said_to():

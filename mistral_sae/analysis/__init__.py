@@ -1,0 +1,1 @@
+"""The two questions answered with controls: are features monosemantic, and are they held in superposition."""
