@@ -157,7 +157,7 @@ def print_feature(subject: Subject, feature: int, own: torch.Tensor) -> None:
     print_line(f"feature {feature}", f"{text} ({source})")
     print_line("  fires", f"on {density:.3%} of tokens, at most {maximum:.1f}")
     if maximum > 0 and own.shape[1] > 1:
-        (change_V,) = search.logit_changes(model, loaded, {feature: maximum}, own)
+        (change_V,) = search.changes_of(model, loaded, {feature: maximum}, own).logits_NV
         raised, lowered = search.extremes(model, change_V, SHOWN)
         print_line("  raises when steered", "  ".join(map(repr, raised)))
         print_line("  lowers when steered", "  ".join(map(repr, lowered)))

@@ -78,7 +78,7 @@ def with_a_clear_class(subject: Subject, rows_RT: Tensor) -> Iterator[tuple[int,
     every = [feature for feature in order.tolist() if feature in of_mid_density]
     for start in range(0, len(every), AT_ONCE):
         activations = {f: float(found.maximum_F[f]) for f in every[start : start + AT_ONCE]}
-        change_NV = search.logit_changes(model, loaded, activations, rows_RT[:R, :T])
+        change_NV = search.changes_of(model, loaded, activations, rows_RT[:R, :T]).logits_NV
         for feature, clear, change_V in zip(activations, search.clearness(change_NV).tolist(), change_NV, strict=True):
             if clear >= CLEAR:
                 yield feature, change_V
@@ -191,7 +191,7 @@ def picks(subject: Subject) -> dict[str, list[dict[str, Any]]]:
         chosen = {"after": after.coefficients, "before": before(searched, edit)}
         for name, coefficients in chosen.items():
             ((feature, strength),) = coefficients.items()
-            classes = search._clearest(searched, [feature])
+            classes = search._most_promising(searched, [feature])
             fresh = trials._replace(seeds=SEEDS_TO_MEASURE)
             (effect,) = effects_of(subject, edit, {feature: [float(strength or 0)]}, classes, fresh)
             found[name].append({"prompt": prompt, "feature": feature} | figures([effect]))
@@ -202,7 +202,7 @@ def before(searched: Search, edit: Edit) -> dict[int, float]:
     """The feature that fires on most more tokens when clamped at its maximum, and that."""
     _, among = search._pools(searched.subject)[0]
     looked_at = random.Random(0).sample(among, min(search.LOOKED_AT, len(among)))
-    classes = dict(islice(search._clearest(searched, looked_at).items(), 24))
+    classes = dict(islice(search._most_promising(searched, looked_at).items(), 24))
     short = searched.trials._replace(seeds=range(3))
     effects = effects_of(searched.subject, edit, {feature: [1.0] for feature in classes}, classes, short)
     best = max(effects, key=lambda each: (each.is_fluent, each.steered.rate - each.own.rate))

@@ -77,8 +77,12 @@ class Effect(NamedTuple):
         So what is counted is both: words that the feature raises whatever they mean, or tokens that it fires on where
         nothing is to be read of it, are no effect.
         """
-        gains = self.shown - self.own_shown, self.steered.rate - self.own.rate
-        return math.sqrt(math.prod(min(max(gain, 0.0), ENOUGH) for gain in gains))
+        return math.sqrt(math.prod(min(max(gain, 0.0), ENOUGH) for gain in self.gains))
+
+    @property
+    def gains(self) -> tuple[float, float]:
+        """How many more tokens are of its class, and how many more it fires on, as shares of the texts."""
+        return self.shown - self.own_shown, self.steered.rate - self.own.rate
 
     @property
     def is_visible(self) -> bool:
@@ -94,9 +98,9 @@ class Effect(NamedTuple):
             f"a token, {self.repeated:+.0%} repeated; at most {MOST_NATS:+g} and {MOST_REPETITION:+.0%})"
         )
 
-    def rank(self) -> tuple[bool, float, int]:
-        """What sorts the most visible first, and those that leave no text fluent last."""
-        return (not self.is_fluent, -self.score, self.feature)
+    def rank(self) -> tuple[bool, float, float, int]:
+        """What sorts the most visible first, of equals by the sum of the gains, and those that are not fluent last."""
+        return (not self.is_fluent, -self.score, -sum(self.gains), self.feature)
 
 
 def effects_of(

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ CANDIDATES = 24  # features by explanation, and as many by tokens, whose effect 
 SCAN_ROWS, SCAN_AT_ONCE = 48, 16  # rows of text that are read to find features by their tokens
 LOOKED_AT = 128  # features among which one is looked for that shows in text
 RAISED = 20  # words that a feature raises most, whose share of a text shows it
-WORD = re.compile(r"[^\W\d_]{2}")  # a token with two letters is one
+WORD = re.compile(r"[\s▁][^\W\d_]{3,}")  # a token that is one, or how one of several tokens begins
 TEXT_TOKENS = 8  # of the text on which it is measured what they raise, after the prompt
-TRIED, TRIED_BY_WORDS = 16, 8  # features of which short texts are made in a round, and by words
+TRIED, TRIED_BY_WORDS = 8, 8  # features of which short texts are made in a round, and by words
 ROUNDS = 3  # at most, of features with an explanation and of those without
 SHORT_TEXTS, SHORT_TOKENS = 32, 24  # of all of them together, and their length
 FINALISTS, FINAL_TEXTS = 3, 2  # of which so many are made in full length, at three strengths
@@ -120,14 +121,19 @@ def _tried(
     subject, trials = search.subject, search.trials
     units = [replace(edit, coefficients={feature: 1.0}) for feature in classes]
     strengths = dict(zip(classes, search.strengths(units) if given is None else [[given]] * len(units), strict=True))
-    middle = 3 * len(next(iter(strengths.values()))) // 8
+    middle = _middle(next(iter(strengths.values())))
     seeds = trials.seeds[: max(1, SHORT_TEXTS // len(classes))]
     short = trials._replace(seeds=seeds, max_tokens=min(SHORT_TOKENS, trials.max_tokens))
     first = effects_of(subject, edit, {f: [some[middle]] for f, some in strengths.items()}, classes, short)
-    first.sort(key=lambda each: -each.score)
+    first.sort(key=lambda each: each.rank()[1:])  # one that is not fluent here may be at less
     around = {f: strengths[f][max(0, middle - 1) : middle + 3] for f, *_ in first[:FINALISTS]}
     in_full = trials._replace(seeds=trials.seeds[:FINAL_TEXTS])
     return sorted(effects_of(subject, edit, around, classes, in_full), key=Effect.rank), first[FINALISTS:]
+
+
+def _middle(strengths: Sequence[float]) -> int:
+    """The index of the strength that is tried first."""
+    return 3 * len(strengths) // 8
 
 
 def _print_tried(tried: Sequence[Effect], what: Callable[[int], str], match: Mapping[int, float] | None = None) -> None:
@@ -153,26 +159,35 @@ def _print_tried(tried: Sequence[Effect], what: Callable[[int], str], match: Map
 # ---- what a feature raises when it is clamped ----
 
 
-@torch.no_grad()
-def logit_changes(
-    model: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, float], tokens_RT: Tensor
-) -> Tensor:
-    """How far clamping each feature raises each token's logit (N, V), in standard deviations over the vocabulary.
+class Changes(NamedTuple):
+    """How far clamping raises each token, for N features: the mean over the positions of some text."""
 
-    Measured: the mean change over the positions of some text (R, T), through the layers above, which the logit lens
-    leaves out. `activations` are {feature: what it is clamped to}; each is clamped alone.
+    logits_NV: Tensor  # in standard deviations over the vocabulary
+    probabilities_NV: Tensor
+
+
+@torch.no_grad()
+def changes_of(model: LanguageModel, loaded: LoadedSAE, activations: Mapping[int, float], tokens_RT: Tensor) -> Changes:
+    """What clamping each feature does to the prediction of the tokens after those of some text (R, T).
+
+    Measured through the layers above, which the logit lens leaves out. `activations` are {feature: what it is clamped
+    to}; each is clamped alone.
     """
-    (R, T), plain_V = tokens_RT.shape, model.forward(tokens_RT)[:, 1:].mean(dim=(0, 1))
+    R, T = tokens_RT.shape
+    plain_RTV = model.forward(tokens_RT)[:, 1:].float()
+    plain_V, likely_V = plain_RTV.mean(dim=(0, 1)), plain_RTV.softmax(dim=-1).mean(dim=(0, 1))
     at_once = max(1, LOGITS_BYTES // (4 * R * T * model.vocab_size))
-    features, parts = list(activations), []
+    features, raised, likelier = list(activations), [], []
     with Progress(total=len(features), desc="what they raise", unit=" features", leave=False) as bar:
         for some in (features[i : i + at_once] for i in range(0, len(features), at_once)):
             with steer(model, loaded, each_alone([(f, activations[f]) for f in some for _ in range(R)])):
-                logits_NTV = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:]
-            parts.append(logits_NTV.unflatten(0, (len(some), R)).mean(dim=(1, 2)) - plain_V)
+                logits = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:].float().unflatten(0, (len(some), R))
+            raised.append(logits.mean(dim=(1, 2)) - plain_V)
+            likelier.append(logits.softmax(dim=-1).mean(dim=(1, 2)) - likely_V)
             bar.update(len(some))
-    change_NV = torch.cat(parts)
-    return ((change_NV - change_NV.mean(dim=1, keepdim=True)) / change_NV.std(dim=1, keepdim=True)).cpu()
+    change_NV = torch.cat(raised)
+    change_NV = (change_NV - change_NV.mean(dim=1, keepdim=True)) / change_NV.std(dim=1, keepdim=True)
+    return Changes(change_NV.cpu(), torch.cat(likelier).cpu())
 
 
 def clearness(change_NV: Tensor) -> Tensor:
@@ -265,7 +280,7 @@ def find(query: str, search: Search) -> tuple[dict[int, float], dict[int, float]
     activations = {f: float(statistics.maximum_F[f]) for f in labelled + others if statistics.maximum_F[f] > 0}
     if not activations:
         return {}, {}
-    changes_NV = logit_changes(model, loaded, activations, search.text_1T)
+    changes_NV = changes_of(model, loaded, activations, search.text_1T).logits_NV
     strengths = dict(zip(activations, clearness(changes_NV[:, ids] if ids else changes_NV).tolist(), strict=True))
     ranked = sorted(strengths, key=lambda feature: (-matches.get(feature, 0.0), -strengths[feature]))
     by_label = {feature: matches[feature] for feature in ranked if feature in matches}
@@ -321,11 +336,11 @@ def _rounds(search: Search) -> Iterator[dict[int, list[int]]]:
     """Features to try together and the words that each raises: explained ones first, then others, clearest first."""
     for kind, among in _pools(search.subject):
         looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-        ranked = list(_clearest(search, looked_at).items())[: ROUNDS * TRIED]
+        ranked = list(_most_promising(search, looked_at).items())[: ROUNDS * TRIED]
         for start in range(0, len(ranked), TRIED):
             some = dict(ranked[start : start + TRIED])
             print(
-                f"choosing a feature: of {len(looked_at)} {kind}, by how clear a class of words they raise, "
+                f"choosing a feature: of {len(looked_at)} {kind}, by the words that they raise, "
                 f"numbers {start + 1} to {start + len(some)} are tried in text"
             )
             yield some
@@ -345,13 +360,22 @@ def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
     return [(kind, among) for kind, among in pools if among]
 
 
-def _clearest(search: Search, candidates: Sequence[int]) -> dict[int, list[int]]:
-    """The candidates, first those that raise the clearest classes of words in a text of the model's own, and these."""
+def _most_promising(search: Search, candidates: Sequence[int]) -> dict[int, list[int]]:
+    """The candidates and the words that each raises, first those whose effect promises most.
+
+    Of the half that raises the clearest classes of words, those come first that make their words likeliest in a text of
+    the model's own, clamped as strongly as they are then tried.
+    """
     model, loaded, statistics, _ = search.subject
-    activations = {feature: float(statistics.maximum_F[feature]) for feature in candidates}
-    changes_NV = logit_changes(model, loaded, activations, search.text_1T)
-    words = [id for id in range(model.tokenizer.vocab_size) if WORD.search(model.tokenizer.strings([id])[0])]
-    changes_NW = changes_NV[:, words]
-    best = clearness(changes_NW).argsort(descending=True).tolist()
-    raised_NR = changes_NW[best].topk(min(RAISED, len(words)), dim=1).indices.tolist()
-    return {candidates[i]: [words[w] for w in raised] for i, raised in zip(best, raised_NR, strict=True)}
+    units = [Edit({feature: 1.0}, exact=False) for feature in candidates]
+    middles = [strengths[_middle(strengths)] for strengths in search.strengths(units)]
+    activations = {f: middle * float(statistics.maximum_F[f]) for f, middle in zip(candidates, middles, strict=True)}
+    raised_NV, likelier_NV = changes_of(model, loaded, activations, search.text_1T)
+    words = [id for id in range(model.tokenizer.vocab_size) if WORD.fullmatch(model.tokenizer.strings([id])[0])]
+    raised_NW = raised_NV[:, words]
+    class_NR = raised_NW.topk(min(RAISED, len(words)), dim=1).indices
+    share_N = likelier_NV[:, words].gather(1, class_NR).sum(dim=1)
+    clear_N = clearness(raised_NW)
+    is_clear_N = clear_N >= clear_N.median()
+    ranked = sorted(range(len(candidates)), key=lambda i: (bool(is_clear_N[i]), float(share_N[i])), reverse=True)
+    return {candidates[i]: [words[w] for w in class_NR[i].tolist()] for i in ranked}

@@ -289,7 +289,7 @@ def test_without_an_explained_feature_that_fires_now_and_then_others_are_taken(d
     save_sae(run_dir / "sae", autoencoder(), METADATA, Statistics(torch.linspace(1, 5, F), densities, None))
     ran = demo(FEATURE_INDEX=None)
     assert ran.code == 0, ran.err
-    assert re.search(rf"of \d+ {of}, by how clear", ran.out)
+    assert re.search(rf"of \d+ {of}, by the words", ran.out)
     swept = demo(FEATURE_INDEX=3, SWEEP=1)
     assert swept.code == 0, swept.err
     assert ("control: at random" in swept.out) == (density == 0.003)

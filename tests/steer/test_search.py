@@ -61,13 +61,17 @@ def knows_tokens(lm, rows_RT, ids: list[int]) -> LoadedSAE:
 def test_changes_of_many_features_are_those_of_clamping_each_alone(lm, loaded, rows_RT, monkeypatch):
     monkeypatch.setattr(search, "LOGITS_BYTES", 4 * rows_RT.numel() * lm.vocab_size * 2)  # two at once
     activations = {3: 4.0, 7: 2.0, 30: -1.0}
-    found = search.logit_changes(lm, loaded, activations, rows_RT)
-    assert found.shape == (3, lm.vocab_size)
-    plain = lm.forward(rows_RT)[:, 1:].mean((0, 1))
-    for row, (feature, c) in zip(found, activations.items(), strict=True):
+    found = search.changes_of(lm, loaded, activations, rows_RT)
+    assert found.logits_NV.shape == found.probabilities_NV.shape == (3, lm.vocab_size)
+    plain = lm.forward(rows_RT)[:, 1:]
+    for logits_V, likelier_V, (feature, c) in zip(*found, activations.items(), strict=True):
         with steer(lm, loaded, {feature: c}):
-            change = lm.forward(rows_RT)[:, 1:].mean((0, 1)) - plain
-        torch.testing.assert_close(row, (change - change.mean()) / change.std(), rtol=1e-2, atol=1e-2)
+            steered = lm.forward(rows_RT)[:, 1:]
+        change = (steered - plain).mean((0, 1))
+        torch.testing.assert_close(logits_V, (change - change.mean()) / change.std(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            likelier_V, (steered.softmax(-1) - plain.softmax(-1)).mean((0, 1)), atol=1e-5, rtol=0
+        )
 
 
 def test_the_extremes_are_the_tokens_with_the_highest_and_the_lowest_scores(lm):
@@ -137,7 +141,7 @@ def test_between_equal_matches_the_one_that_raises_the_words_tokens_most_comes_f
     assert not {3, 7, 30, 31, 11} & set(others)
     ids = search.tokens_like(lm.tokenizer, "exception")
     maxima = {feature: float(loaded.maximum_F[feature]) for feature in found}
-    changes_NV = search.logit_changes(lm, loaded, maxima, searched.text_1T)
+    changes_NV = search.changes_of(lm, loaded, maxima, searched.text_1T).logits_NV
     raised = changes_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1).tolist()
     assert raised == sorted(raised, reverse=True)
     both, _ = search.find("exception test", searched)
@@ -294,14 +298,14 @@ def test_the_most_visible_feature_is_taken_at_the_strength_at_which_it_was_tried
     searched = search_of(loaded, labelled(3, 7, 11, 30, 40))
     edit = search.choose(searched, Edit({}), None, None)
     printed = capsys.readouterr().out
-    assert "of 5 explained features, by how clear a class of words they raise, numbers 1 to 4 are tried" in printed
+    assert "of 5 explained features, by the words that they raise, numbers 1 to 4 are tried" in printed
     listed = [int(feature) for feature in re.findall(r"^  [→ ] +(\d+) ", printed, re.M)]
     ((feature, strength),) = edit.coefficients.items()
     assert feature == listed[0]
     strengths = searched.strengths([Edit({f: 1.0}) for f in listed[:2]])
     assert strength in strengths[0]
     trials = searched.trials._replace(seeds=range(search.FINAL_TEXTS))
-    classes = search._clearest(searched, [3, 7, 11, 30, 40])
+    classes = search._most_promising(searched, [3, 7, 11, 30, 40])
     best = {f: some[5] for f, some in zip(listed[:2], strengths, strict=True)}  # two above the middle one
     scores = [
         effect.effects_of(searched.subject, Edit({}), {f: [best[f]]}, classes, trials)[0].score for f in listed[:2]
@@ -321,20 +325,25 @@ def test_a_feature_that_is_to_be_pushed_away_is_one_that_shows_when_clamped(load
     assert "coefficient: " not in capsys.readouterr().out
 
 
-def test_features_are_tried_in_the_order_of_how_clear_a_class_of_words_they_raise(lm, loaded, search_of, monkeypatch):
+def test_features_that_make_the_words_of_a_clear_class_likeliest_are_tried_first(lm, loaded, search_of):
     candidates = [3, 7, 11, 30, 40]
-    searched = search_of(loaded)
+    searched = replace(search_of(loaded), grid=[1.0])
     maxima = {feature: float(loaded.maximum_F[feature]) for feature in candidates}
-    changes_NV = search.logit_changes(lm, loaded, maxima, searched.text_1T)
-    names = [lm.tokenizer.strings([id])[0] for id in range(lm.vocab_size)]
-    is_word_V = torch.tensor([sum(c.isalpha() for c in name) >= 2 and bool(search.WORD.search(name)) for name in names])
-    changes_NV[:, ~is_word_V] = -torch.inf
-    clear = search.clearness(changes_NV).tolist()
-    best = sorted(candidates, key=lambda feature: -clear[candidates.index(feature)])
-    found = search._clearest(searched, candidates)
-    assert list(found) == best
-    for feature, ids in found.items():
-        assert ids == changes_NV[candidates.index(feature)].topk(search.RAISED).indices.tolist()
+    changes = search.changes_of(lm, loaded, maxima, searched.text_1T)
+    names = lm.tokenizer.strings(range(lm.vocab_size))
+    is_word_V = torch.tensor([name[:1].isspace() and len(name) > 3 and name[1:].isalpha() for name in names])
+    raised_NV = changes.logits_NV.masked_fill(~is_word_V, -torch.inf)
+    classes = dict(zip(candidates, raised_NV.topk(search.RAISED, dim=1).indices.tolist(), strict=True))
+    found = search._most_promising(searched, candidates)
+    assert found == classes
+    clear = dict(zip(candidates, search.clearness(raised_NV).tolist(), strict=True))
+    likelier = {
+        feature: float(changes.probabilities_NV[i, classes[feature]].sum()) for i, feature in enumerate(candidates)
+    }
+    best, rest = list(found)[:3], list(found)[3:]
+    assert min(clear[feature] for feature in best) >= max(clear[feature] for feature in rest)
+    for half in (best, rest):
+        assert half == sorted(half, key=lambda feature: -likelier[feature])
 
 
 @pytest.mark.parametrize(
