@@ -33,9 +33,18 @@ class Failed(UserError):
 # ---- words ----
 
 
+# Control characters, lone surrogates and the marks that turn the direction of what follows
+_MISLEADING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: what would move, colour or turn it stands there by its number."""
+    return _MISLEADING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def one_line(error: Exception | str) -> str:
     """The message of an error on one line, without its full stop and cut where it gets long."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = printable(" ".join(str(error).split()).rstrip(".")) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."
 
 
@@ -187,7 +196,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fail(error: Exception | str, code: int) -> NoReturn:
     """Print one line and exit."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 
