@@ -32,7 +32,8 @@ from mistral_sae.defaults import Filled, fill, shown
 from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, locked, write_text
 from mistral_sae.model.language_model import LanguageModel, device_and_dtype, load_model
-from mistral_sae.sae.checkpoint import Metadata, hook_name, save_sae
+from mistral_sae.sae.cfg import Metadata, hook_name
+from mistral_sae.sae.checkpoint import save_sae
 from mistral_sae.sae.evaluate import Evaluator, reconstruction, summary
 from mistral_sae.sae.memory import free_memory, memory_plan
 from mistral_sae.sae.trainer import Figures, TrainConfig, Trainer, load_checkpoint, save_checkpoint

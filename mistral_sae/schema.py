@@ -6,11 +6,12 @@ becomes one line: what was found and where, what was expected, what to do.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
@@ -20,11 +21,18 @@ from mistral_sae.cli import UserError, printable, size_of
 MOST = 64_000_000  # bytes of a JSON file or of a line: more than any model's description, and no trouble to hold
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # "4" and 4.0 are no 4, and no number is NaN
 
-T = TypeVar("T")
+# An escape in a string, and as group 1 half a character, which json.dumps writes and no other parser takes
+_HALF = rb"u[dD][89a-fA-F][0-9a-fA-F]{2}"
+_SURROGATE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(" + _HALF + rb")|.)", re.DOTALL)
+
 Words = Annotated[str, AfterValidator(printable)]  # that are shown to people
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Index = Annotated[int, Field(ge=0, lt=2**31)]
 Total = Annotated[int, Field(ge=0, lt=2**53)]  # of many counts
+
+_OF_A_UNION = re.compile(
+    r"\.(constrained-\w+|int|float|str|bool|list\[.*\])(?=\.|$)"
+)  # which type, in pydantic's paths
 
 
 class Schema(BaseModel):
@@ -36,7 +44,9 @@ class Schema(BaseModel):
 def schema_of(record: Any, **other: Any) -> Any:
     """The type that reads a NamedTuple from an object, which may hold more; `other` types in place of its own."""
     defaults = record._field_defaults
-    fields = {name: (kind, defaults.get(name, ...)) for name, kind in (get_type_hints(record) | other).items()}
+    fields: dict[str, Any] = {
+        name: (kind, defaults.get(name, ...)) for name, kind in (get_type_hints(record) | other).items()
+    }
     found: Any = create_model(record.__name__, __base__=Schema, **fields)
     return Annotated[found, AfterValidator(lambda value: record(*(getattr(value, name) for name in record._fields)))]
 
@@ -67,8 +77,9 @@ def lines(path: Path, advice: str, error: type[UserError] = UserError, most: int
 
 def parse(kind: Any, content: bytes | str, where: str, advice: str, error: type[UserError] = UserError) -> Any:
     """JSON as a type, or the error, which says where it stood and ends with the advice."""
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     try:
-        return _adapter(kind).validate_json(content)
+        return _adapter(kind).validate_json(_SURROGATE.sub(lambda each: b"\\ufffd" if each[1] else each[0], content))
     except ValidationError as cause:
         found, expected = _found_and_expected(cause)
         raise error(f"found {found} in {where}, expected {expected}: {advice}") from None
@@ -85,7 +96,7 @@ def _adapter(kind: Any) -> TypeAdapter:
 def _found_and_expected(error: ValidationError) -> tuple[str, str]:
     """The first of pydantic's complaints in our words."""
     first: Any = error.errors(include_url=False)[0]
-    name, message = ".".join(map(str, first["loc"])), first["msg"]
+    name, message = _OF_A_UNION.sub("", ".".join(map(str, first["loc"]))), first["msg"]
     if first["type"] == "json_invalid":
         return f"no JSON ({first['ctx']['error']})", "JSON"
     if first["type"] == "missing":

@@ -51,7 +51,9 @@ class Params(Schema):
     @model_validator(mode="after")
     def _can_be_run(self) -> Params:
         if unknown := sorted(name for name, value in (self.model_extra or {}).items() if value):
-            raise ValueError(f"a model that sets {', '.join(unknown)}", "one that can be run, as a Hugging Face copy may")
+            raise ValueError(
+                f"a model that sets {', '.join(unknown)}", "one that can be run, as a Hugging Face copy may"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads = {self.n_heads}", f"a multiple of n_kv_heads, {self.n_kv_heads}")
         if self.moe and self.moe.num_experts_per_tok > self.moe.num_experts:
