@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mistral_sae.cli import UserError
+from mistral_sae.cli import UserError, quoted
 from mistral_sae.explain.types import STATUSES, Label, Score
 from mistral_sae.files import SAEError, write_text
 from mistral_sae.schema import Index, Total, Words, lines, parse, schema_of
@@ -32,7 +32,7 @@ class Selection(NamedTuple):
     def check(self, n_features: int) -> None:
         """Raise UserError where features are listed that the autoencoder does not have."""
         if self.how == "listed" and self.numbers[-1] >= n_features:
-            raise UserError(f"SELECT is {self.words!r}: expected features from 0 to {n_features - 1}")
+            raise UserError(f"SELECT is {quoted(self.words)}: expected features from 0 to {n_features - 1}")
 
     def choose(self, firings_F: Tensor, seed: int) -> list[int]:
         """Return the features, ascending; `firings_F` (F) says on how many tokens each fires.
@@ -55,7 +55,7 @@ def parse_select(select: str | int | list[Any]) -> Selection:
     """Return what SELECT says. Raises UserError for words that say nothing."""
     words = str(select)
     text = words.strip().lower()
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    numbers = [int(number[:18]) for number in re.findall(r"\d+", text)]  # no autoencoder has so many
     if text == "all":
         return Selection(words, "all")
     if (match := re.fullmatch(r"(random|densest)\s+\d+", text)) and numbers[0]:
@@ -66,7 +66,7 @@ def parse_select(select: str | int | list[Any]) -> Selection:
     if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*,?\s*", inside):
         return Selection(words, "listed", sorted(set(numbers)))
     raise UserError(
-        f"SELECT is {words!r}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
+        f"SELECT is {quoted(words)}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
     )
 
 
