@@ -9,7 +9,7 @@ they give and why. What they give for Mistral 7B on a GPU stands in brackets.
 import math
 import os
 
-from mistral_sae.cli import expect
+from mistral_sae.cli import expect, path_of
 
 # ---- model ----
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; a name on the
@@ -144,28 +144,58 @@ CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the m
 
 # ---- what no run can use; what needs the model or the corpus is checked when they are there ----
 
+for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH"):
+    globals()[_path] = path_of(_path, globals()[_path])
+
 
 def check() -> None:
     """Raise UserError for a constant that no run can use; None, where it is still to be computed, passes."""
-    for name, least in {
-        "TARGET_LAYER": 0, "CONTEXT_LENGTH": 3, "D_HIDDEN": 1, "TRAIN_TOKENS": 1, "BATCH_SIZE": 2,
-        "SHUFFLE_ROWS": 1, "ROWS_PER_FORWARD": 1, "DEAD_AFTER_TOKENS": 1, "EVALUATION_ROWS": 1,
-        "EVALUATION_STRIDE": 1, "LOG_EVERY": 1,
-        "WARM_UP_STEPS": 0, "K_AUX": 0, "AUXK_COEFFICIENT": 0, "AUXK_FEATURES": 0, "EVALUATIONS": 1,
-        "EXPLAIN_STRIDE": 1, "EXAMPLES_PER_INTERVAL": 1, "CONCURRENCY": 1, "MAX_REPLY_TOKENS": 1, "TOKENS_BEFORE": 0,
-        "TOKENS_AFTER": 0, "NEW_TOKENS": 1, "TEMPERATURE": 0, "SWEEP_SAMPLES": 1, "PROMPT_DOLLARS": 0,
-        "COMPLETION_DOLLARS": 0, "SEED": 0,
-    }.items():  # fmt: skip
-        value = globals()[name]
-        expect(name, value, value is None or least <= value < math.inf, f"at least {least}")
-    for name in (
-        "LEARNING_RATE", "MAX_GRADIENT_NORM", "REQUEST_TIMEOUT", "REQUEST_DEADLINE", "MAX_DOLLARS", "MAX_API_TOKENS",
-    ):  # fmt: skip
-        value = globals()[name]
-        expect(name, value, value is None or value > 0, "above 0")
+    check_numbers()
+    check_choices()
     check_training()
     check_explaining()
     check_steering()
+
+
+def check_numbers() -> None:
+    """The least and the most of each number, for all three scripts.
+
+    No run has use for more than the most, and below it nothing is counted in vain for hours.
+    """
+    for name, (least, most) in {
+        "TARGET_LAYER": (0, 999), "CONTEXT_LENGTH": (3, 2**20), "D_HIDDEN": (1, 2**27), "K": (1, 2**27),
+        "TRAIN_TOKENS": (1, 1e15), "BATCH_SIZE": (2, 2**24), "SEED": (0, 2**32 - 1), "WARM_UP_STEPS": (0, 1e12),
+        "K_AUX": (0, 2**27), "AUXK_COEFFICIENT": (0, 1e6), "AUXK_FEATURES": (0, 2**27), "DEAD_AFTER_TOKENS": (1, 1e15),
+        "SHUFFLE_ROWS": (1, 2**27), "BUFFER_TOKENS": (2, 2**32), "ROWS_PER_FORWARD": (1, 2**20),
+        "EVALUATION_ROWS": (1, 2**20), "EVALUATION_STRIDE": (1, 1e9), "EVALUATIONS": (1, 10_000), "LOG_EVERY": (1, 1e9),
+        "CHECKPOINT_EVERY": (1, 1e12), "EXPLAIN_TOKENS": (3, 1e15), "EXPLAIN_STRIDE": (1, 1e9),
+        "EXAMPLES_PER_INTERVAL": (1, 10_000), "TOKENS_BEFORE": (0, 2**20), "TOKENS_AFTER": (0, 2**20),
+        "CONCURRENCY": (1, 10_000), "MAX_REPLY_TOKENS": (1, 2**24), "MAX_FAILED_SHARE": (0, 1),
+        "PROMPT_DOLLARS": (0, 1e6), "COMPLETION_DOLLARS": (0, 1e6), "NEW_TOKENS": (1, 2**20), "TEMPERATURE": (0, 1000),
+        "SWEEP_SAMPLES": (1, 10_000), "CHAT_CONTEXT": (1, 2**24),
+    }.items():  # fmt: skip
+        value = globals()[name]
+        expected = f"at least {least}" if value is not None and value < least else f"at most {most:,.0f}"
+        expect(name, value, value is None or least <= value <= most, expected)
+    for name, most in {
+        "LEARNING_RATE": 10, "MAX_GRADIENT_NORM": 1e9, "DECAY_FRACTION": 1, "REQUEST_TIMEOUT": 1e6,
+        "REQUEST_DEADLINE": 1e6, "MAX_DOLLARS": 1e9, "MAX_API_TOKENS": 1e15,
+    }.items():  # fmt: skip
+        value = globals()[name]
+        expected = f"at most {most:,.0f}" if value is not None and value > most else "above 0"
+        expect(name, value, value is None or 0 < value <= most, expected)
+
+
+def check_choices() -> None:
+    """The same of what is one of a few words."""
+    for name, choices in {
+        "MOMENTS_DTYPE": ("float32", "bfloat16"),
+        "EXPLAINER": ("openai", "mistral", "offline"),
+        "METHOD": ("clamp", "add", "ablate", "raw"),
+        "POSITIONS": ("all", "generated"),
+    }.items():
+        value = globals()[name]
+        expect(name, value, value is None or value in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def check_training() -> None:
@@ -176,23 +206,19 @@ def check_training() -> None:
     row = CONTEXT_LENGTH - 1
     expect("BUFFER_TOKENS", BUFFER_TOKENS, BUFFER_TOKENS is None or BUFFER_TOKENS >= row, f"at least one row, {row}")
     expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
-    expect("DECAY_FRACTION", DECAY_FRACTION, 0 < DECAY_FRACTION <= 1, "above 0, at most 1")
     expect(  # the set of dead features is brought up to date with the log: a run must continue from such a step
         "CHECKPOINT_EVERY",
         CHECKPOINT_EVERY,
-        CHECKPOINT_EVERY is None or (CHECKPOINT_EVERY >= 1 and CHECKPOINT_EVERY % LOG_EVERY == 0),
+        CHECKPOINT_EVERY is None or CHECKPOINT_EVERY % LOG_EVERY == 0,
         f"a multiple of LOG_EVERY, {LOG_EVERY}",
     )
-    expect("SEED", SEED, SEED < 2**32, "0 to 2**32 - 1")
     expect("RUN_DIR", RUN_DIR, RUN_DIR is None or not os.path.isfile(RUN_DIR), "a folder")
-    expect("MOMENTS_DTYPE", MOMENTS_DTYPE, MOMENTS_DTYPE in (None, "float32", "bfloat16"), "float32 or bfloat16")
 
 
 def check_explaining() -> None:
     """The same of explain.py's."""
     enough = EXPLAIN_TOKENS is None or EXPLAIN_TOKENS >= CONTEXT_LENGTH
     expect("EXPLAIN_TOKENS", EXPLAIN_TOKENS, enough, "at least one row, CONTEXT_LENGTH")
-    expect("EXPLAINER", EXPLAINER, EXPLAINER in (None, "openai", "mistral", "offline"), "openai, mistral or offline")
     can_explain = not (EXPLAINER == "mistral" and ON_STANDIN)
     expect("EXPLAINER", EXPLAINER, can_explain, "another, as the stand-in cannot explain")
     scorers = set(SCORERS.replace(",", " ").split())
@@ -200,14 +226,14 @@ def check_explaining() -> None:
     expect("SCORERS", SCORERS, scorers <= known, "any of detection, fuzzing, simulation")
     priced = MAX_DOLLARS is None or None not in (PROMPT_DOLLARS, COMPLETION_DOLLARS)
     expect("MAX_DOLLARS", MAX_DOLLARS, priced, "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it")
-    expect("MAX_FAILED_SHARE", MAX_FAILED_SHARE, 0 <= MAX_FAILED_SHARE <= 1, "0 to 1")
     expect("TEXT", TEXT, TEXT is None or TEXT.strip(), "some text")
 
 
 def check_steering() -> None:
     """The same of demo.py's."""
-    expect("METHOD", METHOD, METHOD in ("clamp", "add", "ablate", "raw"), "clamp, add, ablate or raw")
-    expect("POSITIONS", POSITIONS, POSITIONS in ("all", "generated"), "all or generated")
+    weak = 0 < TEMPERATURE < 0.001
+    expect("TEMPERATURE", TEMPERATURE, not weak, "0 for the likeliest token, or at least 0.001")
+    expect("COEFFICIENT", COEFFICIENT, COEFFICIENT is None or math.isfinite(COEFFICIENT), "a finite number")
     expect(
         "SWEEP_COEFFICIENTS",
         SWEEP_COEFFICIENTS,

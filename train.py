@@ -32,9 +32,10 @@ from mistral_sae.defaults import Filled, fill, shown
 from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, locked, write_text
 from mistral_sae.model.language_model import LanguageModel, device_and_dtype, load_model
-from mistral_sae.sae.checkpoint import Metadata, hook_name, save_sae
+from mistral_sae.sae.cfg import Metadata, hook_name
+from mistral_sae.sae.checkpoint import save_sae
 from mistral_sae.sae.evaluate import Evaluator, reconstruction, summary
-from mistral_sae.sae.memory import free_memory, memory_plan
+from mistral_sae.sae.memory import free_memory, memory_plan, row_bytes
 from mistral_sae.sae.trainer import Figures, TrainConfig, Trainer, load_checkpoint, save_checkpoint
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
@@ -122,6 +123,10 @@ def make_plan(corpus: Corpus) -> tuple[Filled, TrainConfig, int | None]:
     print(f"features  {filled.D_HIDDEN:,}, of which {filled.K} are active on a token")
     if computed:
         print(f"computed  from the model and the device\n{shown(computed)}")
+    rows, free = row_bytes(filled.SHUFFLE_ROWS, config.CONTEXT_LENGTH), free_memory("cpu")
+    fitting = f"rows that fit in the {cli.size_of(free)} of main memory that are free: they take {cli.size_of(rows)}"
+    cli.expect("SHUFFLE_ROWS", filled.SHUFFLE_ROWS, rows <= free, fitting)
+    print(f"rows      {filled.SHUFFLE_ROWS:,} of tokens shuffled together, {cli.size_of(rows)} of main memory")
     print(f"memory    on {device}, by part\n{plan}")
     if not plan.fits:
         raise cli.UserError(

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
@@ -33,9 +34,18 @@ class Failed(UserError):
 # ---- words ----
 
 
+# Control characters, lone surrogates and the marks that turn the direction of what follows
+_MISLEADING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: what would move, colour or turn it stands there by its number."""
+    return _MISLEADING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def one_line(error: Exception | str) -> str:
     """The message of an error on one line, without its full stop and cut where it gets long."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = printable(" ".join(str(error).split()).rstrip(".")) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."
 
 
@@ -53,7 +63,28 @@ def size_of(count: float) -> str:
 def expect(name: str, value: Any, good: Any, expected: str) -> None:
     """Raise UserError that names a constant, its value and what was expected, unless `good`."""
     if not good:
-        raise UserError(f"{name} is {value!r}: expected {expected}")
+        raise UserError(f"{name} is {quoted(value)}: expected {expected}")
+
+
+def path_of(name: str, value: str | None) -> Any:
+    """A constant that is a path or a name, with its ~ as a folder; UserError for one that can be neither."""
+    if value is None:
+        return None
+    expect(name, value, value.strip(), "a path or a name")
+    expect(name, value, "\0" not in value and max(map(len, value.encode().split(b"/"))) < 256, "a shorter path")
+    try:
+        return os.path.normpath(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError:
+        raise UserError(f"{name} is {quoted(value)}: expected a user of this machine after ~") from None
+
+
+def quoted(value: Any) -> str:
+    """A value as it would be written, cut where it gets long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def override(arguments: list[str], config: ModuleType) -> None:
@@ -65,7 +96,9 @@ def override(arguments: list[str], config: ModuleType) -> None:
     """
     for argument in arguments:
         if "=" not in argument:
-            raise UserError(f"expected NAME=value, as in SEED=1: found {argument!r}")
+            raise UserError(f"expected NAME=value, as in SEED=1: found {quoted(argument)}")
+        if argument.encode(errors="replace").decode() != argument:  # Python keeps other bytes as halves of characters
+            raise UserError(f"found {quoted(argument)}: expected text in UTF-8")
     given = {name.strip(): value for name, _, value in (argument.partition("=") for argument in arguments)}
     tree = ast.parse(inspect.getsource(config))
     kinds: dict[str, tuple[type, ...]] = {}
@@ -76,7 +109,7 @@ def override(arguments: list[str], config: ModuleType) -> None:
         try:
             value = default()
         except (ArithmeticError, ValueError) as error:  # as of a division or a root
-            shown = " ".join(f"{name}={value}" for name, value in given.items() if "KEY" not in name)
+            shown = " ".join(f"{name}={quoted(value)[1:-1]}" for name, value in given.items() if "KEY" not in name)
             raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
         return _typed(name, value, kinds[name])
 
@@ -91,7 +124,7 @@ def override(arguments: list[str], config: ModuleType) -> None:
     for name in given:
         if name not in kinds:
             (close,) = difflib.get_close_matches(name.upper(), sorted(kinds), n=1, cutoff=0.0)
-            raise UserError(f"there is no constant {name}: the closest is {close} (all are in config.py)")
+            raise UserError(f"there is no constant {one_line(name)}: the closest is {close} (all are in config.py)")
     vars(config)["_value_of"] = value_of
     try:
         exec(compile(ast.fix_missing_locations(tree), str(config.__file__), "exec"), vars(config))
@@ -116,7 +149,9 @@ def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:
 def literal(text: str) -> Any:
     """The value that a text is the Python literal of, or else the text itself."""
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        repr(value)  # not of numbers of thousands of digits
+        return value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # whatever else the text may be
         return text
 
@@ -127,12 +162,12 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...], found: Any = None) ->
         return value
     if bool in kinds and type(value) is int and value in (0, 1):
         return bool(value)
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and value.bit_length() < 1024:
         return float(value)
     if int in kinds and type(value) is float and value.is_integer():
         return int(value)
     expected = " or ".join("nothing (None)" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise UserError(f"{name} must be of type {expected}: found {(value if found is None else found)!r}")
+    raise UserError(f"{name} must be of type {expected}: found {quoted(value if found is None else found)}")
 
 
 # ---- a script's beginning and end ----
@@ -145,13 +180,13 @@ def start(script: str, config: ModuleType) -> None:
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads of OpenMP sleep sooner: spinning slows the others
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # whatever the terminal's encoding
     sys.excepthook = _report
     try:
         override(sys.argv[1:], config)
     except UserError as error:
         fail(error, error.exit_code)
-    print(f"{script}: {config.MISTRAL_MODEL_PATH or f'{STANDIN} (not Mistral 7B)'}")
+    print(f"{script}: {printable(config.MISTRAL_MODEL_PATH or '') or f'{STANDIN} (not Mistral 7B)'}")
 
 
 def run(main: Callable[[], None], out_of_memory: str) -> None:
@@ -187,7 +222,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fail(error: Exception | str, code: int) -> NoReturn:
     """Print one line and exit."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_sae.cli import UserError, one_line
+from mistral_sae.schema import parse
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
 STATE_KEY = "mistral_sae_state"  # the entry of a state file's header that holds its metadata
@@ -130,10 +131,7 @@ def load_metadata(path: Path) -> dict[str, Any]:
         header = (file.metadata() or {}).get(STATE_KEY)
     if header is None:
         raise SAEError(f"found no training state in {path}, expected what train.py saved: remove the file")
-    try:
-        return json.loads(header)
-    except ValueError as error:
-        raise SAEError(f"found damaged metadata in {path} ({error}), expected JSON: remove the file") from None
+    return parse(dict[str, Any], header, f"the metadata of {path}", "remove the file", SAEError)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -86,4 +86,4 @@ def test_damaged_and_foreign_states_are_one_line(tmp_path):
     save_file({"x": torch.zeros(3)}, path)
     assert_refused("no training state")
     save_file({"x": torch.zeros(3)}, path, metadata={files.STATE_KEY: "{"})
-    assert_refused("damaged metadata")
+    assert_refused("no JSON .* in the metadata")

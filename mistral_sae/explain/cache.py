@@ -15,6 +15,7 @@ Shapes: B rows, T positions, D model width, F features, S tokens of a shard, N a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -35,6 +36,7 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae import kernels
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import hash_of_sae
+from mistral_sae.schema import Count, Schema, Total, parse, read
 
 FORMAT = 1  # of the files: raise it with any change of what is in them
 SHARD_TOKENS = 2**16  # so that 16 bits hold a position; at K=128 a shard is 34 MB and takes 0.3 GB while it is sorted
@@ -77,32 +79,44 @@ def made_from(model: LanguageModel, sae: SparseAutoencoder, layer: int, corpus: 
 
 def is_of(folder: Path, autoencoder: str) -> bool:
     """False if a cache, and so the explanations beside it, is of another autoencoder than the one with this hash."""
-    found = _manifest(folder).get("made_from")
-    return found is None or found.get("autoencoder") == autoencoder
+    found = _manifest(folder)
+    return found is None or found.made_from.get("autoencoder") == autoencoder
 
 
 def is_of_another_making(folder: Path, made_from: dict[str, Any]) -> bool:
     """True if there is a cache, and what it was made from is something else."""
-    return _manifest(folder).get("made_from", made_from) != made_from
+    found = _manifest(folder)
+    return found is not None and found.made_from != made_from
 
 
 def note(folder: Path, explained_with: dict[str, Any]) -> None:
     """Write in the manifest with which settings the explanations beside the cache were made."""
-    write_text(Path(folder) / MANIFEST, json.dumps(_manifest(folder) | {"explained_with": explained_with}))
+    _write_manifest(folder, explained_with=explained_with)
 
 
 def noted(folder: Path) -> dict[str, Any] | None:
     """What `note` has written since the cache was made, or None."""
-    return _manifest(folder).get("explained_with")
+    return found.explained_with if (found := _manifest(folder)) else None
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; empty where it is missing or cannot be read."""
-    try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest["made_from"], dict) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+class _Manifest(Schema):
+    made_from: dict[str, Any]
+    tokens: Total | None = None  # once the pass is complete
+    row_tokens: Count | None = None
+    explained_with: dict[str, Any] | None = None
+
+
+def _manifest(folder: Path) -> _Manifest | None:
+    """The manifest; None where it is missing or cannot be read, and the cache is made again."""
+    with contextlib.suppress(SAEError):
+        return read(_Manifest, Path(folder) / MANIFEST, "", SAEError)
+    return None
+
+
+def _write_manifest(folder: Path, **changed: Any) -> None:
+    found = _manifest(folder)
+    content = (found.model_dump(exclude_none=True) if found else {}) | changed
+    write_text(Path(folder) / MANIFEST, json.dumps(content))
 
 
 # ---- write ----
@@ -124,11 +138,11 @@ def write(
     Raises UserError where there is no row.
     """
     folder = Path(folder)
-    if _manifest(folder).get("made_from") != made_from:
+    if (found := _manifest(folder)) is None or found.made_from != made_from:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: shards without it are nobody's
         for path in folder.glob("*.safetensors"):
             path.unlink()
-        write_text(folder / MANIFEST, json.dumps({"made_from": made_from}))
+        _write_manifest(folder, made_from=made_from)
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
@@ -142,7 +156,7 @@ def write(
             break
         write_atomically(folder / f"{number:05}.safetensors", partial(save_file, arrays))
     tokens = sum(len(shard.tokens) for shard in _shards(folder))
-    write_text(folder / MANIFEST, json.dumps(_manifest(folder) | {"tokens": tokens, "row_tokens": row_tokens}))
+    _write_manifest(folder, tokens=tokens, row_tokens=row_tokens)
 
 
 def _shard_of(
@@ -298,24 +312,47 @@ class Cache:
 def open_cache(folder: Path, made_from: dict[str, Any]) -> tuple[Cache | None, str]:
     """The cache in a folder; or None and one line that says why what is there cannot be used, "" if nothing is."""
     manifest, shards = _manifest(folder), _shards(folder)
-    if not manifest:
+    if manifest is None:
         return None, f"the cache in {folder} is damaged: made again" if shards else ""
-    other = [words for name, words in OTHER.items() if manifest["made_from"].get(name) != made_from[name]]
+    other = [words for name, words in OTHER.items() if manifest.made_from.get(name) != made_from[name]]
     if other:
         return None, f"the cache in {folder} is of {' and '.join(other)}: made again"
-    if "tokens" not in manifest:
+    if manifest.tokens is None or manifest.row_tokens is None:
         return None, f"the pass that wrote {folder} was cut off: going on after {len(shards):,} shards"
-    if manifest["tokens"] != sum(len(shard.tokens) for shard in shards):
+    if not shards or manifest.tokens != sum(len(shard.tokens) for shard in shards):
         return None, f"the cache in {folder} is damaged: made again from shard {len(shards):,} on"
-    return Cache(shards, manifest["row_tokens"]), ""
+    return Cache(shards, manifest.row_tokens), ""
 
 
 def _shards(folder: Path) -> list[Shard]:
     """The whole shards, up to the first that is not there or damaged."""
     shards: list[Shard] = []
     while True:
+        path = Path(folder) / f"{len(shards):05}.safetensors"
         try:
-            with opened(Path(folder) / f"{len(shards):05}.safetensors") as file:
-                shards.append(Shard(*(file.get_tensor(name).numpy() for name in Shard._fields)))
-        except SAEError:
+            with opened(path) as file:
+                shard = Shard(*(file.get_tensor(name).numpy() for name in Shard._fields))
+            documents = parse(list[str], shard.names.tobytes(), str(path), "", SAEError)
+            _check(shard, len(documents), len(shards[0].maxima) if shards else len(shard.maxima))
+        except (SAEError, TypeError, ValueError):  # of another type than numpy has, or another shape
             return shards
+        shards.append(shard)
+
+
+def _check(shard: Shard, n_documents: int, n_features: int) -> None:
+    """Raise ValueError where a shard's arrays do not fit each other: what reads them trusts them."""
+    S, N = len(shard.tokens), len(shard.positions)
+    position = np.min_scalar_type(max(0, S - 1))
+    shapes = [(S,), (S,), (S,), (S,), (N,), (N,), (n_features + 1,), (n_features,), (shard.names.size,)]
+    types = [np.int32, np.int32, position, position, position, np.float16, np.int64, np.float16, np.uint8]
+    is_whole = S > 0 and all(a.shape == s and a.dtype == t for a, s, t in zip(shard, shapes, types, strict=True))
+    bounds = is_whole and [
+        (shard.tokens, 0, 2**31), (shard.documents, -1, n_documents), (shard.first, 0, S), (shard.last, 0, S),
+        (shard.maxima, 0, np.inf), (shard.offsets, 0, N + 1),
+    ]  # fmt: skip
+    if bounds and S <= np.iinfo(position).max:  # else any number is one; the activations are not read for nothing
+        bounds.append((shard.positions, 0, S))
+    if not bounds or not all(a.size == 0 or (a.min() >= low and a.max() < high) for a, low, high in bounds):
+        raise ValueError("arrays out of their bounds")
+    if shard.offsets[0] != 0 or shard.offsets[-1] != N or (np.diff(shard.offsets) < 0).any():
+        raise ValueError("offsets that do not rise from 0 to the end")

@@ -8,10 +8,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from mistral_sae.cli import UserError
-from mistral_sae.explain.types import STATUSES, Completion, Request
+from mistral_sae.explain.types import STATUSES, Completion, Request, Status
+from mistral_sae.schema import Schema, Total, lines, parse
 
 CHARACTERS_PER_TOKEN = 3.5  # English and code; other scripts have fewer
 
@@ -50,6 +53,17 @@ def request_key(request: Request, model: str, sampling: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([*request, model, sampling], sort_keys=True).encode()).hexdigest()
 
 
+class _Line(Schema):
+    """A line of the journal."""
+
+    key: str
+    status: Status
+    text: str
+    prompt_tokens: Total
+    completion_tokens: Total
+    dollars: Annotated[float, Field(ge=0)]
+
+
 class Journal:
     """Completions by `request_key`, in a file of one JSON object a line to which lines are only added.
 
@@ -69,19 +83,14 @@ class Journal:
         self.tokens, self.dollars, self.unpriced = 0, 0.0, 0
         self._completions: dict[str, Completion] = {}
         self._size = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(True) if self.path.exists() else [], 1):
+        advice = "remove that line, and its request is asked again"
+        for where, line in lines(self.path, advice) if self.path.exists() else []:
             if not line.endswith(b"\n"):  # which is written last
                 os.truncate(self.path, self._size)
                 break
-            try:
-                fields = json.loads(line)
-                completion = Completion(*(fields[name] for name in Completion._fields))
-                self._take(fields["key"], completion, fields["dollars"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"found something else than a completion in line {number} of {self.path}: "
-                    "remove that line, and its request is asked again"
-                ) from None
+            found: _Line = parse(_Line, line, where, advice)
+            tokens = found.prompt_tokens, found.completion_tokens
+            self._take(found.key, Completion(found.status, found.text, *tokens), found.dollars)
             self._size += len(line)
 
     def __len__(self) -> int:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mistral_sae.cli import UserError
-from mistral_sae.explain.types import STATUSES, Judgement, Label, Score
+from mistral_sae.cli import UserError, quoted
+from mistral_sae.explain.types import STATUSES, Label, Score
 from mistral_sae.files import SAEError, write_text
+from mistral_sae.schema import Index, Total, Words, lines, parse, schema_of
 
 # ---- which features ----
 
@@ -31,7 +32,7 @@ class Selection(NamedTuple):
     def check(self, n_features: int) -> None:
         """Raise UserError where features are listed that the autoencoder does not have."""
         if self.how == "listed" and self.numbers[-1] >= n_features:
-            raise UserError(f"SELECT is {self.words!r}: expected features from 0 to {n_features - 1}")
+            raise UserError(f"SELECT is {quoted(self.words)}: expected features from 0 to {n_features - 1}")
 
     def choose(self, firings_F: Tensor, seed: int) -> list[int]:
         """Return the features, ascending; `firings_F` (F) says on how many tokens each fires.
@@ -54,7 +55,7 @@ def parse_select(select: str | int | list[Any]) -> Selection:
     """Return what SELECT says. Raises UserError for words that say nothing."""
     words = str(select)
     text = words.strip().lower()
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    numbers = [int(number[:18]) for number in re.findall(r"\d+", text)]  # no autoencoder has so many
     if text == "all":
         return Selection(words, "all")
     if (match := re.fullmatch(r"(random|densest)\s+\d+", text)) and numbers[0]:
@@ -65,11 +66,14 @@ def parse_select(select: str | int | list[Any]) -> Selection:
     if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*,?\s*", inside):
         return Selection(words, "listed", sorted(set(numbers)))
     raise UserError(
-        f"SELECT is {words!r}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
+        f"SELECT is {quoted(words)}: expected all, random N, densest N, a range such as 0-99 or a list such as [3, 17]"
     )
 
 
 # ---- explanations.jsonl ----
+
+_SCORES: Any = dict[Words, schema_of(Score, answered=Total, unanswered=Total)]  # type: ignore[misc]
+_LABEL = schema_of(Label, feature=Index, explanation=Words, explainer=Words, reason=Words, scores=_SCORES)
 
 
 def write_labels(path: Path, labels: Iterable[Label]) -> None:
@@ -83,15 +87,10 @@ def read_labels(path: Path) -> dict[int, Label]:
     A line needs feature, explanation, explainer, scores and status; what else a label has may be missing, and more may
     be there. Raises SAEError for a line that is no label.
     """
-    labels = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            label = from_json(line)
-        except ValueError as error:
-            raise SAEError(f"{path}, line {number}: {error}; remove it or run explain.py again") from None
-        labels[label.feature] = label
-    return labels
+    advice = "remove it, or run explain.py again"
+    every = lines(path, advice, SAEError) if path.exists() else []
+    labels = [parse(_LABEL, line, where, advice, SAEError) for where, line in every]
+    return {label.feature: label for label in labels}
 
 
 def to_json(label: Label) -> str:
@@ -101,27 +100,6 @@ def to_json(label: Label) -> str:
         "judgements": [list(judgement) for judgement in label.judgements],
     }
     return json.dumps(record, allow_nan=False)
-
-
-def from_json(line: str) -> Label:
-    """Return the label in a line of explanations.jsonl. Raises ValueError if it is none."""
-    try:
-        record = json.loads(line)
-        record["scores"] = {method: _record(Score, fields) for method, fields in record["scores"].items()}
-        record["judgements"] = tuple(Judgement(*fields) for fields in record.get("judgements", ()))
-        STATUSES[record["status"]]  # one of them
-        return _record(Label, record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"found {line[:60]!r} ({error}), expected a label as explain.py writes them") from None
-
-
-def _record(kind: Any, fields: dict[str, Any]) -> Any:
-    """A record of those of the fields that it has; lists, and lists in lists, become tuples."""
-
-    def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-    return kind(**{name: frozen(fields[name]) for name in kind._fields if name in fields})
 
 
 def merge_labels(

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from mistral_sae.cli import one_line
 from mistral_sae.explain import figures
 from mistral_sae.explain.cache import Cache
 from mistral_sae.explain.scoring import METHODS, summarize_scores
@@ -33,6 +32,7 @@ from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Lab
 from mistral_sae.files import SAEError, write_text
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.sae.features import Geometry, decoder_geometry
+from mistral_sae.schema import Total, lines, parse, read
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHUNK = 32  # features: a third of a megabyte compressed, which a browser unpacks in some 20 ms
@@ -141,21 +141,18 @@ def write_text_page(
     _write(path, "text", context)
 
 
+_FIGURES = dict[str, Total | float]
+
+
 def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return what train.py left of evaluation.json and metrics.jsonl in a folder: {} and [] where there is nothing.
 
     A last line without its end is left out: train.py may be writing it. Raises SAEError for a damaged file.
     """
-    path = run_dir / "evaluation.json"
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path = run_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return evaluation, [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise SAEError(
-            f"found a damaged {path} ({one_line(error)}), expected what train.py writes: delete it or train again"
-        ) from None
+    evaluation, metrics, advice = run_dir / "evaluation.json", run_dir / "metrics.jsonl", "delete it or train again"
+    figures = read(_FIGURES, evaluation, advice, SAEError) if evaluation.exists() else {}
+    every = lines(metrics, advice, SAEError) if metrics.exists() else []
+    return figures, [parse(_FIGURES, line, where, advice, SAEError) for where, line in every if line.endswith(b"\n")]
 
 
 # ---- features as data ----

@@ -190,7 +190,7 @@ def _load_in_transformers(
                 ignore_mismatched_sizes=True,  # the report names the tensor, the error would not
                 output_loading_info=True,
             )
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # what a config.json says wrongly is an error of any kind
             if is_out_of_memory(error):
                 raise
             raise ModelError(f"{folder.path} cannot be loaded ({one_line(error)}): get the whole model") from error

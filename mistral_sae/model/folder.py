@@ -1,6 +1,5 @@
 """What a model's folder holds: layout, sizes, tensors. Of the weights only the headers are read."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -8,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_sae.cli import one_line
-from mistral_sae.model.params import OPTIONAL, REQUIRED, config_for_transformers, is_rotated, name_in_transformers
+from mistral_sae.model.params import Layers, Params, config_for_transformers, is_rotated, name_in_transformers
 from mistral_sae.model.source import MODEL_TYPES, ModelError, Source
+from mistral_sae.schema import Count, Schema, read
 
 MISTRAL_INFERENCE = "mistral-inference"
 TRANSFORMERS = "transformers"
@@ -19,6 +19,7 @@ _WEIGHTS = {PARAMS: "consolidated", CONFIG: "model"}
 _WITH_TEXT_INSIDE = ["mistral3"]  # beside a vision model, which is left out
 # Hugging Face's names of the text model's tensors, however deep it lies
 _TEXT = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:embed_tokens|layers|norm|lm_head)\..+)")
+_LAYER = re.compile(r"(?:model\.)?layers\.([0-9]{1,4})\.")
 _FLOATS = ["F64", "F32", "F16", "BF16"]
 
 
@@ -95,16 +96,17 @@ def layouts(source: Source) -> list[str]:
 def read_folder(source: Source, described_by: str, engine: str, note: str = "") -> ModelFolder:
     """What one layout of a folder holds, in the engine's terms. Raises ModelError."""
     path = source.path
-    content = _read_json(path / described_by)
     if described_by == CONFIG:
-        config = _text_config(path, content)
+        found = _read(_Config, path / CONFIG)
+        config = _text_config(path, found)
+        tied, context_length = config.tie_word_embeddings, (found.text_config or found).max_position_embeddings
     else:
-        _check_params(path / described_by, content)
+        params = _read(Params, path / PARAMS).model_dump(by_alias=True, exclude_unset=True)
         try:
-            config = content if engine == MISTRAL_INFERENCE else config_for_transformers(content)
+            config = params if engine == MISTRAL_INFERENCE else config_for_transformers(params)
         except ValueError as error:
             raise ModelError(f"{path} cannot run in transformers, as {error}: use ENGINE=mistral-inference") from None
-    tied = content.get("tied_embeddings") if described_by == PARAMS else config.tie_word_embeddings
+        tied, context_length = params.get("tied_embeddings"), params.get("max_position_embeddings")
     tensors = {}
     for file, headers in source.headers(_weight_files(source, _WEIGHTS[described_by])).items():
         for stored_name, dtype, shape in headers:
@@ -119,9 +121,7 @@ def read_folder(source: Source, described_by: str, engine: str, note: str = "") 
             halves = described_by == PARAMS and engine == TRANSFORMERS
             stored = Stored(path / file, stored_name, shape, halves and is_rotated(name))
             tensors[(name_in_transformers(name) or name) if halves else name] = stored
-    spec = _spec(path, engine, config, tensors)._replace(
-        context_length=content.get("text_config", content).get("max_position_embeddings"), note=note
-    )
+    spec = _spec(path, engine, config, tensors)._replace(context_length=context_length, note=note)
     return ModelFolder(source, spec, described_by, config, tensors)
 
 
@@ -134,12 +134,11 @@ def check_layer(spec: ModelSpec, layer: int) -> None:
 
 def part_of(name: str) -> str | int | None:
     """The part of the text model to which a tensor of either engine belongs, None for other tensors."""
-    words = name.removeprefix("model.").split(".")
-    if words[0] == "layers":
-        return int(words[1])
+    if match := _LAYER.match(name):
+        return int(match[1])
     return {
         "tok_embeddings": "embedding", "embed_tokens": "embedding", "norm": "head", "output": "head", "lm_head": "head"
-    }.get(words[0])  # fmt: skip
+    }.get(name.removeprefix("model.").split(".")[0])  # fmt: skip
 
 
 def misshapen(folder: ModelFolder, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
@@ -151,34 +150,42 @@ def misshapen(folder: ModelFolder, name: str, found: tuple[int, ...], expected: 
 # ---- what describes a model ----
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}): expected the model's configuration") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object: expected the model's configuration")
-    return content
+class _Text(Schema):
+    """What is read of a config.json beside what transformers makes of it: which model, and sizes that are bounded."""
+
+    model_type: str | None = None
+    quantization_config: dict[str, Any] | None = None
+    num_hidden_layers: Layers | None = None
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    vocab_size: Count | None = None
+    max_position_embeddings: Count | None = None
 
 
-def _check_params(path: Path, params: dict[str, Any]) -> None:
-    """Raise ModelError for a params.json that says too little, or something that no engine here understands."""
-    if (model_type := params.get("model_type", "transformer")) != "transformer":
-        raise ModelError(f"{path} is of model type {model_type!r}: expected transformer")
-    if missing := [name for name in REQUIRED if name not in params]:
-        raise ModelError(f"{path} has no {', '.join(missing)}: expected the configuration of a Mistral or Mixtral")
-    # A setting that is not understood here would change the residuals without a word
-    if unknown := sorted(name for name, value in params.items() if value and name not in REQUIRED + OPTIONAL):
-        raise ModelError(f"{path} sets {', '.join(unknown)}, which cannot be run: use a Hugging Face copy of the model")
+class _Config(_Text):
+    text_config: _Text | None = None
 
 
-def _text_config(path: Path, content: dict[str, Any]) -> Any:
+class _Index(Schema):
+    """An index of shards."""
+
+    weight_map: dict[str, str]
+
+
+def _read(kind: Any, path: Path) -> Any:
+    return read(kind, path, "get the file of this model again", ModelError)
+
+
+def _text_config(path: Path, found: _Config) -> Any:
     """The configuration of the text model that a config.json describes, in transformers."""
-    text = content.get("text_config", content) if content.get("model_type") in _WITH_TEXT_INSIDE else content
-    if (model_type := text.get("model_type")) not in MODEL_TYPES:
+    text = found.text_config or found if found.model_type in _WITH_TEXT_INSIDE else found
+    if text.model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES + _WITH_TEXT_INSIDE)
-        raise ModelError(f"{path / CONFIG} is of model type {model_type!r}: expected one of {known}")
-    if quantized := content.get("quantization_config") or text.get("quantization_config"):
+        raise ModelError(f"{path / CONFIG} is of model type {text.model_type!r}: expected one of {known}")
+    if quantized := found.quantization_config or text.quantization_config:
         how = quantized.get("quant_method", "no method named")
         raise ModelError(f"{path} is quantized ({how}): expected 16 or 32 bits a weight; get such a copy of the model")
     from transformers import AutoConfig
@@ -204,7 +211,7 @@ def _weight_files(source: Source, stem: str) -> list[str]:
     if f"{stem}.safetensors" in names:
         return [f"{stem}.safetensors"]
     there = {name for name in names if name.startswith(stem) and name.endswith(".safetensors")}
-    wanted = set(_read_json(source.path / index).get("weight_map", {}).values()) if index in names else set(there)
+    wanted = set(_read(_Index, source.path / index).weight_map.values()) if index in names else set(there)
     for name in there:
         if match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", name):
             numbers = range(1, int(match[3]) + 1)

@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from mistral_sae.schema import Count, Schema
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of the optional ones the first five shape the model, the others say nothing about its layers
-REQUIRED = ["dim", "n_layers", "vocab_size", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps"]
-OPTIONAL = ["rope_theta", "sliding_window", "_sliding_window", "moe", "tied_embeddings", "model_type", "vision_encoder"]
-OPTIONAL += ["max_batch_size", "max_seq_len", "max_position_embeddings"]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+Window = Annotated[int, Field(ge=0)]
+
+
+class Experts(Schema):
+    """A mixture of experts in place of each layer's feed-forward part."""
+
+    num_experts: Annotated[int, Field(ge=1, le=1024)]
+    num_experts_per_tok: Annotated[int, Field(ge=1, le=1024)]
+
+
+class Params(Schema):
+    """A params.json. What is not named here and set would change the residuals without a word, so it is refused."""
+
+    model_config = ConfigDict(extra="allow")
+    model_type: Literal["transformer"] = "transformer"
+    dim: Count
+    n_layers: Layers
+    vocab_size: Count
+    head_dim: Annotated[Count, Field(multiple_of=2)]
+    hidden_dim: Count
+    n_heads: Count
+    n_kv_heads: Count
+    norm_eps: Annotated[float, Field(ge=0, lt=1)]
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    sliding_window: Window | list[Window | None] | None = None
+    # Some files have this name for it
+    window: Window | list[Window | None] | None = Field(None, alias="_sliding_window")
+    moe: Experts | None = None
+    tied_embeddings: bool | None = None
+    max_position_embeddings: int | None = None
+    # These say nothing about the layers
+    vision_encoder: Any = None
+    max_batch_size: Any = None
+    max_seq_len: Any = None
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> Params:
+        if unknown := sorted(name for name, value in (self.model_extra or {}).items() if value):
+            raise ValueError(
+                f"a model that sets {', '.join(unknown)}", "one that can be run, as a Hugging Face copy may"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads}", f"a multiple of n_kv_heads, {self.n_kv_heads}")
+        if self.moe and self.moe.num_experts_per_tok > self.moe.num_experts:
+            raise ValueError(f"num_experts_per_tok = {self.moe.num_experts_per_tok}", "no more than num_experts")
+        return self
+
 
 # mistral-inference -> transformers, in the safetensors files of both
 NAMES = {

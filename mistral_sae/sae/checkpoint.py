@@ -13,7 +13,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -22,55 +22,11 @@ from torch import Tensor
 from mistral_sae.cli import one_line
 from mistral_sae.files import SAEError, hash_of, opened, sync_folder, write_beside
 from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, Metadata, read_cfg, to_write
 from mistral_sae.sae.features import Statistics
 
-CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-SCALER = "activation_scaler.json"  # beside the weights of an unfinished training of SAE Lens
-SAE_LENS_VERSION = "6.54.12"  # whose format is written; below 6, SAE Lens would drop the metadata
+WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
 NEVER_FIRED = 1e-10  # added to a density before its log10, as SAE Lens does
-NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # ours: theirs
-# What published folders leave out or say wrongly, by their name on the hub
-PUBLISHED = {
-    "JoshEngels/Mistral-7B-Residual-Stream-SAEs": {
-        "model_name": "mistralai/Mistral-7B-v0.1",
-        "normalize_activations": "constant_norm_rescale",
-    },
-    "tylercosgrove/mistral-7b-sparse-autoencoder-layer16": {
-        "model_name": "mistralai/Mistral-7B-Instruct-v0.1",
-        "hook_name": "blocks.16.hook_resid_post",
-    },
-}
-SCALED_ONCE = "expected_average_only_in"  # normalization by one factor for all residuals, which folds into the weights
-
-
-class Metadata(NamedTuple):
-    """What an autoencoder was trained on."""
-
-    model_name: str | None
-    hook_name: str | None  # "blocks.16.hook_resid_post" is the output of block 16
-    hook_layer: int | None  # the number in hook_name
-    prepend_bos: bool
-    context_size: int | None  # tokens a row
-    dataset_path: str | None
-    model_fingerprint: str | None = None  # of the model's sizes and weights; None in what others saved
-
-    @property
-    def residual_layer(self) -> int:
-        """The layer whose output is read and written. Raises SAEError unless it is a residual stream's."""
-        name, layer = self.hook_name or "no named hook", self.hook_layer
-        if layer is not None and name.endswith("hook_resid_post"):
-            return layer
-        if layer and name.endswith("hook_resid_pre"):  # what goes into a block comes out of the one before
-            return layer - 1
-        raise SAEError(
-            f"found an autoencoder of {name}: expected a residual stream; where the label is wrong, load it with "
-            "hook_name, as in blocks.16.hook_resid_post"
-        )
-
-
-def hook_name(layer: int) -> str:
-    """SAE Lens's name of the residual stream after a layer."""
-    return f"blocks.{layer}.hook_resid_post"
 
 
 class LoadedSAE(NamedTuple):
@@ -140,7 +96,7 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistic
     contents[WEIGHTS] = weights
 
     # The slow part: everything is written next to whatever is there, which stays as it is.
-    cfg = json.dumps(_cfg(sae, metadata), indent=2) + "\n"
+    cfg = json.dumps(to_write(sae, metadata), indent=2) + "\n"
     new = {CFG: write_beside(folder / CFG, lambda path: path.write_text(cfg, encoding="utf-8"))}
     for name, tensors in contents.items():
         exported = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
@@ -165,25 +121,6 @@ def _check_statistic(name: str, values_F: Tensor, n_features: int, highest: floa
         raise SAEError(f"found {found}, expected ({n_features},) and 0 to {highest:g}: pass no logarithms")
 
 
-def _cfg(sae: SparseAutoencoder, metadata: Metadata) -> dict[str, Any]:
-    cfg = {
-        "architecture": "standard" if sae.activation == "relu" else sae.activation,
-        "d_in": sae.d_model,
-        "d_sae": sae.n_features,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": sae.center,
-        "normalize_activations": NORMALIZATIONS[sae.normalize],
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": SAE_LENS_VERSION,
-            "sae_lens_training_version": None,  # without this entry SAE Lens would claim to have trained it
-            **metadata._asdict(),
-        },
-    }
-    return cfg | ({"k": sae.k, "rescale_acts_by_decoder_norm": False} if sae.activation == "topk" else {})
-
-
 # ---- load ----
 
 
@@ -198,37 +135,32 @@ def load_sae(source: str | Path, *, hook_name: str | None = None, device: torch.
     it is damaged or of a kind that is not known.
     """
     folder = _find(source)
-    cfg, path = _read(folder / CFG), folder / WEIGHTS
-    cfg.all.update(PUBLISHED.get("/".join(str(source).split("/")[:2]), {}))
-    metadata = _metadata(cfg, hook_name)
-    d_model, n_features = cfg.get("d_in", int), cfg.get("d_sae", int)
-    activation, k = _activation(cfg, n_features)
-    normalize, factor = _normalization(cfg)
-    center = cfg.get("apply_b_dec_to_input", bool, True)
+    path, known = folder / WEIGHTS, PUBLISHED.get("/".join(str(source).split("/")[:2]), {})
+    cfg = read_cfg(folder, known, hook_name)
+    d_model, n_features, activation = cfg.d_model, cfg.n_features, cfg.activation
     shapes = _shapes(d_model, n_features, activation)
     with opened(path) as file:
         _check_shapes(file, shapes, path)  # before any memory is taken
-        sae = SparseAutoencoder(
-            d_model, n_features, k, activation=activation, normalize=normalize, center=center, device=device
-        )
+        options: dict[str, Any] = {"activation": activation, "normalize": cfg.normalize, "center": cfg.center}
+        sae = SparseAutoencoder(d_model, n_features, cfg.k, device=device, **options)
         for name in shapes:
             stored, tensor = file.get_tensor(name), getattr(sae, name)
             if not stored.is_floating_point():
                 raise SAEError(f"found {name} as {stored.dtype} in {path}, expected floating point: use another copy")
             tensor.copy_(stored)  # W_enc stays the transposed view of an (F, D) block, and nothing maps the file
             _check_finite(name, tensor, path)
-    if factor != 1:
-        sae.W_enc.mul_(factor)
-        sae.W_dec.div_(factor)
-        sae.b_dec.div_(factor)
-    if activation == "topk" and cfg.get("rescale_acts_by_decoder_norm", bool, False):
+    if cfg.factor != 1:
+        sae.W_enc.mul_(cfg.factor)
+        sae.W_dec.div_(cfg.factor)
+        sae.b_dec.div_(cfg.factor)
+    if cfg.rescale:
         norm_F = torch.linalg.vector_norm(sae.W_dec, dim=1).clamp_min(1e-8)
         sae.W_enc.mul_(norm_F)
         sae.b_enc.mul_(norm_F)
         sae.W_dec.div_(norm_F.unsqueeze(1))
     if activation == "jumprelu":
         sae.threshold.clamp_(min=0)  # in SAE Lens a feature is never negative, wherever its threshold lies
-    return LoadedSAE(sae, metadata, *_densities_and_maxima(folder / SPARSITY, n_features))
+    return LoadedSAE(sae, cfg.metadata, *_densities_and_maxima(folder / SPARSITY, n_features))
 
 
 def _find(source: str | Path) -> Path:
@@ -258,93 +190,6 @@ def _download(repository: str, subfolder: str) -> Path:
         found = f"neither such a folder nor {repository!r} on the Hugging Face hub ({one_line(error)})"
         do = "check the name and the network; for a private one set HF_TOKEN"
         raise SAEError(f"found {found}, expected an SAE Lens directory: {do}") from None
-
-
-REQUIRED: Any = object()
-Entry = TypeVar("Entry")
-
-
-class _Entries(NamedTuple):
-    """The entries of a JSON file, checked as they are read."""
-
-    path: Path
-    all: dict[str, Any]
-
-    def get(self, key: str, kind: type[Entry], default: Any = REQUIRED) -> Entry:
-        """The entry `key`, of type `kind`; `default` where it is missing or null."""
-        found = self.all.get(key)
-        if found is None and default is not REQUIRED:
-            return default
-        if type(found) is not kind:  # not isinstance: True is no int here
-            shown = f"no {key}" if found is None else f"{key} = {found!r}"
-            raise SAEError(f"found {shown} in {self.path}, expected {kind.__name__}: is it an SAE Lens checkpoint?")
-        return found
-
-    def within(self, key: str) -> "_Entries":
-        """The same, with the entries of the object `key` in place of those outside it."""
-        return _Entries(self.path, self.all | self.get(key, dict, {}))
-
-
-def _read(path: Path) -> _Entries:
-    try:
-        return _Entries(path, dict(json.loads(path.read_text(encoding="utf-8"))))
-    except FileNotFoundError:
-        raise SAEError(f"found no {path}, expected an SAE Lens directory: check the path or save again") from None
-    except (ValueError, TypeError, OSError) as error:
-        raise SAEError(f"found a damaged {path} ({one_line(error)}), expected a JSON object: copy it again") from None
-
-
-def _metadata(cfg: _Entries, hook_name: str | None) -> Metadata:
-    """Metadata of version 6, under `metadata`, or of before, at the top level, under two names in 2024."""
-    entries = cfg.within("metadata")
-    name = hook_name or entries.get("hook_name", str, entries.get("hook_point", str, None))
-    number = re.search(r"\.(\d+)(?:\.|$)", name or "")
-    layer = entries.get("hook_layer", int, entries.get("hook_point_layer", int, None))
-    return Metadata(
-        model_name=entries.get("model_name", str, None),
-        hook_name=name,
-        hook_layer=int(number[1]) if number else layer,
-        prepend_bos=entries.get("prepend_bos", bool, True),  # SAE Lens's own default
-        context_size=entries.get("context_size", int, None),
-        dataset_path=entries.get("dataset_path", str, None),
-        model_fingerprint=entries.get("model_fingerprint", str, None),
-    )
-
-
-def _activation(cfg: _Entries, n_features: int) -> tuple[str, int]:
-    """The activation in SparseAutoencoder's terms, and K: F where every feature may be active."""
-    # Before version 6, which brought `metadata`, TopK was called "standard" with the activation function "topk", and
-    # the architecture could be left out
-    architecture = cfg.get("architecture", str, REQUIRED if "metadata" in cfg.all else "standard")
-    function = cfg.all.get("activation_fn_str") or cfg.all.get("activation_fn") or "relu"
-    activation = function if architecture == "standard" else architecture
-    if activation not in ("topk", "relu", "jumprelu"):
-        found = f"architecture {architecture!r} with activation {function!r} in {cfg.path}"
-        raise SAEError(f"found {found}, expected topk, jumprelu or standard: use another checkpoint")
-    if activation != "topk":
-        return activation, n_features
-    k = cfg.within("activation_fn_kwargs").get("k", int)
-    if not 1 <= k <= n_features:
-        raise SAEError(f"found k = {k} in {cfg.path}, expected 1 to {n_features} (d_sae): copy the file again")
-    return activation, k
-
-
-def _normalization(cfg: _Entries) -> tuple[str, float]:
-    """The normalization in SparseAutoencoder's terms, and a factor that all residuals are multiplied by before it."""
-    if (reshape := cfg.get("reshape_activations", str, "none")) != "none":
-        raise SAEError(f"found reshape_activations {reshape!r} in {cfg.path}, expected none: use another checkpoint")
-    found = cfg.all.get("normalize_activations") or "none"  # in 2024 also null, false and true
-    if found in (SCALED_ONCE, True):
-        path = cfg.path.with_name(SCALER)
-        factor = _read(path).get("scaling_factor", float, 1.0)  # null once SAE Lens has folded it
-        if not 0 < factor < float("inf"):
-            raise SAEError(f"found scaling_factor = {factor} in {path}, expected a positive number: copy it again")
-        return "none", factor
-    for ours, theirs in NORMALIZATIONS.items():
-        if found == theirs:
-            return ours, 1.0
-    known = ", ".join((*NORMALIZATIONS.values(), SCALED_ONCE))
-    raise SAEError(f"found normalize_activations {found!r} in {cfg.path}, expected {known}: use another checkpoint")
 
 
 def _check_shapes(file: Any, expected: dict[str, tuple[int, ...]], path: Path) -> None:

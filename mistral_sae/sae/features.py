@@ -6,6 +6,7 @@ knows a language model or text: residuals come in as batches (B, D), the unembed
 Shapes: B tokens, D model width, F features, N some of them, K active features, V vocabulary.
 """
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -77,12 +78,12 @@ def measure_statistics(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Sta
 
 def cached_statistics(path: Path, made_from: dict[str, Any], measure: Callable[[], Statistics]) -> Statistics:
     """The statistics in a file if they were made from the same (JSON), else `measure()`, which is written there."""
-    try:
+    with contextlib.suppress(SAEError, KeyError):  # not there, or damaged: measured again
         tensors, found = load_state(path, "cpu")
-        if found.get("of") == made_from:
-            return Statistics(tensors["maximum"], tensors["density"], found["tokens"])
-    except SAEError:  # not there, or damaged: measured again
-        pass
+        maximum_F, density_F, tokens = tensors["maximum"], tensors["density"], found["tokens"]
+        are_figures = maximum_F.dtype == density_F.dtype == torch.float32 and maximum_F.shape == density_F.shape
+        if found["of"] == made_from and are_figures and isinstance(tokens, int):
+            return Statistics(maximum_F, density_F, tokens)
     measured = measure()
     tensors = {"maximum": measured.maximum_F, "density": measured.density_F}
     save_state(path, tensors, {"of": made_from, "tokens": measured.tokens})

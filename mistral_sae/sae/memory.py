@@ -137,6 +137,11 @@ def explaining_plan(
     )
 
 
+def row_bytes(rows: int, context_length: int) -> int:
+    """Bytes of main memory of rows of tokens that are shuffled together, with as many that are read ahead of them."""
+    return 2 * rows * context_length * 8
+
+
 def free_memory(device: str) -> int:
     """Bytes free on a device ("cpu", "cuda", "cuda:1")."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available

@@ -10,7 +10,7 @@ from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices, Tokens
 from mistral_sae.explain.types import STATUSES, Completion, Request
 
 COMPLETIONS = {
-    "a": Completion("ok", 'a "reply"\nof two lines, with \u2028, \ud800 and \U0001f9e0', 10, 5),
+    "a": Completion("ok", 'a "reply"\nof two lines, with \u2028 and \U0001f9e0', 10, 5),
     "b": Completion("refused", "no", 7, 1),
     "c": Completion("truncated", "half a", 9, 3),
 }

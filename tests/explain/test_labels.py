@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mistral_sae.cli import UserError
-from mistral_sae.explain.labels import from_json, merge_labels, parse_select, read_labels, to_json, write_labels
+from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, to_json, write_labels
 from mistral_sae.explain.types import Judgement, Label, Score
 from mistral_sae.files import SAEError
 
@@ -16,25 +16,41 @@ SCORED = Label(
 )
 
 
-@pytest.mark.parametrize("label", [SCORED, Label(7, "", "m", "dead", {}, (), "never\u2028fired")])
-def test_a_label_reads_back_from_its_line(label):
+def read_back(folder, line):
+    (folder / "explanations.jsonl").write_text(line + "\n")
+    (label,) = read_labels(folder / "explanations.jsonl").values()
+    return label
+
+
+@pytest.mark.parametrize("label", [SCORED, Label(7, "", "m", "dead", {}, (), "never \U0001f525 fired")])
+def test_a_label_reads_back_from_its_line(tmp_path, label):
     line = to_json(label)
     assert "\n" not in line
     assert line.isascii()
-    assert from_json(line) == label
+    assert read_back(tmp_path, line) == label
     assert {"feature", "explanation", "explainer", "scores", "status"} <= set(json.loads(line))
 
 
 @pytest.mark.parametrize("line", ["", "{}", "[1]", '{"feature": 1', '{"scores": {"detection": 3}}', "null"])
-def test_a_line_that_is_no_label_is_said_so(line):
-    with pytest.raises(ValueError, match="expected a label"):
-        from_json(line)
+def test_a_line_that_is_no_label_is_said_so(tmp_path, line):
+    with pytest.raises(SAEError, match=r"^found .* in line 1 of .*, expected .*: remove it, or run explain\.py again$"):
+        read_back(tmp_path, line)
 
 
-def test_scores_without_a_value_are_null_in_json():
+def test_half_a_character_reads_back_as_one_that_is_not_known(tmp_path):
+    label = read_back(tmp_path, to_json(SCORED._replace(reason="\ud83d and \\ud83d and \U0001f525")))
+    assert label.reason == "\ufffd and \\ud83d and \U0001f525"
+
+
+def test_what_a_terminal_would_obey_is_read_as_its_number(tmp_path):
+    label = read_back(tmp_path, to_json(SCORED._replace(explanation="\x1b[2Jred\u202e", explainer="m\r")))
+    assert (label.explanation, label.explainer) == ("\\x1b[2Jred\\u202e", "m\\r")
+
+
+def test_scores_without_a_value_are_null_in_json(tmp_path):
     label = Label(1, "x", "m", "ok", {"fuzzing": Score(None, None, None, None, None, 0, 3)}, ())
     assert json.loads(to_json(label))["scores"]["fuzzing"]["value"] is None
-    assert from_json(to_json(label)) == label
+    assert read_back(tmp_path, to_json(label)) == label
 
 
 def ok(feature, explainer="m", text="new"):
@@ -83,7 +99,7 @@ def test_a_file_of_something_else_is_refused_by_readers_and_moved_by_writers(tmp
     path = tmp_path / "explanations.jsonl"
     assert merge_labels(path, {1: ok(1)}, of_other_examples=True) == ({1: ok(1)}, None)
     path.write_text("nonsense\n")
-    with pytest.raises(SAEError, match="expected a label"):
+    with pytest.raises(SAEError, match="found no JSON"):
         read_labels(path)
     _, moved_to = merge_labels(path, {1: ok(1)}, of_other_examples=False)
     assert moved_to.read_text() == "nonsense\n"

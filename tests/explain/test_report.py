@@ -298,7 +298,7 @@ def test_the_figures_of_a_run_are_read_up_to_a_torn_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10}\n{"step": 2, "tok')
     assert read_figures(tmp_path) == ({"l0": 32.0}, [{"step": 1, "tokens": 10}])
     (tmp_path / "evaluation.json").write_text('{"l0"')
-    with pytest.raises(SAEError, match=r"damaged .*evaluation.json .*: delete it or train again"):
+    with pytest.raises(SAEError, match=r"found no JSON .* in .*evaluation.json, .*: delete it or train again"):
         read_figures(tmp_path)
 
 

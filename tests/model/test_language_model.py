@@ -337,7 +337,7 @@ def test_pickled_weights_are_refused_unread(copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "is of model type 'mamba': expected transformer"),
+        ({"model_type": "mamba"}, r"found model_type = 'mamba' in .*params\.json, expected 'transformer'"),
         ({"hidden_dim": 64}, r"feed_forward.w1.weight in .* has shape \(48, 32\): expected \(64, 32\)"),
         ({"yarn": {"factor": 4}}, "sets yarn"),
         ({"n_layers": 4}, r"no tensor layers\.3"),

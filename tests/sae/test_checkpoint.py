@@ -572,7 +572,9 @@ def test_transposed_weights_and_unknown_tensors_are_refused(tmp_path):
 
 def test_impossible_sizes_are_refused_before_memory_is_taken(tmp_path):
     with refused("W_enc of shape"):
-        load_sae(write(tmp_path, d_sae=10**15))
+        load_sae(write(tmp_path / "large", d_sae=10**9))
+    with refused("found d_sae = 1000000000000000 in .* less than 2147483648"):
+        load_sae(write(tmp_path / "larger", d_sae=10**15))
 
 
 def test_sparsity_of_another_autoencoder_is_refused(sae, tmp_path):

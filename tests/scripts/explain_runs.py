@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from mistral_sae.explain.labels import from_json
+from mistral_sae.explain.labels import read_labels
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 
@@ -89,7 +89,7 @@ def write_sae(folder, d_model=32, layer=1, seed=0):
 
 
 def labels_of(run_dir):
-    return [from_json(line) for line in (run_dir / "explanations.jsonl").read_text().splitlines()]
+    return list(read_labels(run_dir / "explanations.jsonl").values())
 
 
 def journal_of(run_dir):

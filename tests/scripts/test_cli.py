@@ -383,7 +383,7 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
         (["EVALUATIONS=0"], "EVALUATIONS is 0: expected at least 1"),
         (["D_HIDDEN=-1"], "LEARNING_RATE cannot be computed with D_HIDDEN=-1"),
         (["K"], "expected NAME=value"),
-        (["K=0"], "K is 0: expected 1 to D_HIDDEN"),
+        (["K=0"], "K is 0: expected at least 1"),
     ],
 )
 def test_a_bad_argument_ends_train_with_code_2_and_one_line_without_torch(tmp_path, arguments, said):
