@@ -6,17 +6,20 @@ A step is forward, loss, backward, projection, clipping, optimizer and renormali
 code on float32 parameters. Ours runs twice: with the encoder product in float32, like the others', and with the
 product in bfloat16 that nominates the features whose values float32 computes, which is our default where it pays. All
 take turns in one process, so that a machine that slows down slows all of them; figures are medians. Peak memory is
-that of a process of each one's own, above what it needed before the autoencoder was made.
+that of a process of each one's own, above what it needed before the autoencoder was made. Where the processor has more
+than AVX2, all of it is measured again by a process whose libraries are told to use no more: what older processors have.
 
 The floor is what no TopK step in float32 can avoid: one dense encoder product at the machine's own rate, Adam's
 traffic (seven passes over both matrices) and one write and one read of the pre-activations at its own bandwidth.
 """
 
 import functools
+import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -26,11 +29,13 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.machine import save
+from mistral_sae.sae.kernels import bf16_pays
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU; this is the path it takes without one
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 THREADS = 2
-ROUNDS = 9
+ROUNDS = 7
 LEARNING_RATE = 1e-4
 
 
@@ -121,6 +126,8 @@ STEPS = {
     "sparsify": sparsify,
     "sae-lens": sae_lens,
 }
+if not bf16_pays(torch.device("cpu")):
+    del STEPS["mistral-sae, float32 product"]  # which is the default's
 
 
 def floor(size: Size) -> Callable[[], float]:
@@ -181,24 +188,49 @@ def peak_so_far() -> float:
     return int(line.split()[1]) / 1024
 
 
-def main() -> None:
+def kind() -> str:
+    """What the libraries use of the processor."""
+    return torch.backends.cpu.get_cpu_capability() + (" and bfloat16" if bf16_pays(torch.device("cpu")) else "")
+
+
+def measure_all() -> list[dict[str, Any]]:
     """All sizes, all contenders."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(THREADS)
-    if sys.argv[1:2] == ["--memory"]:
-        D, F, K, B = map(int, sys.argv[3:7])
-        return print_peak_memory(sys.argv[2], Size(D, F, K, B, float(sys.argv[7])))
     results = []
     for size in SIZES:
         medians = measure(size, list(STEPS))
         memory = {name: peak_memory(size, name) for name in STEPS}
-        print(f"\n{size.name}")
+        print(f"\n{size.name}, {kind()}")
         for name, median in medians.items():
             ratio = f"{median / medians['mistral-sae']:5.2f} x ours   {median / medians['floor']:5.2f} x floor"
             extra = f"   {size.B / median:9,.0f} tokens/s   peak {memory[name]:7,.0f} MB" if name in memory else ""
             print(f"  {name:28} {1000 * median:8.1f} ms   {ratio}{extra}", flush=True)
         results.append({"size": size._asdict(), "seconds": medians, "peak_megabytes": memory})
-    save("step", results)
+    return results
+
+
+def measure_avx2() -> list[dict[str, Any]]:
+    """The same by a process that uses AVX2 alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "benchmarks.step", "--into", str(path)]
+        subprocess.run(command, env=os.environ | AVX2, check=True)
+        return json.loads(path.read_text())
+
+
+def main() -> None:
+    """Measure, print, save."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(THREADS)
+    match sys.argv[1:]:
+        case ["--memory", name, D, F, K, B, dead]:
+            print_peak_memory(name, Size(int(D), int(F), int(K), int(B), float(dead)))
+        case ["--into", path]:
+            Path(path).write_text(json.dumps(measure_all()))
+        case _:
+            results = {kind(): measure_all()}
+            if torch.backends.cpu.get_cpu_capability() == "AVX512":
+                results["AVX2"] = measure_avx2()
+            save("step", results)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ def _source(*results: dict[str, Any]) -> str:
 def peers(step: dict[str, Any], end_to_end: dict[str, Any], quality: dict[str, Any]) -> str:
     """Speed, memory and quality beside the peers that were measured, a row each."""
     rows = [["two CPU cores", "mistral-sae", "SAE Lens", "sparsify"]]
-    for entry in step["results"]:
-        if not (size := entry["size"])["dead"]:
-            ms = {name: f"{1000 * seconds:,.0f} ms" for name, seconds in entry["seconds"].items()}
-            own = f"{ms['mistral-sae']} ({ms['mistral-sae, float32 product']} in float32)"
-            name = f"a training step, D={size['D']}, F={size['F']:,}, K={size['K']}, B={size['B']:,}"
-            rows.append([name, own, ms["sae-lens"], ms["sparsify"]])
+    for kind, entries in step["results"].items():
+        for entry in entries:
+            if not (size := entry["size"])["dead"]:
+                ms = {name: f"{1000 * seconds:,.0f} ms" for name, seconds in entry["seconds"].items()}
+                name = f"a training step, D={size['D']}, F={size['F']:,}, K={size['K']}, B={size['B']:,}; {kind}"
+                rows.append([name, ms["mistral-sae"], ms["sae-lens"], ms["sparsify"]])
     ours, theirs = (end_to_end["results"]["medians"][name] for name in ("mistral-sae", "sae-lens"))
     tokens = f"{end_to_end['results']['tokens']:,} tokens, from text to autoencoder"
     rows.append(
@@ -95,10 +95,10 @@ def quality(result: dict[str, Any]) -> str:
 def step(result: dict[str, Any]) -> str:
     """Median time of a training step of each, with ratios and peak memory."""
     rows = [["", "ms a step", "tokens/s", "times ours", "times the float32 floor", "peak memory, MB"]]
-    for entry in result["results"]:
+    for kind, entry in ((kind, entry) for kind, entries in result["results"].items() for entry in entries):
         size, medians, memory = entry["size"], entry["seconds"], entry["peak_megabytes"]
         dead = f", {size['dead']:.0%} dead" if size["dead"] else ""
-        rows.append([f"**D={size['D']}, F={size['F']}, K={size['K']}, B={size['B']}{dead}**", *[""] * 5])
+        rows.append([f"**D={size['D']}, F={size['F']}, K={size['K']}, B={size['B']}{dead}; {kind}**", *[""] * 5])
         for name, median in medians.items():
             ours = f"{median / medians['mistral-sae']:.1f}"
             floor = f"{median / medians['floor']:.2f}"

@@ -97,8 +97,10 @@ class SparseAutoencoder(nn.Module):
         """Residuals (..., D) -> z (..., D), mean (..., 1) and std (..., 1), in float32."""
         x = x.float()
         if self.normalize == "layer_norm":
-            mean, std = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
-            return (x - mean) / (std + EPSILON), mean, std
+            mean = x.mean(dim=-1, keepdim=True)
+            centered = x - mean
+            std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / (self.d_model - 1) ** 0.5
+            return centered / (std + EPSILON), mean, std
         mean, std = x.new_zeros(*x.shape[:-1], 1), x.new_ones(*x.shape[:-1], 1)
         if self.normalize == "constant_norm":
             std = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12) / self.d_model**0.5

@@ -8,7 +8,7 @@ import torch
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.features import CHUNK_BYTES as CHUNK
-from mistral_sae.sae.kernels import CHUNK_BYTES
+from mistral_sae.sae.kernels import chunk_bytes
 from mistral_sae.sae.kernels.portable import BLOCK_BYTES
 from mistral_sae.sae.trainer import TrainConfig
 
@@ -69,7 +69,7 @@ def memory_plan(
     forward = tokens * D * FORWARD_WIDTHS * model_bytes
     # Pre-activations and the selection's work space, on a GPU that of an eighth of them
     work = 2.0 if kind == "cpu" else 1.25
-    chunks = [CHUNK_BYTES[kind, torch.float32], CHUNK_BYTES[kind, torch.bfloat16]]
+    chunks = [chunk_bytes(kind, torch.float32, F), chunk_bytes(kind, torch.bfloat16, F)]
     encoder_float32, encoder_bf16 = (int(work * min(size, 4 * config.batch_size * F)) for size in chunks)
     bf16_encoder = 2 * D * F  # a copy of W_enc, in training
     batch = 4 * config.batch_size * (6 * D + 8 * config.k)  # standardised, centered, error; indices, values, bags
@@ -124,7 +124,7 @@ def explaining_plan(
         "autoencoder (float32)": sum(4 * p.numel() for p in sae.parameters()),
     }
     forward = tokens * D * FORWARD_WIDTHS * dtype.itemsize
-    pre = 2 * min(_chunk(kind), 4 * tokens * F) + 2 * D * F  # with W_enc in bfloat16, which may choose the features
+    pre = 2 * min(_chunk(kind, F), 4 * tokens * F) + 2 * D * F  # with W_enc in bfloat16, which may choose the features
     encoding = pre + 4 * tokens * (4 * D + 8 * k)
     sorting = SORTED_BYTES * shard_tokens * k
     cosines, logits = 4 * min(CHUNK, 4 * F * F), 3 * min(CHUNK, 4 * F * model.vocab_size)
@@ -147,9 +147,10 @@ def free_memory(device: str) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
 
 
-def _chunk(kind: str) -> int:
-    """Bytes of pre-activations that exist at a time."""
-    return max(size for (where, _), size in CHUNK_BYTES.items() if where == ("cpu" if kind == "cpu" else "cuda"))
+def _chunk(kind: str, n_features: int) -> int:
+    """Bytes of pre-activations that exist at a time, at most."""
+    kind = "cpu" if kind == "cpu" else "cuda"
+    return max(chunk_bytes(kind, dtype, n_features) for dtype in (torch.float32, torch.bfloat16))
 
 
 def _size(size: float) -> str:

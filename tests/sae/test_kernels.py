@@ -116,7 +116,8 @@ def test_encoding_in_chunks_changes_nothing(monkeypatch):
     W_enc, b_enc, _, b_dec = random_parameters(64, 256)
     centered = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)) - b_dec
     whole = kernels.encode(centered, W_enc, b_enc, 16)
-    monkeypatch.setitem(kernels.CHUNK_BYTES, ("cpu", torch.float32), 4 * 256 * 7)  # seven tokens at a time
+    monkeypatch.setitem(kernels_step.CHUNK_BYTES, ("cpu", torch.float32), 4 * 256 * 7)  # seven tokens at a time
+    monkeypatch.setitem(kernels_step.FEWEST_TOKENS, torch.float32, 1)
     for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16), whole, strict=True):
         torch.testing.assert_close(part, expected)
 
@@ -162,3 +163,11 @@ def test_squared_norms_of_large_batches_are_exact():
     assert kernels_step.squared_norm(x).item() == pytest.approx(exact.square().sum().item(), rel=1e-6)
     about_mean = (exact - exact.mean(dim=0)).square().sum().item()
     assert kernels_step.variation(x).item() == pytest.approx(about_mean, rel=1e-6)
+
+
+def test_bfloat16_nominates_only_where_pytorch_uses_the_processors_instructions_for_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for capability, pays in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert kernels.bf16_pays(cpu) == pays

@@ -2,11 +2,10 @@
 
 from mistral_sae.sae.kernels.devices import operations
 from mistral_sae.sae.kernels.portable import decode, inner_products, normalize_rows, topk
-from mistral_sae.sae.kernels.step import CHUNK_BYTES, bf16_pays, encode, topk_step
+from mistral_sae.sae.kernels.step import bf16_pays, chunk_bytes, encode, topk_step
 from mistral_sae.sae.kernels.types import AuxK, MatrixGradient, Rates, RowState, Step, Weights
 
 __all__ = [
-    "CHUNK_BYTES",
     "AuxK",
     "MatrixGradient",
     "Rates",
@@ -14,6 +13,7 @@ __all__ = [
     "Step",
     "Weights",
     "bf16_pays",
+    "chunk_bytes",
     "decode",
     "encode",
     "inner_products",

@@ -15,25 +15,25 @@ from torch.optim.adam import adam
 
 from mistral_sae.sae.kernels.types import BETAS, EPSILON, MatrixGradient, Rates, RowState
 
-GROUP = 16  # features a group in the two-level top-k
-FEWEST_GROUPS = 3  # times k, from which on two levels are faster than one (measured)
+GROUP = 8  # features a group in the top-k of several levels
+FEWEST_GROUPS = 3  # times k, from which on one more level is faster (measured)
 PAIRS = 2**14  # of gathered rows at a time
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of a parameter in float32, a block: L2 cache; few enough launches
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # of a parameter in float32, a block: in cache, and few enough calls
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The exact k largest of the last dimension, (..., F) -> values and int64 indices (..., k), unordered.
 
-    In two levels where that is faster: the k largest values of a row lie in the k groups with the largest maxima, so
-    that the selection runs over F / GROUP maxima and then k * GROUP candidates instead of F values. A group is every
-    (F / GROUP)-th feature: on a CPU maxima across long runs are many times as fast as within short ones, in bfloat16
-    above all.
+    In levels where that is faster: the k largest values of a row lie in the k groups with the largest maxima, so that
+    the selection runs over F / GROUP maxima, themselves in groups, and then k * GROUP candidates instead of F values.
+    A group is every (F / GROUP)-th feature: on a CPU maxima across long runs are many times as fast as within short
+    ones, in bfloat16 above all.
     """
     n_features = pre.shape[-1]
     if n_features % GROUP or n_features < FEWEST_GROUPS * k * GROUP:
         return torch.topk(pre, k, dim=-1, sorted=False)
     n_groups = n_features // GROUP
-    best = pre.unflatten(-1, (GROUP, n_groups)).amax(dim=-2).topk(k, dim=-1, sorted=False).indices
+    best = topk(pre.unflatten(-1, (GROUP, n_groups)).amax(dim=-2), k)[1]
     members = (best.unsqueeze(-2) + torch.arange(0, n_features, n_groups, device=pre.device).unsqueeze(-1)).flatten(-2)
     values, where = torch.topk(pre.gather(-1, members), k, dim=-1, sorted=False)
     return values, members.gather(-1, where)
@@ -90,7 +90,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def squares(gradient: MatrixGradient) -> Tensor:
     """The squared norm of a gradient, without its part along the matrix's rows (of unit norm), a scalar."""
-    parts = [block.square().sum() for _, block in blocks(gradient)]
+    parts = [squared_norm(block) for _, block in blocks(gradient)]
     if gradient.along is not None:
         parts.append(-gradient.along.square().sum())
     return torch.stack(parts).sum()
@@ -134,6 +134,11 @@ def _block(gradient: MatrixGradient, rows: slice) -> Tensor:
         added = added[0][low:high] - rows.start, added[1][low:high]
     owners, weights = gradient.owners[first:last], gradient.weights[first:last]
     return MatrixGradient(offsets - first, gradient.vectors, owners, weights, added).whole()
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """The squared norm of all of x (B, D), a scalar."""
+    return torch.linalg.vector_norm(x, dim=1).square().sum()  # row by row: one running sum would lose digits
 
 
 def adam_(state: RowState, gradient: Tensor, rates: Rates) -> None:

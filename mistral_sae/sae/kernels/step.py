@@ -11,20 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_sae.sae.kernels.devices import operations
-from mistral_sae.sae.kernels.portable import decode, topk
+from mistral_sae.sae.kernels.portable import decode, squared_norm, topk
 from mistral_sae.sae.kernels.types import AuxK, Dense, MatrixGradient, Step, Used, Weights
 
-# Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take about as long
-# there (measured); on a GPU gathered rows should take longer, going by their traffic
-DENSE_AUXK = 4
-# Bytes of pre-activations at a time. On a CPU a product in float32 wants many tokens, one in bfloat16 a result that
-# stays in cache (measured); on a GPU launches should be few
+# Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take as long at
+# about 10 (measured); on a GPU gathered rows should take longer, going by their traffic
+DENSE_AUXK = 8
+# Bytes of pre-activations at a time. On a CPU a product in float32 wants many tokens, but fewer than make the 32 MB
+# from which on every allocation is of fresh pages, one in bfloat16 a result that stays in cache (measured); on a GPU
+# launches should be few
 CHUNK_BYTES = {
-    ("cpu", torch.float32): 2**26,
+    ("cpu", torch.float32): 3 * 2**23,
     ("cpu", torch.bfloat16): 2**23,
     ("cuda", torch.float32): 2**28,
     ("cuda", torch.bfloat16): 2**30,
 }
+FEWEST_TOKENS = {torch.float32: 256, torch.bfloat16: 1}  # at a time: a product with fewer takes longer (measured)
 SMALLEST_VARIANCE = 1e-12  # floor of the loss's denominator: a batch of one token has no variance about its mean
 
 
@@ -32,8 +34,15 @@ def bf16_pays(device: torch.device) -> bool:
     """Whether an encoder product in bfloat16, and the exact values after it, take less time than one in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # PyTorch may have been told to use less than there is
+        return False
     checks = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks)
+
+
+def chunk_bytes(kind: str, dtype: torch.dtype, n_features: int) -> int:
+    """Bytes of pre-activations at a time, on a device of kind "cpu" or "cuda"."""
+    return max(CHUNK_BYTES[kind, dtype], FEWEST_TOKENS[dtype] * dtype.itemsize * n_features)
 
 
 def encode(
@@ -51,7 +60,7 @@ def encode(
         weight, candidates = W_enc_bf16, min(len(b_enc), k + max(8, k // 4))
     inputs, bias = centered.to(weight.dtype), b_enc.to(weight.dtype)
     kind = "cpu" if inputs.device.type == "cpu" else "cuda"
-    step = max(1, CHUNK_BYTES[kind, weight.dtype] // (weight.itemsize * len(b_enc)))
+    step = max(1, chunk_bytes(kind, weight.dtype, len(b_enc)) // (weight.itemsize * len(b_enc)))
     pairs = [topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)]
     values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
     if W_enc_bf16 is not None:
@@ -120,8 +129,10 @@ def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> t
     pre = product(centered, weights.W_enc.T.index_select(0, dead).T).add_(weights.b_enc.index_select(0, dead))
     is_dense = len(dead) <= DENSE_AUXK * k
     values, indices = topk(pre, k)
-    e_hat = product(_scattered(values, indices, len(rows)), rows) if is_dense else decode(values, indices, rows)
-    residual = error - e_hat
+    if is_dense:
+        unused = torch.ones_like(pre, dtype=torch.bool).scatter_(1, indices, False)
+        used = pre.masked_fill_(unused, 0.0)
+    residual = error - (product(used, rows) if is_dense else decode(values, indices, rows))
     variance = variation(error)
     loss = squared_norm(residual) / variance
     finite = loss.isfinite()
@@ -130,11 +141,10 @@ def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> t
     loss = torch.where(finite, loss, 0.0)
     if not is_dense:
         return loss, Used(dead.take(indices), values, scale.expand_as(values), residual, scale)
-    grad_values = product(residual, rows.T).gather(1, indices) * scale
-    along = _scattered(values * grad_values, indices, len(rows)).sum(dim=0)
-    of_W_dec = product(_scattered(values * scale, indices, len(rows)).T, residual)
-    grad_pre = _scattered(grad_values, indices, len(rows))
-    return loss, Dense(dead, product(grad_pre.T, centered), grad_pre.sum(dim=0), of_W_dec, along)
+    residual *= scale
+    grad_pre = product(residual, rows.T).masked_fill_(unused, 0.0)
+    along = (used * grad_pre).sum(dim=0)
+    return loss, Dense(dead, product(grad_pre.T, centered), grad_pre.sum(dim=0), product(used.T, residual), along)
 
 
 def gradients(
@@ -169,16 +179,6 @@ def _sums(terms: Tensor, offsets: Tensor) -> Tensor:
     return F.embedding_bag(places, terms.unsqueeze(1), offsets, mode="sum", include_last_offset=True).squeeze(1)
 
 
-def _scattered(values: Tensor, indices: Tensor, n_features: int) -> Tensor:
-    """Values (B, k) in their places among all features, (B, A)."""
-    return values.new_zeros(len(values), n_features).scatter_(1, indices, values)
-
-
 def variation(x: Tensor) -> Tensor:
     """The squared norm of x (B, D) about its mean over the batch, a scalar."""
-    return x.var(dim=0, correction=0).sum() * len(x)
-
-
-def squared_norm(x: Tensor) -> Tensor:
-    """The squared norm of all of x (B, D), a scalar."""
-    return torch.linalg.vector_norm(x, dim=1).square().sum()  # row by row: one running sum would lose digits
+    return squared_norm(x - x.mean(dim=0))
