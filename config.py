@@ -33,6 +33,7 @@ DATA_PATH: str = (
 )
 DATA_SPLIT: str = "train"  # of a hub data set
 TEXT_FIELD: str = "text"  # of a JSON line or a parquet column
+MAX_DOCUMENT_BYTES: int = 16_000_000  # of a line or a text; a longer one, which would fill the memory, is skipped
 CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones
 # Share of the documents kept for evaluation. The stand-in was trained without the same twentieth
 HELD_OUT_FRACTION: float = 0.05 if ON_STANDIN else 0.01
@@ -57,7 +58,7 @@ DEAD_AFTER_TOKENS: int | None = 200_000 if ON_STANDIN else None  # without firin
 MOMENTS_DTYPE: str | None = "float32" if ON_STANDIN else None  # of Adam's moments, "float32" or "bfloat16" (bfloat16)
 
 # ---- memory ----
-# Rows of tokens shuffled together before the model reads them, at 2 KB each: a buffer of residuals is a few documents
+# Rows of tokens shuffled together before the model reads them, at 3 KB each: a buffer of residuals is a few documents
 SHUFFLE_ROWS: int | None = 8192 if ON_STANDIN else None  # (16,384)
 BUFFER_TOKENS: int | None = 131_072 if ON_STANDIN else None  # residuals shuffled together (32,768, of 8 KB each)
 ROWS_PER_FORWARD: int | None = 16 if ON_STANDIN else None  # rows the language model runs at a time (32)
@@ -172,7 +173,7 @@ def check_numbers() -> None:
         "EXAMPLES_PER_INTERVAL": (1, 10_000), "TOKENS_BEFORE": (0, 2**20), "TOKENS_AFTER": (0, 2**20),
         "CONCURRENCY": (1, 10_000), "MAX_REPLY_TOKENS": (1, 2**24), "MAX_FAILED_SHARE": (0, 1),
         "PROMPT_DOLLARS": (0, 1e6), "COMPLETION_DOLLARS": (0, 1e6), "NEW_TOKENS": (1, 2**20), "TEMPERATURE": (0, 1000),
-        "SWEEP_SAMPLES": (1, 10_000), "CHAT_CONTEXT": (1, 2**24),
+        "SWEEP_SAMPLES": (1, 10_000), "CHAT_CONTEXT": (1, 2**24), "MAX_DOCUMENT_BYTES": (1, 2**30),
     }.items():  # fmt: skip
         value = globals()[name]
         expected = f"at least {least}" if value is not None and value < least else f"at most {most:,.0f}"

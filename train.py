@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_sae.data.activations import shuffled_batches
+from mistral_sae.data.activations import Batch, shuffled_batches
 from mistral_sae.data.documents import Skipped
+from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, shown
 from mistral_sae.explain.figures import plot_training
@@ -62,19 +63,19 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
     evaluate = Evaluator(model, held_out, layer, rows_at_once)
     with cli.room_for("the autoencoder", "lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
         trainer = Trainer(training, model.device)
-    history = start_or_resume(trainer, corpus, run_dir)
+    history, start = start_or_resume(trainer, corpus, run_dir)
 
     skipped = Skipped()
-    rows = prefetch(corpus.rows(model.tokenizer, held_out=False, skipped=skipped), depth=filled.SHUFFLE_ROWS)
+    rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
     batches = shuffled_batches(
-        shuffle(rows, filled.SHUFFLE_ROWS, config.SEED),
+        shuffle(prefetch(rows, depth=filled.SHUFFLE_ROWS), filled.SHUFFLE_ROWS, config.SEED, start),
         model,
         layer,
         batch_size=filled.BATCH_SIZE,
         buffer_tokens=filled.BUFFER_TOKENS,
         rows_per_forward=rows_at_once,
         seed=config.SEED,
-        skip_batches=history[-1]["step"] if history else 0,
+        start=start,
     )
     hook, length, fingerprint = hook_name(layer), config.CONTEXT_LENGTH, model.fingerprint(layer)
     metadata = Metadata(model.name, hook, layer, True, length, config.DATA_PATH, fingerprint)
@@ -154,17 +155,19 @@ def room_for_evaluating() -> AbstractContextManager:
     return cli.room_for("evaluating", "lower ROWS_PER_FORWARD")
 
 
-def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> list[dict[str, Any]]:
-    """Bring the trainer to the checkpoint in `run_dir`, if there is one; returns the log so far."""
-    checkpoint, history = run_dir / "checkpoint.safetensors", []
+def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> tuple[list[dict[str, Any]], Place]:
+    """Bring the trainer to the checkpoint in `run_dir`, if there is one; returns the log and where the text goes on."""
+    checkpoint, start = run_dir / "checkpoint.safetensors", BEGINNING
+    history: list[dict[str, Any]] = []
     if config.RESUME and checkpoint.exists():
-        history = load_checkpoint(checkpoint, trainer, shaping(corpus))
+        history, stream = load_checkpoint(checkpoint, trainer, shaping(corpus))
+        start = Place.of(stream)
         print(f"continuing after step {history[-1]['step']:,}")
     else:
         for stale in (checkpoint, run_dir / "sae/cfg.json", run_dir / "evaluation.json", run_dir / "training.png"):
             stale.unlink(missing_ok=True)
     write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
-    return history
+    return history, start
 
 
 def shaping(corpus: Corpus) -> dict[str, Any]:
@@ -176,10 +179,10 @@ def shaping(corpus: Corpus) -> dict[str, Any]:
 def train(
     trainer: Trainer,
     history: list[dict[str, Any]],
-    batches: Iterator[Tensor],
+    batches: Iterator[Batch],
     evaluate: Evaluator,
     filled: Filled,
-    save: Callable[[list[dict[str, Any]]], None],
+    save: Callable[[list[dict[str, Any]], Place], None],
 ) -> None:
     """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
     training, step, run_dir = trainer.config, history[-1]["step"] if history else 0, Path(filled.RUN_DIR)
@@ -187,7 +190,7 @@ def train(
     figures, started = [], time.monotonic()
     seen, total = step * training.batch_size, training.steps * training.batch_size
     with cli.Progress(desc="training", total=total, initial=seen, unit=" tokens", unit_scale=True) as progress:
-        for x in islice(batches, training.steps - step):
+        for x, place in islice(batches, training.steps - step):
             if step == 0:
                 trainer.initialize(x)
             if step == training.decay_step:  # from here on features move little
@@ -214,7 +217,7 @@ def train(
                 progress.set_postfix_str(f"normalized MSE {record['normalized_mse']:.3f}, dead {record['dead']}")
                 figures = []
             if save_now:
-                save(history)
+                save(history, place)
             if not figures:  # neither the evaluation nor the checkpoint counts towards the next ones
                 started = time.monotonic()
 
@@ -248,10 +251,17 @@ def check_loss(normalized_mse: float, latest: float, loss: float, step: int, run
         )
 
 
-def save(trainer: Trainer, metadata: Metadata, corpus: Corpus, run_dir: Path, history: list[dict[str, Any]]) -> None:
+def save(
+    trainer: Trainer,
+    metadata: Metadata,
+    corpus: Corpus,
+    run_dir: Path,
+    history: list[dict[str, Any]],
+    place: Place,
+) -> None:
     """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
     save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.statistics())
-    save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history)
+    save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history, place._asdict())
 
 
 if __name__ == "__main__":

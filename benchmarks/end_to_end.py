@@ -39,7 +39,7 @@ import config
 from benchmarks.machine import save
 from mistral_sae import cli
 from mistral_sae.data.activations import residuals_of, shuffled_batches
-from mistral_sae.data.documents import Document
+from mistral_sae.data.records import Document
 from mistral_sae.data.tokens import Corpus, batches, pack, prefetch
 from mistral_sae.model.language_model import STANDIN, LanguageModel, inspect, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -149,7 +149,7 @@ def ours(folder: Path) -> dict[str, float]:
             rows_per_forward=config.ROWS_PER_FORWARD,
             seed=config.SEED,
         )
-        for step, x in enumerate(islice(batches, training.steps)):
+        for step, (x, _) in enumerate(islice(batches, training.steps)):
             if step == 0:
                 trainer.initialize(x)
             trainer.step(x, training.learning_rate_at(step))

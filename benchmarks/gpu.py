@@ -37,7 +37,7 @@ from benchmarks.random_mistral import MISTRAL_7B, SMOKE_MISTRAL, random_model, r
 from benchmarks.stages import Stages, step_parts
 from mistral_sae import cli
 from mistral_sae.data.activations import residuals_of, shuffled_batches
-from mistral_sae.data.tokens import prefetch
+from mistral_sae.data.tokens import Row, prefetch
 from mistral_sae.defaults import defaults
 from mistral_sae.sae import memory, optimizer
 from mistral_sae.sae.kernels import operations, portable
@@ -154,7 +154,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
     )
 
     def train(steps: int) -> None:
-        for x in islice(batches, steps):
+        for x, _ in islice(batches, steps):
             trainer.step(x, config.LEARNING_RATE)
 
     a_buffer = max(1, config.BUFFER_TOKENS // batch)  # steps
@@ -168,7 +168,8 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         found["peak_bytes_reserved"] = torch.cuda.max_memory_reserved()
     batches.close()
 
-    tokens = torch.from_numpy(np.stack(list(islice(rows_of(model.vocab_size), config.ROWS_PER_FORWARD))))
+    rows = islice(rows_of(model.vocab_size), config.ROWS_PER_FORWARD)
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     forward = seconds(lambda: residuals_of(model, tokens, config.TARGET_LAYER))
     spec = spec_of(params)
     found["language_model_tokens_per_second"] = tokens[:, 1:].numel() / forward
@@ -196,7 +197,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
     return found
 
 
-def rows_of(vocab_size: int) -> Iterator[np.ndarray]:
+def rows_of(vocab_size: int) -> Iterator[Row]:
     """Rows of random tokens behind a BOS."""
     return random_rows(vocab_size, config.CONTEXT_LENGTH, config.SEED)
 
@@ -204,7 +205,7 @@ def rows_of(vocab_size: int) -> Iterator[np.ndarray]:
 def generation(params: dict[str, Any]) -> dict[str, float]:
     """Tokens that the whole model adds to a prompt, alone and in a batch of eight."""
     model, found = random_model(params, None, DEVICE), {}
-    prompt = next(random_rows(model.vocab_size, PROMPT, config.SEED)).tolist()
+    prompt = next(random_rows(model.vocab_size, PROMPT, config.SEED)).tokens.tolist()
     for rows in (1, 8):
         model.sample(prompt, range(rows), GENERATED)
         start = wall()

@@ -45,7 +45,8 @@ def residual_batches(model: LanguageModel, seed: int) -> list[Tensor]:
         shuffle(rows(model, False, seed), config.SHUFFLE_ROWS, seed), model, LAYER,
         batch_size=BATCH, buffer_tokens=config.BUFFER_TOKENS, rows_per_forward=config.ROWS_PER_FORWARD, seed=seed,
     )  # fmt: skip
-    return list(tqdm(islice(stream, STEPS), total=STEPS, desc=f"residuals, seed {seed}", file=sys.stderr))
+    taken = tqdm(islice(stream, STEPS), total=STEPS, desc=f"residuals, seed {seed}", file=sys.stderr)
+    return [x for x, _ in taken]
 
 
 def ours(batches: Iterator[Tensor], seed: int) -> tuple[SparseAutoencoder, float]:

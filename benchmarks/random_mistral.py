@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from mistral_sae.data.tokens import Row
 from mistral_sae.model import engines
 from mistral_sae.model.folder import MISTRAL_INFERENCE, PARAMS, ModelFolder, Stored
 from mistral_sae.model.language_model import LanguageModel, ModelSpec
@@ -69,10 +70,10 @@ def random_model(params: dict[str, Any], last_layer: int | None, device: torch.d
     return LanguageModel(spec, tokenizer, engine, last_layer, device, torch.bfloat16)
 
 
-def random_rows(vocab_size: int, length: int, seed: int) -> Iterator[np.ndarray]:
+def random_rows(vocab_size: int, length: int, seed: int) -> Iterator[Row]:
     """Rows of random tokens behind a BOS."""
     generator = np.random.default_rng(seed)
     while True:
         row = generator.integers(vocab_size, size=length)
         row[0] = 1
-        yield row
+        yield Row(row, np.full(length, -1), [])

@@ -6,13 +6,23 @@ Shapes: R rows a forward, T positions, D model width, B tokens a batch.
 import itertools
 from collections.abc import Iterator
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mistral_sae.cli import room_for
+from mistral_sae.data.place import BEGINNING, Place
+from mistral_sae.data.tokens import Row
 from mistral_sae.model.language_model import LanguageModel, sent
+
+
+class Batch(NamedTuple):
+    """Residuals, and where the stream goes on after them."""
+
+    x: Tensor  # (B, D), in the model's dtype
+    place: Place
 
 
 def residuals_of(model: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
@@ -23,7 +33,7 @@ def residuals_of(model: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
 
 
 def shuffled_batches(
-    rows: Iterator[np.ndarray],
+    rows: Iterator[Row],
     model: LanguageModel,
     layer: int,
     *,
@@ -31,15 +41,15 @@ def shuffled_batches(
     buffer_tokens: int,
     rows_per_forward: int,
     seed: int,
-    skip_batches: int = 0,
-) -> Iterator[Tensor]:
-    """Residuals (B, D) of `layer` at the positions of `model.kept`, in shuffled batches, in the model's dtype.
+    start: Place = BEGINNING,
+) -> Iterator[Batch]:
+    """Residuals of `layer` at the positions of `model.kept`, in shuffled batches, in the model's dtype.
 
-    `rows` are token rows (T), all of the same length, from the beginning of the stream. It is cut into buffers of as
-    many whole rows as give at most `buffer_tokens` residuals; each buffer is permuted by (seed, number of the buffer),
-    and the permuted buffers, end to end, are cut into batches. What a batch holds is therefore a function of the
-    stream, the seed and its number alone, and a run that consumed `skip_batches` resumes by running the model over one
-    buffer: rows of earlier ones are drawn and dropped.
+    `rows` are all of the same length. They are cut into buffers of as many whole rows as give at most `buffer_tokens`
+    residuals; each buffer is permuted by (seed, number of the buffer), and the permuted buffers, end to end, are cut
+    into batches. What a batch holds is therefore a function of the stream, the seed and its number alone. A run that
+    had the place of a batch goes on after it, where `rows` and `start` are of that place: the rows of one buffer go
+    through the model for it, and none before them.
 
     A finite stream ends with its last whole batch. Memory: one buffer, one batch and the rows in the model. Raises
     ValueError if a buffer cannot hold a row.
@@ -47,34 +57,32 @@ def shuffled_batches(
     first = next(rows, None)
     if first is None:
         return
-    per_row = len(first) - 1
+    per_row = len(first.tokens) - 1
     rows_per_buffer = buffer_tokens // per_row
     if rows_per_buffer < 1:
         raise ValueError(f"BUFFER_TOKENS must hold at least one row of {per_row} residuals: found {buffer_tokens}")
-    rows, skipped = chain([first], rows), skip_batches * batch_size
+    rows, used = chain([first], rows), start.residuals
     batch, filled = None, 0  # the batch that is being filled goes on in the next buffer
-    for number in itertools.count():
+    for number in itertools.count(start.buffer):
         if not (buffer := list(islice(rows, rows_per_buffer))):
             return
-        tokens_RT = torch.from_numpy(np.stack(buffer))
+        tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer]))
         n_residuals = int(model.kept(tokens_RT).sum())
-        if skipped >= n_residuals:
-            skipped -= n_residuals
-            continue
         with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
             residuals_ND = _residuals_of_buffer(tokens_RT, n_residuals, model, layer, rows_per_forward)
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        order = sent(torch.randperm(n_residuals, generator=generator)[skipped:], model.device)
-        skipped = 0
+        order = sent(torch.randperm(n_residuals, generator=generator)[used:], model.device)
         while len(order):
             if batch is None:
                 batch, filled = residuals_ND.new_empty(batch_size, model.d_model), 0
             taken, order = order[: batch_size - filled], order[batch_size - filled :]
             torch.index_select(residuals_ND, 0, taken, out=batch[filled : filled + len(taken)])
             filled += len(taken)
+            used += len(taken)
             if filled == batch_size:
-                yield batch
+                yield Batch(batch, buffer[0].place._replace(buffer=number, residuals=used))
                 batch = None
+        used = 0
         del residuals_ND  # before the next buffer is made
 
 

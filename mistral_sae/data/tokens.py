@@ -3,8 +3,8 @@
 The chain that a script writes, each stage an iterator over the one before:
 
     corpus = Corpus.of(config)
-    rows = corpus.rows(tokenizer, held_out=False)
-    for tokens_BT in prefetch(batches(rows, B), depth=8): ...
+    rows = prefetch(corpus.rows(tokenizer, held_out=False), depth=64)
+    for tokens_BT in batches(shuffle(rows, window=8192, seed=0), B): ...
 
 B batch, T position.
 """
@@ -23,7 +23,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from mistral_sae.data.documents import Document, Skipped, TextError, check, documents, fingerprint, fits_in_memory
+from mistral_sae.data.documents import (
+    MAX_DOCUMENT_BYTES,
+    Skipped,
+    check,
+    documents,
+    fingerprint,
+    fits_in_memory,
+)
+from mistral_sae.data.place import BEGINNING, Place
+from mistral_sae.data.records import Document, TextError
 from mistral_sae.model.tokenizer import Tokenizer
 
 # Seconds to wait at the end for the item under way, which may hang on the network; the thread is a daemon
@@ -33,11 +42,12 @@ Item = TypeVar("Item")
 
 
 class Row(NamedTuple):
-    """A row of tokens, and the documents it holds a part of."""
+    """A row of tokens, the documents it holds a part of, and its place in the stream."""
 
     tokens: np.ndarray  # (T,) int64
-    document_of: np.ndarray  # (T,) int64: index into `documents` of each token's own; -1 for a BOS
+    document_of: np.ndarray  # (T,) int32: index into `documents` of each token's own; -1 for a BOS
     documents: list[str]  # their ids, in the order of the row
+    place: Place = BEGINNING
 
 
 def is_held_out(document_id: str, fraction: float) -> bool:
@@ -60,6 +70,7 @@ class Corpus:
     held_out_fraction: float = 0.05
     seed: int = 0
     context_length: int = 256  # T, tokens a row
+    max_document_bytes: int = MAX_DOCUMENT_BYTES  # of a line or a text; longer ones are skipped
 
     @classmethod
     def of(cls, constants: Any) -> Corpus:
@@ -71,40 +82,53 @@ class Corpus:
             held_out_fraction=constants.HELD_OUT_FRACTION,
             seed=constants.SEED,
             context_length=constants.CONTEXT_LENGTH,
+            max_document_bytes=constants.MAX_DOCUMENT_BYTES,
         )
 
     def check(self) -> str:
         """A short description; a local corpus is read up to its first document. Raises TextError if it has none."""
-        return check(self.data_path, self.text_field)
+        return check(self.data_path, self.text_field, self.max_document_bytes)
 
     def fingerprint(self) -> str:
         """A hash of the names, sizes and times of the corpus's files; of a dataset on the hub its name."""
         return fingerprint(self.data_path)
 
-    def documents(self, *, held_out: bool, epochs: bool = True, skipped: Skipped | None = None) -> Iterator[Document]:
+    def documents(
+        self, *, held_out: bool, epochs: bool = True, start: Place = BEGINNING, skipped: Skipped | None = None
+    ) -> Iterator[Document]:
         """The documents of one part: the held-out ones once, the others epoch after epoch, or once without `epochs`.
 
         A corpus of up to `IN_MEMORY` bytes is read once, kept in memory and shuffled: the training part by (seed,
         epoch), the held-out part in one way whatever the seed, so that runs are evaluated on the same text. A larger
         corpus or a dataset on the hub comes in its own order in every epoch.
 
-        `skipped` counts what the first epoch left out. Raises TextError where there is nothing to read, where the part
-        has no document, and for damaged files.
+        They begin with the one at `start`, a place of this same stream. `skipped` counts what the first epoch that is
+        read left out, from `start` on where the corpus is not kept in memory. Raises TextError where there is nothing
+        to read, where the part has no document, and for damaged files.
         """
-        in_memory = list(self._part(held_out, skipped)) if fits_in_memory(self.data_path) else None
-        for epoch in itertools.count():
+        in_memory = list(self._part(held_out, Place(), skipped)) if fits_in_memory(self.data_path) else None
+        for epoch in itertools.count(start.epoch):
+            begin = start if epoch == start.epoch else Place(epoch)
             if in_memory is None:
-                yield from self._part(held_out, skipped if epoch == 0 else None)
+                yield from self._part(held_out, begin, skipped if epoch == start.epoch else None)
             else:
                 shuffled = in_memory.copy()
                 random.Random("held out" if held_out else f"{self.seed} {epoch}").shuffle(shuffled)
-                yield from shuffled
+                for number, document in enumerate(shuffled[begin.record :], begin.record):
+                    yield document._replace(place=Place(epoch, record=number))
             if held_out or not epochs:
                 return
 
-    def _part(self, held_out: bool, skipped: Skipped | None) -> Iterator[Document]:
+    def _part(self, held_out: bool, start: Place, skipped: Skipped | None) -> Iterator[Document]:
         found = False
-        for document in documents(self.data_path, text_field=self.text_field, split=self.split, skipped=skipped):
+        for document in documents(
+            self.data_path,
+            text_field=self.text_field,
+            max_bytes=self.max_document_bytes,
+            split=self.split,
+            start=start,
+            skipped=skipped,
+        ):
             if is_held_out(document.id, self.held_out_fraction) == held_out:
                 found = True
                 yield document
@@ -114,17 +138,17 @@ class Corpus:
             raise TextError(f"no document of {self.data_path!r} is in {part} at {fraction}: use more documents")
 
     def rows(
-        self, tokenizer: Tokenizer, *, held_out: bool, epochs: bool = True, skipped: Skipped | None = None
-    ) -> Iterator[np.ndarray]:
-        """Rows (T,) of token ids of one part, as `pack` makes them. Raises TextError as `documents` does."""
-        return pack(self.documents(held_out=held_out, epochs=epochs, skipped=skipped), tokenizer, self.context_length)
-
-    def rows_with_documents(
-        self, tokenizer: Tokenizer, *, held_out: bool, epochs: bool = True, skipped: Skipped | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        held_out: bool,
+        epochs: bool = True,
+        start: Place = BEGINNING,
+        skipped: Skipped | None = None,
     ) -> Iterator[Row]:
-        """The same rows, and of which document each of their tokens is."""
-        documents = self.documents(held_out=held_out, epochs=epochs, skipped=skipped)
-        return pack_with_documents(documents, tokenizer, self.context_length)
+        """Rows of token ids of one part from `start` on, as `pack` makes them. Raises TextError as `documents` does."""
+        documents = self.documents(held_out=held_out, epochs=epochs, start=start, skipped=skipped)
+        return pack(documents, tokenizer, self.context_length, start)
 
     def held_out_rows(self, tokenizer: Tokenizer, n_rows: int, stride: int = 1) -> torch.Tensor:
         """Every `stride`-th row of the held-out part, (R, T) with R up to `n_rows`. Raises TextError if it has none."""
@@ -136,36 +160,33 @@ class Corpus:
         return rows
 
 
-def pack(documents: Iterable[Document], tokenizer: Tokenizer, context_length: int) -> Iterator[np.ndarray]:
-    """Rows (T,) of token ids, int64, T = `context_length`: full, without padding.
+def pack(
+    documents: Iterable[Document], tokenizer: Tokenizer, context_length: int, start: Place = BEGINNING
+) -> Iterator[Row]:
+    """Rows of token ids, T = `context_length` each: full, without padding.
 
     Position 0 of each row is a BOS, and a BOS stands between two documents (one, where a document ends with its row).
     A document that does not fit goes on in the next row, so no token is lost but those of the last row of a finite
     stream, where it is not full. A document is tokenized whole, because a cut could change its tokens.
 
-    Raises ValueError where a row has no room for text.
+    Of the first document `start.tokens` tokens are left out, which earlier rows hold. Raises ValueError where a row has
+    no room for text.
     """
-    for row in pack_with_documents(documents, tokenizer, context_length):
-        yield row.tokens
-
-
-def pack_with_documents(documents: Iterable[Document], tokenizer: Tokenizer, context_length: int) -> Iterator[Row]:
-    """The rows of `pack`, and of which document each of their tokens is. Raises ValueError as it does."""
     if context_length < 2:
         raise ValueError(f"a row of {context_length} tokens has no room for text after its BOS: use 2 or more")
 
-    def empty() -> Row:
-        return Row(np.full(context_length, tokenizer.bos_id), np.full(context_length, -1), [])
+    def empty(place: Place) -> Row:
+        return Row(np.full(context_length, tokenizer.bos_id), np.full(context_length, -1, np.int32), [], place)
 
-    row, filled = empty(), 1
+    row, filled, used = empty(start), 1, start.tokens
     for document in documents:
-        tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int64)
+        tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int64)[used:]
         if filled > 1 and len(tokens):
             filled += 1  # the BOS between two documents, which `empty` has put there
         while True:
             if filled == context_length:
                 yield row
-                row, filled = empty(), 1
+                row, filled = empty(document.place._replace(tokens=used)), 1
             if not len(tokens):
                 break
             fits, tokens = np.split(tokens, [context_length - filled])
@@ -173,26 +194,32 @@ def pack_with_documents(documents: Iterable[Document], tokenizer: Tokenizer, con
             row.document_of[filled : filled + len(fits)] = len(row.documents)
             row.documents.append(document.id)
             filled += len(fits)
+            used += len(fits)
+        used = 0
 
 
-def shuffle(rows: Iterable[np.ndarray], window: int, seed: int) -> Iterator[np.ndarray]:
+def shuffle(rows: Iterable[Row], window: int, seed: int, start: Place = BEGINNING) -> Iterator[Row]:
     """The same rows, each `window` of them in an order by (seed, number of the window).
 
     Rows of tokens are small, residuals are not: this mixes a far longer stretch of text than a buffer of those holds.
+    `rows` begin with the window `start.window`, of which the first `start.rows` are left out.
     """
-    rows = iter(rows)
-    for number in itertools.count():
+    rows, taken = iter(rows), start.rows
+    for number in itertools.count(start.window):
         if not (block := list(itertools.islice(rows, window))):
             return
+        begin = block[0].place
         random.Random(f"{seed} {number}").shuffle(block)
-        yield from block
+        for i, row in enumerate(block[taken:], taken):
+            yield row._replace(place=begin._replace(window=number, rows=i))
+        taken = 0
 
 
-def batches(rows: Iterable[np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
-    """Rows (T,) as LongTensors (B, T), B = `batch_size`; the last one may have fewer rows."""
+def batches(rows: Iterable[Row], batch_size: int) -> Iterator[torch.Tensor]:
+    """The tokens of rows as LongTensors (B, T), B = `batch_size`; the last one may have fewer rows."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
-        yield torch.from_numpy(np.stack(batch))
+        yield torch.from_numpy(np.stack([row.tokens for row in batch]))
 
 
 def prefetch(iterator: Iterable[Item], depth: int) -> Iterator[Item]:

@@ -59,7 +59,7 @@ def read_corpus(
             print(why)
         print(f"reading {reading.n_rows * (row_tokens - 1):,} tokens for what activates each feature")
         skipped, seen = Skipped(), set[str]()
-        packed = reading.corpus.rows_with_documents(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
+        packed = reading.corpus.rows(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
         rows = prefetch(itertools.islice(_strided(packed, reading.stride, seen), reading.n_rows), depth=1024)
         with Progress(desc="reading", total=reading.n_rows * row_tokens, unit=" tokens", unit_scale=True) as progress:
             counted = _counted(rows, progress, row_tokens)

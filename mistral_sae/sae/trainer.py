@@ -153,15 +153,22 @@ class Trainer:
 # ---- checkpoints ----
 
 
-def save_checkpoint(path: Path, trainer: Trainer, shaping: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Write all that continuing needs: the trainer's state, the log so far, and the settings that shape the run."""
+def save_checkpoint(
+    path: Path, trainer: Trainer, shaping: dict[str, Any], history: list[dict[str, Any]], stream: dict[str, Any]
+) -> None:
+    """Write all that continuing needs: the trainer's state, the settings that shape the run, its log, and its place.
+
+    `stream` is where the text goes on, as JSON.
+    """
     settings = shaping | asdict(trainer.config)
     del settings["learning_rate"]  # which may change: it is what one lowers after a loss that exploded
-    save_state(path, trainer.state(), {"settings": settings, "history": history})
+    save_state(path, trainer.state(), {"settings": settings, "history": history, "stream": stream})
 
 
-def load_checkpoint(path: Path, trainer: Trainer, shaping: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bring a trainer to where `save_checkpoint` was called; returns the log.
+def load_checkpoint(
+    path: Path, trainer: Trainer, shaping: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Bring a trainer to where `save_checkpoint` was called; returns the log, and where the text goes on.
 
     Raises UserError if the checkpoint is of other settings, SAEError if it is damaged.
     """
@@ -178,4 +185,4 @@ def load_checkpoint(path: Path, trainer: Trainer, shaping: dict[str, Any]) -> li
             "or RESUME=False to start over in this one"
         )
     trainer.load(tensors)
-    return metadata["history"]
+    return metadata["history"], metadata.get("stream")

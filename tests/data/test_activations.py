@@ -1,12 +1,15 @@
 """Shuffled batches of residuals: nothing lost, nothing twice, in an order that can be repeated and resumed."""
 
 import gc
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
 from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.data.place import Place
+from mistral_sae.data.tokens import Row
 from mistral_sae.model.language_model import load_model
 
 T = 6  # 5 residuals a row
@@ -35,13 +38,28 @@ class Counting:
 
 def stream(n_rows):
     """Rows of tokens that count up from 0."""
-    return iter(np.arange(n_rows * T).reshape(n_rows, T))
+    return as_rows(np.arange(n_rows * T).reshape(n_rows, T))
 
 
-def batches_of(n_rows=23, model=None, rows=None, **changed):
+def as_rows(tokens_RT):
+    """Rows that know their number, as `record` of their place."""
+    return (Row(tokens, np.zeros(T), [], Place(record=i)) for i, tokens in enumerate(tokens_RT))
+
+
+def whole_batches(n_rows=23, model=None, rows=None, **changed):
     options = {"batch_size": 8, "buffer_tokens": 27, "rows_per_forward": 2, "seed": 0} | changed
     rows = stream(n_rows) if rows is None else rows
-    return [x[:, 0].long() for x in shuffled_batches(rows, model or Counting(), 1, **options)]
+    return [(x[:, 0].long(), place) for x, place in shuffled_batches(rows, model or Counting(), 1, **options)]
+
+
+def batches_of(**options):
+    return [tokens for tokens, _ in whole_batches(**options)]
+
+
+def batches_after(place, model=None, **options):
+    """The batches after a place, of the rows from there on."""
+    rows = islice(stream(23), place.record, None)
+    return batches_of(rows=rows, model=model or Counting(), start=place, **options)
 
 
 SIZES = [(8, 27), (7, 11), (5, 5), (64, 13), (13, 1000), (1, 27), (30, 30), (41, 20)]
@@ -60,18 +78,18 @@ def test_every_residual_but_the_first_of_each_row_comes_once(batch_size, buffer_
 
 
 @pytest.mark.parametrize(("batch_size", "buffer_tokens"), SIZES)
-def test_skipping_batches_gives_exactly_the_batches_after_them(batch_size, buffer_tokens):
+def test_the_place_of_a_batch_gives_exactly_the_batches_after_it(batch_size, buffer_tokens):
     sizes = {"batch_size": batch_size, "buffer_tokens": buffer_tokens}
-    whole = batches_of(**sizes)
-    for skip in range(len(whole) + 2):
-        rest = batches_of(skip_batches=skip, **sizes)
-        assert len(rest) == max(0, len(whole) - skip)
-        assert all(torch.equal(a, b) for a, b in zip(whole[skip:], rest, strict=True))
+    whole = whole_batches(**sizes)
+    for number, (_, place) in enumerate(whole, 1):
+        rest = batches_after(place, **sizes)
+        assert all(torch.equal(a, b) for (a, _), b in zip(whole[number:], rest, strict=True))
 
 
-def test_skipping_runs_the_model_over_no_row_of_an_earlier_buffer():
+def test_going_on_runs_the_model_over_no_row_of_an_earlier_buffer():
     model = Counting()
-    batches_of(model=model, skip_batches=7, batch_size=8, buffer_tokens=27)  # 56 residuals: two buffers of five rows
+    place = whole_batches(batch_size=8, buffer_tokens=27)[6][1]  # 56 residuals: two buffers of five rows
+    batches_after(place, model=model, batch_size=8, buffer_tokens=27)
     assert model.rows[0] == 10 * T
 
 
@@ -79,19 +97,18 @@ SPECIAL = [1, 2, 8, 17, *range(30, 36), 50, 100, 137]  # of them a row and the e
 
 
 @pytest.mark.parametrize(("batch_size", "buffer_tokens"), SIZES)
-def test_special_tokens_are_left_out_and_batches_keep_their_size_and_can_be_skipped(batch_size, buffer_tokens):
+def test_special_tokens_are_left_out_and_batches_keep_their_size_and_their_place(batch_size, buffer_tokens):
     sizes = {"batch_size": batch_size, "buffer_tokens": buffer_tokens}
-    whole = batches_of(model=Counting(SPECIAL), **sizes)
-    assert {len(batch) for batch in whole} == {batch_size}
-    tokens = torch.cat(whole)
+    whole = whole_batches(model=Counting(SPECIAL), **sizes)
+    assert {len(batch) for batch, _ in whole} == {batch_size}
+    tokens = torch.cat([batch for batch, _ in whole])
     n_kept = 23 * (T - 1) - len([token for token in SPECIAL if token % T])
     assert len(tokens) == n_kept // batch_size * batch_size
     assert len(tokens.unique()) == len(tokens)
     assert not np.isin(tokens.numpy(), SPECIAL).any()
-    for skip in range(len(whole) + 2):
-        rest = batches_of(model=Counting(SPECIAL), skip_batches=skip, **sizes)
-        assert len(rest) == max(0, len(whole) - skip)
-        assert all(torch.equal(a, b) for a, b in zip(whole[skip:], rest, strict=True))
+    for number, (_, place) in enumerate(whole, 1):
+        rest = batches_after(place, model=Counting(SPECIAL), **sizes)
+        assert all(torch.equal(a, b) for (a, _), b in zip(whole[number:], rest, strict=True))
 
 
 def test_residuals_are_shuffled_within_a_buffer_and_never_across():
@@ -156,7 +173,7 @@ def test_no_more_than_a_buffer_and_a_batch_is_alive(batch_size, buffer_tokens):
     gc.collect()
     gc.freeze()  # leaves what the tests before made out of `get_objects`
     try:
-        for x in shuffled_batches(stream(200), model, 0, **options):
+        for x, _ in shuffled_batches(stream(200), model, 0, **options):
             while_training.append(live_residuals())
             del x
     finally:
@@ -175,7 +192,7 @@ def test_the_residuals_are_those_of_the_language_model(mistral_folder, tokens_BT
     torch.testing.assert_close(residuals_of(model, between, 1), torch.cat([kept[:14], kept[15:]]))
 
     options = {"batch_size": 11, "buffer_tokens": 24, "rows_per_forward": 1, "seed": 0}
-    found = torch.cat(list(shuffled_batches(iter(tokens_BT.numpy()), model, 1, **options)))
+    found = torch.cat([x for x, _ in shuffled_batches(as_rows(tokens_BT.numpy()), model, 1, **options)])
     assert len(found) == len(expected) == 33
     distances = torch.cdist(found, expected, compute_mode="donot_use_mm_for_euclid_dist")
     assert distances.min(dim=1).values.max() < 1e-5 * expected.norm(dim=1).mean()

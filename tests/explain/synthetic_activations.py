@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from mistral_sae.data.tokens import Document, pack_with_documents
+from mistral_sae.data.records import Document
+from mistral_sae.data.tokens import pack
 from mistral_sae.explain import cache
 from mistral_sae.explain.cache import is_for_scoring
 from mistral_sae.explain.examples import Settings
@@ -44,7 +45,7 @@ class Corpus:
             "".join(chr(97 + i) for i in random.integers(0, 26, n)) for n in random.integers(1, 60, n_documents)
         ]
         documents = [Document(f"document {i}", text) for i, text in enumerate(contents)]
-        self.rows = list(pack_with_documents(documents, Letters(), T))
+        self.rows = list(pack(documents, Letters(), T))
         shape = (len(self.rows), T)
         # Feature 0 fires often, the last hardly ever
         chance = random.exponential(size=(*shape, F)) / np.geomspace(1, 0.002, F)

@@ -11,7 +11,8 @@ import torch
 from synthetic_activations import MADE_FROM, Corpus, F, K, Letters, T
 
 from mistral_sae.cli import UserError
-from mistral_sae.data.tokens import Document, pack_with_documents
+from mistral_sae.data.records import Document
+from mistral_sae.data.tokens import pack
 from mistral_sae.explain import cache
 from mistral_sae.explain.cache import active, is_for_scoring, made_from, open_cache
 from mistral_sae.model.language_model import load_model
@@ -213,7 +214,7 @@ def parts(mistral_folder):
     sae = SparseAutoencoder(model.d_model, 64, 4)
     sae.initialize(torch.randn(64, model.d_model, generator=torch.Generator().manual_seed(0)), seed=0)
     documents = [Document(f"text {i}", f"def square_{i}(x):\n    return x * x + {i} " * (i % 5 + 2)) for i in range(30)]
-    return model, sae, list(pack_with_documents(documents, model.tokenizer, 32))
+    return model, sae, list(pack(documents, model.tokenizer, 32))
 
 
 def test_what_was_made_from_anything_else_is_not_used(parts, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from synthetic_activations import SETTINGS, Corpus, F, Letters, T, cache_of
 
-from mistral_sae.data.tokens import Document, pack_with_documents
+from mistral_sae.data.records import Document
+from mistral_sae.data.tokens import pack
 from mistral_sae.explain import cache, examples, scoring
 from mistral_sae.explain.cache import is_for_scoring
 from mistral_sae.explain.examples import FeatureRecords, Sample, Settings, from_intervals, peaks, strongest
@@ -89,7 +90,7 @@ def test_each_interval_of_the_range_is_filled_as_far_as_documents_go(corpus, cac
 
 
 def test_a_document_is_left_to_the_interval_that_has_no_other(tmp_path):
-    rows = list(pack_with_documents([Document(name, "a" * 39) for name in "ab"], Letters(), 40))
+    rows = list(pack([Document(name, "a" * 39) for name in "ab"], Letters(), 40))
     values = torch.zeros(2, 40, 1)
     values[0, 5], values[0, 30], values[1, 20] = 1.0, 0.1, 0.9
     found = cache_of(tmp_path, rows, values, torch.zeros(2, 40, 1, dtype=torch.long), 1).activations(0)
@@ -100,7 +101,7 @@ def test_a_document_is_left_to_the_interval_that_has_no_other(tmp_path):
 
 def test_early_and_late_documents_are_chosen_alike(tmp_path):
     n_documents, chosen = 60, Counter()
-    rows = [row for i in range(n_documents) for row in pack_with_documents([Document(f"{i}", "abcd")], Letters(), 5)]
+    rows = [row for i in range(n_documents) for row in pack([Document(f"{i}", "abcd")], Letters(), 5)]
     found = cache_of(tmp_path, rows, torch.ones(60, 5, 1), torch.zeros(60, 5, 1, dtype=torch.long), 1)
     passages = peaks(found.activations(0), 3, 3)
     for seed in range(400):
@@ -206,7 +207,7 @@ def test_a_sample_is_of_shards_all_over_the_corpus(cached, monkeypatch):
 
 def test_a_corpus_without_documents_for_scoring_gives_no_negatives(tmp_path):
     name = next(name for name in map(str, range(100)) if not is_for_scoring(name))
-    rows = list(pack_with_documents([Document(name, "abcd")], Letters(), 5))
+    rows = list(pack([Document(name, "abcd")], Letters(), 5))
     found = cache_of(tmp_path, rows, torch.ones(1, 5, 1), torch.zeros(1, 5, 1, dtype=torch.long), 4)
     sample, none = Sample(found, SETTINGS), np.zeros(0, dtype=int)
     assert len(sample.random(3, none, 5, none).tokens) == 0
@@ -226,7 +227,7 @@ def parts(mistral_folder):
     sae.initialize(torch.randn(64, model.d_model, generator=torch.Generator().manual_seed(0)), seed=0)
     sae.W_dec.data *= torch.linspace(0.5, 2, 64).unsqueeze(1)  # what others trained has rows of any norm
     documents = [Document(f"text {i}", text) for i, text in enumerate(TEXTS)]
-    rows = list(pack_with_documents(documents, model.tokenizer, 32))
+    rows = list(pack(documents, model.tokenizer, 32))
     return model, sae, rows
 
 
@@ -288,7 +289,7 @@ def test_held_out_passages_that_repeat_an_explaining_one_are_left_out(parts, tmp
     documents = [Document(next(explaining), text) for text in TEXTS[:20]]
     copies, others = TEXTS[:20], [text.replace("square", "cube") for text in TEXTS[20:]]
     documents += [Document(next(scoring), text) for text in (*copies, *others)]
-    rows = [row for each in documents for row in pack_with_documents([each], model.tokenizer, 32)]
+    rows = [row for each in documents for row in pack([each], model.tokenizer, 32)]
     found = cache_of_model(tmp_path, model, sae, rows)
     everything = SETTINGS._replace(top=100, spread=100, held_out=100, right=0)
     records = list(records_of(found, range(64), parts, everything))
@@ -354,7 +355,7 @@ def test_a_brief_record_is_the_record_without_what_takes_time(parts, of_model):
 
 
 def test_a_dead_feature_has_a_record(parts, tmp_path):
-    rows = list(pack_with_documents([Document("a", "abcd")], Letters(), 5))
+    rows = list(pack([Document("a", "abcd")], Letters(), 5))
     found = cache_of(tmp_path, rows, torch.ones(1, 5, 1), torch.zeros(1, 5, 1, dtype=torch.long), 64)
     record = records_of(found, [7], parts)[7]
     assert (record.density, record.maximum, sum(record.histogram)) == (0, 0, 0)
@@ -368,7 +369,7 @@ def sparse(parts, tmp_path_factory):
     random = np.random.default_rng(0)
     texts = ("".join(chr(97 + i) for i in random.integers(0, 26, n)) for n in random.integers(50, 700, 300))
     documents = [Document(f"text {i}", text) for i, text in enumerate(texts)]
-    rows = list(pack_with_documents(documents, model.tokenizer, 256))
+    rows = list(pack(documents, model.tokenizer, 256))
     values = random.exponential(size=(len(rows), 256, 2)) * (random.random((len(rows), 256, 2)) < 0.15)
     indices = random.integers(0, 32, values.shape) + np.array([0, 32])
     folder = tmp_path_factory.mktemp("activations")

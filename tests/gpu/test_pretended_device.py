@@ -5,6 +5,7 @@ import torch
 from pretended import OnDevice, pretended
 
 from mistral_sae.data.activations import shuffled_batches
+from mistral_sae.data.tokens import Row
 from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import Evaluator
@@ -160,12 +161,13 @@ def test_only_a_number_that_is_logged_waits_in_the_training_loop(gpu, tokens):
     model = load_model(None, last_layer=2, device="cuda", dtype="float32")
     config = TrainConfig(model.d_model, d_hidden=256, k=4, batch_size=64, k_aux=8, dead_after_tokens=256)
     trainer = Trainer(config, model.device)
-    batches = shuffled_batches(iter(tokens), model, 2, batch_size=64, buffer_tokens=512, rows_per_forward=4, seed=0)
-    trainer.initialize(next(batches))
+    rows = (Row(row, row, []) for row in tokens)
+    batches = shuffled_batches(rows, model, 2, batch_size=64, buffer_tokens=512, rows_per_forward=4, seed=0)
+    trainer.initialize(next(batches).x)
     trainer.find_dead()
     figures = []
     gpu.waits.clear()
-    for x in batches:
+    for x, _ in batches:
         figures.append(torch.stack(trainer.step(x, 1e-3)))
         if len(figures) == 10:
             trainer.find_dead()
