@@ -14,6 +14,7 @@ from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, encode
 from mistral_sae.sae.kernels.step import SMALLEST_VARIANCE, sparse_step, squared_norm, variation
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
+DENSE = ("relu", "jumprelu")
 SLOTS = 4  # times K: what one token may have active under BatchTopK; a token that wants more is cut there
 
 
@@ -22,10 +23,9 @@ def activation_of(architecture: str) -> str:
     return "jumprelu" if architecture in ("batchtopk", "matryoshka") else architecture
 
 
-def prefix_ends(n_features: int, prefixes: tuple[float, ...]) -> Tensor:
-    """The number of features in each nested autoencoder (P), from shares of all; the last one has all of them."""
-    ends = {max(1, round(share * n_features)) for share in prefixes if share < 1}
-    return torch.tensor(sorted(ends | {n_features}))
+def nested_sizes(n_features: int, levels: int) -> Tensor:
+    """The number of features in each nested autoencoder of Matryoshka (P): all, half of them, half of those ..."""
+    return torch.tensor(sorted({max(1, n_features >> level) for level in range(levels)}))
 
 
 @torch.no_grad()
@@ -54,9 +54,9 @@ def batchtopk_step(
     return sparse_step(z, centered, weights, values, indices, aux, ends), least
 
 
-def threshold_after(threshold_F: Tensor, least: Tensor, is_first: bool) -> Tensor:
-    """The threshold after a step of BatchTopK: a moving average over some hundred steps, one for all features."""
-    return least.expand_as(threshold_F) if is_first else torch.lerp(threshold_F, least.expand_as(threshold_F), 0.01)
+def threshold_after(threshold_F: Tensor, least: Tensor, steps: Tensor) -> Tensor:
+    """The threshold after so many steps of BatchTopK: a moving average over about ten, one for all features."""
+    return torch.lerp(threshold_F, least.expand_as(threshold_F), (1 / (steps + 1)).clamp_min(0.1))
 
 
 @torch.no_grad()

@@ -140,6 +140,6 @@ def test_jumprelu_equals_dense_autograd_with_the_papers_pseudo_derivatives(B, D,
     same_gradients(step, leaves)
 
 
-def test_prefixes_are_shares_of_the_features_and_end_with_all_of_them():
-    assert architectures.prefix_ends(1000, (1 / 16, 0.25)).tolist() == [62, 250, 1000]
-    assert architectures.prefix_ends(4, (1 / 16, 1 / 8, 1.0)).tolist() == [1, 4]
+def test_nested_sizes_halve_and_end_with_all_features():
+    assert architectures.nested_sizes(1000, 4).tolist() == [125, 250, 500, 1000]
+    assert architectures.nested_sizes(3, 5).tolist() == [1, 3]
