@@ -75,6 +75,14 @@ class TrainConfig:
         """The step from which the learning rate falls."""
         return int((1 - self.decay_fraction) * self.steps)
 
+    def active(self) -> str:
+        """How many features are active, in words."""
+        if self.architecture in DENSE:
+            return f"as many active as the penalty leaves ({self.architecture})"
+        if self.architecture == "topk":
+            return f"of which {self.k} are active on a token"
+        return f"of which {self.k} are active on a token, on average ({self.architecture})"
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, plateau, linear decay."""
         warm_up = (step + 1) / max(1, self.warm_up_steps)
