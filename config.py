@@ -41,7 +41,13 @@ TRAIN_TOKENS: int | None = 1_200_000 if ON_STANDIN else None  # residuals traine
 
 # ---- sparse autoencoder ----
 D_HIDDEN: int | None = 8192 if ON_STANDIN else None  # features: 32 times the model's width (131,072)
-K: int | None = 32 if ON_STANDIN else None  # active features a token (128)
+K: int | None = 32 if ON_STANDIN else None  # active features a token (128); relu and jumprelu have none
+# "topk" (Gao et al. 2024), "batchtopk" and "matryoshka" (Bussmann et al. 2024 and 2025), "relu" (Templeton et al. 2024)
+# or "jumprelu" (Rajamanoharan et al. 2024): sae/architectures.py has the equations
+ARCHITECTURE: str = "topk"
+MATRYOSHKA_LEVELS: int = 5  # nested autoencoders: of all features, of half of them, of half of those ...
+SPARSITY_COEFFICIENT: float = 1.0  # weight of relu's and jumprelu's penalty beside the squared error
+BANDWIDTH: float = 0.1  # of jumprelu: how near a threshold a pre-activation teaches it
 SEED: int = 0  # of the initialization and the order of the data
 
 # ---- training ----
@@ -165,7 +171,8 @@ def check_numbers() -> None:
     """
     for name, (least, most) in {
         "TARGET_LAYER": (0, 999), "CONTEXT_LENGTH": (3, 2**20), "D_HIDDEN": (1, 2**27), "K": (1, 2**27),
-        "TRAIN_TOKENS": (1, 1e15), "BATCH_SIZE": (2, 2**24), "SEED": (0, 2**32 - 1), "WARM_UP_STEPS": (0, 1e12),
+        "MATRYOSHKA_LEVELS": (1, 27), "TRAIN_TOKENS": (1, 1e15),
+        "BATCH_SIZE": (2, 2**24), "SEED": (0, 2**32 - 1), "WARM_UP_STEPS": (0, 1e12),
         "K_AUX": (0, 2**27), "AUXK_COEFFICIENT": (0, 1e6), "AUXK_FEATURES": (0, 2**27), "DEAD_AFTER_TOKENS": (1, 1e15),
         "SHUFFLE_ROWS": (1, 2**27), "BUFFER_TOKENS": (2, 2**32), "ROWS_PER_FORWARD": (1, 2**20),
         "EVALUATION_ROWS": (1, 2**20), "EVALUATION_STRIDE": (1, 1e9), "EVALUATIONS": (1, 10_000), "LOG_EVERY": (1, 1e9),
@@ -179,6 +186,7 @@ def check_numbers() -> None:
         expected = f"at least {least}" if value is not None and value < least else f"at most {most:,.0f}"
         expect(name, value, value is None or least <= value <= most, expected)
     for name, most in {
+        "SPARSITY_COEFFICIENT": 1e9, "BANDWIDTH": 1e3,
         "LEARNING_RATE": 10, "MAX_GRADIENT_NORM": 1e9, "DECAY_FRACTION": 1, "REQUEST_TIMEOUT": 1e6,
         "REQUEST_DEADLINE": 1e6, "MAX_DOLLARS": 1e9, "MAX_API_TOKENS": 1e15,
     }.items():  # fmt: skip
@@ -190,6 +198,7 @@ def check_numbers() -> None:
 def check_choices() -> None:
     """The same of what is one of a few words."""
     for name, choices in {
+        "ARCHITECTURE": ("topk", "batchtopk", "matryoshka", "relu", "jumprelu"),
         "MOMENTS_DTYPE": ("float32", "bfloat16"),
         "EXPLAINER": ("openai", "mistral", "offline"),
         "METHOD": ("clamp", "add", "ablate", "raw"),

@@ -121,7 +121,7 @@ def make_plan(corpus: Corpus) -> tuple[Filled, TrainConfig, int | None]:
     print(f"layer     {layer} of 0 to {last} ({hook_name(layer)})")
     print(f"corpus    {corpus.check()}")
     print(f"tokens    {filled.TRAIN_TOKENS:,} in {training.steps:,} steps of {filled.BATCH_SIZE:,}")
-    print(f"features  {filled.D_HIDDEN:,}, of which {filled.K} are active on a token")
+    print(f"features  {filled.D_HIDDEN:,}, {training.active()}")
     if computed:
         print(f"computed  from the model and the device\n{shown(computed)}")
     rows, free = row_bytes(filled.SHUFFLE_ROWS, config.CONTEXT_LENGTH), free_memory("cpu")

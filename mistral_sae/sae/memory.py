@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import psutil
 import torch
 
+from mistral_sae.sae.architectures import DENSE, SLOTS
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.features import CHUNK_BYTES as CHUNK
@@ -72,7 +73,13 @@ def memory_plan(
     chunks = [chunk_bytes(kind, torch.float32, F), chunk_bytes(kind, torch.bfloat16, F)]
     encoder_float32, encoder_bf16 = (int(work * min(size, 4 * config.batch_size * F)) for size in chunks)
     bf16_encoder = 2 * D * F  # a copy of W_enc, in training
-    batch = 4 * config.batch_size * (6 * D + 8 * config.k)  # standardised, centered, error; indices, values, bags
+    slots, parts = 1, 1
+    if config.architecture in ("batchtopk", "matryoshka"):
+        slots, parts = SLOTS, 3 * config.matryoshka_levels if config.architecture == "matryoshka" else 1
+    # Standardised, centered, error, and that of each nested autoencoder; indices, values, bags
+    batch = 4 * config.batch_size * ((5 + parts) * D + 8 * slots * config.k)
+    if config.architecture in DENSE:  # activations, their gradients and what they are made of; two whole gradients
+        batch += 4 * F * (5 * config.batch_size + 3 * D)
     # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
     # (as many as half of them), and four times their rows: of both matrices and of both gradients
     auxk = 4 * min(config.auxk_features, F) * (4 * config.batch_size + 4 * D)

@@ -14,18 +14,26 @@ from mistral_sae.sae.kernels.portable import adam_
 
 
 class SAEAdam:
-    """Adam over the four parameters of a SparseAutoencoder, moments in float32 or bfloat16.
+    """Adam over the parameters of a SparseAutoencoder, moments in float32 or bfloat16.
 
     bfloat16 halves the optimizer's memory. Its second moment would stop moving, since 0.999 is closer to 1 than
     bfloat16 can step, so both moments are rounded stochastically: right on average.
     """
 
-    def __init__(self, sae: SparseAutoencoder, moments: torch.dtype = torch.float32, W_enc_bf16: Tensor | None = None):
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        moments: torch.dtype = torch.float32,
+        W_enc_bf16: Tensor | None = None,
+        trains_threshold: bool = False,
+    ):
         """`W_enc_bf16` (D, F), if given, is kept a copy of W_enc."""
         if moments not in (torch.float32, torch.bfloat16):
             raise ValueError(f"moments must be float32 or bfloat16: found {moments}")
         # Feature by feature, as the matrices lie in memory
         self.parameters = {name: p.data.T if name == "W_enc" else p.data for name, p in sae.named_parameters()}
+        if trains_threshold:
+            self.parameters["threshold"] = sae.threshold
         self.first = {name: torch.zeros_like(p, dtype=moments) for name, p in self.parameters.items()}
         self.second = {name: torch.zeros_like(p, dtype=moments) for name, p in self.parameters.items()}
         self.copies = {} if W_enc_bf16 is None else {"W_enc": W_enc_bf16.T}
@@ -37,6 +45,8 @@ class SAEAdam:
         kernels = operations(self.steps.device)
         matrices = {"W_enc": gradients.W_enc, "W_dec": gradients.W_dec}
         biases = {"b_enc": gradients.b_enc, "b_dec": gradients.b_dec}
+        if gradients.threshold is not None:
+            biases["threshold"] = gradients.threshold
         squares = [gradient.square().sum() for gradient in biases.values()]
         squares += [kernels.squares(gradient) for gradient in matrices.values()]
         norm = torch.stack(squares).sum().clamp_min(0.0).sqrt()
@@ -45,6 +55,8 @@ class SAEAdam:
         rates = Rates(learning_rate, divisor, self.steps)
         for name, bias in biases.items():
             adam_(self._state(name), bias, rates)
+        if "threshold" in biases:
+            self.parameters["threshold"].clamp_(min=0.0)
         for name, matrix in matrices.items():
             kernels.adam_rows(self._state(name), matrix, rates)
         self.steps += 1

@@ -1,4 +1,4 @@
-"""The training of a TopK autoencoder: its sizes, one step, and the checkpoint that a run continues from.
+"""The training of an autoencoder: its sizes, one step, and the checkpoint that a run continues from.
 
 Shapes: B tokens, D model width, F features.
 """
@@ -14,9 +14,19 @@ from torch import Tensor
 
 from mistral_sae.cli import UserError
 from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.sae.architectures import (
+    ARCHITECTURES,
+    DENSE,
+    activation_of,
+    batchtopk_step,
+    jumprelu_step,
+    nested_sizes,
+    relu_step,
+    threshold_after,
+)
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.features import Counts
-from mistral_sae.sae.kernels import AuxK, bf16_pays, topk_step
+from mistral_sae.sae.kernels import AuxK, Step, bf16_pays, topk_step
 from mistral_sae.sae.optimizer import SAEAdam
 
 NEVER = torch.iinfo(torch.int64).max
@@ -29,6 +39,10 @@ class TrainConfig:
     d_model: int
     d_hidden: int
     k: int
+    architecture: str = "topk"
+    matryoshka_levels: int = 5
+    sparsity_coefficient: float = 0.0
+    bandwidth: float = 0.0
     train_tokens: int = 1_000_000
     batch_size: int = 1024
     learning_rate: float = 1e-3
@@ -61,6 +75,14 @@ class TrainConfig:
         """The step from which the learning rate falls."""
         return int((1 - self.decay_fraction) * self.steps)
 
+    def active(self) -> str:
+        """How many features are active, in words."""
+        if self.architecture in DENSE:
+            return f"as many active as the penalty leaves ({self.architecture})"
+        if self.architecture == "topk":
+            return f"of which {self.k} are active on a token"
+        return f"of which {self.k} are active on a token, on average ({self.architecture})"
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, plateau, linear decay."""
         warm_up = (step + 1) / max(1, self.warm_up_steps)
@@ -79,7 +101,7 @@ class Figures(NamedTuple):
 
 
 class Trainer:
-    """A TopK autoencoder in training, with Adam's moments and counts of what fired (Gao et al. 2024).
+    """An autoencoder in training, with Adam's moments and counts of what fired (Gao et al. 2024).
 
     `bf16` nominates active features by a bfloat16 product (`kernels.encode`); None does so where it pays. The copy of
     W_enc that this takes is kept up to date by `initialize`, `load` and each `step`.
@@ -87,10 +109,15 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu", bf16: bool | None = None):
         self.config = config
-        self.sae = SparseAutoencoder(config.d_model, config.d_hidden, config.k, device=device).requires_grad_(False)
+        activation = activation_of(config.architecture)
+        self.sae = SparseAutoencoder(config.d_model, config.d_hidden, config.k, activation=activation, device=device)
+        self.sae.requires_grad_(False)
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
+        self.bf16 &= config.architecture not in DENSE  # which have no features to nominate
         self.W_enc_bf16 = torch.empty_like(self.sae.W_enc, dtype=torch.bfloat16) if self.bf16 else None
-        self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype), self.W_enc_bf16)
+        trains_threshold = config.architecture == "jumprelu"
+        self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype), self.W_enc_bf16, trains_threshold)
+        self.ends = nested_sizes(config.d_hidden, config.matryoshka_levels).to(device)
         self.since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens
         self.counts = Counts(config.d_hidden, device)  # since `forget_counts`
         self.find_dead()
@@ -98,6 +125,10 @@ class Trainer:
     def initialize(self, x: Tensor) -> None:
         """Start from random features around the first residuals x (B, D)."""
         self.sae.initialize(self.sae.standardize(x)[0], self.config.seed)
+        if self.config.architecture in DENSE:  # half of the features fire, which together are to give z and no more
+            self.sae.W_enc.mul_(min(1.0, 2 * self.config.d_model / self.config.d_hidden))
+        if self.config.architecture == "jumprelu":
+            self.sae.threshold.fill_(self.config.bandwidth)
         self._copy_W_enc()
 
     def _copy_W_enc(self) -> None:
@@ -112,10 +143,8 @@ class Trainer:
 
     def step(self, x: Tensor, learning_rate: float) -> Figures:
         """Train on residuals x (B, D)."""
-        config, z = self.config, self.sae.standardize(x)[0]
-        # Forward and backward
-        aux = AuxK(self.dead[: config.auxk_features], config.k_aux, config.auxk_coefficient)
-        step = topk_step(z, self.sae.weights._replace(W_enc_bf16=self.W_enc_bf16), config.k, aux)
+        config = self.config
+        step = self._forward_and_backward(self.sae.standardize(x)[0])
         # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
         gradient_norm = self.adam.step(step, learning_rate, config.max_gradient_norm)
         # Remember what fired
@@ -123,6 +152,26 @@ class Trainer:
         self.since_fired.add_(len(x)).scatter_reduce_(0, step.indices.flatten(), silent, "amin")
         self.counts.add(step.values, step.indices)
         return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm)
+
+    def _forward_and_backward(self, z: Tensor) -> Step:
+        """Loss and gradients on standardised residuals z (B, D)."""
+        config, weights = self.config, self.sae.weights._replace(W_enc_bf16=self.W_enc_bf16)
+        aux = AuxK(self.dead[: config.auxk_features], config.k_aux, config.auxk_coefficient)
+        # The penalty grows over the first twentieth, or most features would die at once (Templeton et al. 2024)
+        penalty = config.sparsity_coefficient * (20 * (self.adam.steps + 1) / config.steps).clamp_max(1.0)
+        match config.architecture:
+            case "topk":
+                return topk_step(z, weights, config.k, aux)
+            case "batchtopk" | "matryoshka":
+                ends = self.ends if config.architecture == "matryoshka" else None
+                step, least = batchtopk_step(z, weights, config.k, aux, ends)
+                self.sae.threshold.copy_(threshold_after(self.sae.threshold, least, self.adam.steps))
+                return step
+            case "relu":
+                return relu_step(z, weights, penalty)
+            case "jumprelu":
+                return jumprelu_step(z, weights, self.sae.threshold, penalty, config.bandwidth)
+        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}: found {config.architecture!r}")
 
     def forget_counts(self) -> None:
         """Measure the features' densities and maxima from here on: earlier ones belong to other weights."""
@@ -134,7 +183,7 @@ class Trainer:
         weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
         counts = {"since_fired": self.since_fired, "fired": self.counts.fired_F, "maximum": self.counts.maximum_F}
         counts["counted_tokens"] = torch.tensor(self.counts.tokens)
-        return weights | self.adam.state() | counts
+        return weights | dict(self.sae.named_buffers()) | self.adam.state() | counts
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises SAEError where a tensor is missing."""

@@ -1,10 +1,12 @@
-"""The sparse forward and backward of the TopK step.
+"""The sparse forward and backward of a TopK step, and of those like it.
 
 Only the encoder product is dense. Everything behind it touches K of F features a token: the decoder gathers rows,
 both weight gradients sum over the tokens in which a feature fired, the gradient of an activation is one inner product.
 
 Shapes: B tokens, D model width, F features, K active features, A dead features.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -87,19 +89,43 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None) -> S
         k: active features a token.
         aux: None for the first term alone.
     """
-    W_enc, b_enc, W_dec, b_dec, W_enc_bf16 = weights
-    centered = z - b_dec
-    values, indices = encode(centered, W_enc, b_enc, k, W_enc_bf16)
-    values = values.relu_()
-    error = centered - decode(values, indices, W_dec)
+    centered = z - weights.b_dec
+    values, indices = encode(centered, weights.W_enc, weights.b_enc, k, weights.W_enc_bf16)
+    return sparse_step(z, centered, weights, values.relu_(), indices, aux)
+
+
+@torch.no_grad()
+def sparse_step(
+    z: Tensor,
+    centered: Tensor,
+    weights: Weights,
+    values: Tensor,
+    indices: Tensor,
+    aux: AuxK | None,
+    ends: Tensor | None = None,
+) -> Step:
+    """The loss of `topk_step` and its gradients where the active features (B, K) are known; a value of 0 is none.
+
+    `ends` (P), ascending and the last of them F, make it the mean of P losses: of the first ends[0] features, of the
+    first ends[1], and so on, each with all of b_dec (Bussmann et al. 2025). AuxK sees what all features leave.
+    """
+    W_enc, W_dec = weights.W_enc, weights.W_dec
     variance = variation(z).clamp_min(SMALLEST_VARIANCE)
-    normalized_mse = squared_norm(error) / variance
     scale = -2 / variance
-    used, dense = [Used(indices, values, scale * (values > 0), error, scale)], None
-    loss, auxk = normalized_mse, z.new_zeros(())
+    if ends is None:
+        part, error = None, centered - decode(values, indices, W_dec)
+        nested = errors = error
+    else:
+        part, nested = nested_errors(centered, values, indices, W_dec, ends)
+        error = nested[-1]
+        errors = nested.flip(0).cumsum(0).flip(0).div_(len(ends)).flatten(0, 1)  # of all losses a feature is in
+    normalized_mse = squared_norm(error) / variance
+    loss = normalized_mse if ends is None else squared_norm(nested.flatten(0, 1)) / variance / len(ends)
+    used, dense = [Used(indices, values, scale * (values > 0), errors, scale, part)], None
+    auxk = z.new_zeros(())
     if aux is not None and len(aux.dead) and aux.k and aux.coefficient:
         auxk, of_dead = auxk_loss(error, centered, weights, aux)
-        loss = normalized_mse + aux.coefficient * auxk
+        loss = loss + aux.coefficient * auxk
         if isinstance(of_dead, Used):
             used.append(of_dead)
         else:
@@ -115,8 +141,24 @@ def topk_step(z: Tensor, weights: Weights, k: int, aux: AuxK | None = None) -> S
         W_enc=grad_W_enc,
         b_enc=grad_b_enc,
         W_dec=grad_W_dec,
-        b_dec=scale * error.sum(dim=0) - W_enc @ grad_b_enc,  # it also enters every pre-activation, by the centering
+        # It also enters every pre-activation, by the centering
+        b_dec=scale * errors[: len(z)].sum(dim=0) - W_enc @ grad_b_enc,
     )
+
+
+def nested_errors(
+    centered: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the features up to each end leave, (P, B, D), and between which two ends each feature lies, (B, K)."""
+    n_tokens, k = indices.shape
+    ordered, order = indices.sort(dim=1)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    bags = torch.searchsorted(ordered, starts.expand(n_tokens, -1).contiguous())
+    bags += torch.arange(0, n_tokens * k, k, device=bags.device).unsqueeze(1)
+    weights = values.gather(1, order).flatten()
+    decoded = F.embedding_bag(ordered.flatten(), W_dec, bags.flatten(), per_sample_weights=weights, mode="sum")
+    decoded = decoded.view(n_tokens, len(ends), -1).transpose(0, 1)
+    return torch.searchsorted(ends, indices, right=True), centered - decoded.cumsum(0)
 
 
 def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> tuple[Tensor, Used | Dense]:
@@ -154,8 +196,7 @@ def gradients(
     n_tokens, n_features, device = len(centered), len(W_dec), centered.device
     features, order = torch.cat([u.features.flatten().to(torch.int32) for u in used]).sort(stable=True)
     offsets = torch.searchsorted(features, torch.arange(n_features + 1, dtype=torch.int32, device=device))
-    rows = torch.arange(n_tokens * len(used), device=device).split(n_tokens)  # of the tokens, loss by loss
-    owners = torch.cat([r.repeat_interleave(u.features.shape[1]) for r, u in zip(rows, used, strict=True)]).take(order)
+    owners = torch.cat(list(_owners(used, n_tokens))).take(order)
     values, scaled, slopes = (
         torch.cat([part.flatten() for part in parts]).take(order)
         for parts in zip(*((u.values, u.values * u.scale, u.slopes) for u in used), strict=True)
@@ -168,9 +209,19 @@ def gradients(
     if dense is not None:
         grad_b_enc.index_add_(0, dense.features, dense.b_enc)
         along.index_add_(0, dense.features, dense.along)
-    tokens = owners % n_tokens if len(used) > 1 else owners
+    tokens = owners if len(errors) == n_tokens else owners % n_tokens
     grad_W_enc = MatrixGradient(offsets, centered, tokens, grad_values, dense and (dense.features, dense.W_enc))
     return grad_W_enc, grad_b_enc, grad_W_dec._replace(along=along, squares=squares)
+
+
+def _owners(used: list[Used], n_tokens: int) -> Iterator[Tensor]:
+    """Which row of all errors each feature of each loss has to do with."""
+    above = 0
+    for each in used:
+        rows = torch.arange(above, above + n_tokens, device=each.features.device).unsqueeze(1)
+        rows = rows.expand_as(each.features) if each.part is None else rows + n_tokens * each.part
+        yield rows.flatten()
+        above += len(each.error)
 
 
 def _sums(terms: Tensor, offsets: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class AuxK(NamedTuple):
 class Step(NamedTuple):
     """Loss and gradients of one batch; scalars are tensors, so that nothing waits for the device."""
 
-    loss: Tensor  # normalized_mse + auxk coefficient * auxk
+    loss: Tensor  # normalized_mse + auxk coefficient * auxk, or the architecture's own
     normalized_mse: Tensor
     auxk: Tensor
     l0: Tensor  # mean number of features with an activation above 0
@@ -109,6 +109,7 @@ class Step(NamedTuple):
     b_enc: Tensor  # gradient (F)
     W_dec: MatrixGradient  # (F, D)
     b_dec: Tensor  # gradient (D)
+    threshold: Tensor | None = None  # gradient (F), where each feature has a threshold that is trained
 
 
 class Used(NamedTuple):
@@ -117,8 +118,9 @@ class Used(NamedTuple):
     features: Tensor  # (B, k)
     values: Tensor  # (B, k), their activations
     slopes: Tensor  # (B, k), times the inner product of error and decoder row: the gradient of a pre-activation
-    error: Tensor  # (B, D), what they leave
+    error: Tensor  # (B, D), what they leave; (P B, D) where a feature is in some of P losses, its own part of them
     scale: Tensor  # (), times the error: the gradient of what they decode to
+    part: Tensor | None = None  # (B, k) which of the P parts each feature's error is
 
 
 class Dense(NamedTuple):
