@@ -431,7 +431,7 @@ def step_of_checkpoint(run_dir):
 
 
 def test_too_large_a_learning_rate_stops_the_run_with_the_step(here, arguments, tmp_path):
-    ran = here(arguments(tmp_path / "run", LEARNING_RATE=1e6, WARM_UP_STEPS=0))
+    ran = here(arguments(tmp_path / "run", LEARNING_RATE=10.0, WARM_UP_STEPS=0))
     assert ran.code == 1
     assert re.match(
         r"error: the normalized MSE is \S+, the loss \S+ at step 5, .*no checkpoint yet.*LEARNING_RATE", ran.last_line
