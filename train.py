@@ -206,6 +206,8 @@ def train(
                 # The mean hides a loss that exploded just now, and no loss has seen the weights that are to be saved
                 latest = reconstruction(trainer.sae, [x]).normalized_mse if save_now else figures[-1][1].item()
                 record = record_of(trainer, step, figures, time.monotonic() - started)
+                if record.pop("finite") < 1:
+                    evaluate.model.check_finite(torch.tensor(math.nan), f"residuals of layer {filled.TARGET_LAYER}")
                 check_loss(record["normalized_mse"], latest, record["loss"], step, run_dir)
                 if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
                     record["dead"] = len(trainer.find_dead())
@@ -243,11 +245,13 @@ def check_loss(normalized_mse: float, latest: float, loss: float, step: int, run
     """Raise Failed if a normalized MSE is far above that of predicting the mean, or the loss no number."""
     worst = latest if not latest <= EXPLODED else normalized_mse  # a NaN is not smaller, either
     if not (worst <= EXPLODED and math.isfinite(loss)):
-        last = run_dir / "checkpoint.safetensors"
-        kept = f"the last good checkpoint is kept in {last}" if last.exists() else "there was no checkpoint yet"
+        last, do = run_dir / "checkpoint.safetensors", "start it again with a lower LEARNING_RATE"
+        kept = (
+            f"; it goes on from the last good checkpoint, {last}" if last.exists() else ": there is no checkpoint yet"
+        )
         raise cli.Failed(
             f"the normalized MSE is {worst:.3g}, the loss {loss:.3g} at step {step:,}, expected below {EXPLODED:g}; "
-            f"{kept}; start it again with a lower LEARNING_RATE, and it goes on from there"
+            f"{do}{kept}"
         )
 
 

@@ -206,7 +206,7 @@ def active(
     """Token (its place in the batch, row by row), feature and float16 value (N each) of the activations, by token.
 
     Only positions where `counts_BT` are encoded: an autoencoder without a fixed K may have thousands of features
-    active on a BOS.
+    active on a BOS. Raises NotFinite where a residual is.
     """
     x_BTD = model.residuals(tokens_BT, layer)
     places = counts_BT.flatten().nonzero().squeeze(1).to(x_BTD.device)
@@ -214,7 +214,9 @@ def active(
     step = max(1, len(places)) if sae.activation == "topk" else tokens_BT.shape[1]
     parts = []
     for some in places.split(step):
-        encoded = sae.encode(x_BTD.flatten(0, 1)[some], bf16=kernels.bf16_pays(x_BTD.device))
+        x_ND = x_BTD.flatten(0, 1)[some]
+        model.check_finite(x_ND, f"residuals of layer {layer}")
+        encoded = sae.encode(x_ND, bf16=kernels.bf16_pays(x_BTD.device))
         values = encoded.values.clamp(max=LARGEST).half()
         which, column = (values > 0).nonzero(as_tuple=True)
         parts.append((some[which], encoded.indices[which, column], values[which, column]))

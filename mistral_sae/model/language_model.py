@@ -45,6 +45,10 @@ class Cache:
     length: int = 0  # positions seen
 
 
+class NotFinite(ModelError):
+    """A model whose residuals or logits are not finite."""
+
+
 class LanguageModel:
     """A Mistral in evaluation mode, without gradients; `load_model` makes one.
 
@@ -57,7 +61,8 @@ class LanguageModel:
         last_layer: the last layer that was loaded, or None if all of the model was.
         device, dtype: of the weights and the residuals.
         special_ids: of BOS, EOS, padding and what else was asked for, whose residuals say nothing.
-        span: (B, T, start) of the forward in progress, start being the position of its first token.
+        span: (B, T, start) of the forward in progress, or the last one, start being the position of its first token.
+        tokens_BT: its tokens.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class LanguageModel:
         self.device, self.dtype, self.special_ids = device, dtype, list(special_ids)
         on_cpu = torch.tensor(self.special_ids, dtype=torch.long)
         self._special = {"cpu": on_cpu, device.type: on_cpu.to(device)}
-        self.span, self._tokens_BT = (0, 0, 0), torch.zeros(0, 0, dtype=torch.long)
+        self.span, self.tokens_BT = (0, 0, 0), torch.zeros(0, 0, dtype=torch.long)
 
     def kept(self, tokens_BT: Tensor) -> Tensor:
         """Where residuals are trained on, scored and steered (B, T): not at the first position, nor at special tokens.
@@ -91,7 +96,7 @@ class LanguageModel:
     @property
     def special_BT(self) -> Tensor:
         """Which tokens of the forward in progress are special."""
-        return self._is_special(self._tokens_BT)
+        return self._is_special(self.tokens_BT)
 
     def _is_special(self, tokens_BT: Tensor) -> Tensor:
         return torch.isin(tokens_BT, self._special[tokens_BT.device.type])
@@ -138,6 +143,15 @@ class LanguageModel:
             return self.forward(tokens_BT)[:, :-1].log_softmax(dim=-1)
         with edit_residual(self, layer, replace, first_position=1, special=False):
             return self.log_probabilities(tokens_BT)
+
+    def check_finite(self, numbers: Tensor, what: str) -> None:
+        """Raise NotFinite if some of the model's residuals or logits are not finite; waits for their device."""
+        if not bool(numbers.isfinite().all()):
+            if self.dtype == torch.float16:
+                do = "float16 ends at 65,504: set DTYPE to bfloat16 or float32"
+            else:
+                do = "its weights are damaged: get them again"
+            raise NotFinite(f"found NaN or infinity in the {what} of {self.name}, expected finite numbers; {do}")
 
     def unembed(self, x_ND: Tensor) -> Tensor:
         """Logits (N, V) in float32 of vectors as if each were the residual after the last layer: the logit lens.
@@ -221,6 +235,7 @@ class LanguageModel:
         tokens_BT, ended = torch.tensor([list(prompt_ids)] * len(seeds)), [False] * len(seeds)
         for _ in range(max_tokens):
             logits_BV = self.forward(tokens_BT, cache)[:, -1].cpu()
+            self.check_finite(logits_BV, "logits")
             ids = [choose_token(row, temperature, top_p, own) for row, own in zip(logits_BV, generators, strict=True)]
             ended = [before or id == self.tokenizer.eos_id for before, id in zip(ended, ids, strict=True)]
             if all(ended):
@@ -248,7 +263,7 @@ class LanguageModel:
             expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
             raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
         tokens_BT = sent(tokens_BT, self.device)
-        self.span, self._tokens_BT = (B, T, start), tokens_BT
+        self.span, self.tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():
             hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state)
         if cache is not None:

@@ -27,6 +27,7 @@ class _Model(Protocol):
     vocab_size: int
     last_layer: int | None  # None if all of it is loaded
 
+    def check_finite(self, numbers: Tensor, what: str) -> None: ...
     def kept(self, tokens_BT: Tensor) -> Tensor: ...
     def residuals(self, tokens_BT: Tensor, layer: int) -> Tensor: ...
     def log_probabilities(
@@ -111,6 +112,7 @@ class Evaluator:
             divergence = F.kl_div(spliced, clean, log_target=True, reduction="sum").item()
             losses = (_negative_log_likelihood(logprobs, tokens) for logprobs in (clean, spliced))
             totals += torch.tensor([*losses, divergence])
+        self.model.check_finite(totals, "logits")
         clean_loss, spliced_loss, kl = (totals / self.n_tokens).tolist()
         mean, zero = self._ablated
         return CrossEntropy(

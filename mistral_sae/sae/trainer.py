@@ -98,6 +98,7 @@ class Figures(NamedTuple):
     auxk: Tensor
     l0: Tensor
     gradient_norm: Tensor  # before clipping
+    finite: Tensor  # 1 where all residuals were, else 0: a loss that is not finite may be the language model's
 
 
 class Trainer:
@@ -151,7 +152,8 @@ class Trainer:
         silent = torch.where(step.values > 0, 0, NEVER).flatten()
         self.since_fired.add_(len(x)).scatter_reduce_(0, step.indices.flatten(), silent, "amin")
         self.counts.add(step.values, step.indices)
-        return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm)
+        finite = x.isfinite().all().float()
+        return Figures(step.loss, step.normalized_mse, step.auxk, step.l0, gradient_norm, finite)
 
     def _forward_and_backward(self, z: Tensor) -> Step:
         """Loss and gradients on standardised residuals z (B, D)."""

@@ -26,7 +26,7 @@ from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus, batches
 from mistral_sae.files import hash_of
 from mistral_sae.model.hooks import edit_residual
-from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.model.language_model import LanguageModel, NotFinite
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, hash_of_sae
 from mistral_sae.sae.features import Statistics, cached_statistics, measure_statistics
@@ -73,7 +73,7 @@ def steer(
     """
     layer = loaded.metadata.residual_layer
     wanted = {feature: c for feature, c in coefficients.items() if c is not None}
-    check_coefficients(loaded.sae, wanted, method)
+    check_coefficients(loaded.sae, wanted, method, model.dtype)
     check_model(loaded, model.name, model.d_model, model.n_layers)
     if first_position < 1:
         raise SteeringError(f"found first_position {first_position}: expected 1 or more, position 0 is never edited")
@@ -81,8 +81,18 @@ def steer(
         yield
         return
     edit = make_edit(loaded.sae, wanted, method, model.device, exact=exact, directions_SD=directions_SD)
-    with edit_residual(model, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position, special=False):
-        yield
+    try:
+        with edit_residual(
+            model, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position, special=False
+        ):
+            yield
+    except NotFinite:
+        model.check_finite(model.forward(model.tokens_BT), "logits")  # raises it again if it is the model's own
+        features = ", ".join(map(str, wanted))
+        raise SteeringError(
+            f"found logits that are not finite with feature {features} steered, expected numbers, as without: "
+            f"the edit is too large for {model.dtype}, lower COEFFICIENT"
+        ) from None
 
 
 @torch.no_grad()
@@ -156,19 +166,30 @@ def activations_of(sae: SparseAutoencoder, x: Tensor, features_S: Tensor) -> tup
 # ---- what can be steered ----
 
 
-def check_coefficients(sae: SparseAutoencoder, coefficients: Mapping[int, Coefficient], method: str) -> None:
-    """Raise SteeringError for an unknown method, an unknown feature or a coefficient that is not a finite number."""
+def check_coefficients(
+    sae: SparseAutoencoder, coefficients: Mapping[int, Coefficient], method: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise SteeringError for an unknown method, an unknown feature or a coefficient that the edit has no room for.
+
+    It is added to residuals of `dtype`, and norms square them in float32.
+    """
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max ** 0.5)
     if method not in METHODS:
         raise SteeringError(f"found METHOD {method!r}: expected {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     for feature, c in coefficients.items():
         if type(feature) is not int or not 0 <= feature < sae.n_features:
             raise SteeringError(f"found feature {feature!r}: expected a whole number from 0 to {sae.n_features - 1}")
-        if isinstance(c, Tensor):
-            is_finite = not bool(c.isinf().any())
+        if c is None:
+            continue
+        if isinstance(c, Tensor):  # where it is NaN the feature stays as it is
+            size = float(c.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).abs().max())
         else:
-            is_finite = c is None or (isinstance(c, int | float) and math.isfinite(c))
-        if not is_finite:
-            raise SteeringError(f"found coefficient {c!r} of feature {feature}: expected a finite number")
+            size = abs(c) if isinstance(c, int | float) else math.nan
+        if not size <= most:
+            raise SteeringError(
+                f"found coefficient {c!r} of feature {feature}, expected a finite number of at most {most:.2g}, "
+                f"for which {str(dtype).removeprefix('torch.')} has room: lower COEFFICIENT"
+            )
 
 
 # ---- edits in the user's units ----
@@ -201,7 +222,7 @@ class Edit:
 
     def in_units_of_steer(self, subject: Subject) -> Mapping[int, Coefficient]:
         """The coefficients that `steer` takes. Raises SteeringError for what cannot be steered."""
-        check_coefficients(subject.loaded.sae, self.coefficients, self.method)
+        check_coefficients(subject.loaded.sae, self.coefficients, self.method, subject.model.dtype)
         if self.method != "clamp":
             return self.coefficients
         found: dict[int, Coefficient] = {}
@@ -213,6 +234,7 @@ class Edit:
                     "expected one that did, or METHOD=add"
                 )
             found[feature] = None if c is None else c * maximum
+        check_coefficients(subject.loaded.sae, found, self.method, subject.model.dtype)
         return found
 
     def context(
@@ -259,10 +281,15 @@ def statistics_of(
         "text": f"{n_rows} rows of {corpus}",
     }
 
+    def residuals(tokens_RT: Tensor) -> Tensor:
+        x_ND = residuals_of(model, tokens_RT, layer)
+        model.check_finite(x_ND, f"residuals of layer {layer}")
+        return x_ND
+
     def measure() -> Statistics:
         print(f"the autoencoder comes without its features' maxima: from {MAXIMUM_TOKENS:,} tokens, kept in {path}")
         parts = batches(islice(corpus.rows(model.tokenizer, held_out=False), n_rows), rows_per_forward)
         bar = Progress(parts, "maxima", -(-n_rows // rows_per_forward), unit=" batches", leave=False)
-        return measure_statistics(loaded.sae, (residuals_of(model, tokens_RT, layer) for tokens_RT in bar))
+        return measure_statistics(loaded.sae, map(residuals, bar))
 
     return cached_statistics(path, made_from, measure)

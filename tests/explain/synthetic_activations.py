@@ -61,6 +61,9 @@ class Corpus:
     def kept(self, tokens_BT):
         return kept(tokens_BT)
 
+    def check_finite(self, numbers, what):
+        assert numbers.isfinite().all()
+
     def residuals(self, tokens_BT, layer):
         self.read += len(tokens_BT)
         by_tokens = {row.tokens.tobytes(): i for i, row in enumerate(self.rows)}

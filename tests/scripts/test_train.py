@@ -434,7 +434,8 @@ def test_too_large_a_learning_rate_stops_the_run_with_the_step(here, arguments, 
     ran = here(arguments(tmp_path / "run", LEARNING_RATE=10.0, WARM_UP_STEPS=0))
     assert ran.code == 1
     assert re.match(
-        r"error: the normalized MSE is \S+, the loss \S+ at step 5, .*no checkpoint yet.*LEARNING_RATE", ran.last_line
+        r"error: the normalized MSE is \S+, the loss \S+ at step 5, .*lower LEARNING_RATE: there is no checkpoint",
+        ran.last_line,
     )
     assert "Traceback" not in ran.err
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
@@ -459,7 +460,7 @@ def test_weights_that_break_stop_the_run_and_the_last_good_checkpoint_stays(
     ran = here(arguments(tmp_path / "run"))
     assert ran.code == 1
     assert f" at step {seen_at}," in ran.last_line
-    assert f"the last good checkpoint is kept in {tmp_path / 'run/checkpoint.safetensors'}" in ran.last_line
+    assert f"the last good checkpoint, {tmp_path / 'run/checkpoint.safetensors'}" in ran.last_line
     assert "Traceback" not in ran.err
     assert step_of_checkpoint(tmp_path / "run") == 10
     assert load_file(tmp_path / "run/sae/sae_weights.safetensors")["W_enc"].abs().max() < 1e3
@@ -528,7 +529,7 @@ def test_layers_above_the_target_stay_out_where_they_have_no_room(here, argument
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("mistral_sae.model.language_model.load_model", None)
-    ran = here(arguments(tmp_path / "run", D_HIDDEN=10**11))
+    ran = here(arguments(tmp_path / "run", D_HIDDEN=10**8))
     assert_refused(ran, "more memory than is free: lower D_HIDDEN")
     assert list(tmp_path.iterdir()) == []
 

@@ -2,9 +2,11 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
+from mistral_sae.data.tokens import Row
 from mistral_sae.files import SAEError
 from mistral_sae.model.hooks import HookError
 from mistral_sae.model.language_model import ModelError, load_model
@@ -466,7 +468,8 @@ class Rows:
         assert not held_out
         self.reads += 1
         generator = torch.Generator().manual_seed(0)
-        return (torch.randint(20, 4096, (6,), generator=generator).numpy() for _ in range(100))
+        ids = (torch.randint(20, 4096, (6,), generator=generator).numpy() for _ in range(100))
+        return (Row(tokens, np.zeros(6, dtype=np.int32), ["a"]) for tokens in ids)
 
 
 def test_what_training_measured_needs_no_text(lm, loaded, tmp_path):
@@ -498,7 +501,7 @@ def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mist
         assert reads(*arguments, Rows(name)) == 0
 
     rows = islice(Rows("b").rows(None, held_out=False), 10)
-    rows_RT = torch.stack([torch.from_numpy(row) for row in rows])
+    rows_RT = torch.stack([torch.from_numpy(row.tokens) for row in rows])
     dense_NF = loaded.sae.encode(lm.residuals(rows_RT, LAYER)[:, 1:].flatten(0, 1)).dense(F)
     found = statistics_of(lm, loaded, Rows("b"), 4, path)
     torch.testing.assert_close(found.maximum_F, dense_NF.amax(dim=0))
