@@ -1,0 +1,379 @@
+"""Mutated files and arguments for every reader: nothing but the project's own errors may come of them.
+
+    python -m tools.fuzz [COUNT [READER ...]]
+
+Each input is a valid one in which a few things are changed: bytes at random, values of its JSON, tensors of a header.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import httpx2
+import numpy as np
+import tokenizers
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.machine import save as save_result
+from mistral_sae.cli import UserError, override
+from mistral_sae.data.documents import documents
+from mistral_sae.explain import cache, prompts
+from mistral_sae.explain.journal import Journal
+from mistral_sae.explain.labels import parse_select, read_labels, to_json, write_labels
+from mistral_sae.explain.replies import read_reply
+from mistral_sae.explain.report import read_figures
+from mistral_sae.explain.types import Completion, Judgement, Label, Request, Score
+from mistral_sae.files import load_state, save_state
+from mistral_sae.model.engines import MistralInference, Transformers
+from mistral_sae.model.folder import CONFIG, MISTRAL_INFERENCE, PARAMS, TRANSFORMERS, ModelFolder, read_folder
+from mistral_sae.model.language_model import STANDIN, inspect
+from mistral_sae.model.params import config_for_transformers, shapes_of_params
+from mistral_sae.model.source import Source
+from mistral_sae.model.tokenizer import load_tokenizer
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.cfg import Metadata
+from mistral_sae.sae.checkpoint import load_sae, save_sae
+from mistral_sae.sae.features import Statistics
+from tools.weights import to_hf
+
+PARAMS_JSON = {
+    "dim": 8, "n_layers": 2, "head_dim": 4, "hidden_dim": 8, "n_heads": 2, "n_kv_heads": 1, "norm_eps": 1e-5,
+    "vocab_size": 300, "rope_theta": 10000.0, "sliding_window": None,
+    "moe": {"num_experts": 2, "num_experts_per_tok": 1},
+}  # fmt: skip
+# What stands where something else should
+STRANGE: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 4.5, 1e9, 10**12, 2**63, 10**30, 1e308, -1e-9, float("nan"), float("inf"), "", "4",
+    "x", "layers", "ab\x00", "\x1b[2J", "\u202e", "\ud800", "é" * 50, "a" * 5000, [], {}, [None], ["ab"], [[]],
+    {"": None}, {"a": {"b": []}}, [0] * 100, [1, "2", None, 3.5],
+]  # fmt: skip
+
+
+class Reader(NamedTuple):
+    """Something that reads."""
+
+    write: Callable[[Path], object]  # a folder of valid files
+    read: Callable[[Path], object]
+    share: int  # of a thousand inputs
+
+
+# ---- mutations ----
+
+
+def mutated(content: bytes, random: Random) -> bytes:
+    """Some content after one to three changes."""
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
+        content = random.choice((_bytes_changed, _json_changed, _json_changed, _header_changed))(content, random)
+    return content
+
+
+def _bytes_changed(content: bytes, random: Random) -> bytes:
+    at, end = sorted((random.randrange(len(content) + 1), random.randrange(len(content) + 1)))
+    few = bytes(random.randrange(256) for _ in range(random.choice((1, 1, 2, 8))))
+    return random.choice((
+        lambda: content[:at],
+        lambda: content[:at] + few + content[at:],
+        lambda: content[:at] + few + content[at + len(few) :],
+        lambda: content[:at] + content[end:],
+        lambda: content[:end] + content[at:],
+        lambda: content[:at] + b"[" * random.choice((10, 300, 100_000)) + content[at:],
+        lambda: content[:at] + b"9" * random.choice((20, 5000)) + content[at:],
+        lambda: bytes(len(content)),
+    ))()  # fmt: skip
+
+
+def _json_changed(content: bytes, random: Random) -> bytes:
+    """One value of one line of JSON is another."""
+    lines = content.splitlines(keepends=True) if content.count(b"\n{") else [content]
+    number = random.randrange(len(lines)) if lines else 0
+    try:
+        value = json.loads(lines[number])
+    except (ValueError, IndexError, RecursionError):
+        return _bytes_changed(content, random)
+    lines[number] = json.dumps(_changed(value, random)).encode() + b"\n"
+    return b"".join(lines)
+
+
+def _changed(value: Any, random: Random) -> Any:
+    value, path = copy.deepcopy(value), []
+    at = value
+    while isinstance(at, dict | list) and at and (not path or random.random() < 0.8):
+        key = random.choice(list(at) if isinstance(at, dict) else range(len(at)))
+        path.append((at, key))
+        at = at[key]
+    if not path:
+        return random.choice(STRANGE)
+    holder, key = path[-1]
+    how = random.randrange(8)
+    if how == 0:
+        del holder[key]
+    elif how == 1 and isinstance(holder, dict):
+        holder[random.choice(("more", "__class__", "", "\x1b[31m", "\ud800"))] = holder[key]
+    elif how == 2:
+        holder[key] = [holder[key]]
+    elif how == 3 and isinstance(holder[key], int | float):
+        holder[key] += random.choice((-1, 1, 1000, -0.5))
+    else:
+        holder[key] = random.choice(STRANGE)
+    return value
+
+
+def _header_changed(content: bytes, random: Random) -> bytes:
+    """A safetensors header says something else, in a header of the right length."""
+    try:
+        (size,) = struct.unpack("<Q", content[:8])
+        header = json.dumps(_changed(json.loads(content[8 : 8 + size]), random)).encode()
+    except (ValueError, struct.error, OverflowError, RecursionError):
+        return _json_changed(content, random)
+    return struct.pack("<Q", len(header)) + header + content[8 + size :]
+
+
+# ---- readers ----
+
+
+def _write_params(folder: Path) -> None:
+    weights = {name: torch.zeros(shape) for name, shape in shapes_of_params(PARAMS_JSON, None).items()}
+    (folder / PARAMS).write_text(json.dumps(PARAMS_JSON))
+    save_file(weights, folder / "consolidated.safetensors")
+
+
+def _read_params(folder: Path) -> None:
+    found = read_folder(Source(folder), PARAMS, MISTRAL_INFERENCE)
+    MistralInference.check(found, None)
+    with contextlib.suppress(UserError):  # what transformers cannot run
+        read_folder(Source(folder), PARAMS, TRANSFORMERS)
+
+
+def _write_config(folder: Path) -> None:
+    params: dict[str, Any] = PARAMS_JSON | {"moe": None}
+    weights = {name: torch.zeros(shape) for name, shape in shapes_of_params(params, None).items()}
+    config_for_transformers(params).save_pretrained(folder)
+    hf = to_hf(weights, 4)
+    save_file(hf, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(hf, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _run_config(folder: Path) -> None:
+    Transformers.check(read_folder(Source(folder), CONFIG, TRANSFORMERS), None)
+
+
+def _write_sae(folder: Path) -> None:
+    sae = SparseAutoencoder(4, 8, 2)
+    sae.initialize(torch.ones(8, 4).cumsum(0), seed=0)
+    metadata = Metadata("m", "blocks.1.hook_resid_post", 1, True, 256, "text", "print")
+    save_sae(folder, sae, metadata, Statistics(torch.ones(8), torch.full((8,), 0.1), None))
+
+
+def _write_journal(folder: Path) -> None:
+    journal = Journal(folder / "completions.jsonl")
+    for number in range(3):
+        journal.append(f"key {number}", Completion("ok", 'a "reply"', 10, 5), 0.25)
+
+
+def _write_labels(folder: Path) -> None:
+    score = Score(0.8, 0.7, 0.9, 0.5, None, 9, 1, (0.5, None), 0.1, (("ok", 3),))
+    judgements = (Judgement("detection", "hard", 2, False, None),)
+    write_labels(
+        folder / "explanations.jsonl",
+        [Label(number, "words", "m", "ok", {"detection": score}, judgements) for number in range(3)],
+    )
+
+
+def _read_labels(folder: Path) -> None:
+    for label in read_labels(folder / "explanations.jsonl").values():
+        to_json(label)
+
+
+def _write_figures(folder: Path) -> None:
+    (folder / "evaluation.json").write_text(json.dumps({"tokens": 3264, "l0": 32.0, "ce_loss_clean": 2.3}))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 0.5}\n' * 3)
+
+
+_MADE_FROM = {"format": cache.FORMAT, "autoencoder": "a", "model": "m", "corpus": {"files": "f"}}
+
+
+def _write_cache(folder: Path) -> None:
+    position = np.arange(8, dtype=np.uint8)
+    arrays = {
+        "tokens": np.arange(8, dtype=np.int32),
+        "documents": np.array([-1, 0, 0, 0, -1, 1, 1, 1], dtype=np.int32),
+        "first": np.repeat(position[[0, 4]], 4),
+        "last": np.repeat(position[[3, 7]], 4),
+        "positions": position[1:4],
+        "values": np.ones(3, dtype=np.float16),
+        "offsets": np.array([0, 2, 3, 3]),
+        "maxima": np.ones(3, dtype=np.float16),
+        "names": np.frombuffer(b'["a", "b"]', dtype=np.uint8),
+    }
+    save_arrays(arrays, folder / "00000.safetensors")
+    manifest = {"made_from": _MADE_FROM, "tokens": 8, "row_tokens": 4, "explained_with": {"top": 10}}
+    (folder / cache.MANIFEST).write_text(json.dumps(manifest))
+
+
+def _read_cache(folder: Path) -> None:
+    cache.noted(folder)
+    cache.is_of(folder, "a")
+    found, _ = cache.open_cache(folder, _MADE_FROM)
+    if found:
+        for feature in range(len(found.counts_F)):
+            found.activations(feature)
+
+
+def _write_state(folder: Path) -> None:
+    save_state(folder / "state.safetensors", {"a": torch.ones(4), "b": torch.ones(2, 2)}, {"history": [{"step": 1}]})
+
+
+def _write_tekken(folder: Path) -> None:
+    shutil.copy(STANDIN / "tekken.json", folder)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = [tokenizers.AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": 280, "special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(["def f(x): return x + 1"], tokenizers.trainers.BpeTrainer(**options))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def _read_tokenizer(folder: Path, described_by: str) -> None:
+    tokenizer = load_tokenizer(ModelFolder(Source(folder), inspect(STANDIN), described_by, None, {}))
+    tokenizer.strings(tokenizer.encode("words"))
+    tokenizer.special_ids()
+
+
+def _write_documents(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('{"text": "some words"}\n' * 4)
+
+
+def _read_arguments(folder: Path) -> None:
+    import config
+
+    with open(folder / "arguments.json", "rb") as file:
+        arguments = file.read().decode("utf-8", "surrogateescape").replace("\0", "").splitlines()[:4]
+    try:
+        override(arguments, config)
+        parse_select(config.SELECT)
+    finally:
+        override([], config)
+
+
+def _write_arguments(folder: Path) -> None:
+    names = ["K", "SEED", "LEARNING_RATE", "RUN_DIR", "SELECT", "SAMPLING", "FEATURE_INDEX", "RESUME", "TEMPERATURE"]
+    (folder / "arguments.json").write_text("\n".join(f"{name}=12" for name in names))
+
+
+def _write_reply(folder: Path) -> None:
+    message = {"content": '{"explanation": "words", "verdicts": [{"id": "a", "fires": true}]}', "refusal": None}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}
+    (folder / "reply.json").write_text(json.dumps(body))
+
+
+def _read_reply(folder: Path) -> None:
+    response = httpx2.Response(200, content=(folder / "reply.json").read_bytes())
+    reply = read_reply(response, Request([{"role": "user", "content": "?"}], None, 10))
+    with contextlib.suppress(prompts.Unreadable):
+        prompts.read_explanation(reply.text)
+    with contextlib.suppress(prompts.Unreadable):
+        prompts.read_verdicts(reply.text, ["a"])
+    with contextlib.suppress(prompts.Unreadable):
+        prompts.read_activations(reply.text, 3)
+
+
+READERS = {
+    "params.json and weights": Reader(_write_params, _read_params, 60),
+    "config.json, index and weights": Reader(
+        _write_config, lambda folder: read_folder(Source(folder), CONFIG, TRANSFORMERS), 25
+    ),
+    "config.json, run": Reader(_write_config, _run_config, 2),
+    "autoencoder": Reader(_write_sae, load_sae, 150),
+    "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 200),
+    "explanations.jsonl": Reader(_write_labels, _read_labels, 200),
+    "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 150),
+    "activations": Reader(_write_cache, _read_cache, 75),
+    "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 75),
+    "tekken.json": Reader(_write_tekken, lambda folder: _read_tokenizer(folder, PARAMS), 1),
+    "tokenizer.json": Reader(_write_tokenizer, lambda folder: _read_tokenizer(folder, CONFIG), 2),
+    "documents": Reader(_write_documents, lambda folder: list(documents(str(folder))), 30),
+    "arguments": Reader(_write_arguments, _read_arguments, 10),
+    "replies": Reader(_write_reply, _read_reply, 24),
+}
+
+
+# ---- the run ----
+
+
+def tried(reader: Reader, folder: Path, valid: dict[str, bytes], random: Random) -> str:
+    """What came of one input: "read", "error" for one of the project's own, or where something else was raised."""
+    for path in folder.iterdir():
+        path.unlink()
+    chosen = random.choice(sorted(valid))
+    for name, content in valid.items():
+        (folder / name).write_bytes(mutated(content, random) if name == chosen else content)
+    try:
+        reader.read(folder)
+    except UserError as error:
+        return "error" if "\n" not in str(error) and str(error) else f"an error of two lines: {error!r}"
+    except BaseException as error:  # a panic in a library is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mistral_sae" in frame.filename]
+        return (
+            f"{type(error).__name__} at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else repr(error)
+        )
+    return "read"
+
+
+def valid_files(reader: Reader, folder: Path) -> dict[str, bytes]:
+    """The files that a reader's mutations begin with."""
+    reader.write(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fuzz(name: str, count: int) -> dict[str, Any]:
+    """The outcomes of so many inputs for a reader; a bug is kept with the seed of its input."""
+    reader, outcomes, seeds, started = READERS[name], Counter[str](), dict[str, int](), time.monotonic()
+    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        valid = valid_files(reader, Path(whole))
+        for seed in range(count):
+            with contextlib.redirect_stdout(io.StringIO()):
+                outcome = tried(reader, Path(folder), valid, Random(f"{name} {seed}"))
+            outcomes[outcome] += 1
+            seeds.setdefault(outcome, seed)
+    others = {f"{what} (seed {seeds[what]})": n for what, n in outcomes.items() if what not in ("read", "error")}
+    found = {"inputs": count, "read": outcomes["read"], "errors of the project's own": outcomes["error"]}
+    return found | {"others": others, "seconds": round(time.monotonic() - started)}
+
+
+def main() -> None:
+    """Fuzz the readers and write benchmarks/results/fuzz.json where it was all of them."""
+    total = int(float(sys.argv[1])) if sys.argv[1:] else 1_000_000
+    results = {}
+    for name in sys.argv[2:] or READERS:
+        results[name] = fuzz(name, total * READERS[name].share // 1000)
+        print(name, json.dumps(results[name]), flush=True)
+    if not sys.argv[2:]:
+        save_result("fuzz", results)
+
+
+if __name__ == "__main__":
+    main()
