@@ -53,7 +53,7 @@ SEED: int = 0  # of the initialization and the order of the data
 # ---- training ----
 BATCH_SIZE: int | None = 1024 if ON_STANDIN else None  # residuals a step (4096)
 # At most (7.1e-5); falls with the number of features (Gao et al. 2024, appendix A.3)
-LEARNING_RATE: float | None = 1.8e-3 / math.sqrt(D_HIDDEN / 2**14) if ON_STANDIN and D_HIDDEN else None
+LEARNING_RATE: float | None = 1.8e-3 / math.sqrt(D_HIDDEN / 2**14) if ON_STANDIN and (D_HIDDEN or 0) > 0 else None
 WARM_UP_STEPS: int | None = 100 if ON_STANDIN else None  # linear, from 0 (1000)
 DECAY_FRACTION: float = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
 MAX_GRADIENT_NORM: float = 1.0  # larger gradients are scaled down to it

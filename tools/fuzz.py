@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.machine import save as save_result
-from mistral_sae.cli import UserError, override
+from mistral_sae.cli import UserError, one_line, override
 from mistral_sae.data.documents import documents
 from mistral_sae.explain import cache, prompts
 from mistral_sae.explain.journal import Journal
@@ -268,8 +268,8 @@ def _write_documents(folder: Path) -> None:
 def _read_arguments(folder: Path) -> None:
     import config
 
-    with open(folder / "arguments.json", "rb") as file:
-        arguments = file.read().decode("utf-8", "surrogateescape").replace("\0", "").splitlines()[:4]
+    with open(folder / "arguments.txt", "rb") as file:
+        arguments = file.read().decode("utf-8", "surrogateescape").replace("\0", "").splitlines()
     try:
         override(arguments, config)
         parse_select(config.SELECT)
@@ -278,8 +278,9 @@ def _read_arguments(folder: Path) -> None:
 
 
 def _write_arguments(folder: Path) -> None:
-    names = ["K", "SEED", "LEARNING_RATE", "RUN_DIR", "SELECT", "SAMPLING", "FEATURE_INDEX", "RESUME", "TEMPERATURE"]
-    (folder / "arguments.json").write_text("\n".join(f"{name}=12" for name in names))
+    arguments = ["K=12", "SEED=1", "LEARNING_RATE=0.5", "RUN_DIR=run", "SELECT=[3, 4]", "SAMPLING={'top_p': 0.5}"]
+    arguments += ["FEATURE_INDEX={12: 2}", "RESUME=false", "TEMPERATURE=0.5", "EXCLUDE_TOKENS=['x', 3]", "TEXT=words"]
+    (folder / "arguments.txt").write_text("\n".join(arguments))
 
 
 def _write_reply(folder: Path) -> None:
@@ -337,9 +338,8 @@ def tried(reader: Reader, folder: Path, valid: dict[str, bytes], random: Random)
         if isinstance(error, KeyboardInterrupt):
             raise
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mistral_sae" in frame.filename]
-        return (
-            f"{type(error).__name__} at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else repr(error)
-        )
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the tool"
+        return f"{type(error).__name__} at {where}: {one_line(str(error))[:80]}"
     return "read"
 
 
