@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tools.fuzz import READERS, mutated, tried, valid_files
+from tools.fuzz import READERS, tried, valid_files
+from tools.mutate import mutated
 
 SLOW = {"config.json, run", "tekken.json", "tokenizer.json", "arguments"}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.large_base_example]

@@ -6,30 +6,33 @@ Each input is a valid one in which a few things are changed: bytes at random, va
 """
 
 import contextlib
-import copy
+import gzip
 import io
 import json
 import shutil
-import struct
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import httpx2
 import numpy as np
+import pyarrow
 import tokenizers
 import torch
+import zstandard
+from pyarrow import parquet
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.machine import save as save_result
+from benchmarks.machine import RESULTS, describe
 from mistral_sae.cli import UserError, one_line, override
 from mistral_sae.data.documents import documents
 from mistral_sae.explain import cache, prompts
@@ -49,6 +52,7 @@ from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import Metadata
 from mistral_sae.sae.checkpoint import load_sae, save_sae
 from mistral_sae.sae.features import Statistics
+from tools.mutate import mutated
 from tools.weights import to_hf
 
 PARAMS_JSON = {
@@ -56,12 +60,6 @@ PARAMS_JSON = {
     "vocab_size": 300, "rope_theta": 10000.0, "sliding_window": None,
     "moe": {"num_experts": 2, "num_experts_per_tok": 1},
 }  # fmt: skip
-# What stands where something else should
-STRANGE: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 4.5, 1e9, 10**12, 2**63, 10**30, 1e308, -1e-9, float("nan"), float("inf"), "", "4",
-    "x", "layers", "ab\x00", "\x1b[2J", "\u202e", "\ud800", "é" * 50, "a" * 5000, [], {}, [None], ["ab"], [[]],
-    {"": None}, {"a": {"b": []}}, [0] * 100, [1, "2", None, 3.5],
-]  # fmt: skip
 
 
 class Reader(NamedTuple):
@@ -70,77 +68,6 @@ class Reader(NamedTuple):
     write: Callable[[Path], object]  # a folder of valid files
     read: Callable[[Path], object]
     share: int  # of a thousand inputs
-
-
-# ---- mutations ----
-
-
-def mutated(content: bytes, random: Random) -> bytes:
-    """Some content after one to three changes."""
-    for _ in range(random.choice((1, 1, 1, 2, 3))):
-        content = random.choice((_bytes_changed, _json_changed, _json_changed, _header_changed))(content, random)
-    return content
-
-
-def _bytes_changed(content: bytes, random: Random) -> bytes:
-    at, end = sorted((random.randrange(len(content) + 1), random.randrange(len(content) + 1)))
-    few = bytes(random.randrange(256) for _ in range(random.choice((1, 1, 2, 8))))
-    return random.choice((
-        lambda: content[:at],
-        lambda: content[:at] + few + content[at:],
-        lambda: content[:at] + few + content[at + len(few) :],
-        lambda: content[:at] + content[end:],
-        lambda: content[:end] + content[at:],
-        lambda: content[:at] + b"[" * random.choice((10, 300, 100_000)) + content[at:],
-        lambda: content[:at] + b"9" * random.choice((20, 5000)) + content[at:],
-        lambda: bytes(len(content)),
-    ))()  # fmt: skip
-
-
-def _json_changed(content: bytes, random: Random) -> bytes:
-    """One value of one line of JSON is another."""
-    lines = content.splitlines(keepends=True) if content.count(b"\n{") else [content]
-    number = random.randrange(len(lines)) if lines else 0
-    try:
-        value = json.loads(lines[number])
-    except (ValueError, IndexError, RecursionError):
-        return _bytes_changed(content, random)
-    lines[number] = json.dumps(_changed(value, random)).encode() + b"\n"
-    return b"".join(lines)
-
-
-def _changed(value: Any, random: Random) -> Any:
-    value, path = copy.deepcopy(value), []
-    at = value
-    while isinstance(at, dict | list) and at and (not path or random.random() < 0.8):
-        key = random.choice(list(at) if isinstance(at, dict) else range(len(at)))
-        path.append((at, key))
-        at = at[key]
-    if not path:
-        return random.choice(STRANGE)
-    holder, key = path[-1]
-    how = random.randrange(8)
-    if how == 0:
-        del holder[key]
-    elif how == 1 and isinstance(holder, dict):
-        holder[random.choice(("more", "__class__", "", "\x1b[31m", "\ud800"))] = holder[key]
-    elif how == 2:
-        holder[key] = [holder[key]]
-    elif how == 3 and isinstance(holder[key], int | float):
-        holder[key] += random.choice((-1, 1, 1000, -0.5))
-    else:
-        holder[key] = random.choice(STRANGE)
-    return value
-
-
-def _header_changed(content: bytes, random: Random) -> bytes:
-    """A safetensors header says something else, in a header of the right length."""
-    try:
-        (size,) = struct.unpack("<Q", content[:8])
-        header = json.dumps(_changed(json.loads(content[8 : 8 + size]), random)).encode()
-    except (ValueError, struct.error, OverflowError, RecursionError):
-        return _json_changed(content, random)
-    return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
 
 # ---- readers ----
@@ -262,7 +189,12 @@ def _read_tokenizer(folder: Path, described_by: str) -> None:
 
 
 def _write_documents(folder: Path) -> None:
-    (folder / "a.jsonl").write_text('{"text": "some words"}\n' * 4)
+    lines = b'{"text": "some words"}\n' * 4
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (folder / "d.txt").write_bytes(b"some words")
+    parquet.write_table(pyarrow.table({"text": ["some words"] * 4}), folder / "e.parquet")
 
 
 def _read_arguments(folder: Path) -> None:
@@ -314,8 +246,8 @@ READERS = {
     "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 75),
     "tekken.json": Reader(_write_tekken, lambda folder: _read_tokenizer(folder, PARAMS), 1),
     "tokenizer.json": Reader(_write_tokenizer, lambda folder: _read_tokenizer(folder, CONFIG), 2),
-    "documents": Reader(_write_documents, lambda folder: list(documents(str(folder))), 30),
-    "arguments": Reader(_write_arguments, _read_arguments, 10),
+    "documents": Reader(_write_documents, lambda folder: list(documents(str(folder))), 32),
+    "arguments": Reader(_write_arguments, _read_arguments, 4),
     "replies": Reader(_write_reply, _read_reply, 24),
 }
 
@@ -372,7 +304,9 @@ def main() -> None:
         results[name] = fuzz(name, total * READERS[name].share // 1000)
         print(name, json.dumps(results[name]), flush=True)
     if not sys.argv[2:]:
-        save_result("fuzz", results)
+        about = describe() | {"command": f"python -m tools.fuzz {total}"}
+        about["versions"] |= {name: version(name) for name in ("pydantic", "safetensors", "tokenizers", "datasets")}
+        (RESULTS / "fuzz.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
