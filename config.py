@@ -187,7 +187,7 @@ def check_numbers() -> None:
         expect(name, value, value is None or least <= value <= most, expected)
     for name, most in {
         "SPARSITY_COEFFICIENT": 1e9, "BANDWIDTH": 1e3,
-        "LEARNING_RATE": 10, "MAX_GRADIENT_NORM": 1e9, "DECAY_FRACTION": 1, "REQUEST_TIMEOUT": 1e6,
+        "LEARNING_RATE": 1e9, "MAX_GRADIENT_NORM": 1e9, "DECAY_FRACTION": 1, "REQUEST_TIMEOUT": 1e6,
         "REQUEST_DEADLINE": 1e6, "MAX_DOLLARS": 1e9, "MAX_API_TOKENS": 1e15,
     }.items():  # fmt: skip
         value = globals()[name]

@@ -41,7 +41,7 @@ from mistral_sae.explain.labels import parse_select, read_labels, to_json, write
 from mistral_sae.explain.replies import read_reply
 from mistral_sae.explain.report import read_figures
 from mistral_sae.explain.types import Completion, Judgement, Label, Request, Score
-from mistral_sae.files import load_state, save_state
+from mistral_sae.files import load_state, save_state, write_text
 from mistral_sae.model.engines import MistralInference, Transformers
 from mistral_sae.model.folder import CONFIG, MISTRAL_INFERENCE, PARAMS, TRANSFORMERS, ModelFolder, read_folder
 from mistral_sae.model.language_model import STANDIN, inspect
@@ -233,22 +233,22 @@ def _read_reply(folder: Path) -> None:
 
 
 READERS = {
-    "params.json and weights": Reader(_write_params, _read_params, 60),
+    "params.json and weights": Reader(_write_params, _read_params, 20),
     "config.json, index and weights": Reader(
-        _write_config, lambda folder: read_folder(Source(folder), CONFIG, TRANSFORMERS), 25
+        _write_config, lambda folder: read_folder(Source(folder), CONFIG, TRANSFORMERS), 10
     ),
-    "config.json, run": Reader(_write_config, _run_config, 2),
-    "autoencoder": Reader(_write_sae, load_sae, 150),
-    "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 200),
-    "explanations.jsonl": Reader(_write_labels, _read_labels, 200),
-    "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 150),
-    "activations": Reader(_write_cache, _read_cache, 75),
-    "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 75),
+    "config.json, run": Reader(_write_config, _run_config, 1),
+    "autoencoder": Reader(_write_sae, load_sae, 60),
+    "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 280),
+    "explanations.jsonl": Reader(_write_labels, _read_labels, 220),
+    "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),
+    "activations": Reader(_write_cache, _read_cache, 28),
+    "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 140),
     "tekken.json": Reader(_write_tekken, lambda folder: _read_tokenizer(folder, PARAMS), 1),
-    "tokenizer.json": Reader(_write_tokenizer, lambda folder: _read_tokenizer(folder, CONFIG), 2),
-    "documents": Reader(_write_documents, lambda folder: list(documents(str(folder))), 32),
-    "arguments": Reader(_write_arguments, _read_arguments, 4),
-    "replies": Reader(_write_reply, _read_reply, 24),
+    "tokenizer.json": Reader(_write_tokenizer, lambda folder: _read_tokenizer(folder, CONFIG), 1),
+    "documents": Reader(_write_documents, lambda folder: list(documents(str(folder))), 28),
+    "arguments": Reader(_write_arguments, _read_arguments, 1),
+    "replies": Reader(_write_reply, _read_reply, 30),
 }
 
 
@@ -297,16 +297,18 @@ def fuzz(name: str, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Fuzz the readers and write benchmarks/results/fuzz.json where it was all of them."""
+    """Fuzz the readers; where it is all of them, benchmarks/results/fuzz.json has what came of those that are done."""
     total = int(float(sys.argv[1])) if sys.argv[1:] else 1_000_000
+    about = describe() | {"command": f"python -m tools.fuzz {total}"}
+    about["versions"] |= {name: version(name) for name in ("pydantic", "safetensors", "tokenizers", "datasets")}
     results = {}
     for name in sys.argv[2:] or READERS:
         results[name] = fuzz(name, total * READERS[name].share // 1000)
         print(name, json.dumps(results[name]), flush=True)
-    if not sys.argv[2:]:
-        about = describe() | {"command": f"python -m tools.fuzz {total}"}
-        about["versions"] |= {name: version(name) for name in ("pydantic", "safetensors", "tokenizers", "datasets")}
-        (RESULTS / "fuzz.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+        if not sys.argv[2:]:
+            inputs = sum(result["inputs"] for result in results.values())
+            report = about | {"inputs": inputs, "results": results}
+            write_text(RESULTS / "fuzz.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

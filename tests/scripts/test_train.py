@@ -528,7 +528,7 @@ def test_layers_above_the_target_stay_out_where_they_have_no_room(here, argument
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("mistral_sae.model.language_model.load_model", None)
-    ran = here(arguments(tmp_path / "run", D_HIDDEN=10**11))
+    ran = here(arguments(tmp_path / "run", D_HIDDEN=10**8))
     assert_refused(ran, "more memory than is free: lower D_HIDDEN")
     assert list(tmp_path.iterdir()) == []
 
