@@ -9,7 +9,7 @@ they give and why. What they give for Mistral 7B on a GPU stands in brackets.
 import math
 import os
 
-from mistral_sae.cli import expect, path_of
+from mistral_sae.cli import expect, is_json, path_of
 
 # ---- model ----
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; a name on the
@@ -53,7 +53,7 @@ SEED: int = 0  # of the initialization and the order of the data
 # ---- training ----
 BATCH_SIZE: int | None = 1024 if ON_STANDIN else None  # residuals a step (4096)
 # At most (7.1e-5); falls with the number of features (Gao et al. 2024, appendix A.3)
-LEARNING_RATE: float | None = 1.8e-3 / math.sqrt(D_HIDDEN / 2**14) if ON_STANDIN and D_HIDDEN else None
+LEARNING_RATE: float | None = 1.8e-3 / math.sqrt(D_HIDDEN / 2**14) if ON_STANDIN and D_HIDDEN and D_HIDDEN > 0 else None
 WARM_UP_STEPS: int | None = 100 if ON_STANDIN else None  # linear, from 0 (1000)
 DECAY_FRACTION: float = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
 MAX_GRADIENT_NORM: float = 1.0  # larger gradients are scaled down to it
@@ -187,7 +187,7 @@ def check_numbers() -> None:
         expect(name, value, value is None or least <= value <= most, expected)
     for name, most in {
         "SPARSITY_COEFFICIENT": 1e9, "BANDWIDTH": 1e3,
-        "LEARNING_RATE": 10, "MAX_GRADIENT_NORM": 1e9, "DECAY_FRACTION": 1, "REQUEST_TIMEOUT": 1e6,
+        "LEARNING_RATE": 1e9, "MAX_GRADIENT_NORM": 1e9, "DECAY_FRACTION": 1, "REQUEST_TIMEOUT": 1e6,
         "REQUEST_DEADLINE": 1e6, "MAX_DOLLARS": 1e9, "MAX_API_TOKENS": 1e15,
     }.items():  # fmt: skip
         value = globals()[name]
@@ -213,6 +213,8 @@ def check_training() -> None:
     expect("K", K, K is None or 1 <= K <= (D_HIDDEN or K), f"1 to D_HIDDEN, {D_HIDDEN}")
     enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
     expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
+    are_tokens = all(type(token) in (int, str) for token in EXCLUDE_TOKENS)
+    expect("EXCLUDE_TOKENS", EXCLUDE_TOKENS, are_tokens, "tokens or their ids, as in ['[INST]', 3]")
     row = CONTEXT_LENGTH - 1
     expect("BUFFER_TOKENS", BUFFER_TOKENS, BUFFER_TOKENS is None or BUFFER_TOKENS >= row, f"at least one row, {row}")
     expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
@@ -236,6 +238,7 @@ def check_explaining() -> None:
     expect("SCORERS", SCORERS, scorers <= known, "any of detection, fuzzing, simulation")
     priced = MAX_DOLLARS is None or None not in (PROMPT_DOLLARS, COMPLETION_DOLLARS)
     expect("MAX_DOLLARS", MAX_DOLLARS, priced, "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it")
+    expect("SAMPLING", SAMPLING, is_json(SAMPLING), "fields of a request, as JSON can hold them")
     expect("TEXT", TEXT, TEXT is None or TEXT.strip(), "some text")
 
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import json
 import math
 import os
 import re
@@ -23,6 +24,9 @@ class UserError(ValueError):
     """A mistake of the user's, in one line: what was found, what was expected, what to do. Exit code 2."""
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # it may quote a file or a server
 
 
 class Failed(UserError):
@@ -76,6 +80,14 @@ def path_of(name: str, value: str | None) -> Any:
         return os.path.normpath(Path(value).expanduser()) if value.startswith("~") else value
     except RuntimeError:
         raise UserError(f"{name} is {quoted(value)}: expected a user of this machine after ~") from None
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    try:
+        return bool(json.dumps(value, allow_nan=False))
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def quoted(value: Any) -> str:

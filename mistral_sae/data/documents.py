@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from mistral_sae.cli import one_line, size_of
+from mistral_sae.cli import one_line, printable, size_of
 from mistral_sae.data.english import english_file
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.records import KINDS, Document, Fault, TextError, Wanted, document_of, file_records, kind_of
@@ -41,7 +41,7 @@ class Skipped:
         """Count one record, at `where` (file:line), that was skipped for `reason`."""
         self.count += 1
         if len(self.first) < self.KEEP:
-            self.first.append(f"{where}: {reason}")
+            self.first.append(printable(f"{where}: {reason}"))
 
     def summary(self) -> str:
         """One line for people, or "" when nothing was skipped."""

@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mistral_sae.cli import one_line
+from mistral_sae.cli import one_line, printable
+from mistral_sae.model.attention import quiet
 from mistral_sae.model.params import Layers, Params, config_for_transformers, is_rotated, name_in_transformers
 from mistral_sae.model.source import MODEL_TYPES, ModelError, Source
 from mistral_sae.schema import Count, Schema, read
@@ -191,7 +192,8 @@ def _text_config(path: Path, found: _Config) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with quiet("transformers"):
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers and huggingface_hub each raise their own
         raise ModelError(f"{path / CONFIG} cannot be read ({one_line(error)}): get it again") from None
     if config.model_type in _WITH_TEXT_INSIDE:
@@ -241,5 +243,5 @@ def _name(path: Path) -> str:
     """The folder's name, or owner/model for a snapshot in the cache of the Hugging Face Hub."""
     path = path.resolve()
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return path.name
+        return printable(path.parent.parent.name.removeprefix("models--").replace("--", "/"))
+    return printable(path.name)

@@ -181,7 +181,7 @@ def from_gguf(path: Path) -> Source:
     """The Hugging Face folder that a GGUF file was converted to, now or earlier. Raises ModelError."""
     folder = cache_folder("gguf") / fingerprint(path) / path.stem
     if not (folder / "gguf.json").is_file():
-        print(f"converting {path.name}, once and into {folder}: this takes minutes")
+        print(f"converting {printable(path.name)}, once and into {folder}: this takes minutes")
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

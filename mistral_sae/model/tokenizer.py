@@ -94,6 +94,7 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     """The tokenizer in a model's folder. Raises ModelError where it is missing, broken or another model's."""
     try:
         tokenizer = _read(folder.path, folder.described_by == CONFIG)
+        tokenizer.decode(tokenizer.encode("what cannot be used fails here, and not in the middle of a run"))
     except ModelError:
         raise
     except Exception as error:  # json, sentencepiece and tokenizers each raise their own

@@ -140,9 +140,7 @@ def _read(kind: type[Schema], path: Path) -> Any:
 
 def _metadata(cfg: _Cfg, hook_name: str | None) -> Metadata:
     """Metadata of version 6, under `metadata`, or of before, at the top level, under two names in 2024."""
-    found = _Training.model_construct(
-        **dict(cfg) | (cfg.metadata.model_dump(exclude_none=True) if cfg.metadata else {})
-    )
+    found = cfg.model_copy(update=cfg.metadata.model_dump(exclude_none=True) if cfg.metadata else {})
     name = hook_name or found.hook_name or found.hook_point
     number = re.search(r"\.(\d{1,4})(?:\.|$)", name or "")
     layer = found.hook_point_layer if found.hook_layer is None else found.hook_layer

@@ -381,7 +381,7 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
         (["TRAIN_TOKENS=0"], "TRAIN_TOKENS is 0: expected at least 1"),
         (["AUXK_FEATURES=-1"], "AUXK_FEATURES is -1: expected at least 0"),
         (["EVALUATIONS=0"], "EVALUATIONS is 0: expected at least 1"),
-        (["D_HIDDEN=-1"], "LEARNING_RATE cannot be computed with D_HIDDEN=-1"),
+        (["D_HIDDEN=-1"], "D_HIDDEN is -1: expected at least 1"),
         (["K"], "expected NAME=value"),
         (["K=0"], "K is 0: expected at least 1"),
     ],

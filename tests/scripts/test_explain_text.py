@@ -55,7 +55,8 @@ def test_a_text_is_not_explained_by_what_was_said_of_another_autoencoder(here, a
 def test_damaged_explanations_are_one_line(here, arguments, finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     (folder / "explanations.jsonl").write_text('{"a": 1}\n')
-    assert_refused(here(arguments(folder, TEXT="def f(x):")), "explanations.jsonl, line 1: found '{\"a\": 1}'")
+    path = folder / "explanations.jsonl"
+    assert_refused(here(arguments(folder, TEXT="def f(x):")), f"found no feature in line 1 of {path}, expected one: ")
 
 
 def test_a_text_is_shown_without_passages_where_the_examples_are_damaged(here, arguments, finished, tmp_path):
