@@ -25,7 +25,7 @@ KINDS = {".jsonl": 1, ".jsonl.zst": 4, ".jsonl.gz": 4, ".parquet": 3, ".txt": 1}
 CHUNK = 1 << 20  # bytes of what is passed over that are held at once
 ZSTD_CHUNK = 1 << 9  # bytes of a .zst file that are unpacked at once: of a hostile one they make 16 MB
 PARQUET_ROWS = 32  # rows of a parquet file that are held at once
-PARQUET_TIMES = 500  # the size of its packed data that a column of text unpacks to at most; text does to 20
+PARQUET_TIMES = 500  # the size of a parquet file that a group of its rows unpacks to at most; text does to 20
 
 
 class TextError(UserError):
@@ -129,7 +129,7 @@ def _parquet(name: str, path: Path, wanted: Wanted, start: Place) -> Iterator[Do
             if field not in columns:
                 yield Fault(name, f"no column {field!r}", columns)
                 return
-            for row, value in _values(file, wanted, start.record):
+            for row, value in _values(file, path, wanted, start.record):
                 record_id = f"{name}:{row}"
                 try:
                     yield document_of(record_id, {field: value.as_py()}, wanted, Place(start.epoch, start.file, row))
@@ -141,22 +141,18 @@ def _parquet(name: str, path: Path, wanted: Wanted, start: Place) -> Iterator[Do
         raise OSError(f"damaged or truncated parquet data ({one_line(error)})") from error
 
 
-def _values(file: Any, wanted: Wanted, start: int) -> Iterator[tuple[int, Any]]:
+def _values(file: Any, path: Path, wanted: Wanted, start: int) -> Iterator[tuple[int, Any]]:
     """The values of the column from row `start` on, each with its row; groups of rows before that are not read.
 
     Raises OSError for a group that unpacks to far more than text does: pyarrow holds a page, however large, whole.
     """
-    first, field = 0, wanted.text_field
+    first, field, size = 0, wanted.text_field, path.stat().st_size
     for group in range(file.num_row_groups):
         about = file.metadata.row_group(group)
         end = first + about.num_rows
         if end > start:
-            chunks = [about.column(i) for i in range(about.num_columns)]
-            chunks = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{field}.")]
-            packed = sum(chunk.total_compressed_size for chunk in chunks)
-            unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
-            if unpacked > max(wanted.max_bytes, PARQUET_TIMES * packed):
-                raise OSError(f"a group of rows would unpack from {size_of(packed)} to {size_of(unpacked)}")
+            if about.total_byte_size > max(wanted.max_bytes, PARQUET_TIMES * size):
+                raise OSError(f"{size_of(about.total_byte_size)} would be unpacked from a file of {size_of(size)}")
             batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field])
             values = enumerate((value for batch in batches for value in batch.column(0)), first)
             yield from islice(values, max(0, start - first), None)

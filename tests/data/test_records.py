@@ -91,7 +91,7 @@ def test_a_table_that_unpacks_to_far_more_than_text_does_is_refused_unread(tmp_p
 
     table = pyarrow.table({"text": ["fine", "a" * 50_000_000]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(TextError, match=r"a\.parquet cannot be read: .* unpack from .* to 50\.0 MB\. Mend or"):
+    with pytest.raises(TextError, match=r"a\.parquet cannot be read: 50\.0 MB would be unpacked from a file of .* kB"):
         read(tmp_path)
     table = pyarrow.table({"text": ["the same"] * 60_000, "number": [0] * 60_000})  # which is stored once
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
