@@ -64,7 +64,7 @@ DEAD_AFTER_TOKENS: int | None = 200_000 if ON_STANDIN else None  # without firin
 MOMENTS_DTYPE: str | None = "float32" if ON_STANDIN else None  # of Adam's moments, "float32" or "bfloat16" (bfloat16)
 
 # ---- memory ----
-# Rows of tokens shuffled together before the model reads them, at 3 KB each: a buffer of residuals is a few documents
+# Rows of tokens shuffled together before the model reads them, at 2 KB each: a buffer of residuals is a few documents
 SHUFFLE_ROWS: int | None = 8192 if ON_STANDIN else None  # (16,384)
 BUFFER_TOKENS: int | None = 131_072 if ON_STANDIN else None  # residuals shuffled together (32,768, of 8 KB each)
 ROWS_PER_FORWARD: int | None = 16 if ON_STANDIN else None  # rows the language model runs at a time (32)

@@ -190,7 +190,7 @@ def standin(size: dict[str, Any], folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     rows = list(islice(Corpus("stdlib").rows_with_documents(model.tokenizer, held_out=True), size["standin_rows"]))
     seconds = {"reading and tokenizing": time.perf_counter() - start}
-    x = model.residuals(torch.from_numpy(np.stack([row.tokens for row in rows[:16]])), 2)
+    x = model.residuals(torch.from_numpy(np.stack([row.tokens for row in rows[:16]], dtype=np.int64)), 2)
     sae.initialize(sae.standardize(x[:, 1:].flatten(0, 1))[0], seed=0)
     seconds |= Timed(model, sae, model.tokenizer).write(folder, rows, 2, 16)
     start = time.perf_counter()

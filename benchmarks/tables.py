@@ -141,6 +141,16 @@ def moments(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def resuming(result: dict[str, Any]) -> str:
+    """Seconds to the next batch, from the beginning of the text and from its place."""
+    ways = ("from the beginning", "from its place")
+    steps = list(next(iter(result["results"].values())))
+    rows = [["source", *(f"{step}, {way}" for step in steps for way in ways)]]
+    for source, found in result["results"].items():
+        rows.append([source, *(f"{found[step][way]:.1f} s" for step in steps for way in ways)])
+    return _table(rows)
+
+
 def collect(result: dict[str, Any]) -> str:
     """Cost and memory of collecting examples along a pass."""
     found = result["results"]["bookkeeping"]
@@ -271,6 +281,7 @@ TABLES = {
         growth,
         end_to_end,
         moments,
+        resuming,
         collect,
         pipeline,
         steering,

@@ -43,10 +43,8 @@ class Schema(BaseModel):
 
 def schema_of(record: Any, **other: Any) -> Any:
     """The type that reads a NamedTuple from an object, which may hold more; `other` types in place of its own."""
-    defaults = record._field_defaults
-    fields: dict[str, Any] = {
-        name: (kind, defaults.get(name, ...)) for name, kind in (get_type_hints(record) | other).items()
-    }
+    kinds, defaults = get_type_hints(record, include_extras=True) | other, record._field_defaults
+    fields: dict[str, Any] = {name: (kind, defaults.get(name, ...)) for name, kind in kinds.items()}
     found: Any = create_model(record.__name__, __base__=Schema, **fields)
     return Annotated[found, AfterValidator(lambda value: record(*(getattr(value, name) for name in record._fields)))]
 

@@ -66,7 +66,7 @@ def shuffled_batches(
     for number in itertools.count(start.buffer):
         if not (buffer := list(islice(rows, rows_per_buffer))):
             return
-        tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer]))
+        tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer], dtype=np.int64))
         n_residuals = int(model.kept(tokens_RT).sum())
         with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
             residuals_ND = _residuals_of_buffer(tokens_RT, n_residuals, model, layer, rows_per_forward)

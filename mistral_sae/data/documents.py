@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -35,6 +35,10 @@ class Skipped:
     KEEP = 3
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin to count again."""
         self.count, self.first = 0, list[str]()
 
     def add(self, where: str, reason: str) -> None:
@@ -109,6 +113,17 @@ def check(data_path: str, text_field: str = "text", max_bytes: int = MAX_DOCUMEN
     kinds = " and ".join(sorted({kind_of(path) for _, path in files}))
     size = size_of(sum(path.stat().st_size for _, path in files))
     return f"{len(files):,} file{'s' * (len(files) > 1)}, {size} of {kinds}"
+
+
+def in_memory(documents: Iterable[Document]) -> list[Document] | None:
+    """Documents as a list; None if they hold more than IN_MEMORY characters, as well packed files may."""
+    found, size = [], 0
+    for document in documents:
+        found.append(document)
+        size += len(document.text)
+        if size > IN_MEMORY:
+            return None
+    return found
 
 
 def fits_in_memory(data_path: str) -> bool:

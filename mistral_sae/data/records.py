@@ -2,7 +2,7 @@
 
 Files are read here and not by `datasets`, which neither skips a bad line nor says which one it was, and takes a .zst
 file that was cut short for a whole one. Memory is bounded whatever a file holds: a record of more than `max_bytes` is
-passed over, a piece at a time, but for a page of a parquet file, which pyarrow unpacks whole.
+passed over, a piece at a time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from mistral_sae.data.place import Place
 # The kinds of files that are read, with the bytes of text that one byte of them holds, roughly
 KINDS = {".jsonl": 1, ".jsonl.zst": 4, ".jsonl.gz": 4, ".parquet": 3, ".txt": 1}
 CHUNK = 1 << 20  # bytes of what is passed over that are held at once
-ZSTD_CHUNK = 1 << 10  # bytes of a .zst file that are unpacked at once: of a hostile one they make 32 MB
+ZSTD_CHUNK = 1 << 9  # bytes of a .zst file that are unpacked at once: of a hostile one they make 16 MB
 PARQUET_ROWS = 32  # rows of a parquet file that are held at once
+PARQUET_TIMES = 500  # the size of a parquet file that a group of its rows unpacks to at most; text does to 20
 
 
 class TextError(UserError):
@@ -128,23 +129,31 @@ def _parquet(name: str, path: Path, wanted: Wanted, start: Place) -> Iterator[Do
             if field not in columns:
                 yield Fault(name, f"no column {field!r}", columns)
                 return
-            for row, value in _values(file, field, start.record):
+            for row, value in _values(file, path, wanted, start.record):
                 record_id = f"{name}:{row}"
                 try:
                     yield document_of(record_id, {field: value.as_py()}, wanted, Place(start.epoch, start.file, row))
                 except UnicodeDecodeError:
                     yield Fault(record_id, "not UTF-8", [field])
+                except (ValueError, OverflowError) as error:  # of a column of dates, say
+                    yield Fault(record_id, f"column {field!r} is no text ({one_line(error)})", [field])
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
         raise OSError(f"damaged or truncated parquet data ({one_line(error)})") from error
 
 
-def _values(file: Any, column: str, start: int) -> Iterator[tuple[int, Any]]:
-    """The values of a column from row `start` on, each with its row; groups of rows before that are not read."""
-    first = 0
+def _values(file: Any, path: Path, wanted: Wanted, start: int) -> Iterator[tuple[int, Any]]:
+    """The values of the column from row `start` on, each with its row; groups of rows before that are not read.
+
+    Raises OSError for a group that unpacks to far more than text does: pyarrow holds a page, however large, whole.
+    """
+    first, field, size = 0, wanted.text_field, path.stat().st_size
     for group in range(file.num_row_groups):
-        end = first + file.metadata.row_group(group).num_rows
+        about = file.metadata.row_group(group)
+        end = first + about.num_rows
         if end > start:
-            batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[column])
+            if about.total_byte_size > max(wanted.max_bytes, PARQUET_TIMES * size):
+                raise OSError(f"{size_of(about.total_byte_size)} would be unpacked from a file of {size_of(size)}")
+            batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field])
             values = enumerate((value for batch in batches for value in batch.column(0)), first)
             yield from islice(values, max(0, start - first), None)
         first = end

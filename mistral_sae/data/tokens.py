@@ -30,6 +30,7 @@ from mistral_sae.data.documents import (
     documents,
     fingerprint,
     fits_in_memory,
+    in_memory,
 )
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.records import Document, TextError
@@ -44,7 +45,7 @@ Item = TypeVar("Item")
 class Row(NamedTuple):
     """A row of tokens, the documents it holds a part of, and its place in the stream."""
 
-    tokens: np.ndarray  # (T,) int64
+    tokens: np.ndarray  # (T,) int32
     document_of: np.ndarray  # (T,) int32: index into `documents` of each token's own; -1 for a BOS
     documents: list[str]  # their ids, in the order of the row
     place: Place = BEGINNING
@@ -106,13 +107,15 @@ class Corpus:
         read left out, from `start` on where the corpus is not kept in memory. Raises TextError where there is nothing
         to read, where the part has no document, and for damaged files.
         """
-        in_memory = list(self._part(held_out, Place(), skipped)) if fits_in_memory(self.data_path) else None
+        held = in_memory(self._part(held_out, BEGINNING, skipped)) if fits_in_memory(self.data_path) else None
+        if held is None and skipped is not None:
+            skipped.clear()
         for epoch in itertools.count(start.epoch):
             begin = start if epoch == start.epoch else Place(epoch)
-            if in_memory is None:
+            if held is None:
                 yield from self._part(held_out, begin, skipped if epoch == start.epoch else None)
             else:
-                shuffled = in_memory.copy()
+                shuffled = held.copy()
                 random.Random("held out" if held_out else f"{self.seed} {epoch}").shuffle(shuffled)
                 for number, document in enumerate(shuffled[begin.record :], begin.record):
                     yield document._replace(place=Place(epoch, record=number))
@@ -176,11 +179,12 @@ def pack(
         raise ValueError(f"a row of {context_length} tokens has no room for text after its BOS: use 2 or more")
 
     def empty(place: Place) -> Row:
-        return Row(np.full(context_length, tokenizer.bos_id), np.full(context_length, -1, np.int32), [], place)
+        no_document = np.full(context_length, -1, np.int32)
+        return Row(np.full(context_length, tokenizer.bos_id, np.int32), no_document, [], place)
 
     row, filled, used = empty(start), 1, start.tokens
     for document in documents:
-        tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int64)[used:]
+        tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int32)[used:]
         if filled > 1 and len(tokens):
             filled += 1  # the BOS between two documents, which `empty` has put there
         while True:
@@ -219,7 +223,7 @@ def batches(rows: Iterable[Row], batch_size: int) -> Iterator[torch.Tensor]:
     """The tokens of rows as LongTensors (B, T), B = `batch_size`; the last one may have fewer rows."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
-        yield torch.from_numpy(np.stack([row.tokens for row in batch]))
+        yield torch.from_numpy(np.stack([row.tokens for row in batch], dtype=np.int64))
 
 
 def prefetch(iterator: Iterable[Item], depth: int) -> Iterator[Item]:

@@ -166,7 +166,7 @@ def _shard_of(
     names: dict[str, int] = {}
     batches, parts, n_tokens = [], [], 0
     while batch := list(itertools.islice(rows, rows_per_forward)):
-        tokens_BT = np.stack([row.tokens for row in batch])
+        tokens_BT = np.stack([row.tokens for row in batch], dtype=np.int64)
         numbers = [[*(names.setdefault(name, len(names)) for name in row.documents), -1] for row in batch]
         documents_BT = np.stack([np.array(of)[row.document_of] for of, row in zip(numbers, batch, strict=True)])
         documents_BT[~model.kept(torch.from_numpy(tokens_BT)).numpy()] = -1

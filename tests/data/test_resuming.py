@@ -189,8 +189,8 @@ def test_going_on_costs_a_window_and_a_buffer_whatever_the_step(corpus_of, kind,
 
 
 def test_a_place_that_is_none_is_one_line():
-    for fields in [None, 5, "x", {"epoch": -1}, {"epoch": 1.5}, {"epoch": 2**70}, {"line": 3}, {"hub": [1]}, [[]]]:
-        with pytest.raises(UserError, match=r"found no place in a stream of text .* RESUME=False") as raised:
+    for fields in [None, 5, "x", {"epoch": -1}, {"epoch": 1.5}, {"epoch": 2**70}, {"hub": [1]}, [[]]]:
+        with pytest.raises(UserError, match=r"in a checkpoint.s stream, expected .* RESUME=False") as raised:
             Place.of(fields)
         assert "\n" not in str(raised.value)
 

@@ -66,7 +66,7 @@ class Corpus:
 
     def residuals(self, tokens_BT, layer):
         self.read += len(tokens_BT)
-        by_tokens = {row.tokens.tobytes(): i for i, row in enumerate(self.rows)}
+        by_tokens = {row.tokens.astype(np.int64).tobytes(): i for i, row in enumerate(self.rows)}
         rows = torch.tensor([by_tokens[row.numpy().tobytes()] for row in tokens_BT])
         return torch.stack((rows.unsqueeze(1).expand(-1, T), torch.arange(T).expand(len(rows), -1)), dim=2)
 

@@ -288,7 +288,7 @@ def test_what_others_trained_is_encoded_as_it_encodes(parts, kind):
     model, _, rows = parts
     sae = SparseAutoencoder(model.d_model, 64, 4, **kind)
     sae.initialize(torch.zeros(1, model.d_model), seed=0)
-    tokens_BT = torch.from_numpy(np.stack([row.tokens for row in rows[:3]]))
+    tokens_BT = torch.from_numpy(np.stack([row.tokens for row in rows[:3]], dtype=np.int64))
     counts_BT = torch.from_numpy(np.stack([row.document_of for row in rows[:3]]) >= 0)
     token, feature, value = active(model, sae, 1, tokens_BT, counts_BT)
     dense = torch.zeros(96, 64)
@@ -309,7 +309,7 @@ def test_what_a_bos_would_activate_is_not_encoded(corpus):
             seen.extend(x_ND[:, 1].tolist())
             return super().encode(x_ND, bf16)
 
-    tokens_BT = torch.from_numpy(np.stack([row.tokens for row in corpus.rows[:4]]))
+    tokens_BT = torch.from_numpy(np.stack([row.tokens for row in corpus.rows[:4]], dtype=np.int64))
     counts_BT = torch.arange(T).expand(4, -1) > 2
     token, _, _ = active(corpus, Sae(), 0, tokens_BT, counts_BT)
     assert seen == [*range(3, T)] * 4
