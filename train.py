@@ -262,4 +262,8 @@ def save(trainer: Trainer, run: resume.Run, metadata: Metadata, run_dir: Path) -
 
 
 if __name__ == "__main__":
-    cli.run(main, out_of_memory="BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN")
+    cli.run(
+        main,
+        out_of_memory="BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",
+        stopped="early: started again, it goes on from what is saved",
+    )

@@ -195,10 +195,11 @@ def start(script: str, config: ModuleType) -> None:
     print(f"{script}: {printable(config.MISTRAL_MODEL_PATH or '') or f'{STANDIN} (not Mistral 7B)'}")
 
 
-def run(main: Callable[[], None], out_of_memory: str) -> None:
+def run(main: Callable[[], None], out_of_memory: str, stopped: str = "") -> None:
     """Run a script's `main`; mistakes of the user's and failures end it with one line and an exit code.
 
-    `out_of_memory` says which constants to lower where the device's memory does not suffice.
+    `out_of_memory` says which constants to lower where the device's memory does not suffice, `stopped` what is there
+    after Ctrl-C.
     """
     try:
         with room_for("this run", f"lower {out_of_memory}"):
@@ -207,6 +208,8 @@ def run(main: Callable[[], None], out_of_memory: str) -> None:
         fail(error, error.exit_code)
     except OSError as error:  # a file that cannot be read or written
         fail(error, 1)
+    except KeyboardInterrupt as error:
+        raise type(error)(str(error) or stopped) from None
 
 
 @contextmanager
@@ -239,8 +242,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Say of Ctrl-C, which may strike during imports too, one line; of other exceptions what Python says."""
     if issubclass(kind, KeyboardInterrupt):
-        said = f"stopped{f', {error}' if str(error) else ''}"
-        fail(said, 128 + (signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT))
+        fail(f"stopped {error}".strip(), 128 + (signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT))
     sys.__excepthook__(kind, error, traceback)
 
 

@@ -25,7 +25,7 @@ OF_A_RUN = (
     "checkpoint*", "sae", "metrics.jsonl", "evaluation.json", "training.png", "activations", "explanations*.jsonl",
     "completions*.jsonl", "statistics*", "report.html", "text.html", "chat.jsonl",
 )  # fmt: skip
-OTHER_FILES = "the names, sizes and times of its files"  # by which a corpus is known again
+OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 
 Number = int | Annotated[float, Field(allow_inf_nan=True)]
 

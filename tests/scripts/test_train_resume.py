@@ -106,7 +106,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_where_and_the_run_goes_
     ran = in_a_process(arguments(run_dir), signalled(13, number=number))  # between two records, and two checkpoints
     assert ran.code == code
     path = run_dir / "checkpoints/step-13.safetensors"
-    assert ran.last_line == f"error: stopped, after step 13: started again, it goes on from {path}"
+    assert ran.last_line == f"error: stopped after step 13: started again, it goes on from {path}"
     assert "Traceback" not in ran.err
     assert step_of_checkpoint(run_dir) == 13
     ran = here(arguments(run_dir))
@@ -195,7 +195,7 @@ def test_another_corpus_under_the_same_name_is_refused(here, arguments, copied, 
     monkeypatch.setattr("mistral_sae.model.language_model.load_model", None)
     text = tmp_path / corpus.name
     text.write_text(corpus.read_text() + json.dumps({"text": "one more"}))
-    assert_refused(here(arguments(copied, DATA_PATH=text)), "another CORPUS (the names, sizes and times of its files)")
+    assert_refused(here(arguments(copied, DATA_PATH=text)), "another CORPUS (its files, or what is in them)")
 
 
 def test_a_model_with_other_weights_is_refused(here, arguments, copied, mistral_folder, tmp_path):
