@@ -243,4 +243,4 @@ def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> Non
 
 
 if __name__ == "__main__":
-    cli.run(main, out_of_memory="ROWS_PER_FORWARD")
+    cli.run(main, out_of_memory="ROWS_PER_FORWARD", stopped="early: started again, it goes on from what is saved")

@@ -15,15 +15,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from mistral_sae.data.activations import Batch, shuffled_batches
 from mistral_sae.data.documents import Skipped
@@ -33,29 +31,37 @@ from mistral_sae.defaults import Filled, fill, shown
 from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, locked, write_text
 from mistral_sae.model.language_model import LanguageModel, device_and_dtype, load_model
+from mistral_sae.sae import resume
 from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.checkpoint import save_sae
-from mistral_sae.sae.evaluate import Evaluator, reconstruction, summary
+from mistral_sae.sae.evaluate import Evaluator, as_held_out, reconstruction, summary
 from mistral_sae.sae.memory import free_memory, memory_plan, row_bytes
-from mistral_sae.sae.trainer import Figures, TrainConfig, Trainer, load_checkpoint, save_checkpoint
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
 
 
 def main() -> None:
     """Plan, and run if no other train.py is at work in RUN_DIR."""
+    if config.STATUS:
+        for line in resume.status(Path(config.RUN_DIR or fill(config)[0].RUN_DIR)):
+            print(line)
+        return
     corpus = Corpus.of(config)
     filled, training, last_layer = make_plan(corpus)
-    if config.DRY_RUN:
-        return
-    with locked(Path(filled.RUN_DIR), ".train.lock") as note:
+    run, run_dir = new_run(corpus, training), Path(filled.RUN_DIR)
+    with nullcontext("") if config.DRY_RUN else locked(run_dir, resume.LOCK) as note:
         if note:
             print(note)
-        train_and_evaluate(corpus, filled, training, last_layer)
+        found = resume.find_checkpoints(run_dir, run, config.RESUME)
+        if not config.DRY_RUN:
+            train_and_evaluate(corpus, filled, training, last_layer, run, found)
 
 
-def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, last_layer: int | None) -> None:
-    """The run, from the model's loading to the figures of the finished autoencoder."""
+def train_and_evaluate(
+    corpus: Corpus, filled: Filled, training: TrainConfig, last_layer: int | None, run: resume.Run, found: list[Path]
+) -> None:
+    """The run, from the model's loading to the figures of the finished autoencoder; goes on from a checkpoint found."""
     run_dir, layer, rows_at_once = Path(filled.RUN_DIR), filled.TARGET_LAYER, filled.ROWS_PER_FORWARD
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
     model = open_model(last_layer)
@@ -63,7 +69,12 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
     evaluate = Evaluator(model, held_out, layer, rows_at_once)
     with cli.room_for("the autoencoder", "lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
         trainer = Trainer(training, model.device)
-    history, start = start_or_resume(trainer, corpus, run_dir)
+    hook, length, run.model = hook_name(layer), config.CONTEXT_LENGTH, model.fingerprint(layer)
+    metadata = Metadata(model.name, hook, layer, True, length, config.DATA_PATH, run.model)
+    save_run = partial(save, trainer, run, metadata, run_dir)
+    start = start_or_resume(trainer, run, found, run_dir)
+    if run.step == training.steps:  # nothing but its evaluation is left
+        save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.statistics())
 
     skipped = Skipped()
     rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
@@ -77,23 +88,21 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, training: TrainConfig, la
         seed=config.SEED,
         start=start,
     )
-    hook, length, fingerprint = hook_name(layer), config.CONTEXT_LENGTH, model.fingerprint(layer)
-    metadata = Metadata(model.name, hook, layer, True, length, config.DATA_PATH, fingerprint)
-    train(trainer, history, batches, evaluate, filled, partial(save, trainer, metadata, corpus, run_dir))
+    train(trainer, run, batches, evaluate, filled, save_run)
     if skipped.count:
         print(skipped.summary())
 
     sae, density_F = trainer.sae, trainer.counts.density_F()
     dead_fraction = len(trainer.find_dead()) / training.d_hidden
     if model.last_layer is not None:
-        del trainer, batches, model, evaluate  # with the moments this makes room for the whole model
+        del trainer, save_run, batches, model, evaluate  # with the moments this makes room for the whole model
         gc.collect()
         evaluate = Evaluator(open_model(), held_out, layer, rows_at_once)
     print(f"evaluating on {len(held_out)} held-out rows of {config.CONTEXT_LENGTH} tokens")
     with room_for_evaluating():
         evaluation = evaluate(sae) | {"dead_fraction": dead_fraction}
     write_text(run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    plot_training(run_dir / "training.png", history, evaluation, density_F)
+    plot_training(run_dir / "training.png", run.history, evaluation, density_F)
     print(f"\n{summary(evaluation)}\n")
     print(f"autoencoder  {run_dir / 'sae'} (SAE Lens's format)")
     print(f"curves       {run_dir / 'training.png'}")
@@ -155,41 +164,44 @@ def room_for_evaluating() -> AbstractContextManager:
     return cli.room_for("evaluating", "lower ROWS_PER_FORWARD")
 
 
-def start_or_resume(trainer: Trainer, corpus: Corpus, run_dir: Path) -> tuple[list[dict[str, Any]], Place]:
-    """Bring the trainer to the checkpoint in `run_dir`, if there is one; returns the log and where the text goes on."""
-    checkpoint, start = run_dir / "checkpoint.safetensors", BEGINNING
-    history: list[dict[str, Any]] = []
-    if config.RESUME and checkpoint.exists():
-        history, stream = load_checkpoint(checkpoint, trainer, shaping(corpus))
-        start = Place.of(stream)
-        print(f"continuing after step {history[-1]['step']:,}")
-    else:
-        for stale in (checkpoint, run_dir / "sae/cfg.json", run_dir / "evaluation.json", run_dir / "training.png"):
-            stale.unlink(missing_ok=True)
-    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
-    return history, start
+def new_run(corpus: Corpus, training: TrainConfig) -> resume.Run:
+    """A run before its first step: the constants that shape it, and those that may change when it goes on."""
+    device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
+    shaping = ["EXCLUDE_TOKENS", "TARGET_LAYER", "SHUFFLE_ROWS", "LOG_EVERY"]
+    free = ["MISTRAL_MODEL_PATH", "ENGINE", "CHECKPOINT_EVERY", "EVALUATIONS", "EVALUATION_ROWS", "EVALUATION_STRIDE"]
+    settings = asdict(corpus) | asdict(training) | {name.lower(): getattr(config, name) for name in shaping}
+    settings |= {"corpus": corpus.fingerprint(), "dtype": str(dtype).removeprefix("torch.")}
+    others = {name.lower(): getattr(config, name) for name in free} | {"device": str(device)}
+    # A rate is what one lowers after a loss that exploded; the fingerprint tells a corpus wherever it lies
+    others |= {name: settings.pop(name) for name in ("learning_rate", "data_path")}
+    return resume.Run.new(settings, others)
 
 
-def shaping(corpus: Corpus) -> dict[str, Any]:
-    """What a continued run must share with its checkpoint, beside the sizes of the training."""
-    names = ["MISTRAL_MODEL_PATH", "EXCLUDE_TOKENS", "TARGET_LAYER", "DTYPE", "SHUFFLE_ROWS", "LOG_EVERY"]
-    return asdict(corpus) | {name.lower(): getattr(config, name) for name in names}
+def start_or_resume(trainer: Trainer, run: resume.Run, found: list[Path], run_dir: Path) -> Place:
+    """Bring the trainer and the run to the newest whole checkpoint, or else set an earlier run aside.
+
+    Returns where the text goes on.
+    """
+    if found:
+        resume.load_checkpoint(found, trainer, run)
+        print(f"continuing after step {run.step:,}")
+    elif moved_to := resume.set_aside(run_dir):
+        print(f"the earlier run is now in {moved_to}")
+    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.history))
+    return Place.of(run.stream) if found else BEGINNING
 
 
 def train(
-    trainer: Trainer,
-    history: list[dict[str, Any]],
-    batches: Iterator[Batch],
-    evaluate: Evaluator,
-    filled: Filled,
-    save: Callable[[list[dict[str, Any]], Place], None],
-) -> None:
+    trainer: Trainer, run: resume.Run, batches: Iterator[Batch], evaluate: Evaluator, filled: Filled,
+    save: Callable[[], Path],
+) -> None:  # fmt: skip
     """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
-    training, step, run_dir = trainer.config, history[-1]["step"] if history else 0, Path(filled.RUN_DIR)
+    training, step, run_dir = trainer.config, run.step, Path(filled.RUN_DIR)
     evaluate_at = {training.steps * i // filled.EVALUATIONS for i in range(1, filled.EVALUATIONS)}
-    figures, started = [], time.monotonic()
+    figures, started = list(torch.tensor(run.figures, device=trainer.dead.device)), time.monotonic() - run.seconds
     seen, total = step * training.batch_size, training.steps * training.batch_size
-    with cli.Progress(desc="training", total=total, initial=seen, unit=" tokens", unit_scale=True) as progress:
+    bar = cli.Progress(desc="training", total=total, initial=seen, unit=" tokens", unit_scale=True)
+    with cli.stoppable() as stop, bar as progress:
         for x, place in islice(batches, training.steps - step):
             if step == 0:
                 trainer.initialize(x)
@@ -201,72 +213,59 @@ def train(
             step += 1
             progress.update(len(x))
 
-            save_now = step % filled.CHECKPOINT_EVERY == 0 or step == training.steps
-            if step % config.LOG_EVERY == 0 or step in evaluate_at or save_now:
+            last = step == training.steps
+            log_now = step % config.LOG_EVERY == 0 or step in evaluate_at or last
+            stopping = stop()
+            save_now = step % filled.CHECKPOINT_EVERY == 0 or last or stopping
+            if log_now or save_now:
                 # The mean hides a loss that exploded just now, and no loss has seen the weights that are to be saved
                 latest = reconstruction(trainer.sae, [x]).normalized_mse if save_now else figures[-1][1].item()
-                record = record_of(trainer, step, figures, time.monotonic() - started)
+                record = trainer.record(step, figures, time.monotonic() - started)
                 if record.pop("finite") < 1:
                     evaluate.model.check_finite(torch.tensor(math.nan), f"residuals of layer {filled.TARGET_LAYER}")
                 check_loss(record["normalized_mse"], latest, record["loss"], step, run_dir)
+            if log_now:
                 if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
                     record["dead"] = len(trainer.find_dead())
                 if step in evaluate_at:
                     with room_for_evaluating():
                         record |= as_held_out(evaluate(trainer.sae))
-                history.append(record)
+                run.history.append(record)
                 append_line(run_dir / "metrics.jsonl", record)
                 progress.set_postfix_str(f"normalized MSE {record['normalized_mse']:.3f}, dead {record['dead']}")
                 figures = []
             if save_now:
-                save(history, place)
+                run.step, run.stream, run.figures = step, place._asdict(), [each.tolist() for each in figures]
+                run.seconds = time.monotonic() - started if figures else 0.0
+                path = save()
+                if stopping:
+                    raise stopping(f"after step {step:,}: started again, it goes on from {path}")
             if not figures:  # neither the evaluation nor the checkpoint counts towards the next ones
                 started = time.monotonic()
-
-
-def record_of(trainer: Trainer, step: int, figures: list[Tensor], seconds: float) -> dict[str, Any]:
-    """A line of the log: the means of the steps since the last one."""
-    return {
-        "step": step,
-        "tokens": step * trainer.config.batch_size,
-        **dict(zip(Figures._fields, torch.stack(figures).mean(dim=0).tolist(), strict=True)),
-        "dead": len(trainer.dead),
-        "learning_rate": trainer.config.learning_rate_at(step - 1),
-        "tokens_per_second": len(figures) * trainer.config.batch_size / seconds,
-    }
-
-
-def as_held_out(figures: dict[str, float]) -> dict[str, float]:
-    """Held-out figures under names that a training record does not have."""
-    return {key if key.startswith(("ce_", "kl")) else f"held_out_{key}": value for key, value in figures.items()}
 
 
 def check_loss(normalized_mse: float, latest: float, loss: float, step: int, run_dir: Path) -> None:
     """Raise Failed if a normalized MSE is far above that of predicting the mean, or the loss no number."""
     worst = latest if not latest <= EXPLODED else normalized_mse  # a NaN is not smaller, either
     if not (worst <= EXPLODED and math.isfinite(loss)):
-        last, do = run_dir / "checkpoint.safetensors", "start it again with a lower LEARNING_RATE"
-        kept = (
-            f"; it goes on from the last good checkpoint, {last}" if last.exists() else ": there is no checkpoint yet"
-        )
+        good, do = resume.checkpoints(run_dir), "start it again with a lower LEARNING_RATE"
+        kept = f"; it goes on from the last good checkpoint, {good[0]}" if good else ": there is no checkpoint yet"
         raise cli.Failed(
             f"the normalized MSE is {worst:.3g}, the loss {loss:.3g} at step {step:,}, expected below {EXPLODED:g}; "
             f"{do}{kept}"
         )
 
 
-def save(
-    trainer: Trainer,
-    metadata: Metadata,
-    corpus: Corpus,
-    run_dir: Path,
-    history: list[dict[str, Any]],
-    place: Place,
-) -> None:
-    """Write the autoencoder in SAE Lens's format, and the checkpoint from which the run can continue."""
+def save(trainer: Trainer, run: resume.Run, metadata: Metadata, run_dir: Path) -> Path:
+    """Write the checkpoint from which the run can continue, and the autoencoder in SAE Lens's format; returns where."""
+    path = resume.save_checkpoint(run_dir, trainer, run, config.KEEP_CHECKPOINTS)
     save_sae(run_dir / "sae", trainer.sae, metadata, trainer.counts.statistics())
-    save_checkpoint(run_dir / "checkpoint.safetensors", trainer, shaping(corpus), history, place._asdict())
+    return path
 
 
 if __name__ == "__main__":
-    cli.run(main, out_of_memory="BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN")
+    cli.run(
+        main,
+        out_of_memory="BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",
+        stopped="early: started again, it goes on from what is saved",
+    )

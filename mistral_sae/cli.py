@@ -7,11 +7,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -33,6 +34,10 @@ class Failed(UserError):
     """A run that could not end well, for a reason that is said in one line. Exit code 1."""
 
     exit_code = 1
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a script as Ctrl-C does."""
 
 
 # ---- words ----
@@ -188,12 +193,13 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...], found: Any = None) ->
 def start(script: str, config: ModuleType) -> None:
     """Set the constants from the command line and print a script's first line, before torch is imported.
 
-    From here on lines appear as they are printed, in a pipe too, and Ctrl-C ends the script with one line.
+    From here on lines appear as they are printed, in a pipe too, and Ctrl-C and SIGTERM end the script with one line.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads of OpenMP sleep sooner: spinning slows the others
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # whatever the terminal's encoding
     sys.excepthook = _report
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         override(sys.argv[1:], config)
     except UserError as error:
@@ -201,18 +207,21 @@ def start(script: str, config: ModuleType) -> None:
     print(f"{script}: {printable(config.MISTRAL_MODEL_PATH or '') or f'{STANDIN} (not Mistral 7B)'}")
 
 
-def run(main: Callable[[], None], out_of_memory: str) -> None:
+def run(main: Callable[[], None], out_of_memory: str, stopped: str = "") -> None:
     """Run a script's `main`; mistakes of the user's and failures end it with one line and an exit code.
 
-    `out_of_memory` says which constants to lower where the device's memory does not suffice.
+    `out_of_memory` says which constants to lower where the device's memory does not suffice, `stopped` what is there
+    after Ctrl-C.
     """
     try:
         with room_for("this run", f"lower {out_of_memory}"):
             main()
     except UserError as error:
         fail(error, error.exit_code)
-    except OSError as error:  # a full disk, a folder that cannot be written
+    except OSError as error:  # a file that cannot be read or written
         fail(error, 1)
+    except KeyboardInterrupt as error:
+        raise type(error)(str(error) or stopped) from None
 
 
 @contextmanager
@@ -238,11 +247,38 @@ def fail(error: Exception | str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Say of Ctrl-C, which may strike during imports too, one line; of other exceptions what Python says."""
     if issubclass(kind, KeyboardInterrupt):
-        fail("stopped", 1)
+        fail(f"stopped {error}".strip(), 128 + (signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT))
     sys.__excepthook__(kind, error, traceback)
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Let the first Ctrl-C or SIGTERM be asked for, so that a loop can end well; the second ends the process at once.
+
+    Yields a function that returns None, or what is to be raised when the loop is done.
+    """
+    asked: list[type[KeyboardInterrupt]] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b"\nstopping when this step is done and saved; the same again stops at once\n")
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]  # as in a nohup
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield lambda: asked[0] if asked else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- progress ----

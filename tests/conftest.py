@@ -60,6 +60,7 @@ def run_script(monkeypatch, capsys):
     for name in ("MISTRAL_MODEL_PATH", "OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
+    terminated = signal.getsignal(signal.SIGTERM)  # and so this
 
     def run(script: str, arguments: list[str]) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -72,6 +73,7 @@ def run_script(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     yield run
+    signal.signal(signal.SIGTERM, terminated)
     override([], config)
 
 

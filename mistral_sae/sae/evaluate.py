@@ -153,6 +153,11 @@ class Evaluator:
         return [part.to(self.model.device) for part in parts]
 
 
+def as_held_out(figures: dict[str, float]) -> dict[str, float]:
+    """Held-out figures under names that a training record does not have."""
+    return {key if key.startswith(("ce_", "kl")) else f"held_out_{key}": value for key, value in figures.items()}
+
+
 def summary(figures: dict[str, float]) -> str:
     """The figures of a whole evaluation, in words, a line each."""
     return f"""\

@@ -1,19 +1,18 @@
-"""The training of an autoencoder: its sizes, one step, and the checkpoint that a run continues from.
+"""The training of an autoencoder: its sizes, one step, and the state that a run continues from.
 
 Shapes: B tokens, D model width, F features.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mistral_sae.cli import UserError
-from mistral_sae.files import SAEError, load_state, save_state
+from mistral_sae.files import SAEError
 from mistral_sae.sae.architectures import (
     ARCHITECTURES,
     DENSE,
@@ -179,61 +178,39 @@ class Trainer:
         """Measure the features' densities and maxima from here on: earlier ones belong to other weights."""
         self.counts = Counts(self.config.d_hidden, self.sae.W_dec.device)
 
+    def record(self, step: int, figures: list[Tensor], seconds: float) -> dict[str, Any]:
+        """A line of the log: the means of the steps since the last one, each stacked, which took so many seconds."""
+        return {
+            "step": step,
+            "tokens": step * self.config.batch_size,
+            **dict(zip(Figures._fields, torch.stack(figures).mean(dim=0).tolist(), strict=True)),
+            "dead": len(self.dead),
+            "learning_rate": self.config.learning_rate_at(step - 1),
+            "tokens_per_second": len(figures) * self.config.batch_size / seconds,
+        }
+
     def state(self) -> dict[str, Tensor]:
         """All tensors that continuing needs, for `load`."""
         # W_enc feature by feature, as it lies in memory: no transposed copy on the device
         weights = {name: p.T if name == "W_enc" else p for name, p in self.sae.named_parameters()}
         counts = {"since_fired": self.since_fired, "fired": self.counts.fired_F, "maximum": self.counts.maximum_F}
         counts["counted_tokens"] = torch.tensor(self.counts.tokens)
+        counts["dead"] = torch.zeros_like(self.since_fired, dtype=torch.bool).index_fill_(0, self.dead, True)
         return weights | dict(self.sae.named_buffers()) | self.adam.state() | counts
 
+    def check(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Raise SAEError, which names their file, unless tensors have the names, shapes and types of `state`."""
+        found = {name: f"{name} {tuple(x.shape)} of {x.dtype}" for name, x in tensors.items()}
+        expected = {name: f"{name} {tuple(x.shape)} of {x.dtype}" for name, x in self.state().items()}
+        for name in expected:
+            if found.get(name) != expected[name]:
+                what = f"{found.get(name, f'no {name}')} in {path}, expected {expected[name]}"
+                raise SAEError(f"found {what}: it is of another version or damaged, remove the file")
+
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what `state` gave. Raises SAEError where a tensor is missing."""
-        if missing := self.state().keys() - tensors.keys():
-            raise SAEError(
-                f"found a training state without {', '.join(sorted(missing))}, expected one of this version: "
-                "start over with RESUME=False, or in another RUN_DIR"
-            )
+        """Continue from what `state` gave."""
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
         self._copy_W_enc()
         self.counts.tokens = int(tensors["counted_tokens"])
-        self.find_dead()
-
-
-# ---- checkpoints ----
-
-
-def save_checkpoint(
-    path: Path, trainer: Trainer, shaping: dict[str, Any], history: list[dict[str, Any]], stream: dict[str, Any]
-) -> None:
-    """Write all that continuing needs: the trainer's state, the settings that shape the run, its log, and its place.
-
-    `stream` is where the text goes on, as JSON.
-    """
-    settings = shaping | asdict(trainer.config)
-    del settings["learning_rate"]  # which may change: it is what one lowers after a loss that exploded
-    save_state(path, trainer.state(), {"settings": settings, "history": history, "stream": stream})
-
-
-def load_checkpoint(
-    path: Path, trainer: Trainer, shaping: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Bring a trainer to where `save_checkpoint` was called; returns the log, and where the text goes on.
-
-    Raises UserError if the checkpoint is of other settings, SAEError if it is damaged.
-    """
-    tensors, metadata = load_state(path, "cpu")  # the trainer's own already fill the device
-    here = shaping | asdict(trainer.config)
-    changed = [
-        f"{name.upper()} ({there} there, {here.get(name)} here)"
-        for name, there in metadata["settings"].items()
-        if there != here.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"{path.parent} holds a run with another {', '.join(changed)}: choose another RUN_DIR, "
-            "or RESUME=False to start over in this one"
-        )
-    trainer.load(tensors)
-    return metadata["history"], metadata.get("stream")
+        self.dead = tensors["dead"].to(self.since_fired.device).nonzero().squeeze(1)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -250,6 +251,8 @@ def test_the_fingerprint_changes_with_the_files_of_a_corpus(tmp_path):
     (tmp_path / "b.txt").write_text("four")
     third = fingerprint(str(tmp_path))
     os.utime(tmp_path / "b.txt", (0, 0))
+    assert fingerprint(str(shutil.copytree(tmp_path, tmp_path.with_name("moved")))) == third  # wherever it lies
+    (tmp_path / "b.txt").write_text("five")
     assert len({first, second, third, fingerprint(str(tmp_path))}) == 4
     assert fingerprint("stdlib") == fingerprint("stdlib") not in (first, second, third)
     assert fingerprint("owner/name") == "owner/name"

@@ -43,7 +43,7 @@ STAGES = {
     "mistral_sae.data.activations.residuals_of": (9, "a buffer of residuals: lower BUFFER_TOKENS or ROWS_PER_FORWARD"),
     "mistral_sae.sae.trainer.topk_step": (25, "a step: lower BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"),
     "mistral_sae.sae.evaluate.reconstruction": (2, "evaluating: lower ROWS_PER_FORWARD"),
-    "mistral_sae.sae.trainer.save_state": (
+    "mistral_sae.sae.resume.save_state": (
         2,
         "this run: lower BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",
     ),
@@ -60,7 +60,7 @@ def test_a_run_without_memory_ends_with_one_line_and_goes_on_from_its_checkpoint
         code, _, err = run()
     assert (code, err.splitlines()[-1]) == (1, f"error: the device is out of memory for {line}")
     assert "Traceback" not in err
-    if (tmp_path / "run" / "checkpoint.safetensors").exists():
+    if (tmp_path / "run" / "checkpoints").exists():
         code, out, _ = run()
         assert code == 0
         assert "continuing after step 20" in out

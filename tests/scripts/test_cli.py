@@ -397,7 +397,7 @@ def test_a_bad_argument_ends_train_with_code_2_and_one_line_without_torch(tmp_pa
 
 def test_ctrl_c_during_the_imports_is_one_line_and_no_traceback(tmp_path):
     ran = train(tmp_path, torch="raise KeyboardInterrupt")
-    assert (ran.returncode, ran.stderr) == (1, "error: stopped\n")
+    assert (ran.returncode, ran.stderr) == (130, "error: stopped\n")
 
 
 @pytest.mark.parametrize("value", ["(1, 0.5)", "(1, 'a')", "()", "[0]", "(1, 1e999)"])

@@ -5,143 +5,26 @@ imported), and else in this one, which spares it the imports.
 """
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+import train_runs
 from safetensors.torch import load_file
+from train_runs import CONTRACT_FILES, ROOT, STEPS, assert_refused, contents_of, metrics_of, step_of_checkpoint
 
 import config
 from mistral_sae import files
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.model.language_model import STANDIN, load_model
-from mistral_sae.sae import memory
+from mistral_sae.sae import memory, resume
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.memory import memory_plan
 from mistral_sae.sae.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent.parent
-STEPS = 40
-SETTINGS = {
-    "TARGET_LAYER": 1,
-    "DEVICE": "cpu",
-    "CONTEXT_LENGTH": 32,
-    "HELD_OUT_FRACTION": 0.3,
-    "TRAIN_TOKENS": STEPS * 64 + 5,
-    "D_HIDDEN": 128,
-    "K": 8,
-    "BATCH_SIZE": 64,
-    "LEARNING_RATE": 0.003,
-    "WARM_UP_STEPS": 10,
-    "K_AUX": 16,
-    "DEAD_AFTER_TOKENS": 100,
-    "MOMENTS_DTYPE": "bfloat16",
-    "BUFFER_TOKENS": 500,
-    "ROWS_PER_FORWARD": 3,
-    "EVALUATION_ROWS": 10,
-    "EVALUATION_STRIDE": 1,
-    "EVALUATIONS": 2,
-    "LOG_EVERY": 5,
-    "CHECKPOINT_EVERY": 10,
-}
-CONTRACT_FILES = {
-    "sae/cfg.json",
-    "sae/sae_weights.safetensors",
-    "sae/sparsity.safetensors",
-    "metrics.jsonl",
-    "evaluation.json",
-    "training.png",
-    "checkpoint.safetensors",
-}
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last_line(self):
-        return self.err.splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Sixty short documents that repeat themselves, so that there is something to learn."""
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    documents = [f"def f{i}(x):\n    return x + {i}\n\n\nclass A{i}:\n    y = f{i}({i})\n" * 3 for i in range(60)]
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    return path
-
-
-@pytest.fixture(scope="module")
-def arguments(mistral_folder, corpus):
-    """NAME=value of a run of seconds, changed by keywords."""
-
-    def of(run_dir, **changed):
-        constants = {"MISTRAL_MODEL_PATH": mistral_folder, "DATA_PATH": corpus, "RUN_DIR": run_dir}
-        return [f"{name}={value}" for name, value in (constants | SETTINGS | changed).items()]
-
-    return of
-
-
-def in_a_process(arguments, code=None):
-    """Run train.py, or `code` that runs it, in a process of its own."""
-    script = ["train.py"] if code is None else ["-c", code]
-    done = subprocess.run(
-        [sys.executable, *script, *arguments],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "MISTRAL_MODEL_PATH"}
-        | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Ran(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture
-def here(run_script):
-    """Run train.py in this process."""
-    return lambda arguments: Ran(*run_script("train.py", arguments))
-
-
-@pytest.fixture(scope="module")
-def finished(arguments, tmp_path_factory):
-    """The folder and the output of a whole run."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    return run_dir, in_a_process(arguments(run_dir))
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A folder like that of the finished run, which a test may change."""
-    return shutil.copytree(finished[0], tmp_path / "run")
-
-
-def metrics_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def contents_of(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".train.lock"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def assert_refused(ran, said, code=2):
-    assert ran.code == code
-    lines = [line for line in ran.err.splitlines() if line]
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert said in lines[0]
-    assert "Traceback" not in ran.out
+corpus, arguments, here = train_runs.corpus, train_runs.arguments, train_runs.here
+finished, copied = train_runs.finished, train_runs.copied
 
 
 # ---- a run ----
@@ -261,170 +144,9 @@ def test_a_few_steps_run_on_the_stand_in_and_the_standard_library(here, tmp_path
     ran = here([f"{name}={value}" for name, value in few.items()])
     assert ran.code == 0, ran.err
     assert "stand-in" in ran.out.splitlines()[0]
-    assert set(contents_of(tmp_path / "run")) == CONTRACT_FILES
+    others = {name for name in CONTRACT_FILES if not name.startswith("checkpoints/")}
+    assert set(contents_of(tmp_path / "run")) == others | {"checkpoints/step-8.safetensors"}
     assert len(metrics_of(tmp_path / "run")) == 8
-
-
-# ---- stopped and started again ----
-
-KILLED_WHILE_IT_SAVES = """
-import os, runpy, signal, sys
-from mistral_sae import files
-
-def killed(path, tensors, metadata, save=files.save_state):
-    if metadata["history"][-1]["step"] == 20:
-        (path.parent / (path.name + ".partial")).write_bytes(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(path, tensors, metadata)
-
-files.save_state = killed
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
-def test_a_killed_run_started_again_ends_with_the_same_bits_as_an_uninterrupted_one(finished, arguments, tmp_path):
-    run_dir = tmp_path / "run"
-    assert in_a_process(arguments(run_dir), KILLED_WHILE_IT_SAVES).code == -9
-    assert metrics_of(run_dir)[-1]["step"] == 20  # it was killed between the autoencoder's save and the checkpoint's
-    assert step_of_checkpoint(run_dir) == 10
-
-    ran = in_a_process(arguments(run_dir))
-
-    assert ran.code == 0, ran.err
-    assert "continuing after step 10" in ran.out
-    assert set(contents_of(run_dir)) == CONTRACT_FILES
-    for name in ("checkpoint.safetensors", "sae/sae_weights.safetensors", "sae/sparsity.safetensors"):
-        expected, found = load_file(finished[0] / name), load_file(run_dir / name)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected), name
-    assert without_times(metrics_of(run_dir)) == without_times(metrics_of(finished[0]))
-    assert (run_dir / "evaluation.json").read_bytes() == (finished[0] / "evaluation.json").read_bytes()
-
-
-def without_times(metrics):
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in metrics]
-
-
-def test_the_maxima_that_are_saved_are_those_of_the_last_part_of_the_run(
-    finished, here, arguments, tmp_path, monkeypatch
-):
-    forgotten, steps = [], []
-    step, forget = Trainer.step, Trainer.forget_counts
-    monkeypatch.setattr(Trainer, "step", lambda self, *args: (steps.append(1), step(self, *args))[1])
-    monkeypatch.setattr(Trainer, "forget_counts", lambda self: (forgotten.append(len(steps)), forget(self))[1])
-    assert here(arguments(tmp_path / "run")).code == 0
-    assert forgotten == [int(0.8 * STEPS)]  # where the learning rate begins to fall
-    maximum, checkpoint = load_sae(finished[0]).maximum_F, load_file(finished[0] / "checkpoint.safetensors")
-    assert torch.equal(maximum, checkpoint["maximum"])
-    assert (maximum > 0).any()
-
-
-def test_a_finished_run_started_again_trains_nothing(here, arguments, copied, monkeypatch):
-    before = contents_of(copied)
-    monkeypatch.setattr(Trainer, "step", None)
-    ran = here(arguments(copied))
-    assert ran.code == 0, ran.err
-    after = contents_of(copied)
-    unchanged = CONTRACT_FILES - {"training.png", "evaluation.json"}
-    assert {name for name in CONTRACT_FILES if after[name] == before[name]} >= unchanged
-    old, new = json.loads(before["evaluation.json"]), json.loads(after["evaluation.json"])
-    assert new == pytest.approx(old, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"K": 4}, "another K (8 there, 4 here): choose another RUN_DIR, or RESUME=False"),
-        ({"SEED": 3}, "another SEED (0 there, 3 here)"),
-        ({"TRAIN_TOKENS": 64_000}, "TRAIN_TOKENS (2565 there, 64000 here)"),
-    ],
-)
-def test_other_settings_in_the_folder_of_a_run_are_refused_and_nothing_is_touched(
-    here, arguments, copied, changed, said
-):
-    before = contents_of(copied)
-    assert_refused(here(arguments(copied, **changed)), said)
-    assert contents_of(copied) == before
-
-
-def test_a_second_run_in_the_folder_is_refused_and_nothing_is_touched(here, arguments, copied):
-    before = contents_of(copied)
-    with files.locked(copied, ".train.lock"):
-        assert_refused(here(arguments(copied, RESUME=False)), "another run at work")
-    assert contents_of(copied) == before
-
-
-def test_a_checkpoint_of_another_version_is_refused_in_one_line_and_kept(here, arguments, copied):
-    path = copied / "checkpoint.safetensors"
-    tensors, metadata = files.load_state(path, "cpu")
-    del tensors["maximum"]
-    files.save_state(path, tensors, metadata)
-    before = contents_of(copied)
-    assert_refused(here(arguments(copied)), "found a training state without maximum")
-    assert contents_of(copied) == before
-
-
-def test_settings_that_do_not_shape_the_result_may_change(here, arguments, copied):
-    assert here(arguments(copied, CHECKPOINT_EVERY=30, EVALUATIONS=1)).code == 0
-
-
-def test_resume_false_trains_anew_in_the_same_folder(here, arguments, copied):
-    ran = here(arguments(copied, K=4, TRAIN_TOKENS=256, RESUME=False))
-    assert ran.code == 0, ran.err
-    assert json.loads((copied / "sae/cfg.json").read_text())["k"] == 4
-    assert [record["step"] for record in metrics_of(copied)] == [2, 4]
-
-
-def test_a_run_that_trains_anew_leaves_nothing_of_the_old_one_to_resume_or_to_read(
-    here, arguments, copied, monkeypatch
-):
-    def stopped(*_):
-        raise SystemExit(9)
-
-    monkeypatch.setattr(Trainer, "step", stopped)
-    assert here(arguments(copied, RESUME=False)).code == 9
-    for name in ("checkpoint.safetensors", "evaluation.json", "training.png"):
-        assert not (copied / name).exists()
-
-
-def test_a_damaged_checkpoint_is_refused_in_one_line(here, arguments, copied):
-    path = copied / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert_refused(here(arguments(copied)), f"damaged {path}")
-
-
-INTERRUPTED = """
-import os, runpy, signal, sys
-from mistral_sae.sae.trainer import Trainer
-
-steps = []
-
-def interrupted(self, *args, step=Trainer.step):
-    steps.append(1)
-    if len(steps) == 13:
-        os.kill(os.getpid(), signal.SIGINT)
-    return step(self, *args)
-
-Trainer.step = interrupted
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_a_run_with_one_line_and_keeps_its_checkpoint(arguments, tmp_path):
-    ran = in_a_process(arguments(tmp_path / "run"), INTERRUPTED)
-    assert ran.code == 1
-    assert ran.last_line == "error: stopped"
-    assert "Traceback" not in ran.err
-    assert step_of_checkpoint(tmp_path / "run") == 10
-
-
-def step_of_checkpoint(run_dir):
-    tensors, metadata = files.load_state(run_dir / "checkpoint.safetensors", "cpu")
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
-    return metadata["history"][-1]["step"]
 
 
 # ---- losses that explode ----
@@ -438,7 +160,7 @@ def test_too_large_a_learning_rate_stops_the_run_with_the_step(here, arguments, 
         ran.last_line,
     )
     assert "Traceback" not in ran.err
-    assert not (tmp_path / "run/checkpoint.safetensors").exists()
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 @pytest.mark.parametrize(("broken_at", "seen_at"), [(13, 15), (19, 20), (20, 20)])
@@ -460,7 +182,7 @@ def test_weights_that_break_stop_the_run_and_the_last_good_checkpoint_stays(
     ran = here(arguments(tmp_path / "run"))
     assert ran.code == 1
     assert f" at step {seen_at}," in ran.last_line
-    assert f"the last good checkpoint, {tmp_path / 'run/checkpoint.safetensors'}" in ran.last_line
+    assert f"the last good checkpoint, {tmp_path / 'run/checkpoints/step-10.safetensors'}" in ran.last_line
     assert "Traceback" not in ran.err
     assert step_of_checkpoint(tmp_path / "run") == 10
     assert load_file(tmp_path / "run/sae/sae_weights.safetensors")["W_enc"].abs().max() < 1e3
@@ -468,16 +190,17 @@ def test_weights_that_break_stop_the_run_and_the_last_good_checkpoint_stays(
 
 
 def test_every_constant_is_known_to_shape_a_run_or_not_to(finished):
-    metadata = files.load_metadata(finished[0] / "checkpoint.safetensors")
-    shaping = {SAVED_AS.get(name, name.upper()) for name in metadata["settings"]} - {"D_MODEL"}
+    run = files.load_metadata(finished[0] / "checkpoints/step-40.safetensors", resume.Run)
+    saved = run.settings.keys() | run.others.keys()
+    shaping = {SAVED_AS.get(name, name.upper()) for name in saved} - {"D_MODEL", "CORPUS"}
     constants = {name for name in vars(config) if name.isupper()} - {"ON_STANDIN"}
     source = (ROOT / "config.py").read_text()
     of_others = set(re.findall(r"^([A-Z_]+)\b", source[source.index("# ---- explain.py") :], re.MULTILINE))
-    free = {"ENGINE", "DEVICE", "LEARNING_RATE", "RUN_DIR", "RESUME", "DRY_RUN", "CHECKPOINT_EVERY"}
-    free |= {"EVALUATION_ROWS", "EVALUATION_STRIDE", "EVALUATIONS"}
+    free = {"RUN_DIR", "RESUME", "DRY_RUN", "STATUS", "KEEP_CHECKPOINTS"}
     assert "OPENAI_API_KEY" in of_others
     assert constants == shaping | free | of_others
     assert not shaping & (free | of_others)
+    assert not run.settings.keys() & run.others.keys()
 
 
 SAVED_AS = {"split": "DATA_SPLIT"}

@@ -1,0 +1,216 @@
+"""What a run must survive, played on the stand-in: `python -m tools.torture PART [COUNT]`, a part being one of `PARTS`.
+
+Results go to benchmarks/results/torture.json, a part each.
+"""
+
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS, describe
+from mistral_sae.explain import cache
+from mistral_sae.files import hash_of, load_state
+
+ROOT = Path(__file__).parent.parent
+SIZES = {
+    "DEVICE": "cpu", "CONTEXT_LENGTH": 64, "D_HIDDEN": 512, "K": 8, "RUN_DIR": "run", "TRAIN_TOKENS": 256 * 60,
+    "BATCH_SIZE": 256, "BUFFER_TOKENS": 2000, "SHUFFLE_ROWS": 64, "EVALUATION_ROWS": 4, "LOG_EVERY": 3,
+    "CHECKPOINT_EVERY": 5, "DEAD_AFTER_TOKENS": 2000, "EXPLAIN_TOKENS": 6_000, "EXPLAIN_STRIDE": 20,
+    "SELECT": "random 40", "EXPLAINER": "offline",
+}  # fmt: skip
+
+
+class Process:
+    """A script in a process of its own: a fork of this one, which has the imports behind it."""
+
+    def __init__(self, script: str, folder: Path, data: Path):
+        self.synced = folder / "synced"  # a line for each file that the system was told to write, outside of RUN_DIR
+        self.output = folder / f"{script}.txt"
+        self.started = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                code = self._run(script, folder, data)
+            finally:
+                os._exit(code)
+
+    def _run(self, script: str, folder: Path, data: Path) -> int:
+        log = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        noted, fsync = os.open(self.synced, os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.fsync
+
+        def note(descriptor: int) -> None:
+            fsync(descriptor)
+            found = os.fstat(descriptor)
+            os.write(noted, f"{found.st_ino} {found.st_size}\n".encode())
+
+        os.fsync = note
+        constants = SIZES | {"RUN_DIR": folder / "run", "DATA_PATH": data}
+        sys.argv = [f"{script}.py", *(f"{name}={value}" for name, value in constants.items())]
+        try:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        return 0
+
+    def ended(self) -> bool:
+        """Wait for its end; raises RuntimeError with its last words unless it is a good one."""
+        _, status = os.waitpid(self.pid, 0)
+        if status:
+            raise RuntimeError(f"ended with {status}: {self.output.read_text()[-2000:]}")
+        return True
+
+    def killed(self, after: float, power_cut: bool) -> bool:
+        """Kill it by signal 9 some seconds after its start, with the power if asked for; False if it ended before."""
+        while time.monotonic() < self.started + after:
+            if os.waitpid(self.pid, os.WNOHANG) != (0, 0):
+                return False
+            time.sleep(0.001)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        if power_cut:
+            self._cut_power()
+        return True
+
+    def _cut_power(self) -> None:
+        """Of what no fsync has covered, leave a part of random length: as a file system may after a power cut.
+
+        Renames are taken to last, since nothing here can undo them.
+        """
+        lines = self.synced.read_text().splitlines() if self.synced.exists() else []
+        sizes = {int(inode): int(size) for inode, size in map(str.split, lines)}
+        for path in (self.output.parent / "run").rglob("*"):
+            if path.is_file() and path.suffix != ".lock":
+                found = path.stat()
+                safe = min(found.st_size, sizes.get(found.st_ino, 0))
+                os.truncate(path, random.randint(safe, found.st_size))
+                os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def resume(count: int, data: Path | None = None, seed: int = 0) -> dict[str, Any]:
+    """Kill train.py, then explain.py, at `count` random moments each; started again, each ends bit by bit the same.
+
+    Every second kill cuts the power. A run is killed up to three times on its way to the end.
+    """
+    random.seed(seed)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        data = data or _corpus(Path(place))
+        for script in ("train", "explain"):
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")  # once, for all that are forked from here
+            cache.SHARD_TOKENS = 1024  # so that explain.py writes several
+            results[script] = _torture(script, Path(place), data, count)
+    return results
+
+
+def _corpus(folder: Path) -> Path:
+    """Some of the standard library's files, so that all is read in a moment."""
+    library = Path(os.__file__).parent
+    files = [path for path in sorted(library.glob("*.py")) if path.stat().st_size < 40_000][:60]
+    records = [json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) for path in files]
+    (folder / "text.jsonl").write_text("\n".join(records))
+    return folder / "text.jsonl"
+
+
+def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]:
+    folder, begun, whole = place / "now", place / "begun", place / "whole"  # all run in one place: reports name it
+    if whole.exists():  # what train.py has left is what explain.py begins with
+        whole.rename(begun)
+    begun.mkdir(exist_ok=True)
+    shutil.copytree(begun, folder)
+    first = Process(script, folder, data)
+    first.ended()
+    seconds, end = time.monotonic() - first.started, _contents(folder / "run")
+    folder.rename(whole)
+    runs, kills, cuts, different, moments = 0, 0, 0, [], []
+    while kills < count:
+        shutil.copytree(begun, folder)
+        stats = [path.stat() for path in folder.rglob("*")]  # what is there from the start is on the disk
+        (folder / "synced").write_text("".join(f"{each.st_ino} {each.st_size}\n" for each in stats))
+        for _ in range(random.randint(1, 3)):
+            power_cut, after = kills % 2 == 1, random.uniform(0.02, 1) * seconds
+            if kills == count or not Process(script, folder, data).killed(after, power_cut):
+                break
+            kills, cuts = kills + 1, cuts + power_cut
+            moments.append(_newest(folder / "run"))
+        Process(script, folder, data).ended()
+        found = _contents(folder / "run")
+        different += [f"{runs}: {name}" for name in end | found if end.get(name) != found.get(name)]
+        shutil.rmtree(folder)
+        runs += 1
+    shutil.rmtree(begun)
+    return {
+        "runs": runs,
+        "kills": kills,
+        "of them power cuts": cuts,
+        "last written before a kill": {name: moments.count(name) for name in sorted(set(moments))},
+        "files compared a run": len(end),
+        "files that differ": different,
+    }
+
+
+def _newest(run_dir: Path) -> str:
+    """The file that was written last, without its number: the moment at which a run was killed."""
+    files = [path for path in run_dir.rglob("*") if path.is_file() and not path.name.endswith("lock")]
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return re.sub(r"\d+", "N", newest.relative_to(run_dir).as_posix()) if newest else "nothing"
+
+
+def _contents(run_dir: Path) -> dict[str, Any]:
+    """What a run has left, but for times: of a checkpoint its tensors and the rest of its metadata."""
+    found: dict[str, Any] = {}
+    for path in sorted(run_dir.rglob("*")):
+        name = path.relative_to(run_dir).as_posix()
+        if path.is_dir() or path.suffix in (".lock", ".png") or name.endswith(".lock"):
+            continue
+        if name.startswith("checkpoints/"):
+            tensors, metadata = load_state(path, "cpu")
+            del metadata["seconds"]
+            metadata["history"] = [_timeless(record) for record in metadata["history"]]
+            found[name] = hash_of(json.dumps(metadata), tensors)
+        elif name == "metrics.jsonl":
+            found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def _timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "tokens_per_second"}
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"resume": resume}
+
+
+def main() -> None:
+    """Run one part, and put its results beside those of the others."""
+    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
+        sys.exit(f"usage: python -m tools.torture PART [COUNT], PART being {', '.join(PARTS)}")
+    part, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 30
+    path, started = RESULTS / "torture.json", time.monotonic()
+    found = PARTS[part](count)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    machine = describe() | {"command": f"python -m tools.torture {part} {count}"}
+    results[part] = machine | {"seconds": round(time.monotonic() - started), "results": found}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
