@@ -188,7 +188,7 @@ def standin(size: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = load_model(None, device="cpu")
     sae = SparseAutoencoder(model.d_model, 8192, 32)
     start = time.perf_counter()
-    rows = list(islice(Corpus("stdlib").rows_with_documents(model.tokenizer, held_out=True), size["standin_rows"]))
+    rows = list(islice(Corpus("stdlib").rows(model.tokenizer, held_out=True), size["standin_rows"]))
     seconds = {"reading and tokenizing": time.perf_counter() - start}
     x = model.residuals(torch.from_numpy(np.stack([row.tokens for row in rows[:16]], dtype=np.int64)), 2)
     sae.initialize(sae.standardize(x[:, 1:].flatten(0, 1))[0], seed=0)
