@@ -117,7 +117,9 @@ class Trainer:
         self.W_enc_bf16 = torch.empty_like(self.sae.W_enc, dtype=torch.bfloat16) if self.bf16 else None
         trains_threshold = config.architecture == "jumprelu"
         self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype), self.W_enc_bf16, trains_threshold)
-        self.ends = nested_sizes(config.d_hidden, config.matryoshka_levels).to(device)
+        self.ends = None  # of the nested autoencoders
+        if config.architecture == "matryoshka":
+            self.ends = nested_sizes(config.d_hidden, config.matryoshka_levels).to(device)
         self.since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens
         self.counts = Counts(config.d_hidden, device)  # since `forget_counts`
         self.find_dead()
@@ -164,8 +166,7 @@ class Trainer:
             case "topk":
                 return topk_step(z, weights, config.k, aux)
             case "batchtopk" | "matryoshka":
-                ends = self.ends if config.architecture == "matryoshka" else None
-                step, least = batchtopk_step(z, weights, config.k, aux, ends)
+                step, least = batchtopk_step(z, weights, config.k, aux, self.ends)
                 self.sae.threshold.copy_(threshold_after(self.sae.threshold, least, self.adam.steps))
                 return step
             case "relu":
