@@ -144,7 +144,7 @@ def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]
         stats = [path.stat() for path in folder.rglob("*")]  # what is there from the start is on the disk
         (folder / "synced").write_text("".join(f"{each.st_ino} {each.st_size}\n" for each in stats))
         for _ in range(random.randint(1, 3)):
-            power_cut, after = kills % 2 == 1, random.uniform(0.02, 1) * seconds
+            power_cut, after = kills % 2 == 0, random.uniform(0.02, 1) * seconds
             if kills == count or not Process(script, folder, data).killed(after, power_cut):
                 break
             kills, cuts = kills + 1, cuts + power_cut

@@ -147,7 +147,8 @@ def set_aside(run_dir: Path) -> Path | None:
 
     That folder is a RUN_DIR. A move that was cut off is finished by the next.
     """
-    if not any((run_dir / name).exists() for name in ("sae", "checkpoints", "evaluation.json", "previous.partial")):
+    there = any((run_dir / name).exists() for name in ("sae", "evaluation.json", "previous.partial"))
+    if not there and not checkpoints(run_dir):  # half of the first one is left by a kill
         return None
     partial = run_dir / "previous.partial"
     with locked(run_dir), writing(partial):  # explain.py may be at work on it

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mistral_sae.cli import UserError
+from mistral_sae.cli import Terminated, UserError
 from mistral_sae.files import append_line
 from mistral_sae.model.language_model import LanguageModel, ModelError
 from mistral_sae.steer.steering import Edit, Subject
@@ -83,6 +83,8 @@ class Conversation:
             except EOFError:
                 print()
                 return
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 print("\n/quit or Ctrl-D ends the conversation")
             except UserError as error:
@@ -174,6 +176,8 @@ class Conversation:
                         part = part.lstrip(" ")  # the space before a text of sentencepiece
                     parts.append(part)
                     print(part, end="", flush=True)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             stopped = True
             print(" (stopped)", end="")
