@@ -142,12 +142,12 @@ def _metadata(cfg: _Cfg, hook_name: str | None) -> Metadata:
     """Metadata of version 6, under `metadata`, or of before, at the top level, under two names in 2024."""
     found = cfg.model_copy(update=cfg.metadata.model_dump(exclude_none=True) if cfg.metadata else {})
     name = hook_name or found.hook_name or found.hook_point
-    number = re.search(r"\.(\d{1,4})(?:\.|$)", name or "")
+    number = re.search(r"\.(\d+)(?:\.|$)", name or "")
     layer = found.hook_point_layer if found.hook_layer is None else found.hook_layer
     return Metadata(
         model_name=found.model_name,
         hook_name=name,
-        hook_layer=int(number[1]) if number else layer,
+        hook_layer=int(number[1][:18]) if number else layer,  # no model has so many
         prepend_bos=found.prepend_bos is not False,  # SAE Lens's own default
         context_size=found.context_size,
         dataset_path=found.dataset_path,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mistral_sae.files import SAEError
 from mistral_sae.sae import checkpoint
 from mistral_sae.sae.autoencoder import SparseAutoencoder, normalize_rows
-from mistral_sae.sae.checkpoint import Metadata, load_sae, save_sae
+from mistral_sae.sae.checkpoint import Metadata, check_model, load_sae, save_sae
 from mistral_sae.sae.features import Statistics
 
 D, F, K = 32, 256, 8
@@ -389,6 +389,13 @@ def test_a_wrong_hook_label_can_be_overridden(tmp_path):
     assert (found.hook_name, found.hook_layer) == ("blocks.15.hook_resid_post", 15)
     with refused("found an autoencoder of resid_post"):
         _ = load_sae(tmp_path, hook_name="resid_post").metadata.residual_layer
+
+
+@pytest.mark.parametrize("digits", [20, 5000])
+def test_a_hook_label_of_a_layer_that_no_model_has_is_not_passed_over(tmp_path, digits):
+    loaded = load_sae(write_2024(tmp_path), hook_name=f"blocks.{'9' * digits}.hook_resid_post")
+    with refused("expected the model that it was trained on"):
+        check_model(loaded, "m", D, 32)
 
 
 def test_the_layer_comes_from_the_hook_name_before_hook_layer(tmp_path):
