@@ -195,7 +195,14 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "tokens_per_second"}
 
 
-PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"resume": resume}
+def server(count: int) -> dict[str, Any]:
+    """Kill explain.py on its way against a server at fault, in about `count` calls: see torture_server.py."""
+    from tools.torture_server import server as torture_server  # it needs the tests' own server
+
+    return torture_server(count, SIZES)
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"resume": resume, "server": server}
 
 
 def main() -> None:
