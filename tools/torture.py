@@ -154,6 +154,7 @@ def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]
         different += [f"{runs}: {name}" for name in end | found if end.get(name) != found.get(name)]
         shutil.rmtree(folder)
         runs += 1
+        print(f"{script}: {kills} of {count} kills, {len(different)} files that differ", flush=True)
     shutil.rmtree(begun)
     return {
         "runs": runs,
