@@ -3,6 +3,7 @@
 Results go to benchmarks/results/torture.json, a part each.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -10,12 +11,15 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.machine import RESULTS, describe
 from mistral_sae.explain import cache
@@ -154,6 +158,7 @@ def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]
         different += [f"{runs}: {name}" for name in end | found if end.get(name) != found.get(name)]
         shutil.rmtree(folder)
         runs += 1
+        print(f"{script}: {kills} of {count} kills, {len(different)} files that differ", flush=True)
     shutil.rmtree(begun)
     return {
         "runs": runs,
@@ -195,7 +200,36 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "tokens_per_second"}
 
 
-PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"resume": resume}
+def flat(count: int) -> dict[str, Any]:
+    """Train for `count` steps: memory and open files of the process over a tenth, a half and the whole of them."""
+    with tempfile.TemporaryDirectory() as place:
+        run_dir = Path(place) / "run"
+        changed = {"RUN_DIR": run_dir, "DATA_PATH": _corpus(Path(place)), "TRAIN_TOKENS": 256 * count}
+        changed |= {"CHECKPOINT_EVERY": 300, "EVALUATIONS": 10, "LOG_EVERY": 10}
+        constants = [f"{name}={value}" for name, value in (SIZES | changed).items()]
+        run = subprocess.Popen([sys.executable, "train.py", *constants], cwd=ROOT, stdout=-3, stderr=-3)
+        found: dict[int, tuple[int, int]] = {}  # by step
+        process, log = psutil.Process(run.pid), run_dir / "metrics.jsonl"
+        while run.poll() is None:
+            time.sleep(0.2)
+            if log.exists() and (lines := log.read_text().splitlines()):
+                with contextlib.suppress(psutil.Error, ValueError):  # it ends, or is about to write a line
+                    now = process.memory_info().rss, process.num_fds()
+                    found |= {json.loads(lines[-1])["step"]: now} if now[0] else {}
+        if run.returncode:
+            raise RuntimeError(f"ended with {run.returncode}")
+    steps = [max(step for step in found if step <= share * count) for share in (0.1, 0.5, 1.0)]
+    return {f"step {step}": {"MB": found[step][0] // 10**6, "open files": found[step][1]} for step in steps}
+
+
+def server(count: int) -> dict[str, Any]:
+    """Kill explain.py on its way against a server at fault, in about `count` calls: see torture_server.py."""
+    from tools.torture_server import server as torture_server  # it needs the tests' own server
+
+    return torture_server(count, SIZES)
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"resume": resume, "flat": flat, "server": server}
 
 
 def main() -> None:

@@ -1,0 +1,113 @@
+"""explain.py against a server at fault, killed on the way: a part of `tools.torture`.
+
+The server is that of the tests: a fifth of its replies are errors, broken connections, refusals or cut short, by chance
+but the same in each run. What comes out is compared with a run on a server without a fault.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mistral_sae.explain.labels import read_labels
+
+ROOT = Path(__file__).parent.parent
+sys.path += [str(ROOT / "tests/explain"), str(ROOT / "tests/scripts")]
+
+from explain_runs import name_of, openai, process  # noqa: E402
+from openai_server import LASTING, TRANSIENT, TRUNCATED, Served, Server, random_faults  # noqa: E402
+
+FAULTS, KILLS, AT_ONCE = 0.2, 5, 16
+CALLS_A_FEATURE = 23  # about
+LASTED = {"refusal": "refused", "filter": "filtered", "filter-400": "filtered", "overflow": "overflow"}
+
+
+def server(count: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Explain features in about `count` calls, and count what is lost, doubled, mislabelled or paid twice."""
+    with tempfile.TemporaryDirectory() as place:
+        run_dir = Path(place) / "run"
+        features = max(5, count // CALLS_A_FEATURE)
+        given = sizes | {"RUN_DIR": run_dir, "DATA_PATH": "stdlib", "SELECT": f"random {features}", "D_HIDDEN": 1024}
+        given |= {"EXPLAIN_TOKENS": 40_000, "EXPLAINER": "openai"}
+        subprocess.run([sys.executable, "train.py", *_arguments(given)], cwd=ROOT, check=True, capture_output=True)
+        changed = {
+            "REQUEST_TIMEOUT": 1,
+            "MAX_FAILED_SHARE": 1.0,
+            "CONCURRENCY": AT_ONCE,
+            "SCORERS": "detection fuzzing",
+        }
+
+        with Server(reply) as faultless:
+            _end(_start(given | openai(faultless, **changed, OPENAI_MODEL="without-faults")))
+        truth = {label.feature: label for label in read_labels(run_dir / "explanations.jsonl").values()}
+        calls = len(faultless.log)
+
+        with Server(reply, random_faults(FAULTS, TRANSIENT + TRUNCATED + LASTING, seed=0)) as faulty:
+            killed = 0
+            for kill in range(1, KILLS + 1):
+                run = _start(given | openai(faulty, **changed))
+                while run.poll() is None and len(faulty.log) < kill * calls / (KILLS + 1):
+                    time.sleep(0.002)
+                killed += run.poll() is None
+                run.kill()
+                run.communicate()
+            _end(_start(given | openai(faulty, **changed)))
+        lines = (run_dir / "explanations.jsonl").read_text().splitlines()
+        numbers = Counter(json.loads(line)["feature"] for line in lines)
+        labels = read_labels(run_dir / "explanations.jsonl")
+        wrong = [f for f, label in labels.items() if not _agrees(label, truth[f])]
+    paid = Counter(json.dumps(each.body, sort_keys=True) for each in faulty.log if _is_answer(each))
+    return {
+        "features": len(truth),
+        "calls": len(faulty.log),
+        "of them faults": sum(each.outcome != "ok" for each in faulty.log),
+        "kills": killed,
+        "lost": len(truth.keys() - labels.keys()),
+        "doubled": sum(n - 1 for n in numbers.values()),
+        "mislabelled": len(wrong),
+        "paid twice": sum(n - 1 for n in paid.values()),
+        "at most in flight at the kills": killed * AT_ONCE,
+        "statuses": dict(Counter(label.status for label in labels.values())),
+    }
+
+
+def reply(messages: list[dict[str, str]]) -> str:
+    """An explanation that names its prompt, and of each passage a verdict that hangs on its words alone."""
+    asked = messages[1]["content"]
+    if '"pattern"' in asked:
+        return json.dumps({"pattern": "...", "explanation": f"{name_of(messages)}: some tokens"})
+    passages = re.findall(r'^([a-z]{3}): "(.*)"$', asked, re.MULTILINE)
+    return json.dumps({"answers": [{"id": id, "answer": zlib.crc32(text.encode()) % 2 == 0} for id, text in passages]})
+
+
+def _is_answer(each: Served) -> bool:
+    """Whether a reply was one that nobody should ask for again: all of it, and it came over."""
+    return each.outcome == "ok" or each.outcome in LASTING
+
+
+def _agrees(found: Any, true: Any) -> bool:
+    """Whether a label is the true one, or says that it is none; one with fewer examples is of another prompt."""
+    if found.status != "ok" or found.explanation != true.explanation:
+        return found.status in LASTED.values() or found.status == "failed" or found.explanation.startswith("prompt ")
+    verdicts = {each[:4]: each.verdict for each in true.judgements}
+    return all(each.verdict in (None, verdicts[each[:4]]) for each in found.judgements)
+
+
+def _arguments(constants: dict[str, Any]) -> list[str]:
+    return [f"{name}={value}" for name, value in constants.items()]
+
+
+def _start(constants: dict[str, Any]) -> subprocess.Popen:
+    return process(_arguments(constants))
+
+
+def _end(run: subprocess.Popen) -> None:
+    out, err = run.communicate(timeout=600)
+    if run.returncode:
+        raise RuntimeError(f"ended with {run.returncode}: {out[-1000:]}{err[-2000:]}")
