@@ -23,6 +23,7 @@ TARGET_LAYER: int | None = 2 if ON_STANDIN else None  # whose output is read, bl
 # of its layout, else transformers
 ENGINE: str | None = None
 DEVICE: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None takes a GPU of CUDA where there is one
+SAE_DEVICE: str | None = None  # the autoencoder's, if it is to be another: DEVICE=cuda:0 SAE_DEVICE=cuda:1
 DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None is bfloat16 on a GPU, else float32
 
 # ---- text ----

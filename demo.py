@@ -28,8 +28,11 @@ from mistral_sae.explain import cache
 from mistral_sae.explain.labels import read_labels
 from mistral_sae.explain.types import Label
 from mistral_sae.loading import load_pair
+from mistral_sae.model.language_model import ModelSpec
+from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.sae.evaluate import reconstruction
+from mistral_sae.sae.memory import Needs, steering_needs
 from mistral_sae.steer import chat, display, search, sweep
 from mistral_sae.steer.display import print_line
 from mistral_sae.steer.steering import Edit, Explanation, SteeringError, Subject, statistics_of
@@ -43,7 +46,8 @@ TRIED_TEXTS, TRIED_TOKENS = 4, 64 if config.ON_STANDIN else 52
 def main() -> None:
     """Load the autoencoder and the model, choose the feature; then texts, a table or a conversation."""
     filled, spec, _ = fill(config)
-    loaded, model = load_pair(config, spec)
+    advice = "lower NEW_TOKENS, SWEEP_SAMPLES or CHAT_CONTEXT"
+    loaded, model = load_pair(config, spec, needed=partial(needed, spec), advice=advice)
     run_dir = Path(filled.RUN_DIR)
     kept_in = run_dir / "feature_statistics.safetensors"
     statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
@@ -62,6 +66,14 @@ def main() -> None:
         show_sweep(subject, edit, searched.strengths)
     else:
         show_texts(subject, edit)
+
+
+def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.dtype) -> Needs:
+    """The memory of the texts that are made together."""
+    length, texts = len(config.PROMPT) + 1 + config.NEW_TOKENS, max(TRIED_TEXTS, config.SWEEP_SAMPLES)
+    together = texts * sweep.settings_at_once(texts, length, spec.vocab_size) * length
+    tokens = max(together, config.CHAT_CONTEXT if config.CHAT else 0)
+    return steering_needs(sae, spec, dtype=dtype, tokens=tokens)
 
 
 # ---- what is known, and which feature ----

@@ -25,17 +25,18 @@ from mistral_sae.explain.client import Client, Server
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
-from mistral_sae.explain.local_client import LocalClient
+from mistral_sae.explain.local_client import MODEL_CONTEXT, LocalClient
 from mistral_sae.explain.reading import Reading, read_corpus
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
-from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype
+from mistral_sae.model.language_model import LanguageModel, ModelSpec
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE
-from mistral_sae.sae.memory import explaining_plan
+from mistral_sae.sae.memory import Needs, explaining_needs
 
 SHOWN_FEATURES = 10  # of a token of TEXT
+REPLY = 2000  # tokens of a reply and of what is said around the passages, which have marks: for the plan of memory
 WHO = config.EXPLAINER or ("openai" if config.OPENAI_API_KEY or config.OPENAI_BASE_URL else "offline")
 EXPLAINER_NAME = config.OPENAI_MODEL or "" if WHO == "openai" else WHO  # as its labels have it
 
@@ -84,19 +85,15 @@ def main() -> None:
 def open_pair(filled: Filled, spec: ModelSpec) -> tuple[LoadedSAE, LanguageModel]:
     """The autoencoder and what of the model is needed, after the plan of their memory; UserError if it has no room."""
 
-    def plan(sae: SparseAutoencoder, last_layer: int | None, device: torch.device, free: int) -> None:
+    def needed(sae: SparseAutoencoder, last_layer: int | None, dtype: torch.dtype) -> Needs:
         tokens = filled.ROWS_PER_FORWARD * config.CONTEXT_LENGTH
-        dtype = device_and_dtype(config.DEVICE, config.DTYPE)[1]
-        needed = explaining_plan(
-            sae, spec, last_layer=last_layer, dtype=dtype, tokens=tokens, shard_tokens=cache.SHARD_TOKENS, free=free
-        )
-        print(f"memory    on {device}, by part\n{needed}")
-        if not needed.fits:
-            advice = "lower ROWS_PER_FORWARD, or use another DEVICE"
-            raise cli.UserError(f"the run needs more memory than is free: {advice}")
+        passages = 4 * config.EXAMPLES_PER_INTERVAL * (config.TOKENS_BEFORE + 1 + config.TOKENS_AFTER)
+        asked = min(spec.context_length or MODEL_CONTEXT, 2 * passages + REPLY) if WHO == "mistral" else 0
+        options = {"tokens": tokens, "shard_tokens": cache.SHARD_TOKENS, "reply_tokens": asked}
+        return explaining_needs(sae, spec, last_layer=last_layer, dtype=dtype, **options)
 
     # Only its own explanations need logits of a text; the report wants those of decoder rows, by the head alone
-    return load_pair(config, spec, whole=WHO == "mistral", plan=plan)
+    return load_pair(config, spec, whole=WHO == "mistral", needed=needed, advice="lower ROWS_PER_FORWARD")
 
 
 def model_name(model: LanguageModel) -> str:

@@ -23,19 +23,20 @@ from pathlib import Path
 
 import torch
 
-from mistral_sae.data.activations import Batch, shuffled_batches
+from mistral_sae.data.activations import Batch, sent_to, shuffled_batches
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, shown
 from mistral_sae.explain.figures import plot_training
 from mistral_sae.files import append_line, locked, write_text
+from mistral_sae.loading import sae_device_of
 from mistral_sae.model.language_model import LanguageModel, device_and_dtype, load_model
 from mistral_sae.sae import resume
 from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.checkpoint import save_sae
 from mistral_sae.sae.evaluate import Evaluator, as_held_out, reconstruction, summary
-from mistral_sae.sae.memory import free_memory, memory_plan, row_bytes
+from mistral_sae.sae.memory import free_memory, row_bytes, training_needs
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
@@ -68,7 +69,7 @@ def train_and_evaluate(
     held_out = corpus.held_out_rows(model.tokenizer, filled.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     evaluate = Evaluator(model, held_out, layer, rows_at_once)
     with cli.room_for("the autoencoder", "lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
-        trainer = Trainer(training, model.device)
+        trainer = Trainer(training, sae_device_of(config))
     hook, length, run.model = hook_name(layer), config.CONTEXT_LENGTH, model.fingerprint(layer)
     metadata = Metadata(model.name, hook, layer, True, length, config.DATA_PATH, run.model)
     save_run = partial(save, trainer, run, metadata, run_dir)
@@ -88,6 +89,7 @@ def train_and_evaluate(
         seed=config.SEED,
         start=start,
     )
+    batches = sent_to(batches, trainer.sae.W_dec.device)
     train(trainer, run, batches, evaluate, filled, save_run)
     if skipped.count:
         print(skipped.summary())
@@ -119,12 +121,14 @@ def make_plan(corpus: Corpus) -> tuple[Filled, TrainConfig, int | None]:
     layer, last = filled.TARGET_LAYER, spec.n_layers - 1
     cli.expect("TARGET_LAYER", layer, layer <= last, f"0 to {last}, of {spec.name}")
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
+    sae_device = sae_device_of(config)
     training, last_layer = TrainConfig.of(config, spec.d_model), None
-    plan_for = partial(memory_plan, training, spec, dtype=dtype, device=str(device), free=free_memory(str(device)))
-    plan = plan_for(last_layer=last_layer)
+    needs = partial(training_needs, training, spec, dtype=dtype, on_cpu=sae_device.type == "cpu")
+    where = str(device), str(sae_device), {str(each): free_memory(str(each)) for each in (device, sae_device)}
+    plan = needs(last_layer=last_layer).plans(*where)
     if not plan.fits:
         last_layer = layer
-        plan = plan_for(last_layer=last_layer)
+        plan = needs(last_layer=last_layer).plans(*where)
     print(f"model     {spec.n_layers} layers, width {spec.d_model}, {spec.parameters() / 1e6:,.1f}M parameters")
     print(f"engine    {spec.run_by()}")
     print(f"layer     {layer} of 0 to {last} ({hook_name(layer)})")
@@ -137,11 +141,11 @@ def make_plan(corpus: Corpus) -> tuple[Filled, TrainConfig, int | None]:
     fitting = f"rows that fit in the {cli.size_of(free)} of main memory that are free: they take {cli.size_of(rows)}"
     cli.expect("SHUFFLE_ROWS", filled.SHUFFLE_ROWS, rows <= free, fitting)
     print(f"rows      {filled.SHUFFLE_ROWS:,} of tokens shuffled together, {cli.size_of(rows)} of main memory")
-    print(f"memory    on {device}, by part\n{plan}")
+    print(plan)
     if not plan.fits:
         raise cli.UserError(
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
-            "set MOMENTS_DTYPE=bfloat16, or use another DEVICE"
+            "set MOMENTS_DTYPE=bfloat16, or use another DEVICE or SAE_DEVICE"
         )
     return filled, training, last_layer
 

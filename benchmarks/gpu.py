@@ -179,14 +179,13 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         f"  {found['tokens_per_second']:,.0f} tokens/s, of whose time the language model takes "
         f"{found['language_model_share']:.0%} (at {found['language_model_flops'] / 1e12:.3g} TFLOP/s)"
     )
-    planned = memory.memory_plan(
+    planned = memory.training_needs(
         replace(trainer.config, batch_size=batch),
         spec,
         last_layer=config.TARGET_LAYER,
         dtype=torch.bfloat16,
-        device=DEVICE.type,
-        free=0,
-    )
+        on_cpu=DEVICE.type == "cpu",
+    ).on_one(free=0)
     found["planned_bytes"] = sum(planned.parts.values())
     if "peak_bytes" in found:
         fits = "fits" if found["peak_bytes_reserved"] < GPU_BYTES else "does not fit"

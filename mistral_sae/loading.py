@@ -6,33 +6,35 @@ from typing import Any
 
 import torch
 
-from mistral_sae.cli import room_for
+from mistral_sae.cli import UserError, room_for
 from mistral_sae.files import SAEError
 from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
-from mistral_sae.sae.memory import free_memory
+from mistral_sae.sae.memory import Needs, free_memory
 
-# Told the autoencoder, the last layer of the model, the device and the bytes that were free there: prints what a run
-# needs, before the model is loaded, and raises UserError where that is too much
-Plan = Callable[[SparseAutoencoder, int | None, torch.device, int], None]
+# Told the autoencoder, the last layer of the model and its dtype: what a run with them needs
+Needed = Callable[[SparseAutoencoder, int | None, torch.dtype], Needs]
 
 
 def load_pair(
-    constants: Any, spec: ModelSpec, *, whole: bool = True, plan: Plan | None = None
+    constants: Any, spec: ModelSpec, *, whole: bool = True, needed: Needed | None = None, advice: str = ""
 ) -> tuple[LoadedSAE, LanguageModel]:
     """The autoencoder and the model that constants such as config.py's name; prints what they are.
 
     `spec` is of that model, and `constants` has SAE_PATH, RUN_DIR, HOOK_NAME, MISTRAL_MODEL_PATH, ENGINE,
-    EXCLUDE_TOKENS, DEVICE and DTYPE. The model is all there, or unless `whole` up to the autoencoder's layer with its
-    head. `plan` is called in between.
-    Raises SAEError and ModelError, also where the two do not fit each other, before the model is loaded.
+    EXCLUDE_TOKENS, DEVICE, SAE_DEVICE and DTYPE. The model is all there, or unless `whole` up to the autoencoder's
+    layer with its head. Before it is loaded, prints the plan of what is `needed`.
+
+    Raises SAEError and ModelError, also where the two do not fit each other, and UserError, with `advice`, where there
+    is no room for what is needed, before the model is loaded.
     """
     source, path = sae_source(constants), constants.MISTRAL_MODEL_PATH
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
-    free = free_memory(str(device))
-    with room_for("the autoencoder", "use another DEVICE"):
-        loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=device)
+    sae_device = sae_device_of(constants)
+    free = {str(each): free_memory(str(each)) for each in (device, sae_device)}
+    with room_for("the autoencoder", "use another SAE_DEVICE"):
+        loaded = load_sae(source, hook_name=constants.HOOK_NAME, device=sae_device)
     check_model(loaded, spec.name, spec.d_model, spec.n_layers)
     metadata = loaded.metadata
     print(f"engine    {spec.run_by()}")
@@ -40,8 +42,11 @@ def load_pair(
     print(f"features  {loaded.sae.n_features:,} of {source}")
     engine, excluded = constants.ENGINE, constants.EXCLUDE_TOKENS
     last_layer = None if whole else metadata.residual_layer
-    if plan is not None:
-        plan(loaded.sae, last_layer, device, free)
+    if needed is not None:
+        plan = needed(loaded.sae, last_layer, dtype).plans(str(device), str(sae_device), free)
+        print(plan)
+        if not plan.fits:
+            raise UserError(f"the run needs more memory than is free: {advice}, or use another DEVICE or SAE_DEVICE")
     options: dict[str, Any] = {"engine": engine, "exclude_tokens": excluded, "last_layer": last_layer, "head": True}
     with room_for("the language model", "use another DEVICE, or DTYPE=bfloat16"):
         model = load_model(path, device=device, dtype=dtype, **options)
@@ -52,6 +57,11 @@ def load_pair(
     elif metadata.model_name and _last_part(named) != _last_part(spec.name):
         print(f"warning: the autoencoder was trained on {named}, by its label, and the model is {spec.name}")
     return loaded, model
+
+
+def sae_device_of(constants: Any) -> torch.device:
+    """The autoencoder's device: SAE_DEVICE, or the model's. Raises ModelError."""
+    return device_and_dtype(constants.SAE_DEVICE or constants.DEVICE, constants.DTYPE)[0]
 
 
 def sae_source(constants: Any) -> str | Path:

@@ -86,6 +86,28 @@ def shuffled_batches(
         del residuals_ND  # before the next buffer is made
 
 
+def sent_to(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on a device.
+
+    Between two GPUs they go by streams of their own: copies on the usual ones would wait for the training steps before
+    them, and the language model, which comes after them, too.
+    """
+    streams: list[torch.cuda.Stream] = []
+    for x, place in batches:
+        if x.device == device or not x.is_cuda or device.type != "cuda":
+            yield Batch(sent(x, device), place)
+            continue
+        leaving, arriving = streams = streams or [torch.cuda.Stream(x.device), torch.cuda.Stream(device)]
+        leaving.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
+            there = x.to(device, non_blocking=True)
+        x.record_stream(leaving)
+        training = torch.cuda.current_stream(device)
+        training.wait_stream(arriving)
+        there.record_stream(training)
+        yield Batch(there, place)
+
+
 def _residuals_of_buffer(
     tokens_RT: Tensor, n_residuals: int, model: LanguageModel, layer: int, rows_per_forward: int
 ) -> Tensor:

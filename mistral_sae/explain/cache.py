@@ -208,7 +208,7 @@ def active(
     Only positions where `counts_BT` are encoded: an autoencoder without a fixed K may have thousands of features
     active on a BOS. Raises NotFinite where a residual is.
     """
-    x_BTD = model.residuals(tokens_BT, layer)
+    x_BTD = model.residuals(tokens_BT, layer).to(sae.W_dec.device)
     places = counts_BT.flatten().nonzero().squeeze(1).to(x_BTD.device)
     # Without a fixed K all F pre-activations exist at once: those of a row's tokens at a time
     step = max(1, len(places)) if sae.activation == "topk" else tokens_BT.shape[1]

@@ -36,6 +36,7 @@ class ModelSpec(NamedTuple):
     layer_parameters: tuple[int, ...]  # of each layer
     head_parameters: int  # final norm and output matrix
     context_length: int | None = None  # positions that the model was made for, if its folder says so
+    cache_width: int = 0  # numbers that a KV cache has of a position: keys and values of all layers
     note: str = ""  # why it is this engine, where another could have been expected
 
     def parameters(self, last_layer: int | None = None) -> int:
@@ -233,10 +234,16 @@ def _spec(path: Path, engine: str, config: Any, tensors: dict[str, Stored]) -> M
         raise ModelError(f"{path} has no token embedding in its weights: expected a whole model")
     if engine == MISTRAL_INFERENCE:
         d_model, n_layers, vocab_size = config["dim"], config["n_layers"], config["vocab_size"]
+        key_width = config["n_kv_heads"] * config["head_dim"]
     else:
         d_model, n_layers, vocab_size = config.hidden_size, config.num_hidden_layers, config.vocab_size
+        head_dim = getattr(config, "head_dim", None) or d_model // config.num_attention_heads
+        key_width = config.num_key_value_heads * head_dim
     layers = tuple(counts[layer] for layer in range(n_layers))
-    return ModelSpec(_name(path), engine, d_model, n_layers, vocab_size, counts["embedding"], layers, counts["head"])
+    return ModelSpec(
+        _name(path), engine, d_model, n_layers, vocab_size, counts["embedding"], layers, counts["head"],
+        cache_width=2 * n_layers * key_width,
+    )  # fmt: skip
 
 
 def _name(path: Path) -> str:

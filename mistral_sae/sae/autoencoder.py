@@ -109,10 +109,10 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, *, bf16: bool = False) -> Encoded:
         """Residuals (..., D) -> their active features, the strongest K of each token for a TopK autoencoder.
 
-        With `bf16` bfloat16 nominates the K features: as exact, not differentiable, and faster where
-        `kernels.bf16_pays`.
+        Residuals of another device come to the autoencoder's. With `bf16` bfloat16 nominates the K features: as exact,
+        not differentiable, and faster where `kernels.bf16_pays`.
         """
-        z, mean, std = self.standardize(x)
+        z, mean, std = self.standardize(x.to(self.W_enc.device))
         centered = z - self.b_dec if self.center else z
         if self.activation == "topk":
             nominates = self.W_enc.to(torch.bfloat16) if bf16 else None
@@ -132,8 +132,8 @@ class SparseAutoencoder(nn.Module):
         return (z_hat.view(*values.shape[:-1], self.d_model) + self.b_dec) * std + mean
 
     def forward(self, x: Tensor) -> Tensor:
-        """Residuals (..., D) -> their reconstruction (..., D)."""
-        return self.decode(self.encode(x))
+        """Residuals (..., D) -> their reconstruction (..., D), on the residuals' device."""
+        return self.decode(self.encode(x)).to(x.device)
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

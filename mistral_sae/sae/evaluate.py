@@ -54,7 +54,7 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
     errors = {"z": 0.0, "x": 0.0}
     sums, squares = {s: torch.zeros(sae.d_model, dtype=torch.float64) for s in errors}, dict.fromkeys(errors, 0.0)
     for batch in batches:
-        x = batch.float()
+        x = batch.to(sae.W_dec.device).float()
         encoded = sae.encode(x)
         x_hat = sae.decode(encoded)
         z, mean, std = sae.standardize(x)

@@ -1,5 +1,6 @@
 """What a run needs on its device, by part, before the model is loaded."""
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import psutil
@@ -23,10 +24,10 @@ SPARE = 0.03  # share of the free memory that a plan leaves to the allocator
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes on the device in the two stages of a run."""
+    """Bytes on a device in the stages of a run."""
 
-    parts: dict[str, int]  # while training, or while reading a corpus
-    afterwards: dict[str, int]  # while the finished autoencoder is evaluated, or its features are reported
+    parts: dict[str, int]  # while training, while reading a corpus, or while generating
+    afterwards: dict[str, int]  # while the finished autoencoder is evaluated, or its features are reported; may be {}
     free: int  # on the device now
     after: str = "the evaluation after it"
 
@@ -39,8 +40,61 @@ class MemoryPlan(NamedTuple):
         width = max(map(len, (*self.parts, self.after)))
         lines = [f"  {part:{width}}  {_size(size):>7}" for part, size in self.parts.items()]
         lines.append(f"  {'all':{width}}  {_size(sum(self.parts.values())):>7} of {_size(self.free)} free")
-        lines.append(f"  {self.after:{width}}  {_size(sum(self.afterwards.values())):>7}")
+        if self.afterwards:
+            lines.append(f"  {self.after:{width}}  {_size(sum(self.afterwards.values())):>7}")
         return "\n".join(lines)
+
+
+class Stage(NamedTuple):
+    """Bytes in a stage of a run, of the language model's device and of the autoencoder's, which may be the same."""
+
+    model: dict[str, int]  # by part
+    sae: dict[str, int]
+    work: list[tuple[int, int]]  # what comes and goes, on each of the two, one after the other
+    crossing: tuple[tuple[str, int], ...] = ()  # on the autoencoder's, where the two are not the same
+
+    def on_one(self) -> dict[str, int]:
+        """The parts where both are on one device."""
+        return self.model | self.sae | {"activations": max(sum(both) for both in self.work)}
+
+    def on_two(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The parts on the model's device, and those on the autoencoder's."""
+        of_model, of_sae = map(max, zip(*self.work, strict=True))
+        return self.model | {"activations": of_model}, self.sae | dict(self.crossing) | {"activations": of_sae}
+
+
+class Needs(NamedTuple):
+    """What a run needs in its first stage and, where there is one, in that after it."""
+
+    first: Stage
+    later: Stage | None = None
+    after: str = "the evaluation after it"
+
+    def on_one(self, free: int) -> MemoryPlan:
+        """The plan for a device that has so many bytes."""
+        return MemoryPlan(self.first.on_one(), self.later.on_one() if self.later else {}, free, self.after)
+
+    def plans(self, device: str, sae_device: str, free: Mapping[str, int]) -> "Plans":
+        """A plan for each device: the model's and the autoencoder's, which may be the same."""
+        if device == sae_device:
+            return Plans({device: self.on_one(free[device])})
+        first, later = self.first.on_two(), self.later.on_two() if self.later else ({}, {})
+        each = zip((device, sae_device), first, later, strict=True)
+        return Plans({name: MemoryPlan(parts, afterwards, free[name], self.after) for name, parts, afterwards in each})
+
+
+class Plans(NamedTuple):
+    """The plan of each device of a run."""
+
+    by_device: dict[str, MemoryPlan]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of them do."""
+        return all(plan.fits for plan in self.by_device.values())
+
+    def __str__(self) -> str:
+        return "\n".join(f"memory    on {device}, by part\n{plan}" for device, plan in self.by_device.items())
 
 
 class _Sizes(Protocol):
@@ -52,17 +106,19 @@ class _Sizes(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def head_parameters(self) -> int: ...
+    @property
+    def cache_width(self) -> int: ...
     def parameters(self, last_layer: int | None = None) -> int: ...
 
 
-def memory_plan(
-    config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, device: str, free: int
-) -> MemoryPlan:
-    """Estimate the memory of a run on a model of the given sizes; `free` is what its device has, in bytes.
+def training_needs(
+    config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, on_cpu: bool
+) -> Needs:
+    """Estimate the memory of a run on a model of the given sizes; `on_cpu` says where the autoencoder is.
 
     With `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
     """
-    kind, D, F = "cpu" if device == "cpu" else "cuda", model.d_model, config.d_hidden
+    kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden
     model_dtype = str(dtype).removeprefix("torch.")
     model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
     weights = (2 * D + 1) * F + D
@@ -85,29 +141,34 @@ def memory_plan(
     auxk = 4 * min(config.auxk_features, F) * (4 * config.batch_size + 4 * D)
     row_of_logits = 4 * config.context_length * model.vocab_size
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, config.rows_per_forward * row_of_logits), row_of_logits)
-    step = max(encoder_float32, encoder_bf16) + batch + auxk
-    evaluation = forward + logits + encoder_float32
+    step = bf16_encoder + max(encoder_float32, encoder_bf16) + batch + auxk
+    evaluation = forward + logits, bf16_encoder + encoder_float32
     part = "" if last_layer is None else f" to layer {last_layer}"
-    return MemoryPlan(
-        parts={
-            f"language model{part} ({model_dtype})": model.parameters(last_layer) * model_bytes,
-            "autoencoder (float32)": 4 * weights,
-            # A block of features at a time; on a GPU a feature at a time, in registers
-            **({"its gradients (float32)": min(4 * weights, 4 * BLOCK_BYTES["cpu"])} if kind == "cpu" else {}),
-            f"Adam's moments ({config.moments_dtype})": 2 * weights * moment_bytes,
-            f"buffer of residuals ({model_dtype})": (config.buffer_tokens + config.batch_size) * D * model_bytes,
-            "activations": bf16_encoder + max(forward, step, evaluation if last_layer is None else 0),
-        },
-        afterwards={
-            "language model": model.parameters() * model_bytes,
-            "autoencoder": 4 * weights,
-            "activations": evaluation,
-        },
-        free=free,
+    buffer = (config.buffer_tokens + config.batch_size) * D * model_bytes
+    return Needs(
+        Stage(
+            {
+                f"language model{part} ({model_dtype})": model.parameters(last_layer) * model_bytes,
+                f"buffer of residuals ({model_dtype})": buffer,
+            },
+            {
+                "autoencoder (float32)": 4 * weights,
+                # A block of features at a time; on a GPU a feature at a time, in registers
+                **({"its gradients (float32)": min(4 * weights, 4 * BLOCK_BYTES["cpu"])} if on_cpu else {}),
+                f"Adam's moments ({config.moments_dtype})": 2 * weights * moment_bytes,
+            },
+            [(forward, bf16_encoder), (0, step), *([evaluation] if last_layer is None else [])],
+            ((f"batches sent ahead ({model_dtype})", buffer),),
+        ),
+        Stage(
+            {"language model": model.parameters() * model_bytes},
+            {"autoencoder": 4 * weights},
+            [(forward + logits, encoder_float32)],
+        ),
     )
 
 
-def explaining_plan(
+def explaining_needs(
     sae: SparseAutoencoder,
     model: _Sizes,
     *,
@@ -115,33 +176,59 @@ def explaining_plan(
     dtype: torch.dtype,
     tokens: int,
     shard_tokens: int,
-    free: int,
-) -> MemoryPlan:
+    reply_tokens: int = 0,
+) -> Needs:
     """Estimate the memory of explaining features: of the pass over a corpus, and of what the report says of each.
 
     The model is there up to `last_layer` with its head, or all of it; `tokens` go through it at a time, and the
-    activations of `shard_tokens` are sorted at a time. `free` is of the device before the autoencoder is on it.
+    activations of `shard_tokens` are sorted at a time. Where the model explains itself, a prompt and its reply have
+    `reply_tokens`.
     """
-    D, F, k, kind = sae.d_model, sae.n_features, sae.k, sae.W_dec.device.type
-    name = str(dtype).removeprefix("torch.")
-    part = "" if last_layer is None else f" to layer {last_layer}, and its head"
-    parameters = model.parameters(last_layer) + (0 if last_layer is None else model.head_parameters)
-    weights = {
-        f"language model{part} ({name})": parameters * dtype.itemsize,
-        "autoencoder (float32)": sum(4 * p.numel() for p in sae.parameters()),
-    }
-    forward = tokens * D * FORWARD_WIDTHS * dtype.itemsize
-    pre = 2 * min(_chunk(kind, F), 4 * tokens * F) + 2 * D * F  # with W_enc in bfloat16, which may choose the features
-    encoding = pre + 4 * tokens * (4 * D + 8 * k)
+    D, F, k = sae.d_model, sae.n_features, sae.k
+    held = _weights(sae, model, last_layer, dtype)
+    of_model, encoding = _passing(sae, model, tokens, dtype)
     sorting = SORTED_BYTES * shard_tokens * k
     cosines, logits = 4 * min(CHUNK, 4 * F * F), 3 * min(CHUNK, 4 * F * model.vocab_size)
     unembedding = 4 * min(UNEMBEDDED, model.vocab_size) * D + logits
-    return MemoryPlan(
-        weights | {"activations": max(forward, encoding + tokens * D * dtype.itemsize, sorting)},
-        weights | {"activations": max(unembedding, cosines)},
-        free,
+    replying = _cache(model, reply_tokens, dtype) + _passing(sae, model, reply_tokens, dtype)[0]
+    return Needs(
+        Stage(*held, [(of_model, 0), (0, encoding), (0, sorting)]),
+        Stage(*held, [(max(unembedding, replying), 0), (0, cosines)]),
         after="the features after it",
     )
+
+
+def steering_needs(sae: SparseAutoencoder, model: _Sizes, *, dtype: torch.dtype, tokens: int) -> Needs:
+    """Estimate the memory of steered texts that are made together, of so many tokens, and of reading them back."""
+    of_model, encoding = _passing(sae, model, tokens, dtype)
+    held_model, held_sae = _weights(sae, model, None, dtype)
+    logits = HELD_LOGITS * 4 * tokens * model.vocab_size
+    cache = {"keys and values of texts": _cache(model, tokens, dtype)}
+    return Needs(Stage(held_model | cache, held_sae, [(of_model + logits, 0), (0, encoding)]))
+
+
+def _weights(
+    sae: SparseAutoencoder, model: _Sizes, last_layer: int | None, dtype: torch.dtype
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Those of a model up to a layer with its head, or of all of it, and those of an autoencoder."""
+    part = "" if last_layer is None else f" to layer {last_layer}, and its head"
+    parameters = model.parameters(last_layer) + (0 if last_layer is None else model.head_parameters)
+    name = f"language model{part} ({str(dtype).removeprefix('torch.')})"
+    return {name: parameters * dtype.itemsize}, {"autoencoder (float32)": sum(4 * p.numel() for p in sae.parameters())}
+
+
+def _passing(sae: SparseAutoencoder, model: _Sizes, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+    """What so many tokens take at a time in the model, and in the autoencoder's encoder."""
+    D, F, kind = model.d_model, sae.n_features, "cpu" if sae.W_dec.device.type == "cpu" else "cuda"
+    chunk = max(chunk_bytes(kind, number, F) for number in (torch.float32, torch.bfloat16))
+    pre = 2 * min(chunk, 4 * tokens * F) + 2 * D * F  # with W_enc in bfloat16, which may choose the features
+    encoding = pre + 4 * tokens * (4 * D + 8 * sae.k) + tokens * D * dtype.itemsize
+    return tokens * D * FORWARD_WIDTHS * dtype.itemsize, encoding
+
+
+def _cache(model: _Sizes, tokens: int, dtype: torch.dtype) -> int:
+    """Keys and values of so many tokens."""
+    return model.cache_width * tokens * dtype.itemsize
 
 
 def row_bytes(rows: int, context_length: int) -> int:
@@ -152,12 +239,6 @@ def row_bytes(rows: int, context_length: int) -> int:
 def free_memory(device: str) -> int:
     """Bytes free on a device ("cpu", "cuda", "cuda:1")."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
-
-
-def _chunk(kind: str, n_features: int) -> int:
-    """Bytes of pre-activations that exist at a time, at most."""
-    kind = "cpu" if kind == "cpu" else "cuda"
-    return max(chunk_bytes(kind, dtype, n_features) for dtype in (torch.float32, torch.bfloat16))
 
 
 def _size(size: float) -> str:

@@ -64,8 +64,7 @@ def steer(
             "clamp" is x + s (c - f) w, "ablate" x + s (0 - f) w, "add" x + c |x| w / |w|, "raw" x + c w.
         first_position: the first position of a row that is edited. 1 is all but the attention sink, which is never
             edited; the length of the prompt (its BOS included) is the generated tokens only.
-        exact: take f(x) from an encoding of all features, with TopK's competition; the autoencoder must be on the
-            model's device. For clamp and ablate.
+        exact: take f(x) from an encoding of all features, with TopK's competition. For clamp and ablate.
         directions_SD: directions to write along in place of the decoder rows, as a control.
 
     Raises SteeringError for what cannot be steered, SAEError for an autoencoder of another place or another model,
@@ -123,11 +122,6 @@ def make_edit(
         return lambda x_BTD: x_BTD + shift_D
     if method == "ablate":
         target_S = 0 * target_S
-    if exact and sae.W_dec.device != device:
-        raise SteeringError(
-            f"found the autoencoder on {sae.W_dec.device} and the model on {device}, expected one device for "
-            "exact=True: load the autoencoder with device=model.device"
-        )
     own = _own_activations(sae, features_S, device)
 
     def clamp(x_BTD: Tensor) -> Tensor:
@@ -159,8 +153,8 @@ def _own_activations(
 def activations_of(sae: SparseAutoencoder, x: Tensor, features_S: Tensor) -> tuple[Tensor, Tensor]:
     """Residuals (..., D) -> activations (..., S) of some features, as `sae.encode` finds them, and std (..., 1)."""
     encoded = sae.encode(x)
-    is_it = encoded.indices.unsqueeze(-1) == features_S
-    return (encoded.values.unsqueeze(-1) * is_it).sum(dim=-2), encoded.std
+    is_it = encoded.indices.unsqueeze(-1) == features_S.to(encoded.indices.device)
+    return (encoded.values.unsqueeze(-1) * is_it).sum(dim=-2).to(x.device), encoded.std.to(x.device)
 
 
 # ---- what can be steered ----

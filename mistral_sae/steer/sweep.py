@@ -84,7 +84,7 @@ def measure(
     features_S = torch.as_tensor(features)
     if features_S.ndim == 2:
         features_S = features_S[:, None, None]  # (B, S): the same at all positions of a text
-    activation_BT = activations_of(loaded.sae, x_BTD.float(), features_S.to(x_BTD.device))[0].cpu().amax(dim=-1)
+    activation_BT = activations_of(loaded.sae, x_BTD.float(), features_S)[0].cpu().amax(dim=-1)
 
     figures = (nats_BT, kl_BT, activation_BT, activation_BT > 0)
     means = [((values * is_text_BT).sum(dim=1) / lengths_B.clamp_min(1)).tolist() for values in figures]
@@ -99,7 +99,7 @@ def read_back(
 ) -> Tensor:
     """Activations (B, T, S) of features after the prompt, on the CPU, of tokens (B, T) that include it."""
     x_BTD = model.residuals(tokens_BT, loaded.metadata.residual_layer)[:, prompt_length:].float()
-    return activations_of(loaded.sae, x_BTD, features_S.to(x_BTD.device))[0].cpu()
+    return activations_of(loaded.sae, x_BTD, features_S)[0].cpu()
 
 
 def repetition(text: Sequence[int]) -> float:
@@ -173,7 +173,7 @@ class Trials(NamedTuple):
             with_kl: measure the divergence, which takes a forward more.
         """
         n, length = len(self.seeds), len(self.prompt_ids) + self.max_tokens
-        at_once = max(1, min(ROWS, LOGITS_BYTES // (4 * length * self.model.vocab_size)) // n)
+        at_once = settings_at_once(n, length, self.model.vocab_size)
         for start in range(0, len(settings), at_once):
             some = settings[start : start + at_once]
             of_each_text = [setting for setting in some for _ in self.seeds]
@@ -187,6 +187,11 @@ class Trials(NamedTuple):
 
     def _texts(self, times: int) -> list[list[int]]:
         return self.model.sample(self.prompt_ids, [*self.seeds] * times, self.max_tokens, self.temperature)
+
+
+def settings_at_once(texts: int, length: int, vocab_size: int) -> int:
+    """Settings with so many texts each, of at most so many tokens, that are tried in a batch."""
+    return max(1, min(ROWS, LOGITS_BYTES // (4 * length * vocab_size)) // texts)
 
 
 def strongest_fluent(scales: Sequence[float], trials: Sequence[Trial], own: Trial) -> float | None:

@@ -14,7 +14,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -285,6 +285,16 @@ class PretendedDevice(TorchFunctionMode):
         self.run(func, args, kwargs)
 
 
+class Stream:
+    """A queue of a device, in which everything has been done as soon as it is asked for."""
+
+    def __init__(self, device: Any = None):
+        self.device = device
+
+    def wait_stream(self, other: Stream) -> None:
+        """The device waits, not the host."""
+
+
 def _grouped(by_device: Any) -> Any:
     """PyTorch's grouping of an optimizer's tensors, which it does in C++, with the device that they say they are on."""
 
@@ -318,8 +328,12 @@ def pretended(monkeypatch: Any, kind: str = "cuda", count: int = 1) -> Iterator[
             "synchronize": lambda device=None: device.wait("synchronize"),
             "empty_cache": lambda: None,
             "manual_seed_all": lambda seed: None,
+            "Stream": Stream,
+            "stream": lambda stream: nullcontext(),
+            "current_stream": Stream,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     else:
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads do not share what is pretended

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pretended import OnDevice, pretended
 
-from mistral_sae.data.activations import shuffled_batches
+from mistral_sae.data.activations import sent_to, shuffled_batches
 from mistral_sae.data.tokens import Row
 from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -129,6 +129,37 @@ def test_train_explain_and_demo_run_whole(gpu, run):
     assert "with steering" in run("demo.py", FEATURE_INDEX=3, NEW_TOKENS=8)
 
 
+@pytest.mark.parametrize(
+    ("model_is_on", "sae_is_on"), [("cuda:0", "cuda:1"), ("cuda:1", "cuda:0"), ("cuda:0", "cpu"), ("cpu", "cuda:1")]
+)
+def test_model_and_autoencoder_may_be_on_two_devices(two, run, model_is_on, sae_is_on, monkeypatch):
+    seen = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, x, rate: (seen.append(x.device), step(self, x, rate))[1])
+    devices = {"DEVICE": model_is_on, "SAE_DEVICE": sae_is_on, "DTYPE": "float32"}
+    trained = run("train.py", **devices)
+    model_plan, sae_plan = trained.split("memory    on ")[1:]
+    assert model_plan.startswith(f"{model_is_on}, by part\n  language model")
+    assert sae_plan.startswith(f"{sae_is_on}, by part\n  autoencoder")
+    assert {str(device) for device in seen} == {sae_is_on}
+    assert "cross-entropy recovered" in trained
+    explained = run("explain.py", EXPLAINER="offline", SELECT="random 8", **devices)
+    assert f"memory    on {sae_is_on}, by part\n  autoencoder" in explained
+    for edit in ({"METHOD": "clamp"}, {"EXACT": True}, {"METHOD": "add"}):
+        assert "with steering" in run("demo.py", FEATURE_INDEX=3, NEW_TOKENS=8, COEFFICIENT=1, **devices, **edit)
+
+
+def test_where_the_autoencoder_is_changes_nothing_that_is_measured(two, tokens):
+    sae = SparseAutoencoder(256, 64, 4)
+    rows, models = torch.from_numpy(tokens[:4]), [load_model(None, device=d, dtype="float32") for d in ("cpu", "cuda")]
+    sae.initialize(sae.standardize(models[0].residuals(rows, 2)[:, 1:].flatten(0, 1))[0], 0)
+    expected = Evaluator(models[0], rows, 2, 2)(sae)
+    there = SparseAutoencoder(256, 64, 4, device="cuda:1")
+    for ours, given in zip(there.parameters(), sae.parameters(), strict=True):
+        ours.data.copy_(given.data)
+    assert Evaluator(models[1], rows, 2, 2)(there) == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_apple_gpu_which_has_no_float64_is_never_asked_for_it(monkeypatch, tokens):
     on_cpu = load_model(None, device="cpu")
     sae = SparseAutoencoder(on_cpu.d_model, 64, 4)
@@ -175,6 +206,20 @@ def test_only_a_number_that_is_logged_waits_in_the_training_loop(gpu, tokens):
             gpu.waits.clear()
     assert (len(figures), len(trainer.dead) > 0) == (31, True)
     assert not gpu.waits
+
+
+def test_nothing_waits_between_two_gpus_so_that_the_next_buffer_is_filled_while_the_last_is_trained_on(two, tokens):
+    model = load_model(None, last_layer=2, device="cuda:0", dtype="float32")
+    config = TrainConfig(model.d_model, d_hidden=256, k=4, batch_size=64, k_aux=8, dead_after_tokens=256)
+    trainer = Trainer(config, "cuda:1")
+    rows = (Row(row, row, []) for row in tokens)
+    batches = shuffled_batches(rows, model, 2, batch_size=64, buffer_tokens=512, rows_per_forward=4, seed=0)
+    batches = sent_to(batches, torch.device("cuda:1"))
+    trainer.initialize(next(batches).x)
+    two.waits.clear()
+    figures = [trainer.step(batch.x, 1e-3) for batch in batches]
+    assert (len(figures), figures[0].loss.device) == (31, torch.device("cuda:1"))  # of four buffers
+    assert not two.waits
 
 
 @pytest.mark.parametrize("engine", ["mistral-inference", "transformers"])

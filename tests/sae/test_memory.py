@@ -13,7 +13,7 @@ from mistral_sae.data.tokens import Row
 from mistral_sae.defaults import defaults
 from mistral_sae.model.language_model import ModelSpec, inspect, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.memory import MemoryPlan, explaining_plan, free_memory, memory_plan
+from mistral_sae.sae.memory import MemoryPlan, explaining_needs, free_memory, training_needs
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 CARD_24_GB = int(23.6 * 2**30 - 0.5e9)  # what a driver leaves of 24 GiB, less the CUDA context
@@ -39,7 +39,7 @@ def config_7b(monkeypatch):
 
 def plan_of(constants, spec, free, last_layer=16, dtype=torch.bfloat16, **changed):
     training = replace(TrainConfig.of(constants, spec.d_model), **changed)
-    return memory_plan(training, spec, last_layer=last_layer, dtype=dtype, device="cuda", free=free)
+    return training_needs(training, spec, last_layer=last_layer, dtype=dtype, on_cpu=False).on_one(free)
 
 
 def test_the_specs_of_the_tests_are_of_seven_billion_parameters():
@@ -135,8 +135,8 @@ def test_explaining_7b_fits_a_24_gb_card(last_layer):
     """None: the model explains itself, and is there with all its layers."""
     with torch.device("meta"):
         sae = SparseAutoencoder(4096, 131_072, 128)
-    sizes = {"dtype": torch.bfloat16, "tokens": 32 * 256, "shard_tokens": 2**16, "free": CARD_24_GB}
-    plan = explaining_plan(sae, mistral_7b(32_768), last_layer=last_layer, **sizes)
+    sizes = {"dtype": torch.bfloat16, "tokens": 32 * 256, "shard_tokens": 2**16}
+    plan = explaining_needs(sae, mistral_7b(32_768), last_layer=last_layer, **sizes).on_one(CARD_24_GB)
     assert plan.fits, str(plan)
     assert str(plan).splitlines()[-1].startswith("  the features after it")
 

@@ -16,7 +16,8 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def opened(run_dir, **changed):
-    rest = {"SAE_PATH": None, "HOOK_NAME": None, "MISTRAL_MODEL_PATH": None, "DEVICE": "cpu", "DTYPE": None}
+    rest = {"SAE_PATH": None, "HOOK_NAME": None, "MISTRAL_MODEL_PATH": None, "DEVICE": "cpu"}
+    rest |= {"SAE_DEVICE": None, "DTYPE": None}
     rest |= {"ENGINE": "mistral-inference", "EXCLUDE_TOKENS": []}
     return load_pair(SimpleNamespace(RUN_DIR=str(run_dir), **rest | changed), inspect(STANDIN, "mistral-inference"))
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import accounting, traffic
 from benchmarks.machine import RESULTS
-from mistral_sae.sae.memory import memory_plan
+from mistral_sae.sae.memory import training_needs
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux on x86-64")
@@ -56,7 +56,7 @@ def test_the_memory_plan_has_room_for_the_step(counts):
             return 0
 
     config = traffic.config_of(traffic.Sizes())
-    plan = memory_plan(config, Nothing(), last_layer=0, dtype=torch.bfloat16, device="cuda", free=0)
+    plan = training_needs(config, Nothing(), last_layer=0, dtype=torch.bfloat16, on_cpu=False).on_one(free=0)
     buffer = plan.parts["buffer of residuals (bfloat16)"]
     assert counts["mistral-sae, 8,192 features dead"].peak <= sum(plan.parts.values()) - buffer
 

@@ -20,7 +20,7 @@ from mistral_sae.data.tokens import Corpus
 from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae import memory, resume
 from mistral_sae.sae.checkpoint import load_sae
-from mistral_sae.sae.memory import memory_plan
+from mistral_sae.sae.memory import Stage, training_needs
 from mistral_sae.sae.trainer import Trainer
 
 corpus, arguments, here = train_runs.corpus, train_runs.arguments, train_runs.here
@@ -237,10 +237,10 @@ def test_the_plan_says_what_was_computed_and_why(here, arguments, tmp_path):
 
 def test_layers_above_the_target_stay_out_where_they_have_no_room(here, arguments, tmp_path, monkeypatch):
     def little_room(training, spec, *, last_layer, **options):
-        options["free"] = 0 if last_layer is None else 10**12
-        return memory_plan(training, spec, last_layer=last_layer, **options)
+        needs = training_needs(training, spec, last_layer=last_layer, **options)
+        return needs if last_layer is not None else needs._replace(first=Stage({"all": 10**15}, {}, [(0, 0)]))
 
-    monkeypatch.setattr(memory, "memory_plan", little_room)
+    monkeypatch.setattr(memory, "training_needs", little_room)
     ran = here(arguments(tmp_path / "run", TRAIN_TOKENS=1024))
     assert ran.code == 0
     assert "language model to layer 1 (float32)" in ran.out
