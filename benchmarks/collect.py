@@ -69,6 +69,9 @@ class MadeUp:
         """Nothing, of the right shape."""
         return torch.zeros(*tokens_BT.shape, 1)
 
+    def check_finite(self, numbers: torch.Tensor, what: str) -> None:
+        """The check that a model makes of its residuals; nothing to find here."""
+
     def encode(self, x: torch.Tensor, *, bf16: bool) -> Encoded:
         """Some of the activations that were made up."""
         start = np.random.default_rng(self.number).integers(len(self.values) - len(x) + 1)

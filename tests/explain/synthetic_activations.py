@@ -135,6 +135,6 @@ def cache_of(folder, rows, values_BTK, indices_BTK, n_features):
         number = torch.arange(first, corpus.read).unsqueeze(1).expand(-1, width)
         return torch.stack((number, torch.arange(width).expand(len(tokens_BT), -1)), dim=2)
 
-    model = SimpleNamespace(residuals=residuals, kept=kept)
+    model = SimpleNamespace(residuals=residuals, kept=kept, check_finite=corpus.check_finite)
     cache.write(folder, MADE_FROM, rows, model, corpus, 0, 64)
     return cache.open_cache(folder, MADE_FROM)[0]

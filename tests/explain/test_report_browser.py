@@ -166,7 +166,7 @@ def test_the_report_opens_on_the_run_beside_the_list(page):
     assert find(page, "#run").is_displayed()
     assert f"What {N + 5} features see" in find(page, "h1").text
     assert text(page, "#matches") == f"{N} features"
-    assert len(find_all(page, "#run svg")) == 8
+    assert len(find_all(page, "#run svg")) == 9
     assert listed(page)[0] == max(EXPLAINED, key=detection)
 
 
