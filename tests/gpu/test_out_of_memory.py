@@ -11,13 +11,8 @@ from mistral_sae.sae.features import Statistics
 
 
 @pytest.fixture
-def run(run_script, tmp_path):
+def run(run_script, text, tmp_path):
     """train.py or explain.py in tiny sizes: exit code, output, error stream."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for number in range(60):
-        words = " ".join(f"def f{number}_{i}(x): return x + {i * number}" for i in range(12))
-        (text / f"{number}.txt").write_text(words)
 
     def run(script="train.py", **changed):
         constants = {"DATA_PATH": text, "RUN_DIR": tmp_path / "run", "EXPLAINER": "offline"} | SIZES | changed
