@@ -172,7 +172,15 @@ def new_run(corpus: Corpus, training: TrainConfig) -> resume.Run:
     """A run before its first step: the constants that shape it, and those that may change when it goes on."""
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     shaping = ["EXCLUDE_TOKENS", "TARGET_LAYER", "SHUFFLE_ROWS", "LOG_EVERY"]
-    free = ["MISTRAL_MODEL_PATH", "ENGINE", "CHECKPOINT_EVERY", "EVALUATIONS", "EVALUATION_ROWS", "EVALUATION_STRIDE"]
+    free = [
+        "MISTRAL_MODEL_PATH",
+        "ENGINE",
+        "SAE_DEVICE",
+        "CHECKPOINT_EVERY",
+        "EVALUATIONS",
+        "EVALUATION_ROWS",
+        "EVALUATION_STRIDE",
+    ]
     settings = asdict(corpus) | asdict(training) | {name.lower(): getattr(config, name) for name in shaping}
     settings |= {"corpus": corpus.fingerprint(), "dtype": str(dtype).removeprefix("torch.")}
     others = {name.lower(): getattr(config, name) for name in free} | {"device": str(device)}

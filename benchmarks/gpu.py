@@ -33,6 +33,7 @@ from benchmarks import traffic
 from benchmarks.accounting import Speeds
 from benchmarks.clock import DEVICE, REPEATS, peak, seconds, speeds, wall
 from benchmarks.machine import save
+from benchmarks.peers import sparsify_step
 from benchmarks.random_mistral import MISTRAL_7B, SMOKE_MISTRAL, random_model, random_rows, spec_of
 from benchmarks.stages import Stages, step_parts
 from mistral_sae import cli
@@ -224,17 +225,8 @@ def sparsify(d_model: int, batch: int) -> dict[str, float]:
     optimizer = torch.optim.Adam(coder.parameters(), lr=config.LEARNING_RATE, fused=True)
     x = random_residuals(batch, d_model).float()
 
-    def one() -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        out = coder(x)
-        (out.fvu + out.auxk_loss / 32).backward()
-        torch.nn.utils.clip_grad_norm_(coder.parameters(), config.MAX_GRADIENT_NORM)
-        coder.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad()
-
     peak()
-    found = {"seconds": seconds(one), "peak_bytes": peak()}
+    found = {"seconds": seconds(lambda: sparsify_step(coder, optimizer, x)), "peak_bytes": peak()}
     print(f"  {1000 * found['seconds']:.1f} ms   {batch / found['seconds']:,.0f} tokens/s")
     return found
 

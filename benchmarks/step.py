@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.machine import save
+from benchmarks.peers import sparsify_step
 from mistral_sae.sae.kernels import bf16_pays
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
@@ -108,16 +109,7 @@ def sparsify(size: Size) -> Callable[[torch.Tensor], Any]:
     mask[dead_features(size)] = True
     coder.encoder.bias.data[mask] = -100.0
 
-    def step(x: torch.Tensor) -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        out = coder(x, dead_mask=mask if size.dead else None)
-        (out.fvu + out.auxk_loss / 32).backward()
-        torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
-        coder.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return lambda x: sparsify_step(coder, optimizer, x, dead_mask=mask if size.dead else None)
 
 
 STEPS = {

@@ -104,13 +104,8 @@ def test_tensors_of_a_device_cannot_become_arrays(gpu):
 
 
 @pytest.fixture
-def run(run_script, tmp_path):
+def run(run_script, text, tmp_path):
     """Run a script in tiny sizes on the device; its output."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for number in range(60):
-        words = " ".join(f"def f{number}_{i}(x): return x + {i * number}" for i in range(12))
-        (text / f"{number}.txt").write_text(words)
 
     def run(script, **changed):
         constants = {"DEVICE": "cuda", "DATA_PATH": text, "RUN_DIR": tmp_path / "run"} | SIZES | changed
