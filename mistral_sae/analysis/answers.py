@@ -22,7 +22,7 @@ from mistral_sae.analysis.monosemantic import (
 )
 from mistral_sae.analysis.sample import Activity, Texts
 from mistral_sae.analysis.superposition import fits, interference, rivals, verdict
-from mistral_sae.cli import Progress
+from mistral_sae.cli import Progress, UserError
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.features import decoder_geometry
 
@@ -52,9 +52,12 @@ def monosemanticity(
 
     The rows of "concepts" have F1 by code, beside a probe's, how many features a concept takes, and how much of it is
     absorbed; "codes" the means over concepts with their 95 % intervals, and how many directions stand for one concept.
+    Raises UserError where the text has none of the concepts.
     """
     texts = texts._replace(labels_NC=texts.labels_NC[:, (enough := Halves.of(texts).has_enough())])
     names = [name for name, is_enough in zip(texts.concepts, enough.tolist(), strict=True) if is_enough]
+    if not names:
+        raise UserError("found no concept on enough tokens of both halves of the files: raise ANALYSE_ROWS")
     halves = Halves.of(texts)
     found = {name: search(code, halves) for name, code in Progress(list(codes.items()), "directions", unit=" codes")}
     found[PROBE], directions_CD, called_NC = probed(activity.z_ND, halves)

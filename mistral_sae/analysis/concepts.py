@@ -117,6 +117,8 @@ OPERATORS: dict[str, Iterable[str]] = {
     "closing bracket": (")", "]", "}"),
 }
 
+F_STRING = re.compile("r?f", re.I)  # one token, on a Python before 3.12
+
 BRACKETS = {"(": "inside round brackets", "[": "inside square brackets", "{": "inside curly brackets"}
 
 # What characters tell, in each case the whole match
@@ -178,7 +180,7 @@ def _of_tokens(tokens: list[tokenize.TokenInfo], place: _Places, docstrings: lis
             yield "comment", span
         elif token.type == tokenize.NUMBER:
             yield "number", span
-        elif token.type == tokenize.STRING and start not in are_docstrings:
+        elif token.type == tokenize.STRING and start not in are_docstrings and not F_STRING.match(word):
             yield "string", span
         elif token.type == tokenize.NAME:
             yield from ((name, span) for name, holds in NAMES.items() if holds(before, word))
