@@ -124,6 +124,12 @@ COMPLETION_DOLLARS: float | None = 0.60 if OPENAI_MODEL == "gpt-4o-mini" and OPE
 MAX_DOLLARS: float | None = None  # of all runs in RUN_DIR together; the run stops before it spends more
 MAX_API_TOKENS: int | None = None  # the same in tokens read and written
 
+# ---- analyse.py ----
+ANALYSE_ROWS: int = 240  # of text whose concepts are known; half of their documents are to choose on, half to score
+# A JSONL file of {"text", "spans": [[start, end], ...], "label"}; None are the concepts of Python, which is parsed
+CONCEPTS_PATH: str | None = None
+CONTROL_TOKENS: int = 200_000  # that the control's autoencoder, of a model without what it learned, trains on; 0: none
+
 # ---- demo.py: what to steer ----
 # A feature's number; words such as "exception", for the feature whose steered text shows most of them; several features
 # as {number: coefficient}; or None for one whose effect is seen in text, of the explained ones if there are any
@@ -154,7 +160,7 @@ CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the m
 
 # ---- what no run can use; what needs the model or the corpus is checked when they are there ----
 
-for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH"):
+for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH"):
     globals()[_path] = path_of(_path, globals()[_path])
 
 
@@ -182,6 +188,8 @@ def check_numbers() -> None:
         "CHECKPOINT_EVERY": (1, 1e12), "KEEP_CHECKPOINTS": (1, 1000),
         "EXPLAIN_TOKENS": (3, 1e15), "EXPLAIN_STRIDE": (1, 1e9),
         "EXAMPLES_PER_INTERVAL": (1, 10_000), "TOKENS_BEFORE": (0, 2**20), "TOKENS_AFTER": (0, 2**20),
+        "ANALYSE_ROWS": (2, 2**20),
+        "CONTROL_TOKENS": (0, 1e15),
         "CONCURRENCY": (1, 10_000), "MAX_REPLY_TOKENS": (1, 2**24), "MAX_FAILED_SHARE": (0, 1),
         "PROMPT_DOLLARS": (0, 1e6), "COMPLETION_DOLLARS": (0, 1e6), "NEW_TOKENS": (1, 2**20), "TEMPERATURE": (0, 1000),
         "SWEEP_SAMPLES": (1, 10_000), "CHAT_CONTEXT": (1, 2**24), "MAX_DOCUMENT_BYTES": (1, 2**30),

@@ -52,14 +52,14 @@ def unexplained(z_ND: Tensor, rows_FD: Tensor, k: int) -> Tensor:
 
 
 def rivals(z_ND: Tensor, n_directions: int, seed: int) -> dict[str, Tensor]:
-    """Directions to compare a dictionary with: the neurons, PCA, a rotation, and as many random ones as it has.
+    """Directions to compare a dictionary with: the basis, PCA, a rotation, as many random ones as it has.
 
-    "Neurons" are the residual's own basis. PCA is that of the residuals given.
+    PCA is that of the residuals given.
     """
     d_model, generator = z_ND.shape[1], torch.Generator().manual_seed(seed)
     rotation_DD = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))[0]
     return {
-        "neurons": torch.eye(d_model),
+        "basis directions": torch.eye(d_model),
         "a random rotation": rotation_DD,
         "principal components": torch.linalg.svd(z_ND.float().cpu(), full_matrices=False)[2],
         "random directions": normalize(torch.randn(n_directions, d_model, generator=generator), dim=1),

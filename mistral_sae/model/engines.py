@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,9 @@ class Engine(Protocol):
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
         """The final norm's output (B, T, D), or the last loaded layer's, of rows that begin at position `start`."""
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """All weights that are loaded."""
 
     def new_cache(self, rows: int, length: int) -> Any:
         """A KV cache for `run`."""
@@ -129,6 +133,10 @@ class Transformers:
         """Hidden states (B, T, D)."""
         given = {self._cache: cache, "use_cache": cache is not None}  # which knows where the rows begin
         return self._body(input_ids=tokens_BT, **given).last_hidden_state
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """All that are loaded."""
+        return self._body.parameters()
 
     def new_cache(self, rows: int, length: int) -> Any:
         """A KV cache: a block of memory for each layer that sees all positions; windows are short, and copied."""
@@ -279,6 +287,10 @@ class MistralInference:
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden.view(B, T, -1)
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """All that are loaded."""
+        return self._model.parameters()
 
     def new_cache(self, rows: int, length: int) -> Tensor:
         """Keys and values of all layers, (2, layers, B, G, N, E)."""

@@ -109,6 +109,10 @@ class LanguageModel:
             raise ModelError(f"found layer {layer}: expected 0 to {loaded}; load more of it")
         return self._engine.blocks[layer]
 
+    def weights(self) -> Iterator[nn.Parameter]:
+        """All weights that are loaded, as they lie in memory."""
+        return self._engine.weights()
+
     def fingerprint(self, layer: int) -> str:
         """A hash of sizes and of a few rows of each of layers 0..layer, the same whatever engine and dtype run it."""
         rows = {}

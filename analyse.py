@@ -1,0 +1,98 @@
+"""Are features monosemantic, and are they in superposition? `python analyse.py [NAME=value ...]`, after train.py.
+
+Both questions are asked of the autoencoder in RUN_DIR with controls beside every number: the residual's own basis, a
+rotation, principal components, random directions, and the features of an autoencoder of a model that has learned
+nothing. The concepts are those of Python, which can be parsed, or of a file of labelled spans (CONCEPTS_PATH). The
+answers are printed, and all of the figures are in RUN_DIR/analysis.json. The constants are in config.py.
+"""
+
+import config
+from mistral_sae import cli
+
+if __name__ == "__main__":
+    cli.start("analyse", config)  # before the imports below take their seconds
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from mistral_sae.analysis.answers import FEATURES, PROBE, UNTRAINED, codes_of, monosemanticity, superposition
+from mistral_sae.analysis.codes import Sparse
+from mistral_sae.analysis.concepts import concepts_of_python, label_python, names_in, read_spans
+from mistral_sae.analysis.sample import Texts, randomise, read_activity, read_texts, train_briefly
+from mistral_sae.data.documents import Skipped
+from mistral_sae.data.tokens import Corpus
+from mistral_sae.defaults import fill
+from mistral_sae.files import write_text
+from mistral_sae.loading import load_pair
+from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.sae.trainer import TrainConfig
+
+ROWS_A_DOCUMENT = 4  # at most, so that many documents are read
+NAMED = 12  # letters of a code's name in the table
+
+
+def main() -> None:
+    """Read text, ask both questions, write the answers."""
+    filled, spec, _ = fill(config)
+    loaded, model = load_pair(config, spec)
+    sae, layer, run_dir = loaded.sae, loaded.metadata.residual_layer, Path(filled.RUN_DIR)
+    texts = read_labelled(model)
+    print(f"text      {int(texts.kept_RT.sum()):,} tokens of {len(texts.documents):,} documents")
+    activity = read_activity(model, sae, layer, texts, filled.ROWS_PER_FORWARD)
+    codes = codes_of(activity, sae, config.SEED)
+    if config.CONTROL_TOKENS:
+        print(f"control   an autoencoder of the same model without what it learned, {config.CONTROL_TOKENS:,} tokens")
+        randomise(model, config.SEED)
+        sizes = TrainConfig.of(config, spec.d_model)
+        untrained = train_briefly(model, layer, Corpus.of(config), sizes, config.CONTROL_TOKENS, filled.SHUFFLE_ROWS)
+        control = read_activity(model, untrained, layer, texts, filled.ROWS_PER_FORWARD)
+        codes[UNTRAINED] = Sparse(control.values_NK, control.indices_NK, untrained.n_features)
+    answers = {
+        "monosemantic": monosemanticity(texts, activity, codes, sae, config.SEED),
+        "superposed": superposition(texts, activity, sae, config.SEED),
+    }
+    write_text(run_dir / "analysis.json", json.dumps(answers, indent=1) + "\n")
+    print(f"\n{table(answers['monosemantic'])}\n")
+    print(f"Are features monosemantic?\n  {answers['monosemantic']['sentence']}\n")
+    print(f"Are they in superposition?\n  {answers['superposed']['sentence']}\n")
+    print(f"figures   {run_dir / 'analysis.json'}")
+
+
+def read_labelled(model: LanguageModel) -> Texts:
+    """Rows of text whose concepts are known. Raises UserError where there is too little."""
+    skipped = Skipped()
+    if config.CONCEPTS_PATH is not None:
+        labelled: Any = read_spans(Path(config.CONCEPTS_PATH))
+        concepts = names_in(labelled)
+        random.Random(config.SEED).shuffle(labelled)
+    else:
+        labelled = label_python(Corpus.of(config).documents(held_out=False, epochs=False), skipped)
+        concepts = concepts_of_python()
+    texts = read_texts(labelled, concepts, model, config.CONTEXT_LENGTH, config.ANALYSE_ROWS, ROWS_A_DOCUMENT)
+    if skipped.count:
+        print(skipped.summary())
+    return texts
+
+
+def table(answer: dict[str, Any]) -> str:
+    """F1 of the best single direction by concept and code, the concepts that a feature tells best first."""
+    codes = [FEATURES, *(name for name in answer["codes"] if name not in (FEATURES, PROBE)), PROBE]
+    head = "concept".ljust(30) + "  tokens  " + "  ".join(short(name).rjust(NAMED) for name in codes) + "  features"
+    lines = [head]
+    for row in sorted(answer["concepts"], key=lambda row: -row["f1"][FEATURES]):
+        figures = "  ".join(f"{row['f1'][name]:{NAMED}.2f}" for name in codes)
+        lines.append(f"{row['concept']:30}  {row['tokens']:6,}  {figures}  {row['features']:8}")
+    means = "  ".join(f"{answer['codes'][name]['mean f1']:{NAMED}.2f}" for name in codes)
+    lines.append(f"{'mean':30}  {'':6}  {means}")
+    return "F1 of the best single direction, chosen on half of the files and scored on the other\n" + "\n".join(lines)
+
+
+def short(name: str) -> str:
+    """A code's name in so many letters."""
+    return name.removeprefix("a ").removeprefix("features of an ").replace("principal components", "components")[:NAMED]
+
+
+if __name__ == "__main__":
+    cli.run(main, out_of_memory="ANALYSE_ROWS or ROWS_PER_FORWARD")

@@ -1,0 +1,151 @@
+"""Both answers, in words and as JSON, from what was measured.
+
+Shapes: N tokens, C concepts, F features, K active features, S resamples, G documents.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_sae.analysis.codes import Code, Dense, Sparse, strongest
+from mistral_sae.analysis.monosemantic import (
+    Found,
+    Halves,
+    absorbed,
+    precise_directions,
+    probed,
+    resamples,
+    search,
+    union_of,
+)
+from mistral_sae.analysis.sample import Activity, Texts
+from mistral_sae.analysis.superposition import fits, interference, rivals, verdict
+from mistral_sae.cli import Progress, UserError
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.features import decoder_geometry
+
+FEATURES, PROBE, UNTRAINED = "features", "a probe on the whole residual", "features of an untrained model"
+MOST_TOKENS = 4096  # on which dictionaries are fitted, K directions a token
+
+
+def codes_of(activity: Activity, sae: SparseAutoencoder, seed: int) -> dict[str, Code]:
+    """The features and their controls, by name: all read the same residuals, standardised."""
+    z_ND, width = activity.z_ND, activity.values_NK.shape[1]
+    codes: dict[str, Code] = {FEATURES: Sparse(activity.values_NK, activity.indices_NK, sae.n_features)}
+    for name, rows in rivals(z_ND, sae.n_features, seed).items():
+        is_basis = len(rows) == z_ND.shape[1]
+        codes[name] = Dense(z_ND @ rows.T) if is_basis else strongest(z_ND, rows, width)
+    if activity.neurons_NH is not None:
+        codes["neurons of the MLP"] = Dense(activity.neurons_NH)
+    return codes
+
+
+# ---- do features stand for single concepts? ----
+
+
+def monosemanticity(
+    texts: Texts, activity: Activity, codes: Mapping[str, Code], sae: SparseAutoencoder, seed: int
+) -> dict[str, Any]:
+    """How well the best direction of each code tells each concept: chosen on half of the files, scored on the others.
+
+    The rows of "concepts" have F1 by code, beside a probe's, how many features a concept takes, and how much of it is
+    absorbed; "codes" the means over concepts with their 95 % intervals, and how many directions stand for one concept.
+    Raises UserError where the text has none of the concepts.
+    """
+    texts = texts._replace(labels_NC=texts.labels_NC[:, (enough := Halves.of(texts).has_enough())])
+    names = [name for name, is_enough in zip(texts.concepts, enough.tolist(), strict=True) if is_enough]
+    if not names:
+        raise UserError("found no concept on enough tokens of both halves of the files: raise ANALYSE_ROWS")
+    halves = Halves.of(texts)
+    found = {name: search(code, halves) for name, code in Progress(list(codes.items()), "directions", unit=" codes")}
+    found[PROBE], directions_CD, called_NC = probed(activity.z_ND, halves)
+    scored_G = torch.zeros(halves.n_documents, dtype=torch.bool).index_fill_(0, halves.document_N[halves.score], True)
+    weights_SG = resamples(halves.n_documents, scored_G, seed)
+    features, rows = codes[FEATURES], []
+    assert isinstance(features, Sparse)
+    for c, name in enumerate(names):
+        union = union_of(features, halves, c)
+        main = union.features[: union.needed]
+        rows.append(
+            {
+                "concept": name,
+                "tokens": int(halves.labels_NC[:, c].sum()),
+                "f1": {code: round(float(each.f1[c]), 3) for code, each in found.items()},
+                "auroc": {code: round(float(each.auroc[c]), 3) for code, each in found.items()},
+                "feature": int(found[FEATURES].direction[c]),
+                "features": union.needed,
+                "f1 of their union": round(union.f1[union.needed - 1], 3) if union.f1 else None,
+                "absorbed": absorbed(features, sae.W_dec, halves, c, main, (directions_CD[c], called_NC[:, c])),
+                "f1 of k features": {k: round(float(f1_C[c]), 3) for k, f1_C in found[FEATURES].sparse.items()},
+            }
+        )
+    summaries = {name: _summary(each, weights_SG) for name, each in found.items()}
+    for name, code in codes.items():
+        summaries[name] |= precise_directions(code, halves)._asdict()
+    word, sentence = monosemantic(found, weights_SG, summaries)
+    return {"answer": word, "sentence": sentence, "codes": summaries, "concepts": rows}
+
+
+def _summary(found: Found, weights_SG: Tensor) -> dict[str, Any]:
+    low, high = found.calls.resampled(weights_SG).mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"mean f1": float(found.f1.mean()), "low": low, "high": high, "mean auroc": float(found.auroc.mean())}
+
+
+def monosemantic(
+    found: Mapping[str, Found], weights_SG: Tensor, summaries: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, str]:
+    """The answer in a word, "yes", "partly" or "no", and in a sentence: beside the best of the controls."""
+    rival = max((n for n in found if n not in (FEATURES, PROBE)), key=lambda name: float(found[name].f1.mean()))
+    means = [found[name].calls.resampled(weights_SG).mean(dim=1) for name in (FEATURES, rival)]
+    low, high = (means[0] - means[1]).quantile(torch.tensor([0.025, 0.975])).tolist()
+    own, theirs = summaries[FEATURES], summaries[rival]
+    ahead = int((found[FEATURES].f1 > found[rival].f1).sum())
+    said = (
+        f"the best single feature tells a concept with a mean F1 of {own['mean f1']:.2f} ({own['low']:.2f} to "
+        f"{own['high']:.2f}), the best of {rival} with {theirs['mean f1']:.2f} (the difference lies between {low:+.2f} "
+        f"and {high:+.2f}; it is ahead on {ahead} of {len(found[FEATURES].f1)} concepts), {PROBE} with "
+        f"{summaries[PROBE]['mean f1']:.2f}"
+    )
+    if low <= 0:
+        return "no", f"No more than {rival}: {said}."
+    if own["mean f1"] < 0.5 or own["mean f1"] < summaries[PROBE]["mean f1"]:
+        return "partly", f"More than any control, but not wholly: {said}."
+    return "yes", f"Yes: {said}."
+
+
+# ---- are they in superposition? ----
+
+
+def superposition(texts: Texts, activity: Activity, sae: SparseAutoencoder, seed: int) -> dict[str, Any]:
+    """How the decoder shares the dimensions, and how well as many directions of a basis, or at random, do instead."""
+    fired_F = torch.zeros(sae.n_features, dtype=torch.bool)
+    fired_F[activity.indices_NK[activity.values_NK > 0]] = True
+    geometry = decoder_geometry(sae.W_dec.cpu(), fired_F)
+    if geometry is None:
+        return {"answer": "unclear", "sentence": "Not shown: fewer than two features fired."}
+    some = torch.linspace(0, len(activity.z_ND) - 1, min(MOST_TOKENS, len(activity.z_ND))).long()
+    z_ND = activity.z_ND[some]
+    dictionaries = {FEATURES: sae.W_dec.detach().cpu()[fired_F]} | rivals(z_ND, int(fired_F.sum()), seed)
+    k = max(1, round(float((activity.values_NK > 0).sum() / len(activity.values_NK))))
+    found = fits(z_ND, dictionaries, k, texts.document_N[some], seed)
+    word, sentence = verdict(geometry, sae.d_model, found, FEATURES)
+    met = interference(sae.W_dec.cpu(), activity.values_NK[some], activity.indices_NK[some], seed)
+    return {
+        "answer": word,
+        "sentence": sentence,
+        "directions a token": k,
+        "unexplained": {name: fit._asdict() for name, fit in found.items()},
+        "features that fire": geometry.features,
+        "dimensions": sae.d_model,
+        "median dimensionality": geometry.median_dimensionality,
+        "sum of dimensionalities": sum(geometry.dimensionality_F),
+        "median cosine with the nearest": geometry.median_nearest,
+        "of random directions": geometry.nearest_random,
+        "Welch's bound": geometry.welch,
+        "neurons a feature": geometry.participation,
+        "neurons a random direction": geometry.participation_random,
+        "features a neuron": geometry.median_writers,
+        "interference": met._asdict(),
+    }

@@ -1,0 +1,64 @@
+"""analyse.py from end to end, on a small random model."""
+
+import json
+import random
+
+import pytest
+from explain_runs import SETTINGS, write_sae
+
+from mistral_sae.analysis.answers import FEATURES, PROBE, UNTRAINED
+
+WORDS = ["yield", "lambda", "import", "return"]
+
+
+@pytest.fixture
+def spans(tmp_path):
+    """Documents of words that come again and again, with four of these as concepts."""
+    lines, chance = [], random.Random(0)
+    for _ in range(40):
+        words = chance.choices([*WORDS, "the"], k=60)
+        text = " ".join(words)
+        for word in WORDS:
+            found = [(at, at + len(word)) for at in range(len(text)) if text.startswith(word, at)]
+            lines.append(json.dumps({"text": text, "spans": found, "label": word}))
+    (tmp_path / "spans.jsonl").write_text("\n".join(lines))
+    return tmp_path / "spans.jsonl"
+
+
+def test_both_questions_are_answered_beside_their_controls(run_script, tmp_path, mistral_folder, corpus, spans):
+    run_dir = tmp_path / "run"
+    write_sae(run_dir / "sae")
+    sizes = {"D_HIDDEN": 64, "K": 4, "BATCH_SIZE": 64, "BUFFER_TOKENS": 256, "SHUFFLE_ROWS": 16, "ANALYSE_ROWS": 100}
+    constants = SETTINGS | sizes | {"MISTRAL_MODEL_PATH": mistral_folder, "DATA_PATH": corpus, "RUN_DIR": run_dir}
+    constants |= {"CONCEPTS_PATH": spans, "CONTROL_TOKENS": 640}
+    code, out, err = run_script("analyse.py", [f"{name}={value}" for name, value in constants.items()])
+    assert code == 0, err
+    for question in ("Are features monosemantic?", "Are they in superposition?"):
+        assert question in out
+    found = json.loads((run_dir / "analysis.json").read_text())
+    monosemantic, superposed = found["monosemantic"], found["superposed"]
+    assert monosemantic["answer"] in ("yes", "partly", "no")
+    assert superposed["answer"] in ("superposition", "basis", "neurons", "unclear")
+    assert {row["concept"] for row in monosemantic["concepts"]} == set(WORDS)
+    for row in monosemantic["concepts"]:
+        assert {FEATURES, PROBE, UNTRAINED, "basis directions", "principal components"} <= set(row["f1"])
+        assert all(0 <= f1 <= 1 for f1 in row["f1"].values())
+        assert row["concept"] in out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "a", "spans": [[0, 9]], "label": "x"}', "outside of its text"),
+        ('{"text": 3, "spans": [], "label": "x"}', "spans.jsonl"),
+    ],
+)
+def test_spans_that_cannot_be_used_are_one_line(run_script, tmp_path, mistral_folder, corpus, content, said):
+    (tmp_path / "spans.jsonl").write_text(content)
+    write_sae(tmp_path / "run/sae")
+    constants = SETTINGS | {"MISTRAL_MODEL_PATH": mistral_folder, "DATA_PATH": corpus, "RUN_DIR": tmp_path / "run"}
+    constants |= {"CONCEPTS_PATH": tmp_path / "spans.jsonl"}
+    code, _, err = run_script("analyse.py", [f"{name}={value}" for name, value in constants.items()])
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
