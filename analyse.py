@@ -30,7 +30,10 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.trainer import TrainConfig
 
 ROWS_A_DOCUMENT = 4  # at most, so that many documents are read
-NAMED = 12  # letters of a code's name in the table
+SHORT = {  # names in the table
+    "basis directions": "basis", "a random rotation": "rotation", "principal components": "PCA",
+    "random directions": "random", "neurons of the MLP": "MLP neurons", UNTRAINED: "untrained", PROBE: "probe",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -79,19 +82,19 @@ def read_labelled(model: LanguageModel) -> Texts:
 def table(answer: dict[str, Any]) -> str:
     """F1 of the best single direction by concept and code, the concepts that a feature tells best first."""
     codes = [FEATURES, *(name for name in answer["codes"] if name not in (FEATURES, PROBE)), PROBE]
-    head = "concept".ljust(30) + "  tokens  " + "  ".join(short(name).rjust(NAMED) for name in codes) + "  features"
+    head = (
+        "concept".ljust(30)
+        + "  tokens  "
+        + "  ".join(SHORT.get(name, name).rjust(11) for name in codes)
+        + "  split over"
+    )
     lines = [head]
     for row in sorted(answer["concepts"], key=lambda row: -row["f1"][FEATURES]):
-        figures = "  ".join(f"{row['f1'][name]:{NAMED}.2f}" for name in codes)
-        lines.append(f"{row['concept']:30}  {row['tokens']:6,}  {figures}  {row['features']:8}")
-    means = "  ".join(f"{answer['codes'][name]['mean f1']:{NAMED}.2f}" for name in codes)
+        figures = "  ".join(f"{row['f1'][name]:11.2f}" for name in codes)
+        lines.append(f"{row['concept']:30}  {row['tokens']:6,}  {figures}  {row['features']:10}")
+    means = "  ".join(f"{answer['codes'][name]['mean f1']:11.2f}" for name in codes)
     lines.append(f"{'mean':30}  {'':6}  {means}")
     return "F1 of the best single direction, chosen on half of the files and scored on the other\n" + "\n".join(lines)
-
-
-def short(name: str) -> str:
-    """A code's name in so many letters."""
-    return name.removeprefix("a ").removeprefix("features of an ").replace("principal components", "components")[:NAMED]
 
 
 if __name__ == "__main__":

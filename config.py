@@ -125,7 +125,7 @@ MAX_DOLLARS: float | None = None  # of all runs in RUN_DIR together; the run sto
 MAX_API_TOKENS: int | None = None  # the same in tokens read and written
 
 # ---- analyse.py ----
-ANALYSE_ROWS: int = 240  # of text whose concepts are known; half of their documents are to choose on, half to score
+ANALYSE_ROWS: int = 200  # of text whose concepts are known; half of their documents are to choose on, half to score
 # A JSONL file of {"text", "spans": [[start, end], ...], "label"}; None are the concepts of Python, which is parsed
 CONCEPTS_PATH: str | None = None
 CONTROL_TOKENS: int = 200_000  # that the control's autoencoder, of a model without what it learned, trains on; 0: none
