@@ -262,6 +262,45 @@ def english(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+CODES = {  # of analyse.py, as the tables call them
+    "features": "features", "basis directions": "basis", "a random rotation": "rotation", "principal components": "PCA",
+    "random directions": "random", "neurons of the MLP": "MLP neurons", "features of an untrained model": "untrained",
+    "a probe on the whole residual": "probe",
+}  # fmt: skip
+
+
+def answers(result: dict[str, Any]) -> str:
+    """F1 of the best single direction of each code by concept, those that a feature tells best first."""
+    found = result["results"]["monosemantic"]
+    rows = [["concept", "tokens", *CODES.values(), "split over"]]
+    for each in sorted(found["concepts"], key=lambda each: -each["f1"]["features"]):
+        figures = (f"{each['f1'][code]:.2f}" for code in CODES)
+        rows.append([each["concept"], f"{each['tokens']:,}", *figures, str(each["features"])])
+    rows.append(["**mean**", "", *(f"**{found['codes'][code]['mean f1']:.2f}**" for code in CODES), ""])
+    return _table(rows)
+
+
+def unexplained(result: dict[str, Any]) -> str:
+    """What as many directions a token leave of the variance, by what they are."""
+    found = result["results"]["superposed"]
+    rows = [[f"{found['directions a token']} directions a token, of", "unexplained", "95 % interval"]]
+    for name, fit in found["unexplained"].items():
+        rows.append([name, f"{fit['share']:.1%}", f"{fit['low']:.1%} to {fit['high']:.1%}"])
+    return _table(rows)
+
+
+def toy_model(result: dict[str, Any]) -> str:
+    """The share of planted features that each method finds, over seeds."""
+    settings = result["results"]["settings"]
+    methods = [name for name, found in settings[0].items() if isinstance(found, dict)]
+    rows = [["features a dimension", "each present with", *methods]]
+    for n, present in dict.fromkeys((each["features"], each["present"]) for each in settings):
+        some = [each for each in settings if (each["features"], each["present"]) == (n, present)]
+        shares = [statistics.mean(each[method]["recovered"] or 0.0 for each in some) for method in methods]
+        rows.append([f"{n / 32:g}", f"{present:g}", *(f"{share:.0%}" for share in shares)])
+    return _table(rows)
+
+
 def pipeline(result: dict[str, Any]) -> str:
     """Seconds of a run of train.py by stage, longest first."""
     seconds = sorted(result["results"]["seconds"].items(), key=lambda stage: -stage[1])
@@ -288,9 +327,12 @@ TABLES = {
         steering_speed,
         traffic,
         english,
+        answers,
+        toy_model,
     )
 } | {
     "steering_smollm2": (steering, ["steering_smollm2"]),
+    "unexplained": (unexplained, ["answers"]),
     "features_steered": (features_steered, ["steering"]),
     "peers": (peers, ["step", "end_to_end", "quality"]),
 }
