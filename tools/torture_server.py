@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_sae.explain.labels import read_labels
+from mistral_sae.explain.types import Label
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests/explain"), str(ROOT / "tests/scripts")]
@@ -61,7 +62,11 @@ def server(count: int, sizes: dict[str, Any]) -> dict[str, Any]:
         lines = (run_dir / "explanations.jsonl").read_text().splitlines()
         numbers = Counter(json.loads(line)["feature"] for line in lines)
         labels = read_labels(run_dir / "explanations.jsonl")
-        wrong = [f for f, label in labels.items() if not _agrees(label, truth[f])]
+        asked = {name_of(each.body["messages"]): each.body["messages"][1]["content"] for each in faulty.log}
+        outcomes: dict[str, set[str]] = {}
+        for each in faulty.log:
+            outcomes.setdefault(each.body["messages"][1]["content"], set()).add(each.outcome)
+        wrong = [f for f, label in labels.items() if not _agrees(label, truth[f], asked, outcomes)]
     paid = Counter(json.dumps(each.body, sort_keys=True) for each in faulty.log if _is_answer(each))
     return {
         "features": len(truth),
@@ -71,6 +76,7 @@ def server(count: int, sizes: dict[str, Any]) -> dict[str, Any]:
         "lost": len(truth.keys() - labels.keys()),
         "doubled": sum(n - 1 for n in numbers.values()),
         "mislabelled": len(wrong),
+        "of a smaller prompt": sum(label.explanation not in ("", truth[f].explanation) for f, label in labels.items()),
         "paid twice": sum(n - 1 for n in paid.values()),
         "at most in flight at the kills": killed * AT_ONCE,
         "statuses": dict(Counter(label.status for label in labels.values())),
@@ -91,12 +97,30 @@ def _is_answer(each: Served) -> bool:
     return each.outcome == "ok" or each.outcome in LASTING
 
 
-def _agrees(found: Any, true: Any) -> bool:
-    """Whether a label is the true one, or says that it is none; one with fewer examples is of another prompt."""
-    if found.status != "ok" or found.explanation != true.explanation:
-        return found.status in LASTED.values() or found.status == "failed" or found.explanation.startswith("prompt ")
-    verdicts = {each[:4]: each.verdict for each in true.judgements}
-    return all(each.verdict in (None, verdicts[each[:4]]) for each in found.judgements)
+def _agrees(found: Label, true: Label, asked: dict[str, str], outcomes: dict[str, set[str]]) -> bool:
+    """Whether a label is of its own feature's prompt, or has the status of what that prompt met.
+
+    Where the prompt was too long for the server, a smaller one was sent, of some of the same passages.
+
+    Args:
+        asked: what was asked, by the name in the reply.
+        outcomes: what each request met.
+    """
+    own = asked[_named(true)]
+    if found.status != "ok":
+        return found.status in {LASTED.get(outcome) for outcome in outcomes[own]}
+    name, verdicts = _named(found), {each[:4]: each.verdict for each in true.judgements}
+    is_smaller = "overflow" in outcomes[own] and _passages(asked[name]) < _passages(own)
+    is_own = name == _named(true) or is_smaller
+    return is_own and all(each.verdict in (None, verdicts[each[:4]]) for each in found.judgements)
+
+
+def _named(label: Label) -> str:
+    return label.explanation.partition(":")[0]
+
+
+def _passages(asked: str) -> set[str]:
+    return set(re.findall(r"^\d+\. (.*)$", asked, re.MULTILINE))
 
 
 def _arguments(constants: dict[str, Any]) -> list[str]:

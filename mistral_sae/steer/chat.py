@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from mistral_sae.cli import Terminated, UserError
 from mistral_sae.files import append_line
 from mistral_sae.model.language_model import LanguageModel, ModelError
+from mistral_sae.steer.display import visible
 from mistral_sae.steer.steering import Edit, Subject
 
 HELP = """\
@@ -175,7 +176,7 @@ class Conversation:
                     if self._is_instruct and not any(parts):
                         part = part.lstrip(" ")  # the space before a text of sentencepiece
                     parts.append(part)
-                    print(part, end="", flush=True)
+                    print(visible(part), end="", flush=True)
         except Terminated:
             raise
         except KeyboardInterrupt:

@@ -34,12 +34,16 @@ def level_of(share: float) -> int:
     return 0 if share <= 0 else min(len(STYLES) - 1, 1 + int(share * (len(STYLES) - 1)))
 
 
+def visible(text: str) -> str:
+    """A text in which what a terminal would obey, and what else cannot be shown, is "·"; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text.replace("\r\n", "\n"))
+
+
 def lay_out(console: Console, marks: Iterable[Mark], width: int) -> list[Text]:
-    """Lines of at most `width` columns, broken at spaces where a word fits on one; what cannot be shown becomes "·"."""
+    """Lines of at most `width` columns, broken at spaces where a word fits on one, of `visible` text."""
     text = Text()
     for piece, level in marks:
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "·" for c in piece.replace("\r\n", "\n"))
-        text.append(shown, STYLES[level])
+        text.append(visible(piece), STYLES[level])
     lines = list(text.wrap(console, width, overflow="fold", tab_size=TAB))
     while len(lines) > 1 and not lines[-1]:
         lines.pop()

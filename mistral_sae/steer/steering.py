@@ -80,10 +80,15 @@ def steer(
         yield
         return
     edit = make_edit(loaded.sae, wanted, method, model.device, exact=exact, directions_SD=directions_SD)
+
+    def edited(x_BTD: Tensor) -> Tensor:
+        y_BTD = edit(x_BTD.float())
+        # A norm whose squares overflow makes 0 of a residual, and text of that; logits are looked at anyway
+        overflows_BT1 = ~y_BTD.square().sum(dim=-1, keepdim=True).isfinite()
+        return y_BTD.masked_fill(overflows_BT1, torch.nan)
+
     try:
-        with edit_residual(
-            model, layer, lambda x_BTD: edit(x_BTD.float()), first_position=first_position, special=False
-        ):
+        with edit_residual(model, layer, edited, first_position=first_position, special=False):
             yield
     except NotFinite:
         model.check_finite(model.forward(model.tokens_BT), "logits")  # raises it again if it is the model's own

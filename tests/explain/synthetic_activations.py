@@ -38,6 +38,7 @@ class Corpus:
     """
 
     tokenizer, n_features, activation = Letters(), F, "topk"
+    W_dec = torch.empty(0)  # which says on which device it is
 
     def __init__(self, n_documents=120, seed=0):
         random = np.random.default_rng(seed)

@@ -321,6 +321,8 @@ def test_what_a_bos_would_activate_is_not_encoded(corpus):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_a_gpu_writes_the_shard_that_a_cpu_does(corpus, tmp_path):
     class OnGpu(Corpus):
+        W_dec = torch.empty(0, device="cuda")
+
         def residuals(self, tokens_BT, layer):
             return super().residuals(tokens_BT, layer).cuda()
 

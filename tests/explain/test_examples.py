@@ -15,6 +15,7 @@ from mistral_sae.explain.cache import is_for_scoring
 from mistral_sae.explain.examples import FeatureRecords, Sample, Settings, from_intervals, peaks, strongest
 from mistral_sae.explain.types import BINS, INTERVALS
 from mistral_sae.model.language_model import load_model
+from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
 
@@ -506,3 +507,18 @@ def test_characters_that_tokens_share_come_out_whole(parts, of_model):
 def test_a_feature_that_does_not_exist_is_refused(parts, of_model):
     with pytest.raises(ValueError, match="found feature 64: expected 0 to 63"):
         records_of(of_model, [3, 64], parts)
+
+
+def test_a_token_of_megabytes_is_shown_by_its_beginning():
+    class Hostile:
+        strings = Tokenizer.strings
+
+        def token_bytes(self, id):
+            return [b"a" * 10_000_000, b"b" * 10_000_000 + b"\xc3", b"\xa9", b"c"][id]
+
+    texts = examples._Texts(Hostile())
+    for ids in ([0, 3], [0, 1, 2, 3]):
+        shown = texts.of(ids)
+        assert len(shown) == len(ids)
+        assert max(map(len, shown)) == examples.LONGEST_TOKEN + 1
+        assert (shown[0][:3], shown[-1]) == ("aaa", "c")

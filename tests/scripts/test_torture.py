@@ -8,7 +8,9 @@ import sys
 import pytest
 from train_runs import ROOT
 
+from mistral_sae.explain.types import Judgement, Label
 from mistral_sae.model.language_model import STANDIN
+from tools import torture_server
 
 
 @pytest.mark.skipif(not (STANDIN / "consolidated.safetensors").exists(), reason="the stand-in has no weights")
@@ -25,3 +27,26 @@ def test_train_and_explain_end_bit_by_bit_the_same_after_a_power_cut():
         assert (found["kills"], found["of them power cuts"]) == (1, 1), script
         assert found["files compared a run"] > 5
         assert found["files that differ"] == []
+
+
+def test_labels_of_another_feature_and_faults_that_were_not_are_told_from_true_ones():
+    judged = (Judgement("detection", "held_out", 0, True, True), Judgement("detection", "random", 0, False, None))
+    true = Label(1, "prompt a: some tokens", "server", "ok", {}, judged)
+    asked = {
+        "prompt a": '1. "x"\n2. "y"',
+        "prompt b": '1. "z"',
+        "prompt c": '1. "y"',
+    }
+    met = {asked["prompt a"]: {"ok", "overflow"}}
+
+    def agrees(outcomes=met, **changed):
+        return torture_server._agrees(true._replace(**changed), true, asked, outcomes)
+
+    assert agrees()
+    assert agrees(explanation="prompt c: some tokens")  # of some of the same passages
+    assert not agrees(explanation="prompt b: some tokens")
+    assert not agrees({asked["prompt a"]: {"ok"}}, explanation="prompt c: some tokens")  # nothing was too long
+    assert not agrees(judgements=(judged[0]._replace(verdict=False), judged[1]))
+    assert agrees(explanation="", status="overflow")
+    for status in ("failed", "refused", "stopped"):
+        assert not agrees(explanation="", status=status)

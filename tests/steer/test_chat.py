@@ -278,6 +278,14 @@ def test_after_a_reply_of_nothing_the_conversation_goes_on(lm, converse, monkeyp
     assert turns[0]["stopped"] is is_stopped
 
 
+def test_a_reply_cannot_move_colour_or_turn_what_the_terminal_shows(lm, converse, monkeypatch):
+    hostile = "a\x1b]0;title\x07\x1b[2Jb\r\u202ec\n\td\x9b31m"
+    monkeypatch.setattr(lm, "generate", lambda *args, **options: iter(lm.tokenizer.encode(hostile)))
+    out, turns, _ = converse("hello", is_instruct=False)
+    assert "a·]0;title··[2Jb··c\n\td·31m" in out
+    assert hostile in turns[0]["reply"]  # the transcript has it as it was
+
+
 def test_bytes_of_one_character_are_printed_together(lm):
     ids = lm.tokenizer.encode("é日")
     parts = list(chat.pieces(lm, iter(ids)))

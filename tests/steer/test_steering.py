@@ -391,6 +391,18 @@ def test_what_cannot_be_steered_is_said_in_one_line(lm, loaded, coefficients, op
     assert hooks_left(lm) == 0
 
 
+@pytest.mark.parametrize(("method", "c"), [("raw", 1e19), ("clamp", -1e19)])
+def test_an_edit_whose_norm_overflows_gives_no_text_of_nothing(lm, loaded, method, c):
+    most_SD = 10 * torch.nn.functional.normalize(loaded.sae.W_dec[[5]], dim=1)  # which c alone is too small for
+    with (
+        pytest.raises(SteeringError, match=r"not finite with feature 5 steered.*lower COEFFICIENT"),
+        steer(lm, loaded, {5: c}, method, directions_SD=most_SD),
+    ):
+        list(lm.generate([lm.tokenizer.bos_id, *range(20, 30)], 4))
+    with steer(lm, loaded, {5: 1e6}, method):  # large, but there is room for it
+        assert len(list(lm.generate([lm.tokenizer.bos_id, *range(20, 30)], 4))) > 0
+
+
 def test_an_autoencoder_of_another_width_is_refused(lm):
     other = LoadedSAE(SparseAutoencoder(16, 32, 4), RESID_POST)
     with pytest.raises(SAEError, match=r"of width 16 and layer 1, and .* of width 32"), steer(lm, other, {3: 1}):
