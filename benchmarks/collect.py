@@ -45,6 +45,7 @@ class MadeUp:
     """Rows of made-up documents, and a model and autoencoder that give them made-up activations."""
 
     activation, tokenizer = "topk", TOKENIZER
+    W_dec = torch.empty(0)  # which says on which device it is
 
     def __init__(self, size: dict[str, Any]):
         self.n_features, self.number = size["F"], 0

@@ -232,7 +232,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_goes_on(here, argument
         until(lambda: len(server.log) > 8, first)
         first.send_signal(signal.SIGINT)
         ran = ended(first)
-    assert_refused(ran, "stopped", code=1)
+    assert_refused(ran, "stopped", code=130)
     assert "Traceback" not in ran.err
     answered = sum(record["status"] == "ok" for record in journal_of(run_dir))
     assert answered >= 5
