@@ -134,7 +134,7 @@ class Timed:
 
     def __init__(self, model, sae, tokenizer):
         self.model, self.sae, self.tokenizer = model, sae, tokenizer
-        self.n_features, self.activation = sae.n_features, sae.activation
+        self.n_features, self.activation, self.W_dec = sae.n_features, sae.activation, sae.W_dec
         self.seconds = {"language model": 0.0, "encoder": 0.0}
 
     def kept(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -144,6 +144,10 @@ class Timed:
     def residuals(self, tokens_BT: torch.Tensor, layer: int) -> torch.Tensor:
         """Those of the model."""
         return self._timed("language model", lambda: self.model.residuals(tokens_BT % self.model.vocab_size, layer))
+
+    def check_finite(self, numbers: torch.Tensor, what: str) -> None:
+        """As the model does."""
+        self.model.check_finite(numbers, what)
 
     def encode(self, x: torch.Tensor, *, bf16: bool) -> Encoded:
         """As the autoencoder does."""
