@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mistral_sae.analysis.codes import Code, Dense, Sparse, strongest
 from mistral_sae.analysis.monosemantic import (
+    LEAST_FIRINGS,
     Found,
     Halves,
     absorbed,
@@ -31,14 +32,22 @@ MOST_TOKENS = 4096  # on which dictionaries are fitted, K directions a token
 
 
 def codes_of(activity: Activity, sae: SparseAutoencoder, seed: int) -> dict[str, Code]:
-    """The features and their controls, by name: all read the same residuals, standardised."""
+    """The features and their controls, by name: all read the same residuals, standardised.
+
+    Directions that are never silent count as firing as seldom as the median feature does: what fires more seldom is
+    more easily precise.
+    """
     z_ND, width = activity.z_ND, activity.values_NK.shape[1]
-    codes: dict[str, Code] = {FEATURES: Sparse(activity.values_NK, activity.indices_NK, sae.n_features)}
+    features = Sparse(activity.values_NK, activity.indices_NK, sae.n_features)
+    codes: dict[str, Code] = {FEATURES: features}
+    fired_F = features.counts(torch.arange(len(z_ND)), torch.ones(len(z_ND), 1)).squeeze(1)
+    often_F = fired_F[fired_F >= 2 * LEAST_FIRINGS]
+    density = float((often_F if len(often_F) else fired_F).median()) / len(z_ND)
     for name, rows in rivals(z_ND, sae.n_features, seed).items():
         is_basis = len(rows) == z_ND.shape[1]
-        codes[name] = Dense(z_ND @ rows.T) if is_basis else strongest(z_ND, rows, width)
+        codes[name] = Dense(z_ND @ rows.T, density) if is_basis else strongest(z_ND, rows, width)
     if activity.neurons_NH is not None:
-        codes["neurons of the MLP"] = Dense(activity.neurons_NH)
+        codes["neurons of the MLP"] = Dense(activity.neurons_NH, density)
     return codes
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 2**21  # readings of a dense code that are sorted together
-FIRES = 0.99  # quantile above which a reading of a dense code counts as firing: features fire as seldom
 
 
 class Sorted(NamedTuple):
@@ -84,10 +83,13 @@ class Sparse:
 
 
 class Dense:
-    """Readings (N, M / 2) of directions, each of which may be read with either sign: the second half has a minus."""
+    """Readings (N, M / 2) of directions, each of which may be read with either sign: the second half has a minus.
 
-    def __init__(self, x_NM: Tensor):
-        self.x_NM, self.n_directions = x_NM, 2 * x_NM.shape[1]
+    They have no zero to be silent at, so each fires on the `density` of the tokens that it reads highest.
+    """
+
+    def __init__(self, x_NM: Tensor, density: float):
+        self.x_NM, self.n_directions, self.density = x_NM, 2 * x_NM.shape[1], density
 
     def parts(self, some: Tensor) -> Iterator[Sorted]:
         """A few directions at a time."""
@@ -116,8 +118,9 @@ class Dense:
     def counts(self, some: Tensor, labels_nC: Tensor) -> Tensor:
         """(M, C)."""
         x_nM = self.x_NM[some]
-        low, high = (self.x_NM.kthvalue(max(1, round(q * len(self.x_NM))), dim=0).values for q in (1 - FIRES, FIRES))
-        return torch.cat([(fires.float().T @ labels_nC.float()) for fires in (x_nM > high, x_nM < low)])
+        count = max(1, round(self.density * len(self.x_NM)))
+        low, high = (self.x_NM.kthvalue(k, dim=0).values for k in (count, len(self.x_NM) - count + 1))
+        return torch.cat([(fires.float().T @ labels_nC.float()) for fires in (x_nM >= high, x_nM <= low)])
 
 
 @torch.no_grad()

@@ -65,9 +65,8 @@ def _best_of(part: Sorted, label_n: Tensor) -> tuple[float, int, float, int]:
     positives = int(label_n.sum())
     negatives = len(label_n) - positives
     f1 = 2 * hits / (called + positives)
-    f1[:-1][part.value_E[1:] == part.value_E[:-1]] *= (begin_E[1:] != begin_E[:-1])[
-        part.value_E[1:] == part.value_E[:-1]
-    ]  # a threshold cannot part equal readings
+    are_equal = (part.value_E[1:] == part.value_E[:-1]) & (begin_E[1:] == begin_E[:-1])
+    f1[:-1][are_equal] = 0.0  # a threshold cannot part equal readings
     entry = int(f1.argmax()) if len(f1) else 0
     # Each hit is above all negatives that come after it; tokens without a reading are ties
     above = torch.cat([summed.new_zeros(1), (is_it * (negatives - called + hits)).cumsum(0)])
@@ -225,9 +224,7 @@ def precise_directions(code: Code, halves: Halves) -> Precise:
     """
     fit_nC, score_nC = halves.labels_NC[halves.fit], halves.labels_NC[halves.score]
     narrow = halves.has_enough() & (halves.labels_NC.float().mean(dim=0) < WIDE)
-    firings = [
-        code.counts(half, torch.ones(len(half), 1)).squeeze(1) for half in (halves.fit, halves.score)
-    ]  # (M) each
+    firings = [code.counts(half, torch.ones(len(half), 1)).squeeze(1) for half in (halves.fit, halves.score)]
     judged = (firings[0] >= LEAST_FIRINGS) & (firings[1] >= LEAST_FIRINGS)
     if not narrow.any() or not judged.any():
         return Precise(int(judged.sum()), 0, 0)

@@ -52,7 +52,7 @@ class Probe:
 
 
 def most_different(code: Code, some: Tensor, labels_nC: Tensor, k: int) -> Tensor:
-    """The k directions (C, K) whose mean readings differ most between a concept's tokens and the others, best first."""
+    """The k directions (C, K) that read most more in the mean on a concept's tokens than on the others, best first."""
     ones_n1 = torch.ones(len(labels_nC), 1)
     inside_MC, all_M1 = code.sums(some, labels_nC), code.sums(some, ones_n1)
     count_C = labels_nC.sum(dim=0).clamp_min(1)
@@ -63,7 +63,8 @@ def most_different(code: Code, some: Tensor, labels_nC: Tensor, k: int) -> Tenso
 def k_sparse(code: Code, some: Tensor, labels_nC: Tensor, seed: int = 0) -> dict[int, Tensor]:
     """Logits (N, C) of probes on the k most different directions of each concept, for each k of KS.
 
-    As Gurnee et al. 2023 and SAEBench choose and fit them, on as many tokens of the concept as others.
+    As Gurnee et al. 2023 and SAEBench choose and fit them, on as many tokens of the concept as others; but a feature
+    that reads less on a concept's tokens is not among them.
     """
     readings_NCK = code.readings(most_different(code, some, labels_nC, max(KS)))
     generator = torch.Generator().manual_seed(seed)

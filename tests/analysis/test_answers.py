@@ -50,6 +50,8 @@ def test_where_the_features_are_the_neurons_they_are_no_better_than_those():
     monosemantic, superposed = answers(torch.eye(D))
     assert monosemantic["answer"] == "no"
     assert monosemantic["sentence"].startswith("No more than basis directions")
+    for code in (FEATURES, "basis directions"):  # which are counted alike
+        assert monosemantic["codes"][code]["precise"] == CONCEPTS
     assert superposed["answer"] == "neurons"
 
 
