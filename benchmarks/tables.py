@@ -289,6 +289,18 @@ def unexplained(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def toy_model(result: dict[str, Any]) -> str:
+    """The share of planted features that each method finds, over seeds."""
+    settings = result["results"]["settings"]
+    methods = [name for name, found in settings[0].items() if isinstance(found, dict)]
+    rows = [["features a dimension", "each present with", *methods]]
+    for n, present in dict.fromkeys((each["features"], each["present"]) for each in settings):
+        some = [each for each in settings if (each["features"], each["present"]) == (n, present)]
+        shares = [statistics.mean(each[method]["recovered"] or 0.0 for each in some) for method in methods]
+        rows.append([f"{n / 32:g}", f"{present:g}", *(f"{share:.0%}" for share in shares)])
+    return _table(rows)
+
+
 def pipeline(result: dict[str, Any]) -> str:
     """Seconds of a run of train.py by stage, longest first."""
     seconds = sorted(result["results"]["seconds"].items(), key=lambda stage: -stage[1])
@@ -316,6 +328,7 @@ TABLES = {
         traffic,
         english,
         answers,
+        toy_model,
     )
 } | {
     "steering_smollm2": (steering, ["steering_smollm2"]),

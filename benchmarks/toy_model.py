@@ -11,8 +11,8 @@ as many directions as there are features or dimensions, and drawn at random as a
 Measured over the features that the model represents (|W_i| > 0.5): the mean cosine with the nearest direction of the
 dictionary, and the share recovered, at a cosine above 0.9; of ICA, PCA and the random directions either sign counts.
 Our trainer standardises each hidden state, which takes the mean of its dimensions away: that component is left out of
-both before they are compared. Both trainers take the learning rate of three that leaves the least unexplained in one
-setting, which knows nothing of the truth.
+both before they are compared. K is the mean number of features in a hidden state, rounded, 1 at least. Both trainers
+take the learning rate of three that leaves the least unexplained in one setting, which knows nothing of the truth.
 """
 
 import itertools
@@ -209,7 +209,7 @@ def plot(results: list[dict[str, Any]], names: list[str]) -> None:
         axes.set_xlabel("features a dimension")
     figure.axes[0].set_ylabel("probability of a feature")
     figure.colorbar(image, ax=figure.axes, label="share of features recovered", fraction=0.02)
-    figure.savefig(RESULTS / "toy_model.png", dpi=120)
+    figure.savefig(RESULTS.parent.parent / "docs/toy-model.png", dpi=120)
 
 
 def _mean(results: list[dict[str, Any]], name: str, figure: str, n: int, present: float) -> float:

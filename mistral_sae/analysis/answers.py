@@ -105,7 +105,11 @@ def _summary(found: Found, weights_SG: Tensor) -> dict[str, Any]:
 def monosemantic(
     found: Mapping[str, Found], weights_SG: Tensor, summaries: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, str]:
-    """The answer in a word, "yes", "partly" or "no", and in a sentence: beside the best of the controls."""
+    """The answer in a word, "yes", "partly" or "no", and in words: beside the best of the controls, from both sides.
+
+    "yes" takes features that tell concepts better than any control does and as well as the probe, and of which a larger
+    share stands for one concept than of any control's directions.
+    """
     rival = max((n for n in found if n not in (FEATURES, PROBE)), key=lambda name: float(found[name].f1.mean()))
     means = [found[name].calls.resampled(weights_SG).mean(dim=1) for name in (FEATURES, rival)]
     low, high = (means[0] - means[1]).quantile(torch.tensor([0.025, 0.975])).tolist()
@@ -117,10 +121,17 @@ def monosemantic(
         f"and {high:+.2f}; it is ahead on {ahead} of {len(found[FEATURES].f1)} concepts), {PROBE} with "
         f"{summaries[PROBE]['mean f1']:.2f}"
     )
+    shares = {name: each["precise"] / max(1, each["judged"]) for name, each in summaries.items() if "precise" in each}
+    most = max((name for name in shares if name != FEATURES), key=shares.__getitem__)
+    precise = shares[FEATURES] > shares[most]
+    said += (
+        f". From the other side they {'lead, too' if precise else 'do not lead'}: {shares[FEATURES]:.1%} of features "
+        f"stand for one concept on most tokens on which they fire, of {most} {shares[most]:.1%}"
+    )
     if low <= 0:
         return "no", f"No more than {rival}: {said}."
-    if own["mean f1"] < 0.5 or own["mean f1"] < summaries[PROBE]["mean f1"]:
-        return "partly", f"More than any control, but not wholly: {said}."
+    if own["mean f1"] < 0.5 or own["mean f1"] < summaries[PROBE]["mean f1"] or not precise:
+        return "partly", f"Partly: {said}."
     return "yes", f"Yes: {said}."
 
 
