@@ -71,9 +71,10 @@ def main() -> None:
 def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.dtype) -> Needs:
     """The memory of the texts that are made together."""
     length, texts = len(config.PROMPT) + 1 + config.NEW_TOKENS, max(TRIED_TEXTS, config.SWEEP_SAMPLES)
-    together = texts * sweep.settings_at_once(texts, length, spec.vocab_size) * length
-    tokens = max(together, config.CHAT_CONTEXT if config.CHAT else 0)
-    return steering_needs(sae, spec, dtype=dtype, tokens=tokens)
+    made = texts * sweep.settings_at_once(texts) * length
+    read = texts * sweep.settings_read_at_once(texts, length, spec.vocab_size) * length
+    made = max(made, config.CHAT_CONTEXT if config.CHAT else 0)
+    return steering_needs(sae, spec, dtype=dtype, tokens=made, read=read)
 
 
 # ---- what is known, and which feature ----
@@ -122,13 +123,12 @@ def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
 def show_texts(subject: Subject, edit: Edit) -> None:
     """The model's own continuation beside the steered one, and what they are."""
     model, console = subject.model, Console(highlight=False)
-    prompt_ids = model.encode(config.PROMPT)
-    steered = edit.context(subject, len(prompt_ids)) if config.STEERING_ON else nullcontext()
-    generated = {}
-    for name, context in (("without steering", nullcontext()), ("with steering", steered)):
-        tokens = model.generate(prompt_ids, config.NEW_TOKENS, config.TEMPERATURE, seed=config.SEED)
-        with context:
-            generated[name] = list(Progress(tokens, name, config.NEW_TOKENS, unit=" tokens", leave=False))
+    prompt_ids, names = model.encode(config.PROMPT), ("without steering", "with steering")
+    of_second = edit.alone_in(1, rows=2).context(subject, len(prompt_ids)) if config.STEERING_ON else nullcontext()
+    progress = partial(Progress, desc="the two texts", total=config.NEW_TOKENS, unit=" tokens", leave=False)
+    with of_second:  # made together, which costs little more than one
+        texts = model.sample(prompt_ids, 2 * [config.SEED], config.NEW_TOKENS, config.TEMPERATURE, progress=progress)
+    generated = dict(zip(names, texts, strict=True))
     own = torch.tensor([prompt_ids + generated["without steering"]])
 
     print_fit(subject, own)

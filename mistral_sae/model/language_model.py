@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,10 +130,13 @@ class LanguageModel:
         With a cache the tokens follow those that it has seen. Ids that come from the CPU, where that costs no wait for
         a GPU, are checked against the vocabulary.
         """
-        hidden_BTD = self._run(tokens_BT, cache)
+        return self._logits(self._run(tokens_BT, cache))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) in float32 of what the model's last layer and norm give (..., D)."""
         _, head = self._output(of_all_layers=True)
         with torch.no_grad():
-            return head(hidden_BTD).float()
+            return head(hidden).float()
 
     def log_probabilities(
         self, tokens_BT: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None
@@ -213,9 +216,13 @@ class LanguageModel:
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        progress: Callable[[Iterator[list[int]]], Iterable[list[int]]] = iter,
     ) -> list[list[int]]:
-        """Continuations of one prompt, one for each seed, made in one batch: each as `generate` makes it."""
-        steps = list(self._next_tokens(prompt_ids, seeds, max_tokens, temperature, top_p, use_cache=True))
+        """Continuations of one prompt, one for each seed, made in one batch: each as `generate` makes it.
+
+        `progress`, such as tqdm, is given the tokens of all rows as they come.
+        """
+        steps = list(progress(self._next_tokens(prompt_ids, seeds, max_tokens, temperature, top_p, use_cache=True)))
         ids_by_seed = ([ids[row] for ids in steps] for row in range(len(seeds)))
         return [list(itertools.takewhile(lambda id: id != self.tokenizer.eos_id, ids)) for ids in ids_by_seed]
 
@@ -238,7 +245,7 @@ class LanguageModel:
         cache = self.new_cache(len(seeds), len(prompt_ids) + max_tokens) if use_cache else None
         tokens_BT, ended = torch.tensor([list(prompt_ids)] * len(seeds)), [False] * len(seeds)
         for _ in range(max_tokens):
-            logits_BV = self.forward(tokens_BT, cache)[:, -1].cpu()
+            logits_BV = self._logits(self._run(tokens_BT, cache)[:, -1]).cpu()
             self.check_finite(logits_BV, "logits")
             ids = [choose_token(row, temperature, top_p, own) for row, own in zip(logits_BV, generators, strict=True)]
             ended = [before or id == self.tokenizer.eos_id for before, id in zip(ended, ids, strict=True)]

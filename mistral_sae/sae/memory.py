@@ -198,11 +198,11 @@ def explaining_needs(
     )
 
 
-def steering_needs(sae: SparseAutoencoder, model: _Sizes, *, dtype: torch.dtype, tokens: int) -> Needs:
-    """Estimate the memory of steered texts that are made together, of so many tokens, and of reading them back."""
-    of_model, encoding = _passing(sae, model, tokens, dtype)
+def steering_needs(sae: SparseAutoencoder, model: _Sizes, *, dtype: torch.dtype, tokens: int, read: int) -> Needs:
+    """Estimate the memory of steered texts, so many tokens of which are made together and so many read back."""
+    of_model, encoding = _passing(sae, model, max(tokens, read), dtype)
     held_model, held_sae = _weights(sae, model, None, dtype)
-    logits = HELD_LOGITS * 4 * tokens * model.vocab_size
+    logits = HELD_LOGITS * 4 * read * model.vocab_size
     cache = {"keys and values of texts": _cache(model, tokens, dtype)}
     return Needs(Stage(held_model | cache, held_sae, [(of_model + logits, 0), (0, encoding)]))
 

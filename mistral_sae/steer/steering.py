@@ -12,7 +12,7 @@ Shapes: B rows, T positions, D model width, F features, S steered features.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -218,6 +218,12 @@ class Edit:
     method: str = "clamp"
     generated_only: bool = False  # leave the prompt as it is
     exact: bool = False
+
+    def alone_in(self, row: int, rows: int) -> "Edit":
+        """The same edit of one row of a batch, which leaves the other rows as they are."""
+        is_it_B = torch.arange(rows) == row
+        given = {f: c for f, c in self.coefficients.items() if c is not None}
+        return replace(self, coefficients={f: torch.where(is_it_B, c, math.nan) for f, c in given.items()})
 
     def in_units_of_steer(self, subject: Subject) -> Mapping[int, Coefficient]:
         """The coefficients that `steer` takes. Raises SteeringError for what cannot be steered."""

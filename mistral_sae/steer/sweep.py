@@ -6,6 +6,7 @@ Shapes: B texts, T positions of a text with its prompt, S features, D model widt
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ NGRAM = 4  # tokens of a phrase that counts as repeated
 # share of it that is repeated is at most so much higher than theirs
 MOST_NATS, MOST_REPETITION = 1.0, 0.15
 LEAST_TOKENS = 0.5  # of the length of its own texts: one that ends at once is neither
-ROWS = 64  # texts made at a time, where memory allows
+ROWS = 64  # texts made at a time: a few cost hardly more than one
 LOGITS_BYTES = 2**28  # of logits at a time, which exist three times over
 
 S = TypeVar("S")
@@ -173,24 +174,34 @@ class Trials(NamedTuple):
             with_kl: measure the divergence, which takes a forward more.
         """
         n, length = len(self.seeds), len(self.prompt_ids) + self.max_tokens
-        at_once = settings_at_once(n, length, self.model.vocab_size)
-        for start in range(0, len(settings), at_once):
-            some = settings[start : start + at_once]
+        for some in _split(settings, settings_at_once(n)):
             of_each_text = [setting for setting in some for _ in self.seeds]
             with edit(of_each_text):
-                texts = self._texts(len(some))
-            of = torch.tensor([features(setting) for setting in of_each_text])
-            again = edit(of_each_text) if with_kl else None
-            found = measure(self.model, self.loaded, of, self.prompt_ids, texts, again)
-            for i in range(0, len(texts), n):
-                yield Trial(texts[i : i + n], found[i : i + n])
+                texts = iter(self._texts(len(some)))
+            for part in _split(some, settings_read_at_once(n, length, self.model.vocab_size)):
+                of_each_text = [setting for setting in part for _ in self.seeds]
+                of = torch.tensor([features(setting) for setting in of_each_text])
+                again = edit(of_each_text) if with_kl else None
+                own = list(islice(texts, len(of)))
+                found = measure(self.model, self.loaded, of, self.prompt_ids, own, again)
+                for i in range(0, len(own), n):
+                    yield Trial(own[i : i + n], found[i : i + n])
 
     def _texts(self, times: int) -> list[list[int]]:
         return self.model.sample(self.prompt_ids, [*self.seeds] * times, self.max_tokens, self.temperature)
 
 
-def settings_at_once(texts: int, length: int, vocab_size: int) -> int:
-    """Settings with so many texts each, of at most so many tokens, that are tried in a batch."""
+def _split(settings: Sequence[S], size: int) -> Iterator[Sequence[S]]:
+    return (settings[start : start + size] for start in range(0, len(settings), size))
+
+
+def settings_at_once(texts: int) -> int:
+    """Settings with so many texts each whose texts are made together."""
+    return max(1, ROWS // texts)
+
+
+def settings_read_at_once(texts: int, length: int, vocab_size: int) -> int:
+    """Settings with so many texts each, of at most so many tokens, whose texts are read back together."""
     return max(1, min(ROWS, LOGITS_BYTES // (4 * length * vocab_size)) // texts)
 
 
