@@ -70,8 +70,8 @@ def main() -> None:
         every, moved_to = merge_labels(run_dir / "explanations.jsonl", labels, of_other_examples=are_new)
         if moved_to:
             print(f"the explanations of earlier runs are in {moved_to}")
+        cache.note(folder, settings._asdict())  # now that labels of other examples are away, and before there are new
         write_labels(run_dir / "explanations.jsonl", every.values())
-        cache.note(folder, settings._asdict())
         if list(every) != chosen:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
         run = report.run_of(config, model_name(model), loaded, reading.corpus.check(), activations)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import stat
 import subprocess
 
 import numpy as np
@@ -102,13 +103,20 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(small_disk, writer):
     assert [entry.name for entry in small_disk.iterdir()] == [path.name]
 
 
-def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
-    done = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), fsync(handle)))
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "a line"])
+def test_a_file_is_synced_then_renamed_and_then_its_folder_is_synced(tmp_path, monkeypatch, writer):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        found = os.fstat(handle)
+        done.append(f"sync {'folder' if stat.S_ISDIR(found.st_mode) else found.st_size}")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), replace(*paths)))
-    save_state(tmp_path / "state", {"x": torch.zeros(3)}, {})
-    assert done[:2] == ["sync", "rename"]
+    WRITERS[writer](tmp_path / "file", False)
+    size = (tmp_path / "file").stat().st_size
+    assert done == [f"sync {size}", "rename", "sync folder"]
 
 
 def test_damaged_and_foreign_states_are_one_line(tmp_path):

@@ -80,9 +80,9 @@ class Process:
             raise RuntimeError(f"ended with {status}: {self.output.read_text()[-2000:]}")
         return True
 
-    def killed(self, after: float, power_cut: bool) -> bool:
-        """Kill it by signal 9 some seconds after its start, with the power if asked for; False if it ended before."""
-        while time.monotonic() < self.started + after:
+    def killed(self, now: Callable[[], bool], power_cut: bool) -> bool:
+        """Kill it by signal 9 when `now` says so, with the power if asked for; False if it ended before."""
+        while not now():
             if os.waitpid(self.pid, os.WNOHANG) != (0, 0):
                 return False
             time.sleep(0.001)
@@ -107,20 +107,25 @@ class Process:
                 os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
-def resume(count: int, data: Path | None = None, seed: int = 0) -> dict[str, Any]:
+def resume(count: int, at_writes: bool = False) -> dict[str, Any]:
     """Kill train.py, then explain.py, at `count` random moments each; started again, each ends bit by bit the same.
 
     Every second kill cuts the power. A run is killed up to three times on its way to the end.
     """
-    random.seed(seed)
+    random.seed(0)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
-        data = data or _corpus(Path(place))
+        data = _corpus(Path(place))
         for script in ("train", "explain"):
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")  # once, for all that are forked from here
             cache.SHARD_TOKENS = 1024  # so that explain.py writes several
-            results[script] = _torture(script, Path(place), data, count)
+            results[script] = _torture(script, Path(place), data, count, at_writes)
     return results
+
+
+def writes(count: int) -> dict[str, Any]:
+    """As `resume`, but each kill strikes while one of the files is written, or within 5 ms: every kind in its turn."""
+    return resume(count, at_writes=True)
 
 
 def _corpus(folder: Path) -> Path:
@@ -132,7 +137,7 @@ def _corpus(folder: Path) -> Path:
     return folder / "text.jsonl"
 
 
-def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]:
+def _torture(script: str, place: Path, data: Path, count: int, at_writes: bool) -> dict[str, Any]:
     folder, begun, whole = place / "now", place / "begun", place / "whole"  # all run in one place: reports name it
     if whole.exists():  # what train.py has left is what explain.py begins with
         whole.rename(begun)
@@ -141,6 +146,7 @@ def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]
     first = Process(script, folder, data)
     first.ended()
     seconds, end = time.monotonic() - first.started, _contents(folder / "run")
+    written = sorted({_kind(name) for name in end if not (begun / "run" / name).exists()})
     folder.rename(whole)
     runs, kills, cuts, different, moments = 0, 0, 0, [], []
     while kills < count:
@@ -148,8 +154,14 @@ def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]
         stats = [path.stat() for path in folder.rglob("*")]  # what is there from the start is on the disk
         (folder / "synced").write_text("".join(f"{each.st_ino} {each.st_size}\n" for each in stats))
         for _ in range(random.randint(1, 3)):
-            power_cut, after = kills % 2 == 0, random.uniform(0.02, 1) * seconds
-            if kills == count or not Process(script, folder, data).killed(after, power_cut):
+            if kills == count:
+                break
+            power_cut, process = kills % 2 == 0, Process(script, folder, data)
+            if at_writes:
+                now = _once_written(folder / "run", written[-1 - kills // 2 % len(written)])
+            else:
+                now = _once(process.started + random.uniform(0.02, 1) * seconds)
+            if not process.killed(now, power_cut):
                 break
             kills, cuts = kills + 1, cuts + power_cut
             moments.append(_newest(folder / "run"))
@@ -170,11 +182,35 @@ def _torture(script: str, place: Path, data: Path, count: int) -> dict[str, Any]
     }
 
 
+def _once(moment: float) -> Callable[[], bool]:
+    return lambda: time.monotonic() >= moment
+
+
+def _once_written(run_dir: Path, kind: str) -> Callable[[], bool]:
+    """Whether a file of a kind, or the part of it beside its place, is newer than now: by up to 5 ms."""
+    begun, delay, due = time.time_ns(), random.uniform(0, 0.005), list[float]()
+
+    def now() -> bool:
+        if not due:
+            for path in run_dir.glob(kind.replace("N", "*") + "*"):
+                with contextlib.suppress(FileNotFoundError):  # it was renamed in this moment
+                    if path.stat().st_mtime_ns > begun:
+                        due.append(time.monotonic() + delay)
+        return bool(due) and time.monotonic() >= due[0]
+
+    return now
+
+
+def _kind(name: str) -> str:
+    """The name of a file without its number."""
+    return re.sub(r"\d+", "N", name)
+
+
 def _newest(run_dir: Path) -> str:
-    """The file that was written last, without its number: the moment at which a run was killed."""
+    """The kind of file that was written last: the moment at which a run was killed."""
     files = [path for path in run_dir.rglob("*") if path.is_file() and not path.name.endswith("lock")]
     newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return re.sub(r"\d+", "N", newest.relative_to(run_dir).as_posix()) if newest else "nothing"
+    return _kind(newest.relative_to(run_dir).as_posix()) if newest else "nothing"
 
 
 def _contents(run_dir: Path) -> dict[str, Any]:
@@ -230,7 +266,9 @@ def server(count: int) -> dict[str, Any]:
     return torture_server(count, SIZES)
 
 
-PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"resume": resume, "flat": flat, "server": server}
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "resume": resume, "writes": writes, "flat": flat, "server": server,
+}  # fmt: skip
 
 
 def main() -> None:

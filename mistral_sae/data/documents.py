@@ -12,6 +12,7 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +27,7 @@ GIVE_UP_AFTER = 10_000  # records without a document among them: a wrong field, 
 MAX_DOCUMENT_BYTES = 16_000_000  # of a line of a file, or the text of a record; a longer one is skipped
 NAMED = 10  # fields, where the one that is wanted is in no record
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # owner/name, owner/name@revision
 _FILE_SUFFIXES = {*KINDS, ".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".tar", ".xz", ".bz2", ".arrow"}
 
 
@@ -69,9 +70,9 @@ def documents(
     """The documents of a corpus from `start` on, once each, in an order that depends on nothing but the corpus.
 
     `data_path` is "stdlib", "english" (see data/english.py), a local file of one of the KINDS, a folder of such files
-    (read in the order of their paths, hidden ones left out), or the name of a dataset on the Hugging Face hub, whose
-    `split` is streamed. Ids are `file:line` (from 1), `file:row` for parquet (from 0), the path of a .txt, library or
-    English file, and `name:index` on the hub; paths are relative to `data_path`.
+    (read in the order of their paths, hidden ones left out), or the name of a dataset on the Hugging Face hub, or
+    name@revision, whose `split` is streamed. Ids are `file:line` (from 1), `file:row` for parquet (from 0), the path of
+    a .txt, library or English file, and `name:index` on the hub; paths are relative to `data_path`.
 
     Records that hold no text, or more than `max_bytes` of it, are counted in `skipped`: of what is read from `start`
     on. Raises TextError where there is nothing to read, where no record is a document, and for a file that is truncated
@@ -136,11 +137,13 @@ def fits_in_memory(data_path: str) -> bool:
 def fingerprint(data_path: str) -> str:
     """A hash of the files of a corpus, wherever they lie: of names, sizes and contents, of more than 256 MB in pieces.
 
-    Of a dataset on the hub only its name is known without the network. Raises TextError as `check` does.
+    Of a dataset on the hub it is name@commit, or its name where the commit cannot be found out. Raises TextError as
+    `check` does.
     """
     files = _files(data_path)
     if files is None:
-        return data_path
+        name, commit = _on_hub(data_path)
+        return f"{name}@{commit}" if commit else name
     digest, piece = hashlib.sha256(), max(2**12, IN_MEMORY // max(1, len(files)) // PIECES)
     for name, path in files:
         size = path.stat().st_size
@@ -212,7 +215,28 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     return [(path.relative_to(root).as_posix(), path) for path in sorted(files)]
 
 
-def _hub_records(name: str, wanted: Wanted, split: str, start: Place) -> Iterator[Document | Fault]:
+@cache
+def _on_hub(data_path: str) -> tuple[str, str | None]:
+    """Name and commit of a dataset: as the hub says, which is asked once, or as they were when it was last read here.
+
+    Where neither knows the commit it is the revision that was asked for, or None; reading then says what is wrong.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import dataset_info, try_to_load_from_cache
+
+    name, _, words = data_path.partition("@")
+    revision = words or None
+    if re.fullmatch("[0-9a-f]{40}", words):
+        return name, revision
+    with contextlib.suppress(OSError, HTTPError, ValueError):
+        return name, dataset_info(name, revision=revision, timeout=10).sha
+    with contextlib.suppress(OSError, ValueError):
+        read = try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision)
+        return name, Path(read).parent.name if isinstance(read, str) else revision
+    return name, revision
+
+
+def _hub_records(data_path: str, wanted: Wanted, split: str, start: Place) -> Iterator[Document | Fault]:
     """One split of a dataset, streamed; whatever goes wrong on the way is one TextError."""
     import datasets
     import huggingface_hub
@@ -221,9 +245,9 @@ def _hub_records(name: str, wanted: Wanted, split: str, start: Place) -> Iterato
     datasets.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
 
-    what = "cannot be opened"
+    what, (name, commit) = "cannot be opened", _on_hub(data_path)  # the same commit in every epoch
     try:
-        dataset = datasets.load_dataset(name, split=split, streaming=True)
+        dataset = datasets.load_dataset(name, split=split, streaming=True, revision=commit)
         if start.hub is not None:
             dataset.load_state_dict(start.hub)
         records = iter(dataset)
@@ -238,5 +262,6 @@ def _hub_records(name: str, wanted: Wanted, split: str, start: Place) -> Iterato
     except Exception as error:  # of many kinds: the library lets through those of httpx, fsspec and pyarrow
         why = f"{type(error).__name__}: {one_line(error)}"
         raise TextError(
-            f"the dataset {name!r} (split {split!r}) {what}: {why}. Check name, split and network, or use a local copy"
+            f"the dataset {data_path!r} (split {split!r}) {what}: {why}. Check name, split and network, or use a local "
+            "copy"
         ) from error

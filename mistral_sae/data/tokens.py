@@ -91,7 +91,7 @@ class Corpus:
         return check(self.data_path, self.text_field, self.max_document_bytes)
 
     def fingerprint(self) -> str:
-        """A hash of the names, sizes and contents of the corpus's files; of a dataset on the hub its name."""
+        """A hash of the names, sizes and contents of the corpus's files; of a dataset on the hub name@commit."""
         return fingerprint(self.data_path)
 
     def documents(

@@ -137,16 +137,15 @@ def write(
     first row. A cache of another making is deleted. The first position of a row and special tokens get no activations.
     Raises UserError where there is no row.
     """
-    folder = Path(folder)
+    folder, rows = Path(folder), iter(rows)
+    first = next(rows, None)  # before anything is deleted: the text may not be there
+    if first is None:
+        raise UserError("found not one row of text to look for activations in: use more text or a lower CONTEXT_LENGTH")
     if (found := _manifest(folder)) is None or found.made_from != made_from:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: shards without it are nobody's
         for path in folder.glob("*.safetensors"):
             path.unlink()
         _write_manifest(folder, made_from=made_from)
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
-        raise UserError("found not one row of text to look for activations in: use more text or a lower CONTEXT_LENGTH")
     row_tokens = len(first.tokens)
     per_shard, done = max(1, SHARD_TOKENS // row_tokens), len(_shards(folder))
     rows = itertools.islice(itertools.chain([first], rows), done * per_shard, None)

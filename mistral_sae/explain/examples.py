@@ -19,7 +19,7 @@ from numpy.random import Generator
 from mistral_sae.explain.cache import Cache, Passages
 from mistral_sae.explain.types import BINS, INTERVALS, Example, Feature
 from mistral_sae.model.language_model import LanguageModel
-from mistral_sae.model.tokenizer import Tokenizer
+from mistral_sae.model.tokenizer import Tokenizer, shortened
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.features import logit_lens, nearest
 
@@ -30,7 +30,6 @@ AROUND = 7  # tokens on either side of the peak by which two passages are the sa
 SAMPLE_SHARDS = 8  # evenly spread: half a million tokens, where negatives come from and coactive features are counted
 DRAWN = 512  # passages of each kind among which hard ones are looked for
 AT_ONCE = 256  # features for which weights and shards are gone through together
-LONGEST_TOKEN = 1000  # characters that are shown and sent; those of real vocabularies have some hundred at most
 RECORDS = 512  # that are kept, at 100 KB
 
 
@@ -343,7 +342,7 @@ class FeatureRecords:
 
 
 class _Texts(dict[int, str | None]):
-    """The text of each token id that is whole characters, else None; no longer than LONGEST_TOKEN."""
+    """The text of each token id that is whole characters, else None; shortened as `Tokenizer.strings` does."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
@@ -351,7 +350,7 @@ class _Texts(dict[int, str | None]):
 
     def __missing__(self, id: int) -> str | None:
         try:
-            self[id] = _shortened(self.tokenizer.token_bytes(id).decode())
+            self[id] = shortened(self.tokenizer.token_bytes(id).decode())
         except UnicodeDecodeError:
             self[id] = None
         return self[id]
@@ -361,10 +360,6 @@ class _Texts(dict[int, str | None]):
         return self.of([id])[0]
 
     def of(self, ids: list[int]) -> tuple[str, ...]:
-        """What `Tokenizer.strings` gives, shortened, for many passages."""
+        """What `Tokenizer.strings` gives, for many passages."""
         whole = tuple(text for id in ids if (text := self[id]) is not None)
-        return whole if len(whole) == len(ids) else tuple(map(_shortened, self.tokenizer.strings(ids)))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_TOKEN else text[:LONGEST_TOKEN] + "…"
+        return whole if len(whole) == len(ids) else tuple(self.tokenizer.strings(ids))

@@ -15,6 +15,8 @@ from mistral_sae.model.attention import quiet
 from mistral_sae.model.folder import CONFIG, ModelFolder
 from mistral_sae.model.source import ModelError
 
+LONGEST_TOKEN = 1000  # characters that are shown and sent; those of real vocabularies have some hundred at most
+
 
 class Tokenizer(ABC):
     """What both kinds of tokenizer have; `load_tokenizer` makes one.
@@ -65,13 +67,13 @@ class Tokenizer(ABC):
         """The text of each token, which join to the text of all; special tokens by their names.
 
         A character whose bytes are spread over several tokens belongs to the last of them, the others are empty;
-        bytes that are not UTF-8 become U+FFFD.
+        bytes that are not UTF-8 become U+FFFD. A token of more than LONGEST_TOKEN characters is cut.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         texts = [decoder.decode(self.token_bytes(id)) for id in ids]
         if ids:
             texts[-1] += decoder.decode(b"", final=True)
-        return texts
+        return list(map(shortened, texts))
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids, BOS included, of {"role", "content"} messages in the model's own chat format.
@@ -88,6 +90,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _chat(self, messages: list[dict[str, str]]) -> list[int]: ...
+
+
+def shortened(token: str) -> str:
+    """A token as it is shown and sent: no longer than LONGEST_TOKEN, and "…" where it was cut."""
+    return token if len(token) <= LONGEST_TOKEN else token[:LONGEST_TOKEN] + "…"
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:

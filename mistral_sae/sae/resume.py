@@ -103,11 +103,19 @@ def find_checkpoints(run_dir: Path, run: Run, resume: bool) -> list[Path]:
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    changed = [name for name in there | here if there.get(name) != here.get(name)]
+    values = {name: (printable(str(there.get(name))), printable(str(here.get(name)))) for name in changed}
     return [
-        f"{name.upper()} ({OTHER_FILES})" if name == "corpus" else
-        f"{name.upper()} ({printable(str(there.get(name)))} there, {here.get(name)} here)"
-        for name in there | here if there.get(name) != here.get(name)
+        f"{name.upper()} ({OTHER_FILES})" if name == "corpus" and "@" not in old else
+        f"{name.upper()} ({old} there, {new} here)"
+        for name, (old, new) in values.items() if name != "corpus" or not _may_be_the_same(old, new)
     ]  # fmt: skip
+
+
+def _may_be_the_same(old: str, new: str) -> bool:
+    """Whether two fingerprints of corpora differ in no more than a commit of the hub that one of them does not know."""
+    (name, _, commit), (other, _, another) = old.partition("@"), new.partition("@")
+    return name == other and not (commit and another and commit != another)
 
 
 def _refuse_what_cannot_go_on(run_dir: Path) -> None:

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
+from hub_server import serve
 
 from mistral_sae.data import documents as documents_module
 from mistral_sae.data.documents import Skipped, check, documents, fingerprint
@@ -255,7 +257,6 @@ def test_the_fingerprint_changes_with_the_files_of_a_corpus(tmp_path):
     (tmp_path / "b.txt").write_text("five")
     assert len({first, second, third, fingerprint(str(tmp_path))}) == 4
     assert fingerprint("stdlib") == fingerprint("stdlib") not in (first, second, third)
-    assert fingerprint("owner/name") == "owner/name"
     with pytest.raises(TextError, match="there is no file or folder"):
         fingerprint("nowhere at all")
 
@@ -290,7 +291,60 @@ def test_a_dataset_of_the_hub_is_streamed(hub):
     assert found == [("owner/name:0", "one"), ("owner/name:2", "three")]
     assert skipped.first == ["owner/name:1: field 'text' is null"]
     assert texts("owner/name", split="test") == ["held"]
-    assert calls[0] == ("owner/name", {"split": "train", "streaming": True})
+    assert calls[0] == ("owner/name", {"split": "train", "streaming": True, "revision": None})
+
+
+@pytest.fixture
+def hub_at(monkeypatch, tmp_path, hub):
+    """Let the hub be asked within a with-block: owner/name is at a commit."""
+    from huggingface_hub import constants, hf_api
+
+    @contextmanager
+    def at(commit):
+        documents_module._on_hub.cache_clear()
+        with serve(hub[0], "owner/name", commit=commit) as (address, _), monkeypatch.context() as reachable:
+            reachable.setattr(constants, "HF_HUB_OFFLINE", False)
+            reachable.setattr(hf_api.api, "endpoint", address)
+            yield
+        documents_module._on_hub.cache_clear()
+
+    return at
+
+
+def test_the_fingerprint_of_a_dataset_on_the_hub_is_its_commit(hub_at, no_hub):
+    before, after = "a" * 40, "b" * 40
+    assert fingerprint("owner/name") == "owner/name"  # as far as it is known
+    assert fingerprint("owner/name@v1") == "owner/name@v1"
+    assert fingerprint(f"owner/name@{before}") == f"owner/name@{before}"
+    for commit in (before, after):
+        with hub_at(commit):
+            assert fingerprint("owner/name") == fingerprint("owner/name@main") == f"owner/name@{commit}"
+            assert fingerprint("owner/another") == "owner/another"
+    known = no_hub / "datasets--owner--name"  # as what was read from it leaves behind
+    (known / "refs").mkdir(parents=True)
+    (known / "refs/main").write_text(before)
+    (known / f"snapshots/{before}").mkdir(parents=True)
+    (known / f"snapshots/{before}/README.md").touch()
+    documents_module._on_hub.cache_clear()
+    assert fingerprint("owner/name") == f"owner/name@{before}"
+
+
+def test_every_epoch_reads_the_commit_that_the_fingerprint_names(hub, hub_at, monkeypatch):
+    folder, calls = hub
+    (folder / "train.jsonl").write_text('{"text": "one"}\n')
+    with hub_at("a" * 40):
+        assert fingerprint("owner/name") == f"owner/name@{'a' * 40}"
+        monkeypatch.setattr("huggingface_hub.dataset_info", None)  # it is asked once
+        for _ in range(2):
+            assert [document.id for document in documents("owner/name")] == ["owner/name:0"]
+    assert [options["revision"] for _, options in calls] == ["a" * 40] * 2
+
+
+def test_a_revision_that_is_named_is_streamed_and_ids_are_the_same_in_all(hub):
+    folder, calls = hub
+    (folder / "train.jsonl").write_text('{"text": "one"}\n')
+    assert [document.id for document in documents("owner/name@v9")] == ["owner/name:0"]
+    assert calls[0][1]["revision"] == "v9"
 
 
 def test_a_wrong_field_of_a_hub_dataset_is_an_error_that_names_its_columns(hub):

@@ -121,9 +121,12 @@ def test_half_of_the_documents_are_for_scoring_held_out_of_training_or_not():
         assert 0.45 < np.mean(part) < 0.55
 
 
-def test_a_corpus_of_nothing_is_refused(corpus, tmp_path):
+def test_a_corpus_of_nothing_is_refused_before_anything_is_deleted(corpus, tmp_path):
+    corpus.write(tmp_path)
+    before = files_of(tmp_path)
     with pytest.raises(UserError, match="not one row"):
-        corpus.write(tmp_path, rows=[])
+        cache.write(tmp_path, {"other": 1}, [], corpus, corpus, 0)
+    assert files_of(tmp_path) == before
 
 
 # ---- a pass that ends early ----

@@ -15,7 +15,7 @@ from mistral_sae.explain.cache import is_for_scoring
 from mistral_sae.explain.examples import FeatureRecords, Sample, Settings, from_intervals, peaks, strongest
 from mistral_sae.explain.types import BINS, INTERVALS
 from mistral_sae.model.language_model import load_model
-from mistral_sae.model.tokenizer import Tokenizer
+from mistral_sae.model.tokenizer import LONGEST_TOKEN, Tokenizer
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
 
@@ -520,5 +520,6 @@ def test_a_token_of_megabytes_is_shown_by_its_beginning():
     for ids in ([0, 3], [0, 1, 2, 3]):
         shown = texts.of(ids)
         assert len(shown) == len(ids)
-        assert max(map(len, shown)) == examples.LONGEST_TOKEN + 1
-        assert (shown[0][:3], shown[-1]) == ("aaa", "c")
+        assert max(map(len, shown)) == LONGEST_TOKEN + 1
+        assert (shown[0], shown[-1]) == ("a" * LONGEST_TOKEN + "…", "c")
+        assert tuple(texts.tokenizer.strings(ids)) == shown  # in demo.py and the page of a text, too

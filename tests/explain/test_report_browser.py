@@ -15,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 
 from mistral_sae.explain.report import TextToken, write_report, write_text_page
 from mistral_sae.explain.types import Example
+from mistral_sae.model.tokenizer import shortened
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -41,6 +42,7 @@ HOSTILE = [
     "\U0001f469\u200d\U0001f680",
     "half\ud83d",
     "a" * 10_000,
+    shortened("<img src=x onerror=window.pwned=1>" + "b" * 10_000_000),  # as tokens are, before they come to a page
 ]
 # Drawn as signs and not as themselves, and half a pair as what stands for one
 AS_SIGNS = {0: "", 0x202E: "", 0x202C: "", 0x2028: "", 0xD83D: "\ufffd"}
@@ -475,7 +477,7 @@ def hostile_feature(index):
 
 
 def hostile_label(index):
-    label, words = make_label(index), "".join(HOSTILE[:-1])
+    label, words = make_label(index), "".join(HOSTILE[:-2])
     judgements = tuple(judgement._replace(index=0) for judgement in label.judgements)
     return label._replace(explanation=words, explainer=words, reason=words, status="failed", judgements=judgements)
 

@@ -1,4 +1,4 @@
-"""A little Hugging Face hub of one folder, for tests: a model's information, files whole and in part."""
+"""A little Hugging Face hub of one folder, for tests: what it says of a model or dataset, files whole and in part."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ class Hub(BaseHTTPRequestHandler):
     name: str
     gated: bool
     asked: list[str]
+    commit: str
 
     def log_message(self, *args):
         pass
@@ -32,9 +33,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        if match := re.fullmatch(rf"/api/models/{self.name}(?:/revision/(.+))?", path):
+        if match := re.fullmatch(rf"/api/(?:models|datasets)/{self.name}(?:/revision/(.+))?", path):
             self.tell(match[1] or "main")
-        elif match := re.fullmatch(rf"/{self.name}/resolve/(?:main|{COMMIT})/(.+)", path):
+        elif match := re.fullmatch(rf"/{self.name}/resolve/(?:main|{self.commit})/(.+)", path):
             self.send(match[1])
         else:
             self.answer(401, X_Error_Code="RepoNotFound")
@@ -42,10 +43,10 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def tell(self, revision: str):
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", self.commit):
             return self.answer(404, X_Error_Code="RevisionNotFound")
         files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
-        about = {"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": files}
+        about = {"id": self.name, "modelId": self.name, "sha": self.commit, "siblings": files}
         self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
 
     def send(self, name: str):
@@ -54,7 +55,7 @@ class Hub(BaseHTTPRequestHandler):
         if not (self.folder / name).is_file():
             return self.answer(404, X_Error_Code="EntryNotFound")
         content = (self.folder / name).read_bytes()
-        about = {"X_Repo_Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        about = {"X_Repo_Commit": self.commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
         part = re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range") or "")
         if self.command == "GET":
             self.asked.append(name if part else name + "+")
@@ -66,9 +67,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, name: str = "owner/model", gated: bool = False):
-    """Serve a folder; yields the address, and the list of the files that are asked for."""
-    handler = type("Handler", (Hub,), {"folder": folder, "name": name, "gated": gated, "asked": []})
+def serve(folder: Path, name: str = "owner/model", gated: bool = False, commit: str = COMMIT):
+    """Serve a folder as of one commit; yields the address, and the list of the files that are asked for."""
+    handler = type("Handler", (Hub,), {"folder": folder, "name": name, "gated": gated, "commit": commit, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

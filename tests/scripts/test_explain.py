@@ -141,6 +141,27 @@ def test_labels_of_other_examples_or_of_another_explainer_are_set_aside(here, ar
     assert labels == kept | {3: "offline", 5: "offline"}
 
 
+@pytest.mark.parametrize("killed_at", ["note", "write_labels", "report"])
+def test_a_run_that_is_cut_off_as_it_writes_sets_nothing_of_its_own_aside(
+    here, arguments, finished, tmp_path, monkeypatch, killed_at
+):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = (folder / "explanations.jsonl").read_bytes()
+
+    def killed(*_, **__):
+        raise SystemExit(9)
+
+    place = {"note": "cache.note", "write_labels": "labels.write_labels", "report": "report.write_report"}[killed_at]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"mistral_sae.explain.{place}", killed)
+        assert here(arguments(folder, TOKENS_BEFORE=2)).code == 9
+    ran = here(arguments(folder, TOKENS_BEFORE=2))
+    assert ran.code == 0, ran.err
+    assert (folder / "explanations-1.jsonl").read_bytes() == before
+    assert not (folder / "explanations-2.jsonl").exists()
+    assert [label.feature for label in labels_of(folder)] == CHOSEN
+
+
 # ---- what is explained ----
 
 

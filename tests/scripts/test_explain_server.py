@@ -226,13 +226,16 @@ def test_a_refusal_in_the_middle_leaves_labels_of_what_was_answered(here, argume
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_goes_on(here, arguments, served, run_dir):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_a_run_with_one_line_and_the_next_one_goes_on(
+    here, arguments, served, run_dir, number, code
+):
     with Server(reply, delay=0.1) as server:
         first = process(arguments(run_dir, **openai(server, CONCURRENCY=2)))
         until(lambda: len(server.log) > 8, first)
-        first.send_signal(signal.SIGINT)
+        first.send_signal(number)
         ran = ended(first)
-    assert_refused(ran, "stopped", code=130)
+    assert_refused(ran, "stopped early: started again, it goes on from what is saved", code=code)
     assert "Traceback" not in ran.err
     answered = sum(record["status"] == "ok" for record in journal_of(run_dir))
     assert answered >= 5

@@ -167,8 +167,8 @@ def test_the_tree_of_the_readme_is_there():
 # ---- what is printed ----
 
 
-def test_the_plan_that_pages_show_is_what_train_py_prints(run_script, constants):
-    code, printed, _ = run_script("train.py", ["DRY_RUN=1", "DEVICE=cpu"])
+def test_the_plan_that_pages_show_is_what_train_py_prints(run_script, constants, tmp_path):
+    code, printed, _ = run_script("train.py", ["DRY_RUN=1", "DEVICE=cpu", f"RUN_DIR={tmp_path / 'run'}"])
     assert code == 0
     printed = re.sub(r"CPython .* files|[\d.,]+ GB free", "N", printed)
     shown = [block for name in ("README.md", "docs/training.md") for block in blocks(PAGES[name]) if "train: " in block]

@@ -15,9 +15,9 @@ from tools import torture_server
 
 @pytest.mark.skipif(not (STANDIN / "consolidated.safetensors").exists(), reason="the stand-in has no weights")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_train_and_explain_end_bit_by_bit_the_same_after_a_power_cut():
+def test_train_and_explain_end_bit_by_bit_the_same_after_a_power_cut_while_they_write():
     smaller = {"TRAIN_TOKENS": 256 * 20, "SELECT": "random 10", "EXPLAIN_TOKENS": 3_000, "D_HIDDEN": 128}
-    code = f"import json; from tools import torture; torture.SIZES |= {smaller}; print(json.dumps(torture.resume(1)))"
+    code = f"import json; from tools import torture; torture.SIZES |= {smaller}; print(json.dumps(torture.writes(1)))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | {"MISTRAL_MODEL_PATH": ""}
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200

@@ -4,10 +4,12 @@ Each step of a real run happens in a process of its own where the process matter
 imported), and else in this one, which spares it the imports.
 """
 
+import gc
 import json
 import re
 import warnings
 
+import psutil
 import pytest
 import torch
 import train_runs
@@ -147,6 +149,28 @@ def test_a_few_steps_run_on_the_stand_in_and_the_standard_library(here, tmp_path
     others = {name for name in CONTRACT_FILES if not name.startswith("checkpoints/")}
     assert set(contents_of(tmp_path / "run")) == others | {"checkpoints/step-8.safetensors"}
     assert len(metrics_of(tmp_path / "run")) == 8
+
+
+def test_memory_and_open_files_stay_flat_over_hundreds_of_steps(here, arguments, tmp_path, monkeypatch):
+    process, step, found = psutil.Process(), Trainer.step, []
+
+    def watched(self, *args):
+        if (len(steps) + 1) % 100 == 0:  # between two checkpoints
+            gc.collect()
+            tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+            found.append((process.num_fds(), tensors, process.memory_info().rss))
+        steps.append(1)
+        return step(self, *args)
+
+    steps = []
+    monkeypatch.setattr(Trainer, "step", watched)
+    changed = {"TRAIN_TOKENS": 302 * 64, "EVALUATIONS": 8, "CHECKPOINT_EVERY": 30, "LOG_EVERY": 15}
+    assert here(arguments(tmp_path / "run", **changed)).code == 0
+    files_open, tensors, memory_used = zip(*found, strict=True)
+    assert len(found) == 3
+    assert files_open[0] == files_open[1] == files_open[2]
+    assert max(tensors) - min(tensors) < 50  # those of batches that wait
+    assert memory_used[2] - memory_used[1] < 50_000_000  # bytes, in a hundred steps
 
 
 # ---- losses that explode ----

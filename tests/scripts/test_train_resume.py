@@ -198,6 +198,21 @@ def test_another_corpus_under_the_same_name_is_refused(here, arguments, copied, 
     assert_refused(here(arguments(copied, DATA_PATH=text)), "another CORPUS (its files, or what is in them)")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("owner/name@a1", "owner/name@b2", ["CORPUS (owner/name@a1 there, owner/name@b2 here)"]),
+        ("owner/name@a1", "owner/other@a1", ["CORPUS (owner/name@a1 there, owner/other@a1 here)"]),
+        ("owner/name", "owner/other@a1", ["CORPUS (its files, or what is in them)"]),
+        ("owner/name", "owner/name@a1", []),  # known now
+        ("owner/name@a1", "owner/name", []),  # cannot be asked: reading it will say so
+        ("0f3a", "0f3b", ["CORPUS (its files, or what is in them)"]),
+    ],
+)
+def test_another_commit_of_a_dataset_on_the_hub_is_another_corpus(old, new, said):
+    assert resume._differences({"corpus": old, "k": 8}, {"corpus": new, "k": 8}) == said
+
+
 def test_a_model_with_other_weights_is_refused(here, arguments, copied, mistral_folder, tmp_path):
     model = shutil.copytree(mistral_folder, tmp_path / mistral_folder.name)
     weights = load_file(model / "consolidated.safetensors")
