@@ -253,19 +253,13 @@ def test_nothing_requires_a_gradient(model, tokens_BT):
 
 def test_sampling_repeats_with_its_seed_and_leaves_the_global_generator_alone(mistral_folder):
     model = load_model(mistral_folder, device="cpu")
-    options = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    options = {"max_tokens": 8, "temperature": 1.0}
     state = torch.get_rng_state()
     first = list(model.generate([1, 50], seed=3, **options))
     assert torch.equal(torch.get_rng_state(), state)
     assert list(model.generate([1, 50], seed=3, **options)) == first
     assert list(model.generate([1, 50], seed=3, use_cache=False, **options)) == first
     assert list(model.generate([1, 50], seed=4, **options)) != first
-
-
-def test_a_tiny_top_p_is_greedy(mistral_folder):
-    model = load_model(mistral_folder, device="cpu")
-    greedy = list(model.generate([1, 50], 6))
-    assert list(model.generate([1, 50], 6, temperature=1.0, top_p=1e-9)) == greedy
 
 
 def test_generation_stops_at_the_end_of_sequence_token(mistral_folder, monkeypatch):
