@@ -93,7 +93,7 @@ def load_engine(
     folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, head: bool = False
 ) -> Engine:
     """The model of a folder, or its embedding and layers 0..last_layer, with its head or without. Raises ModelError."""
-    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype, head)
+    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype, head or last_layer is None)
     if compiled.pays(device):
         compiled.compile_blocks(engine.blocks)
     return engine
@@ -106,14 +106,8 @@ class Transformers:
     """A model that transformers runs, its weights from a folder of either layout."""
 
     def __init__(
-        self,
-        folder: ModelFolder,
-        last_layer: int | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        head: bool = False,
+        self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, has_head: bool
     ):
-        has_head = head or last_layer is None
         model = _load_in_transformers(folder, last_layer, device, dtype, has_head).requires_grad_(False)
         self._body = model.model if has_head else model
         self._config = self._body.config
@@ -208,14 +202,8 @@ class MistralInference:
     """A model of a mistral-inference folder: dense, sliding-window or mixture-of-experts."""
 
     def __init__(
-        self,
-        folder: ModelFolder,
-        last_layer: int | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        head: bool = False,
+        self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, has_head: bool
     ):
-        has_head = head or last_layer is None
         install_attention()
         from mistral_inference.args import TransformerArgs
         from mistral_inference.moe import MoeArgs

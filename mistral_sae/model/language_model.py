@@ -350,14 +350,9 @@ def why_no_gpu() -> str | None:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return None
-    try:
-        driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text())
-    except OSError:
-        driver = None
-    if not said and driver is None:
+    if not said and not DRIVER.exists():
         return ""
-    found = f"its driver{f' {driver[1]}' if driver else ''}"
-    return f"PyTorch {torch.__version__} cannot use the GPU with {found}: update it, or install a PyTorch built for it"
+    return f"PyTorch {torch.__version__} cannot use the GPU: update its driver, or install a PyTorch built for it"
 
 
 def choose_token(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -465,12 +465,12 @@ def test_a_gpu_that_cannot_be_used_is_told_by_the_warning_or_by_its_driver(monke
     monkeypatch.setattr(language_model, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert why_no_gpu() == ""
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13\n")
-    assert "cannot use the GPU with its driver 470.57.02: update it" in why_no_gpu()
+    (tmp_path / "version").touch()
+    assert "cannot use the GPU: update its driver" in why_no_gpu()
     (tmp_path / "version").unlink()
     too_old = "CUDA initialization: The NVIDIA driver on your system is too old"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(warnings.warn(too_old, stacklevel=1)))
-    assert "cannot use the GPU with its driver: update it" in why_no_gpu()
+    assert "cannot use the GPU: update its driver" in why_no_gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert why_no_gpu() is None
 
