@@ -203,15 +203,12 @@ class FeatureRecords:
 
     Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
     Those that repeat a passage to explain from are left out: documents share licences, boilerplate, quotations. Raises
-    ValueError for a feature that the autoencoder does not have, and ModelError unless the whole model is loaded.
+    ModelError unless the model is loaded with its head.
     """
 
     def __init__(
         self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings
     ):
-        wrong = [feature for feature in features if not 0 <= feature < sae.n_features]
-        if wrong:
-            raise ValueError(f"found feature {wrong[0]}: expected 0 to {sae.n_features - 1}")
         self.features, self._settings = list(features), settings
         self._cache, self._model, self._sae = cache, model, sae
         self._place = {feature: place for place, feature in enumerate(self.features)}

@@ -47,7 +47,7 @@ class LocalClient:
         if room < 1:
             return Completion("overflow", f"the prompt has {len(ids):,} of {self._context:,} tokens", len(ids))
         reply = []
-        for token in self._model.generate(ids, room + 1):  # one more than is wanted, to see whether the reply ends there
+        for token in self._model.generate(ids, room + 1):  # one more than is wanted, to see whether it ends there
             reply.append(token)
             await asyncio.sleep(0)  # so that Ctrl-C ends it here
         text = self._model.tokenizer.decode(reply[:room])
