@@ -65,7 +65,7 @@ def random_model(params: dict[str, Any], last_layer: int | None, device: torch.d
         return tensors
 
     with patch.object(engines, "_read_tensors", random_tensors):
-        engine = engines.MistralInference(folder, last_layer, device, torch.bfloat16)
+        engine = engines.MistralInference(folder, last_layer, device, torch.bfloat16, last_layer is None)
     tokenizer = SimpleNamespace(bos_id=1, eos_id=-1)  # no text ends
     return LanguageModel(spec, tokenizer, engine, last_layer, device, torch.bfloat16)
 

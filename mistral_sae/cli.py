@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from tqdm import tqdm
 
@@ -117,36 +117,27 @@ def override(arguments: list[str], config: ModuleType) -> None:
         if argument.encode(errors="replace").decode() != argument:  # Python keeps other bytes as halves of characters
             raise UserError(f"found {quoted(argument)}: expected text in UTF-8")
     given = {name.strip(): value for name, _, value in (argument.partition("=") for argument in arguments)}
-    tree = ast.parse(inspect.getsource(config))
-    kinds: dict[str, tuple[type, ...]] = {}
-
-    def value_of(name: str, default: Callable[[], Any]) -> Any:
-        if name in given:
-            return _parsed(name, given[name], kinds[name])
-        try:
-            value = default()
-        except (ArithmeticError, ValueError) as error:  # as of a division or a root
-            shown = " ".join(f"{name}={quoted(value)[1:-1]}" for name, value in given.items() if "KEY" not in name)
-            raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
-        return _typed(name, value, kinds[name])
-
-    no_arguments = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-    for statement in tree.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
-            name = statement.target.id
-            kind = eval(ast.unparse(statement.annotation), vars(config))
-            kinds[name] = (kind,) if isinstance(kind, type) else kind.__args__
-            default = ast.Lambda(no_arguments, statement.value)
-            statement.value = ast.Call(ast.Name("_value_of", ast.Load()), [ast.Constant(name), default], [])
+    constants = config.__annotations__
     for name in given:
-        if name not in kinds:
-            (close,) = difflib.get_close_matches(name.upper(), sorted(kinds), n=1, cutoff=0.0)
+        if name not in constants:
+            (close,) = difflib.get_close_matches(name.upper(), sorted(constants), n=1, cutoff=0.0)
             raise UserError(f"there is no constant {one_line(name)}: the closest is {close} (all are in config.py)")
-    vars(config)["_value_of"] = value_of
-    try:
-        exec(compile(ast.fix_missing_locations(tree), str(config.__file__), "exec"), vars(config))
-    finally:
-        del vars(config)["_value_of"]
+    scope, file = vars(config), str(config.__file__)
+    for statement in ast.parse(inspect.getsource(config)).body:
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as default):
+                kinds = get_args(constants[name]) or (constants[name],)
+                if name in given:
+                    scope[name] = _parsed(name, given[name], kinds)
+                    continue
+                try:
+                    value = eval(compile(ast.Expression(default), file, "eval"), scope)
+                except (ArithmeticError, ValueError) as error:  # as of a division or a root
+                    shown = " ".join(f"{key}={quoted(text)[1:-1]}" for key, text in given.items() if "KEY" not in key)
+                    raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
+                scope[name] = _typed(name, value, kinds)
+            case _:
+                exec(compile(ast.Module([statement], []), file, "exec"), scope)
 
 
 def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:

@@ -19,7 +19,7 @@ from numpy.random import Generator
 from mistral_sae.explain.cache import Cache, Passages
 from mistral_sae.explain.types import BINS, INTERVALS, Example, Feature
 from mistral_sae.model.language_model import LanguageModel
-from mistral_sae.model.tokenizer import Tokenizer, shortened
+from mistral_sae.model.tokenizer import texts_of
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.features import logit_lens, nearest
 
@@ -198,42 +198,21 @@ class Sample:
 # ---- records ----
 
 
-class Selected(NamedTuple):
-    """The activations of a feature, and passages around some of them."""
-
-    found: Passages
-    top: Passages
-    spread: Passages
-    held_out: Passages
-
-
-class Related(NamedTuple):
-    """What the weights and other features say of a feature: fields of Feature."""
-
-    promoted: tuple[tuple[str, float], ...]
-    suppressed: tuple[tuple[str, float], ...]
-    nearest: tuple[tuple[int, float], ...]
-    coactive: tuple[tuple[int, float], ...]
-
-
 class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
     Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
     Those that repeat a passage to explain from are left out: documents share licences, boilerplate, quotations. Raises
-    ValueError for a feature that the autoencoder does not have, and ModelError unless the whole model is loaded.
+    ModelError unless the model is loaded with its head.
     """
 
     def __init__(
         self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings
     ):
-        wrong = [feature for feature in features if not 0 <= feature < sae.n_features]
-        if wrong:
-            raise ValueError(f"found feature {wrong[0]}: expected 0 to {sae.n_features - 1}")
         self.features, self._settings = list(features), settings
         self._cache, self._model, self._sae = cache, model, sae
         self._place = {feature: place for place, feature in enumerate(self.features)}
-        self._texts = _Texts(model.tokenizer)
+        self._bytes = lru_cache(2**17)(model.tokenizer.token_bytes)
         self._record = lru_cache(RECORDS)(self._make)
         self._related = lru_cache(1)(self._relate)
 
@@ -249,39 +228,40 @@ class FeatureRecords:
 
     def brief(self, feature: int) -> Feature:
         """The record without what takes time: passages to score on, and what weights and other features say."""
-        return self._brief(feature, self._select(feature))
+        return self._brief(feature, *self._select(feature)[:3])
 
-    def _brief(self, feature: int, selected: Selected) -> Feature:
-        found, maximum = selected.found, float(self._cache.maxima_F[feature])
+    def _brief(self, feature: int, found: Passages, top: Passages, spread: Passages) -> Feature:
+        maximum = float(self._cache.maxima_F[feature])
         return Feature(
             feature=feature,
             density=len(found.tokens) / max(1, self._cache.tokens),
             maximum=maximum,
             histogram=tuple(np.histogram(found.values, BINS, (0, maximum or 1))[0].tolist()),
             promoted=(), suppressed=(), nearest=(), coactive=(),
-            top=self._examples(selected.top, found),
-            spread=self._examples(selected.spread, found),
+            top=self._examples(top, found),
+            spread=self._examples(spread, found),
             held_out=(), random=(), hard=(),
         )  # fmt: skip
 
     def _make(self, feature: int) -> Feature:
-        selected, related = self._select(feature), self._related(self._place[feature] // AT_ONCE)[feature]
-        found, top, spread, held_out = selected
+        found, top, spread, held_out = self._select(feature)
+        related = self._related(self._place[feature] // AT_ONCE)[feature]
         peak_ids = [self._cache.ids(token, token)[0] for part in (top, spread, held_out) for token in part.tokens]
-        near = [other for other, _ in related.nearest]
+        near = [other for other, _ in related["nearest"]]
         hard = self._sample.hard(feature, found.tokens, peak_ids, near, NEGATIVES)
         random = self._sample.random(feature, found.tokens, NEGATIVES, without=hard.documents)
         seen = {*self._around(top), *self._around(spread)}
         held_out = held_out.at(np.array([around not in seen for around in self._around(held_out)], dtype=bool))
         generator = self._generator(feature, 3)
-        return self._brief(feature, selected)._replace(
-            **related._asdict(),
+        return self._brief(feature, found, top, spread)._replace(
+            **related,
             held_out=self._examples(self._shortened(held_out, generator), found),
             random=self._examples(self._shortened(random, generator), found),
             hard=self._examples(self._shortened(hard, generator), found),
         )
 
-    def _select(self, feature: int) -> Selected:
+    def _select(self, feature: int) -> tuple[Passages, Passages, Passages, Passages]:
+        """All activations of a feature, and passages around some of them: `top`, `spread` and `held_out`."""
         settings, maximum = self._settings, float(self._cache.maxima_F[feature])
         found = self._cache.activations(feature)
         passages = peaks(found, settings.left, settings.right)
@@ -290,7 +270,7 @@ class FeatureRecords:
         generator = self._generator(feature, 2)  # 0 and 1 are the sample's
         spread = from_intervals(explaining, maximum, settings.spread, generator)
         held_out = from_intervals(scoring, maximum, settings.held_out, generator)
-        return Selected(found, strongest(explaining, settings.top), spread, held_out)
+        return found, strongest(explaining, settings.top), spread, held_out
 
     def _generator(self, feature: int, purpose: int) -> Generator:
         return np.random.default_rng([self._settings.seed, feature, purpose])
@@ -299,15 +279,17 @@ class FeatureRecords:
     def _sample(self) -> Sample:
         return Sample(self._cache, self._settings)
 
-    def _relate(self, number: int) -> dict[int, Related]:
-        """What weights and other features say of the `number`th AT_ONCE features."""
+    def _relate(self, number: int) -> dict[int, dict[str, Any]]:
+        """Fields of the `number`th AT_ONCE features: what weights and other features say of each."""
         some = self.features[number * AT_ONCE :][:AT_ONCE]
         W_dec_FD, tokenizer = self._sae.W_dec.detach(), self._model.tokenizer
         lens = logit_lens(self._model.unembed, W_dec_FD[some], TOKENS, tokenizer.vocab_size)
-        promoted, suppressed = ([tuple((self._texts.one(id), by) for id, by in row) for row in side] for side in lens)
+        promoted, suppressed = ([[(self._texts([id])[0], by) for id, by in row] for row in side] for side in lens)
         near, coactive = nearest(W_dec_FD, some, NEIGHBORS), self._sample.coactive(some, NEIGHBORS)
-        rows = zip(some, promoted, suppressed, near, coactive, strict=True)
-        return {feature: Related(up, down, tuple(n), tuple(c)) for feature, up, down, n, c in rows}
+        return {
+            feature: {"promoted": tuple(up), "suppressed": tuple(down), "nearest": tuple(n), "coactive": tuple(c)}
+            for feature, up, down, n, c in zip(some, promoted, suppressed, near, coactive, strict=True)
+        }
 
     def _shortened(self, passages: Passages, generator: Generator) -> Passages:
         """The passages after each end has lost a random number of tokens.
@@ -335,31 +317,11 @@ class FeatureRecords:
         for document, first, last, values in zip(
             *(array.tolist() for array in (passages.documents, passages.first, passages.last, values_MW)), strict=True
         ):
-            texts = self._texts.of(self._cache.ids(first, last))
+            texts = self._texts(self._cache.ids(first, last))
             start = first % self._cache.row_tokens
             examples.append(Example(self._cache.names[document], start, texts, tuple(values[: len(texts)])))
         return tuple(examples)
 
-
-class _Texts(dict[int, str | None]):
-    """The text of each token id that is whole characters, else None; shortened as `Tokenizer.strings` does."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def __missing__(self, id: int) -> str | None:
-        try:
-            self[id] = shortened(self.tokenizer.token_bytes(id).decode())
-        except UnicodeDecodeError:
-            self[id] = None
-        return self[id]
-
-    def one(self, id: int) -> str:
-        """The text of one token."""
-        return self.of([id])[0]
-
-    def of(self, ids: list[int]) -> tuple[str, ...]:
-        """What `Tokenizer.strings` gives, for many passages."""
-        whole = tuple(text for id in ids if (text := self[id]) is not None)
-        return whole if len(whole) == len(ids) else tuple(self.tokenizer.strings(ids))
+    def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text of each token, as `Tokenizer.strings` gives it."""
+        return tuple(texts_of(map(self._bytes, ids)))

@@ -1,8 +1,6 @@
 """Chat completions of the loaded model itself, where it is an instruct model."""
 
 import asyncio
-import itertools
-import threading
 
 from mistral_sae.explain.journal import Journal, request_key
 from mistral_sae.explain.prompts import fold_system
@@ -14,7 +12,7 @@ MODEL_CONTEXT = 32_768  # positions of Mistral's instruct models from 7B v0.2 on
 
 
 class LocalClient:
-    """Completes requests by an instruct model that is loaded, one at a time, in a thread beside the event loop's.
+    """Completes requests by an instruct model that is loaded, one at a time.
 
     The likeliest token is taken each time. A prompt that leaves no room for a reply has the status "overflow", a reply
     that does not end within its max_tokens or the context "truncated". `complete` raises ModelError if the tokenizer
@@ -34,17 +32,13 @@ class LocalClient:
         """The completion of a request, after those that were asked for before it."""
         (key,) = self.keys(request)
         async with self._turn:
-            if known := self._journal.get(key):
-                return known
-            stopped = threading.Event()
-            try:
-                completion = await asyncio.to_thread(self._complete, request, stopped)
-            finally:
-                stopped.set()  # if this was cancelled, the thread would go on to the end of the reply
-            self._journal.append(key, completion)
-            return completion
+            known = self._journal.get(key)
+            if known is None:
+                known = await self._reply(request)
+                self._journal.append(key, known)
+            return known
 
-    def _complete(self, request: Request, stopped: threading.Event) -> Completion:
+    async def _reply(self, request: Request) -> Completion:
         try:
             ids = self._model.tokenizer.chat(request.messages)
         except ModelError:  # mostly of a format without a system role
@@ -52,7 +46,9 @@ class LocalClient:
         room = min(request.max_tokens, self._context - len(ids))
         if room < 1:
             return Completion("overflow", f"the prompt has {len(ids):,} of {self._context:,} tokens", len(ids))
-        # One token more than is wanted, to see whether the reply ends there
-        reply = list(itertools.takewhile(lambda _: not stopped.is_set(), self._model.generate(ids, room + 1)))
+        reply = []
+        for token in self._model.generate(ids, room + 1):  # one more than is wanted, to see whether it ends there
+            reply.append(token)
+            await asyncio.sleep(0)  # so that Ctrl-C ends it here
         text = self._model.tokenizer.decode(reply[:room])
         return Completion("ok" if len(reply) <= room else "truncated", text, len(ids), min(len(reply), room))

@@ -25,7 +25,16 @@ import numpy as np
 
 from mistral_sae.explain import scoring
 from mistral_sae.explain.prompts import MAX_WORDS, NO_PATTERN
-from mistral_sae.explain.types import Example, Explanation, Feature, Judgement, Label, unexplained, without_passages
+from mistral_sae.explain.types import (
+    Example,
+    Explanation,
+    Feature,
+    Judgement,
+    Label,
+    Score,
+    unexplained,
+    without_passages,
+)
 
 EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
@@ -266,22 +275,22 @@ def label(feature: Feature, found: Found, other: Found | None, *, seed: int = 0)
     questions = scoring.detection_questions(feature, seed)
     parts = [parts_of(question.passage) for question in questions]
 
-    def run(rules: Sequence[Rule]) -> tuple[list[Judgement], list[scoring.Simulated]]:
+    def run(rules: Sequence[Rule]) -> tuple[list[Judgement], dict[str, Score]]:
         pairs = [(question, predict(rules, parts_T)) for question, parts_T in zip(questions, parts, strict=True)]
         judgements = [Judgement("detection", q.kind, q.index, q.truth, any(values)) for q, values in pairs]
         unit = feature.maximum
-        return judgements, [scoring.Simulated(q.passage.activations, [unit * v for v in values]) for q, values in pairs]
+        simulated = [scoring.Simulated(q.passage.activations, [unit * v for v in values]) for q, values in pairs]
+        simulation = scoring.simulation_score(simulated, len(questions), seed)
+        return judgements, {"detection": scoring.verdict_score(judgements, seed), "simulation": simulation}
 
     top_token = Rule(("core", core(scoring.strongest_token(feature))), ANY, 1.0)
-    (judgements, simulated), of_token = run(found.rules), run([top_token])
-    of_other = run(other.rules) if other else ((), ())
-    detection = scoring.verdict_score(judgements, seed)._replace(
-        recall=scoring.recall(feature, judgements),
-        other_feature=scoring.balanced_accuracy(of_other[0]),
-        top_token=scoring.balanced_accuracy(of_token[0]),
-    )
-    simulation = scoring.simulation_score(simulated, len(questions), seed)._replace(
-        other_feature=scoring.correlation(of_other[1])[0], top_token=scoring.correlation(of_token[1])[0]
-    )
-    scores = {"detection": detection, "simulation": simulation}
+    (judgements, own), (_, of_token) = run(found.rules), run([top_token])
+    of_other = run(other.rules)[1] if other else {}
+    scores = {
+        method: score._replace(
+            other_feature=of_other[method].value if other else None, top_token=of_token[method].value
+        )
+        for method, score in own.items()
+    }
+    scores["detection"] = scores["detection"]._replace(recall=scoring.recall(feature, judgements))
     return Label(feature.feature, found.explanation.text, EXPLAINER, "ok", scores, tuple(judgements))

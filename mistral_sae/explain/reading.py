@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mistral_sae.cli import Failed, Progress, UserError
 from mistral_sae.data.documents import Skipped
-from mistral_sae.data.tokens import Corpus, Row, prefetch
+from mistral_sae.data.tokens import Corpus, prefetch
 from mistral_sae.explain import cache
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
@@ -58,39 +57,22 @@ def read_corpus(
                 raise UserError(f"{why} by a run without DRY_RUN; set another RUN_DIR to try these settings")
             print(why)
         print(f"reading {reading.n_rows * (row_tokens - 1):,} tokens for what activates each feature")
-        skipped, seen = Skipped(), set[str]()
+        skipped, last = Skipped(), (reading.n_rows - 1) * reading.stride
         packed = reading.corpus.rows(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
-        rows = prefetch(itertools.islice(_strided(packed, reading.stride, seen), reading.n_rows), depth=1024)
-        with Progress(desc="reading", total=reading.n_rows * row_tokens, unit=" tokens", unit_scale=True) as progress:
-            counted = _counted(rows, progress, row_tokens)
+        rows = prefetch(itertools.islice(packed, 0, last + 1, reading.stride), depth=1024)
+        with Progress(rows, "reading", reading.n_rows, unit=" tokens", unit_scale=row_tokens) as counted:
             cache.write(folder, described, counted, model, loaded.sae, layer, reading.rows_per_forward)
         found, why = cache.open_cache(folder, described)
         if found is None:
             raise Failed(why)
         if skipped.count:
             print(skipped.summary())
-        _warn_of_few_documents(found, reading, len(seen))
+        _warn_of_few_documents(found, reading)
     print(f"cache     {folder}: {found.tokens:,} tokens of {len(found.names):,} documents")
     return found
 
 
-def _counted(rows: Iterable[Row], progress: Progress, row_tokens: int) -> Iterator[Row]:
-    """The same rows, each of which moves the bar."""
-    for row in rows:
-        yield row
-        progress.update(row_tokens)
-
-
-def _strided(rows: Iterable[Row], stride: int, seen: set[str]) -> Iterator[Row]:
-    """Every `stride`-th row; `seen` gets the documents that went by, until they are many."""
-    for number, row in enumerate(rows):
-        if len(seen) < 10 * FEW_DOCUMENTS:
-            seen.update(row.documents)
-        if number % stride == 0:
-            yield row
-
-
-def _warn_of_few_documents(found: cache.Cache, reading: Reading, n_seen: int) -> None:
+def _warn_of_few_documents(found: cache.Cache, reading: Reading) -> None:
     """Say so if the documents are few, and which constant gives more."""
     scoring = int(found.for_scoring.sum())
     explaining = len(found.names) - scoring
@@ -98,7 +80,7 @@ def _warn_of_few_documents(found: cache.Cache, reading: Reading, n_seen: int) ->
         return
     if found.rows >= reading.n_rows:
         advice = "raise EXPLAIN_TOKENS"
-    elif n_seen > len(found.names):
+    elif reading.stride > 1:
         advice = f"lower EXPLAIN_STRIDE, by which {reading.stride - 1} of {reading.stride} rows are left out"
     else:
         advice = "use text of more files, or a .jsonl with a document a line"

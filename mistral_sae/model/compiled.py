@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,33 +29,24 @@ def pays(device: torch.device) -> bool:
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Let dense blocks run compiled where they have many tokens; those with experts choose tokens, and stay as is."""
-    works = _Works()
+    """Let dense blocks run compiled where they have many tokens; those with experts choose tokens, and stay as is.
+
+    Where the compiler fails, all blocks run as they were from then on.
+    """
+    works = True
+
+    def forward(eager: Any, fused: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal works
+        if works and hidden.numel() >= MANY * hidden.shape[-1]:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the compiler's: advice
+                    return fused(hidden, *args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:  # for want of a C compiler, say
+                works = False
+                print(f"the language model runs without PyTorch's compiler, which fails: {one_line(error)}")
+        return eager(hidden, *args, **kwargs)
+
     for block in blocks:
         if not any(name.endswith("experts") for name, _ in block.named_modules()):
-            block.forward = _Forward(block.forward, works)
-
-
-class _Works:
-    """Whether the compiler does, for all layers of a model."""
-
-    yet = True
-
-
-class _Forward:
-    """A block's forward: compiled, or as it was for few tokens, with a KV cache, and where the compiler fails."""
-
-    def __init__(self, eager: Any, works: _Works):
-        self._eager, self._compiled, self._works = eager, torch.compile(eager), works
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self._works.yet or hidden.numel() < MANY * hidden.shape[-1]:
-            return self._eager(hidden, *args, **kwargs)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the compiler's: advice
-                return self._compiled(hidden, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:  # for want of a C compiler, say
-            self._works.yet = False
-            print(f"the language model runs without PyTorch's compiler, which fails: {one_line(error)}")
-            return self._eager(hidden, *args, **kwargs)
+            block.forward = partial(forward, block.forward, torch.compile(block.forward))

@@ -93,7 +93,7 @@ def load_engine(
     folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, head: bool = False
 ) -> Engine:
     """The model of a folder, or its embedding and layers 0..last_layer, with its head or without. Raises ModelError."""
-    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype, head)
+    engine = ENGINES[folder.spec.engine](folder, last_layer, device, dtype, head or last_layer is None)
     if compiled.pays(device):
         compiled.compile_blocks(engine.blocks)
     return engine
@@ -106,14 +106,8 @@ class Transformers:
     """A model that transformers runs, its weights from a folder of either layout."""
 
     def __init__(
-        self,
-        folder: ModelFolder,
-        last_layer: int | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        head: bool = False,
+        self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, has_head: bool
     ):
-        has_head = head or last_layer is None
         model = _load_in_transformers(folder, last_layer, device, dtype, has_head).requires_grad_(False)
         self._body = model.model if has_head else model
         self._config = self._body.config
@@ -139,29 +133,10 @@ class Transformers:
         return self._body.parameters()
 
     def new_cache(self, rows: int, length: int) -> Any:
-        """A KV cache: a block of memory for each layer that sees all positions; windows are short, and copied."""
-        from transformers.cache_utils import DynamicCache, DynamicLayer
+        """A KV cache; it grows with the positions, and keeps those that a window sees."""
+        from transformers.cache_utils import DynamicCache
 
-        class Block(DynamicLayer):
-            """What a DynamicLayer returns, without copying all of it for each token."""
-
-            def lazy_initialization(self, key_BGTE: Tensor, value_BGTE: Tensor) -> None:
-                B, G, _, E = key_BGTE.shape
-                self.block, self.device = key_BGTE.new_empty(2, B, G, length, E), key_BGTE.device
-                self.keys, self.values = self.block[:, :, :, :0]
-                self.is_initialized = True
-
-            def update(self, key_BGTE: Tensor, value_BGTE: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-                if not self.is_initialized:
-                    self.lazy_initialization(key_BGTE, value_BGTE)
-                start, end = self.keys.shape[2], self.keys.shape[2] + key_BGTE.shape[2]
-                self.block[0, :, :, start:end], self.block[1, :, :, start:end] = key_BGTE, value_BGTE
-                self.keys, self.values = self.block[:, :, :, :end]
-                return self.keys, self.values
-
-        cache = DynamicCache(config=self._config)
-        cache.layers = [Block() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        return cache
+        return DynamicCache(config=self._config)
 
 
 def _load_in_transformers(
@@ -227,14 +202,8 @@ class MistralInference:
     """A model of a mistral-inference folder: dense, sliding-window or mixture-of-experts."""
 
     def __init__(
-        self,
-        folder: ModelFolder,
-        last_layer: int | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        head: bool = False,
+        self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, has_head: bool
     ):
-        has_head = head or last_layer is None
         install_attention()
         from mistral_inference.args import TransformerArgs
         from mistral_inference.moe import MoeArgs

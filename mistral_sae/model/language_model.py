@@ -195,18 +195,15 @@ class LanguageModel:
         prompt_ids: Sequence[int],
         max_tokens: int,
         temperature: float = 0.0,
-        top_p: float = 1.0,
         seed: int = 0,
         use_cache: bool = True,
     ) -> Iterator[int]:
         """Token ids that continue a prompt (which has its BOS), up to `max_tokens` or the EOS, not included.
 
-        Temperature 0 takes the likeliest token. Otherwise tokens are drawn from the smallest set that holds `top_p` of
-        the probability (nucleus sampling, Holtzman et al. 2020), the same ones for the same seed. Hooks must be in
-        place while the iterator is consumed. Raises ModelError for an empty prompt, a negative temperature or a top_p
-        outside (0, 1].
+        Temperature 0 takes the likeliest token; otherwise the same ones are drawn for the same seed. Hooks must be in
+        place while the iterator is consumed. Raises ModelError for an empty prompt or a negative temperature.
         """
-        for (id,) in self._next_tokens(prompt_ids, [seed], max_tokens, temperature, top_p, use_cache):
+        for (id,) in self._next_tokens(prompt_ids, [seed], max_tokens, temperature, use_cache):
             yield id
 
     def sample(
@@ -215,14 +212,13 @@ class LanguageModel:
         seeds: Sequence[int],
         max_tokens: int,
         temperature: float = 0.0,
-        top_p: float = 1.0,
         progress: Callable[[Iterator[list[int]]], Iterable[list[int]]] = iter,
     ) -> list[list[int]]:
         """Continuations of one prompt, one for each seed, made in one batch: each as `generate` makes it.
 
         `progress`, such as tqdm, is given the tokens of all rows as they come.
         """
-        steps = list(progress(self._next_tokens(prompt_ids, seeds, max_tokens, temperature, top_p, use_cache=True)))
+        steps = list(progress(self._next_tokens(prompt_ids, seeds, max_tokens, temperature, use_cache=True)))
         ids_by_seed = ([ids[row] for ids in steps] for row in range(len(seeds)))
         return [list(itertools.takewhile(lambda id: id != self.tokenizer.eos_id, ids)) for ids in ids_by_seed]
 
@@ -232,14 +228,13 @@ class LanguageModel:
         seeds: Sequence[int],
         max_tokens: int,
         temperature: float,
-        top_p: float,
         use_cache: bool,
     ) -> Iterator[list[int]]:
         """The next token of each row, a step at a time, until all rows have had their EOS."""
         if not prompt_ids:
             raise ModelError("found an empty prompt: expected at least the BOS token")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ModelError(f"found temperature {temperature} and top_p {top_p}: expected >= 0 and in (0, 1]")
+        if temperature < 0:
+            raise ModelError(f"found temperature {temperature}: expected 0 or more")
         # On the CPU, so that a seed means the same on all devices
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         cache = self.new_cache(len(seeds), len(prompt_ids) + max_tokens) if use_cache else None
@@ -247,7 +242,7 @@ class LanguageModel:
         for _ in range(max_tokens):
             logits_BV = self._logits(self._run(tokens_BT, cache)[:, -1]).cpu()
             self.check_finite(logits_BV, "logits")
-            ids = [choose_token(row, temperature, top_p, own) for row, own in zip(logits_BV, generators, strict=True)]
+            ids = [choose_token(row, temperature, own) for row, own in zip(logits_BV, generators, strict=True)]
             ended = [before or id == self.tokenizer.eos_id for before, id in zip(ended, ids, strict=True)]
             if all(ended):
                 return
@@ -355,26 +350,14 @@ def why_no_gpu() -> str | None:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return None
-    try:
-        driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text())
-    except OSError:
-        driver = None
-    if not said and driver is None:
+    if not said and not DRIVER.exists():
         return ""
-    found = f"its driver{f' {driver[1]}' if driver else ''}"
-    return f"PyTorch {torch.__version__} cannot use the GPU with {found}: update it, or install a PyTorch built for it"
+    return f"PyTorch {torch.__version__} cannot use the GPU: update its driver, or install a PyTorch built for it"
 
 
-def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+def choose_token(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
     """The next token's id, as `LanguageModel.generate` takes it."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V, ids_V = torch.softmax(logits_V / temperature, dim=-1), None
-    if top_p < 1:  # sorting a large vocabulary takes longer than a small model's forward
-        probabilities_V, ids_V = probabilities_V.sort(descending=True)
-        before_V = probabilities_V.cumsum(0) - probabilities_V  # a token stays if those before it do not yet make top_p
-        probabilities_V = torch.where(before_V < top_p, probabilities_V, 0.0)
-        probabilities_V[0] = probabilities_V[0].clamp_min(torch.finfo(torch.float32).tiny)
-    up_to_V = probabilities_V.cumsum(0, dtype=torch.float64)
-    at = int(torch.searchsorted(up_to_V, torch.rand(1, generator=generator) * up_to_V[-1], right=True))
-    return at if ids_V is None else int(ids_V[at])
+    up_to_V = torch.softmax(logits_V / temperature, dim=-1).cumsum(0, dtype=torch.float64)
+    return int(torch.searchsorted(up_to_V, torch.rand(1, generator=generator) * up_to_V[-1], right=True))

@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,8 @@ class Tokenizer(ABC):
         return self._token_bytes(id)
 
     def strings(self, ids: list[int]) -> list[str]:
-        """The text of each token, which join to the text of all; special tokens by their names.
-
-        A character whose bytes are spread over several tokens belongs to the last of them, the others are empty;
-        bytes that are not UTF-8 become U+FFFD. A token of more than LONGEST_TOKEN characters is cut.
-        """
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        texts = [decoder.decode(self.token_bytes(id)) for id in ids]
-        if ids:
-            texts[-1] += decoder.decode(b"", final=True)
-        return list(map(shortened, texts))
+        """The text of each token, which join to the text of all; special tokens by their names."""
+        return texts_of(map(self.token_bytes, ids))
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids, BOS included, of {"role", "content"} messages in the model's own chat format.
@@ -92,9 +84,17 @@ class Tokenizer(ABC):
     def _chat(self, messages: list[dict[str, str]]) -> list[int]: ...
 
 
-def shortened(token: str) -> str:
-    """A token as it is shown and sent: no longer than LONGEST_TOKEN, and "…" where it was cut."""
-    return token if len(token) <= LONGEST_TOKEN else token[:LONGEST_TOKEN] + "…"
+def texts_of(pieces: Iterable[bytes]) -> list[str]:
+    """The text of each token's bytes.
+
+    A character whose bytes are spread over several tokens belongs to the last of them, the others are empty; bytes that
+    are not UTF-8 become U+FFFD. Of a token longer than LONGEST_TOKEN only the beginning is given.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = [decoder.decode(piece) for piece in pieces]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return [text if len(text) <= LONGEST_TOKEN else text[:LONGEST_TOKEN] + "…" for text in texts]
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:

@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 
 from mistral_sae.explain.report import TextToken, write_report, write_text_page
 from mistral_sae.explain.types import Example
-from mistral_sae.model.tokenizer import shortened
+from mistral_sae.model.tokenizer import texts_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -42,7 +42,7 @@ HOSTILE = [
     "\U0001f469\u200d\U0001f680",
     "half\ud83d",
     "a" * 10_000,
-    shortened("<img src=x onerror=window.pwned=1>" + "b" * 10_000_000),  # as tokens are, before they come to a page
+    *texts_of([b"<img src=x onerror=window.pwned=1>" + b"b" * 10_000_000]),  # as tokens are, before they come to a page
 ]
 # Drawn as signs and not as themselves, and half a pair as what stands for one
 AS_SIGNS = {0: "", 0x202E: "", 0x202C: "", 0x2028: "", 0xD83D: "\ufffd"}

@@ -231,21 +231,21 @@ def test_the_token_a_feature_is_strongest_on_is_the_peak_of_its_first_passage(fe
 
 
 def test_balanced_accuracy_is_the_mean_of_both_shares_of_right_answers():
-    assert scoring.balanced_accuracy(judgements(10, 0, 10, 0)) == 1.0
-    assert scoring.balanced_accuracy(judgements(0, 10, 0, 10)) == 0.0
-    assert scoring.balanced_accuracy(judgements(20, 0, 0, 5)) == 0.5  # always yes, whatever the balance
-    assert scoring.balanced_accuracy(judgements(3, 1, 5, 5)) == pytest.approx((0.75 + 0.5) / 2)
+    assert scoring.verdict_score(judgements(10, 0, 10, 0), 0).value == 1.0
+    assert scoring.verdict_score(judgements(0, 10, 0, 10), 0).value == 0.0
+    assert scoring.verdict_score(judgements(20, 0, 0, 5), 0).value == 0.5  # always yes, whatever the balance
+    assert scoring.verdict_score(judgements(3, 1, 5, 5), 0).value == pytest.approx((0.75 + 0.5) / 2)
 
 
 def test_what_was_not_answered_counts_neither_for_nor_against():
     answered, partly = judgements(3, 1, 5, 5), judgements(3, 1, 5, 5, unanswered=30)
-    assert scoring.balanced_accuracy(partly) == scoring.balanced_accuracy(answered)
+    assert scoring.verdict_score(partly, 0).value == scoring.verdict_score(answered, 0).value
     score = scoring.verdict_score(partly, 0)
     assert (score.answered, score.unanswered) == (14, 30)
 
 
 def test_without_answers_of_both_kinds_there_is_no_score():
-    assert scoring.balanced_accuracy(judgements(5, 5, 0, 0)) is None
+    assert scoring.verdict_score(judgements(5, 5, 0, 0), 0).value is None
     score = scoring.verdict_score(judgements(0, 0, 0, 0, unanswered=4), 0)
     assert (score.value, score.low, score.high, score.answered, score.unanswered) == (None, None, None, 0, 4)
 
@@ -282,17 +282,21 @@ def test_correlation_and_r2_are_those_of_numpy_over_all_tokens():
     generator = np.random.default_rng(0)
     truth = generator.gamma(1.0, size=(6, 30))
     predicted = 0.5 * truth + 0.2 * generator.normal(size=truth.shape)
-    r, r2 = scoring.correlation([Simulated(x, y) for x, y in zip(truth, predicted, strict=True)])
-    assert r == pytest.approx(np.corrcoef(truth.ravel(), predicted.ravel())[0, 1])
-    assert r2 == pytest.approx(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+    simulated = [Simulated(x, y) for x, y in zip(truth, predicted, strict=True)]
+    score = scoring.simulation_score(simulated, 6, seed=0)
+    assert score.value == pytest.approx(np.corrcoef(truth.ravel(), predicted.ravel())[0, 1])
+    assert score.r2 == pytest.approx(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
 def test_a_perfect_simulation_has_one_and_a_constant_one_zero():
+    def r_and_r2(*simulated):
+        score = scoring.simulation_score(simulated, len(simulated), seed=0)
+        return score.value, score.r2
+
     truth = [0.0, 3.0, 0.0, 1.0]
-    assert scoring.correlation([Simulated(truth, truth)]) == (pytest.approx(1), pytest.approx(1))
-    assert scoring.correlation([Simulated(truth, [0.1] * 4)])[0] == 0.0
-    assert scoring.correlation([Simulated([0.1] * 4, truth)]) == (None, None)
-    assert scoring.correlation([]) == (None, None)
+    assert r_and_r2(Simulated(truth, truth)) == (pytest.approx(1), pytest.approx(1))
+    assert r_and_r2(Simulated(truth, [0.1] * 4))[0] == 0.0
+    assert r_and_r2(Simulated([0.1] * 4, truth)) == r_and_r2() == (None, None)
 
 
 def test_a_simulation_score_counts_the_passages_it_did_not_get():
@@ -310,7 +314,7 @@ def test_the_interval_of_a_correlation_is_fishers_for_many_independent_passages(
     simulated = [
         Simulated([x], [y]) for x, y in zip(truth, 0.6 * truth + 0.8 * generator.normal(size=400), strict=True)
     ]
-    r, _ = scoring.correlation(simulated)
+    r = scoring.simulation_score(simulated, 400, seed=0).value
     low, high = correlation_interval(simulated, seed=0)
     expected = np.tanh(np.arctanh(r) + np.array([-1, 1]) * 1.96 / np.sqrt(400 - 3))
     assert (low, high) == pytest.approx(tuple(expected), abs=0.02)

@@ -253,19 +253,13 @@ def test_nothing_requires_a_gradient(model, tokens_BT):
 
 def test_sampling_repeats_with_its_seed_and_leaves_the_global_generator_alone(mistral_folder):
     model = load_model(mistral_folder, device="cpu")
-    options = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    options = {"max_tokens": 8, "temperature": 1.0}
     state = torch.get_rng_state()
     first = list(model.generate([1, 50], seed=3, **options))
     assert torch.equal(torch.get_rng_state(), state)
     assert list(model.generate([1, 50], seed=3, **options)) == first
     assert list(model.generate([1, 50], seed=3, use_cache=False, **options)) == first
     assert list(model.generate([1, 50], seed=4, **options)) != first
-
-
-def test_a_tiny_top_p_is_greedy(mistral_folder):
-    model = load_model(mistral_folder, device="cpu")
-    greedy = list(model.generate([1, 50], 6))
-    assert list(model.generate([1, 50], 6, temperature=1.0, top_p=1e-9)) == greedy
 
 
 def test_generation_stops_at_the_end_of_sequence_token(mistral_folder, monkeypatch):
@@ -471,12 +465,12 @@ def test_a_gpu_that_cannot_be_used_is_told_by_the_warning_or_by_its_driver(monke
     monkeypatch.setattr(language_model, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert why_no_gpu() == ""
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13\n")
-    assert "cannot use the GPU with its driver 470.57.02: update it" in why_no_gpu()
+    (tmp_path / "version").touch()
+    assert "cannot use the GPU: update its driver" in why_no_gpu()
     (tmp_path / "version").unlink()
     too_old = "CUDA initialization: The NVIDIA driver on your system is too old"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(warnings.warn(too_old, stacklevel=1)))
-    assert "cannot use the GPU with its driver: update it" in why_no_gpu()
+    assert "cannot use the GPU: update its driver" in why_no_gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert why_no_gpu() is None
 

@@ -27,7 +27,7 @@ from openai_server import LASTING, TRANSIENT, TRUNCATED, Raw, Server, random_fau
 
 from mistral_sae.explain.client import Client
 from mistral_sae.explain.journal import Tokens
-from mistral_sae.explain.scoring import balanced_accuracy
+from mistral_sae.explain.scoring import verdict_score
 
 KEY = "sk-secret-0123456789abcdef"
 
@@ -54,7 +54,7 @@ def test_a_server_explains_and_scores_each_feature(served):
             if method == "simulation":
                 continue
             judged = [judgement for judgement in label.judgements if judgement.method == method]
-            assert score.value == pytest.approx(balanced_accuracy(judged))
+            assert score.value == pytest.approx(verdict_score(judged, 0).value)
             assert (score.answered, score.unanswered) == (len(judged), 0)
     assert len({label.explanation for label in labels}) == len(CHOSEN)
     assert re.search(r"^  detection +0\.\d\d   another feature's explanation 0\.\d\d", ran.out, re.MULTILINE)
