@@ -151,8 +151,7 @@ class PretendedDevice(TorchFunctionMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, found {found} in {name} at {line()}")
 
     def count_waits(self, name: str, args: Any, placed: list[OnDevice], target: torch.device | None) -> None:
-        is_empty = bool(args) and isinstance(args[0], list) and not args[0]  # of which there is nothing to copy
-        if not placed and target is not None and name in ("tensor", "as_tensor", "asarray") and not is_empty:
+        if not placed and target is not None and name in ("tensor", "as_tensor", "asarray"):
             self.wait(f"{name} from the host")
         takes_counts = name == "repeat_interleave" and any(isinstance(x, Tensor) for x in args[1:])
         if placed and (name in WAITS or takes_counts or (name == "where" and len(args) == 1)):

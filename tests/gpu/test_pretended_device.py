@@ -83,7 +83,6 @@ def test_scalars_of_the_host_and_copies_may_be_mixed(gpu):
         (lambda x: x.expand(3)[torch.tensor([0, 2])], ["index from the host"]),
         (lambda x: x.cpu(), ["copy to the host"]),
         (lambda x: torch.tensor([1.0], device=x.device), ["tensor from the host"]),
-        (lambda x: torch.tensor([], device=x.device), []),
         (lambda x: torch.ones(1).to(x.device, non_blocking=True), ["copy from pageable memory"]),
         (lambda x: torch.ones(1).pin_memory().to(x.device, non_blocking=True), []),
         (lambda x: torch.ones(1).pin_memory().to(x.device), ["copy from pageable memory"]),
