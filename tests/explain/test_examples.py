@@ -464,7 +464,7 @@ def test_activations_cannot_be_foretold_by_their_places(sparse):
                 sums[places[side]] += activation
                 counts[places[side]] += 1
         blind = [[sums[places[side]] / counts[places[side]] for places in places_of(passage)] for passage in simulated]
-        pairs = zip((passage.activations for passage in simulated), blind, strict=True)
+        pairs = list(zip((passage.activations for passage in simulated), blind, strict=True))
         assert scoring.simulation_score([scoring.Simulated(*pair) for pair in pairs], len(pairs), 0).value < 0.2
 
 
