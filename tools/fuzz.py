@@ -71,7 +71,7 @@ class Reader(NamedTuple):
 
     write: Callable[[Path], object]  # a folder of valid files
     read: Callable[[Path], object]
-    share: int  # of a thousand inputs
+    share: int  # inputs for each thousand of COUNT
 
 
 # ---- readers ----
@@ -292,8 +292,8 @@ READERS = {
     "explanations.jsonl": Reader(_write_labels, _read_labels, 220),
     "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),
     "activations": Reader(_write_cache, _read_cache, 28),
-    "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 89),
-    "checkpoint": Reader(_write_checkpoint, _read_checkpoint, 50),
+    "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 140),
+    "checkpoint": Reader(_write_checkpoint, _read_checkpoint, 10),
     "GGUF": Reader(_write_gguf, _read_gguf, 1),
     "tekken.json": Reader(_write_tekken, lambda folder: _read_tokenizer(folder, PARAMS), 1),
     "tokenizer.json": Reader(_write_tokenizer, lambda folder: _read_tokenizer(folder, CONFIG), 1),
@@ -352,11 +352,14 @@ def main() -> None:
     total, path = int(float(sys.argv[1])) if sys.argv[1:] else 1_000_000, RESULTS / "fuzz.json"
     about = describe() | {"command": f"python -m tools.fuzz {total}"}
     about["versions"] |= {name: version(name) for name in ("pydantic", "safetensors", "tokenizers", "datasets")}
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    if sys.argv[2:] and path.exists():
+        about = json.loads(path.read_text())
+    results = about.pop("results", {})
     for name in sys.argv[2:] or READERS:
         results[name] = fuzz(name, total * READERS[name].share // 1000)
         print(name, json.dumps(results[name]), flush=True)
-        report = about | {"inputs": sum(result["inputs"] for result in results.values()), "results": results}
+        inputs = sum(result["inputs"] for result in results.values())
+        report = about | {"inputs": inputs, "results": results}
         write_text(path, json.dumps(report, indent=1) + "\n")
 
 
