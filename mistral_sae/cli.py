@@ -66,6 +66,11 @@ def size_of(count: float) -> str:
     return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
 
 
+def not_finite(what: str, do: str) -> str:
+    """The message of numbers that are not finite: of what, and what to do."""
+    return f"found NaN or infinity in {what}, expected finite numbers: {do}"
+
+
 # ---- constants ----
 
 

@@ -150,9 +150,13 @@ def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
         storage = tensor.untyped_storage().data_ptr()
         contents[name] = tensor.clone() if storage in storages else tensor  # safetensors wants no shared memory
         storages.add(storage)
-    text = json.dumps(metadata)
-    header = {STATE_KEY: text, CHECKSUMS_KEY: f"{_checksum(text, {})} {_checksum(text, contents)}"}
+    header = header_of(json.dumps(metadata), contents)
     write_atomically(path, lambda partial: save_file(contents, partial, metadata=header))
+
+
+def header_of(text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What a state file's header says beside its tensors: metadata, which are JSON, and the checksums."""
+    return {STATE_KEY: text, CHECKSUMS_KEY: f"{_checksum(text, {})} {_checksum(text, tensors)}"}
 
 
 def _checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tools.fuzz import READERS, tried, valid_files
 from tools.mutate import mutated
 
-SLOW = {"config.json, run", "tekken.json", "tokenizer.json", "arguments"}
+SLOW = {"config.json, run", "GGUF", "tekken.json", "tokenizer.json", "arguments"}
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.large_base_example]
 
 

@@ -28,32 +28,36 @@ import tokenizers
 import torch
 import zstandard
 from pyarrow import parquet
+from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.machine import RESULTS, describe
 from mistral_sae.cli import UserError, one_line, override
 from mistral_sae.data.documents import documents
+from mistral_sae.data.place import Place
 from mistral_sae.explain import cache, prompts
 from mistral_sae.explain.journal import Journal
 from mistral_sae.explain.labels import parse_select, read_labels, to_json, write_labels
 from mistral_sae.explain.replies import read_reply
 from mistral_sae.explain.report import read_figures
 from mistral_sae.explain.types import Completion, Judgement, Label, Request, Score
-from mistral_sae.files import load_state, save_state, write_text
+from mistral_sae.files import header_of, load_state, save_state, write_text
 from mistral_sae.model.engines import MistralInference, Transformers
 from mistral_sae.model.folder import CONFIG, MISTRAL_INFERENCE, PARAMS, TRANSFORMERS, ModelFolder, read_folder
 from mistral_sae.model.language_model import STANDIN, inspect
 from mistral_sae.model.params import config_for_transformers, shapes_of_params
-from mistral_sae.model.source import Source
+from mistral_sae.model.source import Source, convert
 from mistral_sae.model.tokenizer import load_tokenizer
+from mistral_sae.sae import resume
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import Metadata
 from mistral_sae.sae.checkpoint import load_sae, save_sae
 from mistral_sae.sae.features import Statistics
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 from tools.mutate import mutated
-from tools.weights import to_hf
+from tools.weights import to_hf, write_gguf
 
 PARAMS_JSON = {
     "dim": 8, "n_layers": 2, "head_dim": 4, "hidden_dim": 8, "n_heads": 2, "n_kv_heads": 1, "norm_eps": 1e-5,
@@ -67,7 +71,7 @@ class Reader(NamedTuple):
 
     write: Callable[[Path], object]  # a folder of valid files
     read: Callable[[Path], object]
-    share: int  # of a thousand inputs
+    share: int  # inputs for each thousand of COUNT
 
 
 # ---- readers ----
@@ -166,6 +170,51 @@ def _write_state(folder: Path) -> None:
     save_state(folder / "state.safetensors", {"a": torch.ones(4), "b": torch.ones(2, 2)}, {"history": [{"step": 1}]})
 
 
+_RUN = {"settings": {"k": 2}, "others": {"device": "cpu"}, "model": "m", "figures": [[1.0]], "seconds": 0.5}
+_RUN |= {"step": 3, "stream": {"epoch": 0, "record": 2}, "history": [{"step": 2, "tokens": 8, "loss": 0.5}]}
+
+
+def _write_checkpoint(folder: Path) -> None:
+    (folder / "metadata.json").write_text(json.dumps(_RUN))
+    save_file({name: x.contiguous() for name, x in _trainer().state().items()}, folder / "tensors.safetensors")
+
+
+def _trainer() -> Trainer:
+    return Trainer(TrainConfig(4, 8, 2, train_tokens=64, batch_size=8))
+
+
+def _read_checkpoint(folder: Path) -> None:
+    """A run goes on from a checkpoint of these contents, whose checksums are right: else little else would be read."""
+    with contextlib.suppress(SafetensorError):
+        tensors, text = load_file(folder / "tensors.safetensors"), (folder / "metadata.json").read_bytes()
+        run = resume.Run.new(_RUN["settings"], {})
+        run.model = _RUN["model"]
+        with tempfile.TemporaryDirectory(dir=folder) as run_dir:
+            path, words = Path(run_dir) / "checkpoints/step-3.safetensors", text.decode("utf-8", "replace")
+            path.parent.mkdir()
+            save_file(tensors, path, metadata=header_of(words, tensors))
+            list(resume.status(Path(run_dir)))
+            resume.load_checkpoint(resume.find_checkpoints(Path(run_dir), run, True), _trainer(), run)
+            Place.of(run.stream)
+
+
+def _write_gguf(folder: Path) -> None:
+    """In two files, so that the header is changed as often as the weights."""
+    write_gguf(folder / "whole")
+    whole = (folder / "whole").read_bytes()
+    header = whole.index(b"blk.0.")  # of the first tensor that is described
+    (folder / "header").write_bytes(whole[:header])
+    (folder / "rest").write_bytes(whole[header:])
+    (folder / "whole").unlink()
+
+
+def _read_gguf(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        path = Path(made) / "model.gguf"
+        path.write_bytes((folder / "header").read_bytes() + (folder / "rest").read_bytes())
+        convert(path, Path(made))
+
+
 def _write_tekken(folder: Path) -> None:
     shutil.copy(STANDIN / "tekken.json", folder)
 
@@ -244,6 +293,8 @@ READERS = {
     "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),
     "activations": Reader(_write_cache, _read_cache, 28),
     "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 140),
+    "checkpoint": Reader(_write_checkpoint, _read_checkpoint, 10),
+    "GGUF": Reader(_write_gguf, _read_gguf, 1),
     "tekken.json": Reader(_write_tekken, lambda folder: _read_tokenizer(folder, PARAMS), 1),
     "tokenizer.json": Reader(_write_tokenizer, lambda folder: _read_tokenizer(folder, CONFIG), 1),
     "documents": Reader(_write_documents, lambda folder: list(documents(str(folder))), 28),
@@ -297,18 +348,19 @@ def fuzz(name: str, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Fuzz the readers; where it is all of them, benchmarks/results/fuzz.json has what came of those that are done."""
-    total = int(float(sys.argv[1])) if sys.argv[1:] else 1_000_000
+    """Fuzz the readers, or some of them; benchmarks/results/fuzz.json has what came of each that was done last."""
+    total, path = int(float(sys.argv[1])) if sys.argv[1:] else 1_000_000, RESULTS / "fuzz.json"
     about = describe() | {"command": f"python -m tools.fuzz {total}"}
     about["versions"] |= {name: version(name) for name in ("pydantic", "safetensors", "tokenizers", "datasets")}
-    results = {}
+    if sys.argv[2:] and path.exists():
+        about = json.loads(path.read_text())
+    results = about.pop("results", {})
     for name in sys.argv[2:] or READERS:
         results[name] = fuzz(name, total * READERS[name].share // 1000)
         print(name, json.dumps(results[name]), flush=True)
-        if not sys.argv[2:]:
-            inputs = sum(result["inputs"] for result in results.values())
-            report = about | {"inputs": inputs, "results": results}
-            write_text(RESULTS / "fuzz.json", json.dumps(report, indent=1) + "\n")
+        inputs = sum(result["inputs"] for result in results.values())
+        report = about | {"inputs": inputs, "results": results}
+        write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ import psutil
 from benchmarks.machine import RESULTS, describe
 from mistral_sae.explain import cache
 from mistral_sae.files import hash_of, load_state
+from tools import forked
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -35,25 +35,17 @@ SIZES = {
 
 
 class Process:
-    """A script in a process of its own: a fork of this one, which has the imports behind it."""
+    """A script in a process of its own."""
 
     def __init__(self, script: str, folder: Path, data: Path):
         self.synced = folder / "synced"  # a line for each file that the system was told to write, outside of RUN_DIR
         self.output = folder / f"{script}.txt"
         self.started = time.monotonic()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                code = self._run(script, folder, data)
-            finally:
-                os._exit(code)
+        constants = SIZES | {"RUN_DIR": folder / "run", "DATA_PATH": data}
+        arguments = [f"{name}={value}" for name, value in constants.items()]
+        self.pid = forked.start(script, arguments, self.output, self._note_syncs)
 
-    def _run(self, script: str, folder: Path, data: Path) -> int:
-        log = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    def _note_syncs(self) -> None:
         noted, fsync = os.open(self.synced, os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.fsync
 
         def note(descriptor: int) -> None:
@@ -62,22 +54,12 @@ class Process:
             os.write(noted, f"{found.st_ino} {found.st_size}\n".encode())
 
         os.fsync = note
-        constants = SIZES | {"RUN_DIR": folder / "run", "DATA_PATH": data}
-        sys.argv = [f"{script}.py", *(f"{name}={value}" for name, value in constants.items())]
-        try:
-            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-        except SystemExit as end:
-            return end.code if isinstance(end.code, int) else 1
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        return 0
 
     def ended(self) -> bool:
         """Wait for its end; raises RuntimeError with its last words unless it is a good one."""
         _, status = os.waitpid(self.pid, 0)
         if status:
-            raise RuntimeError(f"ended with {status}: {self.output.read_text()[-2000:]}")
+            raise RuntimeError(f"ended with {status}: {Path(f'{self.output}.err').read_text()[-2000:]}")
         return True
 
     def killed(self, now: Callable[[], bool], power_cut: bool) -> bool:
@@ -117,7 +99,7 @@ def resume(count: int, at_writes: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         data = _corpus(Path(place))
         for script in ("train", "explain"):
-            runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")  # once, for all that are forked from here
+            forked.load(script)
             cache.SHARD_TOKENS = 1024  # so that explain.py writes several
             results[script] = _torture(script, Path(place), data, count, at_writes)
     return results
@@ -259,6 +241,14 @@ def flat(count: int) -> dict[str, Any]:
     return {f"step {step}": {"MB": found[step][0] // 10**6, "open files": found[step][1]} for step in steps}
 
 
+def inputs(count: int) -> dict[str, Any]:
+    """Give the scripts some `count` inputs of which each has something wrong with it: see torture_inputs.py."""
+    from tools.torture_inputs import inputs as torture_inputs  # it needs the tests' own tables
+
+    with tempfile.TemporaryDirectory() as place:
+        return torture_inputs(count, Path(place), SIZES | {"DATA_PATH": _corpus(Path(place))})
+
+
 def server(count: int) -> dict[str, Any]:
     """Kill explain.py on its way against a server at fault, in about `count` calls: see torture_server.py."""
     from tools.torture_server import server as torture_server  # it needs the tests' own server
@@ -267,7 +257,7 @@ def server(count: int) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "resume": resume, "writes": writes, "flat": flat, "server": server,
+    "resume": resume, "writes": writes, "flat": flat, "inputs": inputs, "server": server,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mistral_sae.cli import not_finite
 from mistral_sae.files import hash_of
 from mistral_sae.model.engines import Engine, load_engine, open_folder
 from mistral_sae.model.folder import ModelSpec, check_layer
@@ -155,10 +156,10 @@ class LanguageModel:
         """Raise NotFinite if some of the model's residuals or logits are not finite; waits for their device."""
         if not bool(numbers.isfinite().all()):
             if self.dtype == torch.float16:
-                do = "float16 ends at 65,504: set DTYPE to bfloat16 or float32"
+                do = "float16 ends at 65,504, set DTYPE to bfloat16 or float32"
             else:
-                do = "its weights are damaged: get them again"
-            raise NotFinite(f"found NaN or infinity in the {what} of {self.name}, expected finite numbers; {do}")
+                do = "its weights are damaged, get them again"
+            raise NotFinite(not_finite(f"the {what} of {self.name}", do))
 
     def unembed(self, x_ND: Tensor) -> Tensor:
         """Logits (N, V) in float32 of vectors as if each were the residual after the last layer: the logit lens.

@@ -231,7 +231,11 @@ def convert(path: Path, folder: Path) -> None:
             config = AutoConfig.from_pretrained(path.parent, **where)
             if config.model_type not in MODEL_TYPES:
                 raise ModelError(f"{path} is of model type {config.model_type}: expected {', '.join(MODEL_TYPES)}")
-            precision = Counter(tensor.tensor_type.name for tensor in GGUFReader(path).tensors).most_common(1)[0][0]
+            tensors = GGUFReader(path).tensors
+            if config.num_hidden_layers > len(tensors):  # transformers would make them all
+                told = f"{path} says that it has {config.num_hidden_layers} layers and has {len(tensors)} tensors"
+                raise ModelError(f"{told}: expected some for each layer; get it again")
+            precision = Counter(tensor.tensor_type.name for tensor in tensors).most_common(1)[0][0]
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get(precision, torch.float16)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
             options = {"dtype": dtype, "output_loading_info": True}

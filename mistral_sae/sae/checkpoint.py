@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral_sae.cli import one_line
+from mistral_sae.cli import not_finite, one_line
 from mistral_sae.files import SAEError, hash_of, opened, sync_folder, write_beside
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, Metadata, read_cfg, to_write
@@ -71,7 +71,7 @@ def _shapes(d_model: int, n_features: int, activation: str) -> dict[str, tuple[i
 def _check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
     low, high = torch.aminmax(tensor.detach())  # both pass NaN on, and no mask as large as the weights is made
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise SAEError(f"found NaN or infinity in {name} of {where}, expected finite numbers: use an earlier one")
+        raise SAEError(not_finite(f"{name} of {where}", "use an earlier one"))
 
 
 # ---- save ----

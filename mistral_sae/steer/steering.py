@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.cli import Progress, UserError
+from mistral_sae.cli import Progress, UserError, not_finite
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus, batches
 from mistral_sae.files import hash_of
@@ -93,10 +93,8 @@ def steer(
     except NotFinite:
         model.check_finite(model.forward(model.tokens_BT), "logits")  # raises it again if it is the model's own
         features = ", ".join(map(str, wanted))
-        raise SteeringError(
-            f"found logits that are not finite with feature {features} steered, expected numbers, as without: "
-            f"the edit is too large for {model.dtype}, lower COEFFICIENT"
-        ) from None
+        do = f"the edit is too large for {model.dtype}, lower COEFFICIENT"
+        raise SteeringError(not_finite(f"the logits with feature {features} steered, and none without", do)) from None
 
 
 @torch.no_grad()

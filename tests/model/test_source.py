@@ -4,13 +4,13 @@ import json
 import shutil
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from hub_server import COMMIT, serve
 
 from mistral_sae.model import source
 from mistral_sae.model.language_model import ModelError, inspect, load_model
+from tools.weights import write_gguf
 
 # The hub
 
@@ -95,46 +95,10 @@ def test_a_name_that_the_hub_does_not_know_or_show_says_what_to_do(hub, mistral_
 @pytest.fixture
 def gguf_file(tmp_path, monkeypatch):
     """A small random Llama in 16 bits, as llama.cpp stores it, with a byte-level tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+    pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path, noise = tmp_path / "tiny-chat.f16.gguf", np.random.default_rng(0)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(3)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(1e4)
-    writer.add_rope_dimension_count(8)
-    writer.add_layer_norm_rms_eps(1e-5)
-    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "Ġa"]
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges(["Ġ a"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template("{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}")
-    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
-    layer = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
-    layer |= {"attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
-    for i in range(3):
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
-    for name, shape in shapes.items():
-        values = noise.normal(size=shape).astype(np.float32)
-        writer.add_tensor(f"{name}.weight", 1 + values / 10 if len(shape) == 1 else (values / 6).astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    write_gguf(tmp_path / "tiny-chat.f16.gguf")
+    return tmp_path / "tiny-chat.f16.gguf"
 
 
 def test_a_gguf_file_is_the_model_that_transformers_reads_in_it(gguf_file):
@@ -153,6 +117,16 @@ def test_a_gguf_file_is_the_model_that_transformers_reads_in_it(gguf_file):
         "transformers (weights of F16, from tiny-chat.f16.gguf)",
     )
     assert model.context_length == 128
+
+
+def test_a_gguf_file_of_endless_layers_is_refused_at_once(gguf_file):
+    content, key = gguf_file.read_bytes(), b"llama.block_count"
+    at = content.index(key) + len(key) + 4  # behind the type of its value
+    gguf_file.write_bytes(content[:at] + (10**9).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(
+        ModelError, match=r"says that it has 1000000000 layers and has 29 tensors: expected some for each"
+    ):
+        load_model(gguf_file, device="cpu")
 
 
 def test_other_tools_can_open_the_folder_that_it_was_converted_to(gguf_file):

@@ -24,8 +24,8 @@ def model(request, tmp_path):
     """Arguments that name such a model, and what is to be said of it."""
     folder = write_mistral_folder(tmp_path / "broken", PARAMS, broken(random_weights(PARAMS), request.param))
     if request.param == "nan":
-        return [f"MISTRAL_MODEL_PATH={folder}"], "its weights are damaged: get them again"
-    return [f"MISTRAL_MODEL_PATH={folder}", "DTYPE=float16"], "float16 ends at 65,504: set DTYPE to bfloat16 or float32"
+        return [f"MISTRAL_MODEL_PATH={folder}"], "its weights are damaged, get them again"
+    return [f"MISTRAL_MODEL_PATH={folder}", "DTYPE=float16"], "float16 ends at 65,504, set DTYPE to bfloat16 or float32"
 
 
 @pytest.mark.parametrize(

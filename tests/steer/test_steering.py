@@ -395,7 +395,7 @@ def test_what_cannot_be_steered_is_said_in_one_line(lm, loaded, coefficients, op
 def test_an_edit_whose_norm_overflows_gives_no_text_of_nothing(lm, loaded, method, c):
     most_SD = 10 * torch.nn.functional.normalize(loaded.sae.W_dec[[5]], dim=1)  # which c alone is too small for
     with (
-        pytest.raises(SteeringError, match=r"not finite with feature 5 steered.*lower COEFFICIENT"),
+        pytest.raises(SteeringError, match=r"infinity in the logits with feature 5 steered.*lower COEFFICIENT"),
         steer(lm, loaded, {5: c}, method, directions_SD=most_SD),
     ):
         list(lm.generate([lm.tokenizer.bos_id, *range(20, 30)], 4))
