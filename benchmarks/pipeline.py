@@ -39,7 +39,7 @@ RUN = [
     Part(Corpus, "held_out_rows", START, whole=True),
     Part(train, "start_or_resume", START, whole=True),
     Part(Trainer, "initialize", START, whole=True),
-    Part(activations, "residuals_of", "language model"),
+    Part(activations, "residuals_of_layers", "language model"),
     *STEP,
     Part(Trainer, "find_dead", "log"),
     Part(train, "append_line", "log"),
