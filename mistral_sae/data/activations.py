@@ -151,8 +151,11 @@ def _residuals_of_buffer(
     tokens_RT: Tensor, n_residuals: int, model: LanguageModel, layers: Collection[int], rows_per_forward: int
 ) -> dict[int, Tensor]:
     """Residuals (N, D) of all rows, by layer; allocated once, filled in place: concatenating would need twice that."""
-    shape, kind = (n_residuals, model.d_model), {"dtype": model.dtype, "device": model.device}
-    residuals = {layer: torch.empty(shape, **kind) for layer in layers}
+
+    def empty() -> Tensor:
+        return torch.empty(n_residuals, model.d_model, dtype=model.dtype, device=model.device)
+
+    residuals = {layer: empty() for layer in layers}
     filled = 0
     for tokens in tokens_RT.split(rows_per_forward):
         some = residuals_of_layers(model, tokens, layers)
