@@ -51,6 +51,9 @@ def main() -> None:
         return
     corpus = replace(Corpus.of(config), seed=ORDER)
     grid, filled, last_layer = make_plan(corpus)
+    text = asdict(corpus) | {"corpus": corpus.fingerprint()}
+    for each in grid:
+        each.run = new_run(text, filled, each)
     with nullcontext("") if config.DRY_RUN else locked(grid.run_dir, resume.LOCK) as note:
         if note:
             print(note)
@@ -136,7 +139,14 @@ def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None]:
     filled, last = next(iter(constants.values())), spec.n_layers - 1
     for each in constants.values():
         cli.expect("TARGET_LAYER", each.TARGET_LAYER, each.TARGET_LAYER <= last, f"0 to {last}, of {spec.name}")
-    grid = Grid(Path(filled.RUN_DIR), [new_member(corpus, *each, spec.d_model) for each in constants.items()])
+    run_dir = Path(filled.RUN_DIR)
+    grid = Grid(
+        run_dir,
+        [
+            Member(name, run_dir / name, each.TARGET_LAYER, TrainConfig.of(each, spec.d_model))
+            for name, each in constants.items()
+        ],
+    )
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     sae_device, last_layer = sae_device_of(config), None
     layers, streams = {each.layer for each in grid}, {(each.layer, each.config.seed) for each in grid}
@@ -195,11 +205,10 @@ def evaluators_of(grid: Grid, model: LanguageModel, held_out: torch.Tensor, fill
     return {each.layer: Evaluator(model, held_out, each.layer, filled.ROWS_PER_FORWARD) for each in grid}
 
 
-def new_member(corpus: Corpus, name: str, constants: Any, d_model: int) -> Member:
-    """An autoencoder before its first step: the constants that shape it, and those that may change when it goes on."""
-    training = TrainConfig.of(constants, d_model)
+def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
+    """A run before its first step: the constants that shape it, and those that may change when it goes on."""
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
-    shaping = ["EXCLUDE_TOKENS", "TARGET_LAYER", "SHUFFLE_ROWS", "LOG_EVERY"]
+    shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY"]
     free = [
         "MISTRAL_MODEL_PATH",
         "ENGINE",
@@ -209,13 +218,12 @@ def new_member(corpus: Corpus, name: str, constants: Any, d_model: int) -> Membe
         "EVALUATION_ROWS",
         "EVALUATION_STRIDE",
     ]
-    settings = asdict(corpus) | asdict(training) | {name.lower(): getattr(constants, name) for name in shaping}
-    settings |= {"corpus": corpus.fingerprint(), "dtype": str(dtype).removeprefix("torch.")}
-    others = {name.lower(): getattr(constants, name) for name in free} | {"device": str(device)}
+    settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}
+    settings |= {"target_layer": member.layer, "dtype": str(dtype).removeprefix("torch.")}
+    others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}
     # A rate is what one lowers after a loss that exploded; the fingerprint tells a corpus wherever it lies
     others |= {name: settings.pop(name) for name in ("learning_rate", "data_path")}
-    folder = Path(constants.RUN_DIR, name)
-    return Member(name, folder, constants.TARGET_LAYER, training, resume.Run.new(settings, others))
+    return resume.Run.new(settings, others)
 
 
 def start_or_resume(grid: Grid) -> Place:

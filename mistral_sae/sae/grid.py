@@ -35,7 +35,7 @@ class Member:
     folder: Path
     layer: int
     config: TrainConfig
-    run: resume.Run
+    run: resume.Run = field(init=False)
     found: list[Path] = field(default_factory=list)  # checkpoints that it may go on from
     figures: list[Tensor] = field(default_factory=list)  # of the steps since its last record
     record: dict[str, Any] = field(default_factory=dict)

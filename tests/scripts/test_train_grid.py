@@ -131,7 +131,7 @@ def test_the_end_is_a_table_and_a_picture_and_sweep_json_has_the_same_figures(fi
     for point in points:
         figures = json.loads((run_dir / point["name"] / "evaluation.json").read_text())
         assert point["figures"] == figures
-        (row,) = re.findall(rf"^{point['name']} +([\d.]+) +([\d.]+) +([\d.]+%) ", ran.out, re.MULTILINE)
+        (row,) = re.findall(rf"^{point['name']} +([\d.]+) +([\d.]+) +(-?[\d.]+%) ", ran.out, re.MULTILINE)
         l0, error, recovered = figures["l0"], figures["normalized_mse"], figures["ce_loss_recovered"]
         assert row == (f"{l0:.1f}", f"{error:.3f}", f"{recovered:.1%}")
     assert (run_dir / "sweep.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
