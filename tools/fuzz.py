@@ -200,7 +200,7 @@ def _read_checkpoint(folder: Path) -> None:
             path.parent.mkdir()
             save_file(tensors, path, metadata=header_of(words, tensors))
             list(resume.status(Path(run_dir)))
-            resume.load_checkpoint(resume.find_checkpoints(Path(run_dir), run, True), _trainer(), run)
+            resume.load_checkpoints([(resume.find_checkpoints(Path(run_dir), run, True), _trainer(), run)])
             Place.of(run.stream)
 
 
