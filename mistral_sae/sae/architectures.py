@@ -10,8 +10,16 @@ Shapes: B tokens, D model width, F features, K active features a token on averag
 import torch
 from torch import Tensor
 
-from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, encode
-from mistral_sae.sae.kernels.step import SMALLEST_VARIANCE, sparse_step, squared_norm, variation
+from mistral_sae.distributed import ALONE, Group
+from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights
+from mistral_sae.sae.kernels.step import (
+    SMALLEST_VARIANCE,
+    encode_batch,
+    only_used,
+    sparse_step,
+    squared_norm,
+    variation,
+)
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 DENSE = ("relu", "jumprelu")
@@ -23,9 +31,16 @@ def activation_of(architecture: str) -> str:
     return "jumprelu" if architecture in ("batchtopk", "matryoshka") else architecture
 
 
-def nested_sizes(n_features: int, levels: int) -> Tensor:
-    """The number of features in each nested autoencoder of Matryoshka (P): all, half of them, half of those ..."""
-    return torch.tensor(sorted({max(1, n_features >> level) for level in range(levels)}))
+def nested_sizes(n_features: int, levels: int, shards: Group = ALONE.shards) -> Tensor:
+    """How many of a shard's features are in each nested autoencoder of Matryoshka (P).
+
+    Those have all n_features, half of them, half of those ...
+    """
+    ends, width = (
+        torch.tensor(sorted({max(1, n_features >> level) for level in range(levels)})),
+        n_features // shards.size,
+    )
+    return (ends - shards.rank * width).clamp(0, width)
 
 
 @torch.no_grad()
@@ -41,16 +56,14 @@ def batchtopk_step(
 
     Returns the step and the smallest activation, of which the threshold is a moving average (`threshold_after`).
     """
-    centered, n_features = z - weights.b_dec, len(weights.b_enc)
-    slots = min(n_features, SLOTS * k)
-    values, indices = encode(centered, weights.W_enc, weights.b_enc, slots, weights.W_enc_bf16)
-    values = values.relu_()
-    count = min(k * len(z), values.numel())
-    least = values.flatten().topk(count, sorted=False).values.min()
+    centered, shards = z - weights.b_dec, weights.mesh.shards
+    slots = min(len(weights.b_enc) * shards.size, SLOTS * k)
+    values, indices = encode_batch(centered, weights, slots)
+    everywhere = shards.gather(values, dim=1).flatten()
+    least = everywhere.topk(min(k, slots) * len(z), sorted=False).values.min()
     values = values.masked_fill(values < least, 0.0)
-    if values.device.type == "cpu":  # where asking how many are in use costs nothing
-        values, best = values.topk(max(1, int((values > 0).sum(dim=1).max())), dim=1, sorted=False)
-        indices = indices.gather(1, best)
+    if shards.size > 1 or values.device.type == "cpu":  # where asking how many are in use costs little
+        values, indices = only_used(values, indices)
     return sparse_step(z, centered, weights, values, indices, aux, ends), least
 
 
@@ -70,7 +83,8 @@ def relu_step(z: Tensor, weights: Weights, coefficient: Tensor) -> Step:
     centered = z - weights.b_dec
     f_BF = torch.addmm(weights.b_enc, centered, weights.W_enc).relu_()
     norm_F = torch.linalg.vector_norm(weights.W_dec, dim=1)
-    error, variance = centered - f_BF @ weights.W_dec, variation(z).clamp_min(SMALLEST_VARIANCE)
+    error = centered - weights.mesh.sum_tokens(f_BF @ weights.W_dec)
+    variance = variation(z).clamp_min(SMALLEST_VARIANCE)
     of_f_BF = (error @ weights.W_dec.T).mul_(-2 / variance).add_(coefficient / variance * norm_F)
     of_pre_BF = of_f_BF.mul_(f_BF > 0)
     of_W_dec = f_BF.T @ error * (-2 / variance)
@@ -95,7 +109,8 @@ def jumprelu_step(z: Tensor, weights: Weights, threshold_F: Tensor, coefficient:
     pre_BF = torch.addmm(weights.b_enc, centered, weights.W_enc)
     is_active = (pre_BF > threshold_F) & (pre_BF > 0)
     f_BF = pre_BF * is_active
-    error, variance = centered - f_BF @ weights.W_dec, variation(z).clamp_min(SMALLEST_VARIANCE)
+    error = centered - weights.mesh.sum_tokens(f_BF @ weights.W_dec)
+    variance = variation(z).clamp_min(SMALLEST_VARIANCE)
     of_f_BF = (error @ weights.W_dec.T).mul_(-2 / variance)
     is_near = (pre_BF - threshold_F).abs_() < bandwidth / 2
     of_threshold_F = -(is_near * (of_f_BF * threshold_F + coefficient / variance)).sum(dim=0) / bandwidth
@@ -117,23 +132,23 @@ def _dense(
     unit_norm: bool,
 ) -> Step:
     """The step from the gradients of pre-activations and decoder, which are dense."""
-    variance = variation(z).clamp_min(SMALLEST_VARIANCE)
+    variance, shards = variation(z).clamp_min(SMALLEST_VARIANCE), weights.mesh.shards
     normalized_mse = squared_norm(error) / variance
     of_b_enc = of_pre_BF.sum(dim=0)
     most = max(1, int((f_BF > 0).sum(dim=1).max()))
     values, indices = f_BF.topk(most, dim=1, sorted=False)
     along = (of_W_dec * weights.W_dec).sum(dim=1) if unit_norm else None
     return Step(
-        loss=normalized_mse + penalty / variance,
+        loss=normalized_mse + shards.total(penalty) / variance,
         normalized_mse=normalized_mse,
         auxk=z.new_zeros(()),
-        l0=(values > 0).sum() / len(z),
+        l0=shards.total((values > 0).sum()) / len(z),
         values=values,
         indices=indices,
         W_enc=_whole(of_pre_BF.T @ (z - weights.b_dec)),
         b_enc=of_b_enc,
         W_dec=_whole(of_W_dec)._replace(along=along),
-        b_dec=(-2 / variance) * error.sum(dim=0) - weights.W_enc @ of_b_enc,
+        b_dec=(-2 / variance) * error.sum(dim=0) - shards.total(weights.W_enc @ of_b_enc),
     )
 
 

@@ -49,8 +49,11 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconstruction:
-    """Measure over batches of residuals (B, D). Means and variances are over all of them, in float64."""
-    counts = Counts(sae.n_features, sae.W_dec.device)
+    """Measure over batches of residuals (B, D). Means and variances are over all of them, in float64.
+
+    All shards of an autoencoder have to, at the same time and over the same batches.
+    """
+    counts = Counts(len(sae.W_dec), sae.W_dec.device)
     errors = {"z": 0.0, "x": 0.0}
     sums, squares = {s: torch.zeros(sae.d_model, dtype=torch.float64) for s in errors}, dict.fromkeys(errors, 0.0)
     for batch in batches:
@@ -63,6 +66,7 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
             sums[space] += _exact(true).sum(dim=0).cpu()
             squares[space] += _exact(true).square().sum().item()
         counts.add(encoded.values, encoded.indices)
+    counts.fired_F = sae.mesh.shards.gather(counts.fired_F)
     density_F = counts.density_F()
     if not counts.tokens:
         raise ValueError("there are no held-out residuals to evaluate on: raise EVALUATION_ROWS or HELD_OUT_FRACTION")
