@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,12 +91,17 @@ def folder(tmp_path_factory):
     return folder
 
 
+@cache
+def alone(number):
+    """What one process gets."""
+    return trained(*CASES[number])
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name} {changes}" for name, changes in CASES])
 def test_ranks_train_as_one_process_does(folder, mesh, number):
-    alone = trained(*CASES[number])
     results = [torch.load(path) for path in sorted(folder.glob(f"{mesh}-{number}-*.pt"))]
-    for name, expected in alone.items():
+    for name, expected in alone(number).items():
         for found in results:
             assert torch.equal(found[name], results[0][name]), name
         torch.testing.assert_close(results[0][name], expected, rtol=1e-5, atol=1e-5)
@@ -103,7 +109,7 @@ def test_ranks_train_as_one_process_does(folder, mesh, number):
 
 def test_the_trainings_have_what_ranks_could_get_wrong():
     """Dead features, gradients that are clipped, and more dead features than the auxiliary loss takes."""
-    found = trained(*CASES[0])
+    found = alone(0)
     assert found["dead"].max() > 40
     assert found["figures"][:, Figures._fields.index("gradient_norm")].min() > 0.05
 
