@@ -4,14 +4,17 @@ They form a mesh of replicas x shards. The shards of a replica each hold an equa
 all of them. One process alone is a mesh of 1 x 1, where every method gives back what it is given.
 """
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mistral_sae.cli import UserError, quoted
+from mistral_sae.cli import Failed, UserError, quoted
 
 # PyTorch 2.13 gave it another name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -79,6 +82,27 @@ def sizes(mesh: str | None, n_ranks: int) -> tuple[int, int]:
             f"'1x{n_ranks}': set it, or torchrun's --nproc-per-node and --nnodes"
         )
     return replicas, shards
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did, until the block ends.
+
+    Raises Failed where another one ended before: torchrun then ends all of them, within half a minute.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|connection", str(error), re.IGNORECASE):
+            raise
+        raise Failed("another rank ended: its line says why, and the last checkpoint is whole") from None
+    dist.destroy_process_group()
 
 
 def connect(mesh: str | None, device_type: str) -> Mesh:

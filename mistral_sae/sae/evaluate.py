@@ -53,7 +53,7 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
 
     All shards of an autoencoder have to, at the same time and over the same batches.
     """
-    counts = Counts(len(sae.W_dec), sae.W_dec.device)
+    counts = Counts(len(sae.W_dec), sae.W_dec.device, sae.mesh.shards)
     errors = {"z": 0.0, "x": 0.0}
     sums, squares = {s: torch.zeros(sae.d_model, dtype=torch.float64) for s in errors}, dict.fromkeys(errors, 0.0)
     for batch in batches:
@@ -66,14 +66,13 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
             sums[space] += _exact(true).sum(dim=0).cpu()
             squares[space] += _exact(true).square().sum().item()
         counts.add(encoded.values, encoded.indices)
-    counts.fired_F = sae.mesh.shards.gather(counts.fired_F)
     density_F = counts.density_F()
     if not counts.tokens:
         raise ValueError("there are no held-out residuals to evaluate on: raise EVALUATION_ROWS or HELD_OUT_FRACTION")
     unexplained = {s: errors[s] / (squares[s] - sums[s].square().sum().item() / counts.tokens) for s in errors}
     return Reconstruction(
         tokens=counts.tokens,
-        l0=counts.fired_F.sum().item() / counts.tokens,
+        l0=counts.shards.total(counts.fired_F.sum()).item() / counts.tokens,
         normalized_mse=unexplained["z"],
         explained_variance=1 - unexplained["x"],
         silent_fraction=(density_F == 0).double().mean().item(),

@@ -201,7 +201,7 @@ class Trainer:
 
     def forget_counts(self) -> None:
         """Measure the features' densities and maxima from here on: earlier ones belong to other weights."""
-        self.counts = Counts(len(self.sae.W_dec), self.sae.W_dec.device)
+        self.counts = Counts(len(self.sae.W_dec), self.sae.W_dec.device, self.mesh.shards)
 
     def record(self, step: int, figures: list[Tensor], seconds: float) -> dict[str, Any]:
         """A line of the log: the means of the steps since the last one, each stacked, which took so many seconds."""
