@@ -45,6 +45,11 @@ class Group(NamedTuple):
             dist.all_reduce(x, group=self.process_group)
         return x
 
+    def wait(self) -> None:
+        """Return when all ranks have called it."""
+        if self.size > 1:
+            dist.barrier(group=self.process_group)
+
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's of as many equal parts of a tensor as there are ranks."""
         if self.size == 1:

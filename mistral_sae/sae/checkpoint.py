@@ -30,7 +30,7 @@ from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, Metadata, read_cfg, to_w
 from mistral_sae.sae.features import Statistics
 
 WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
-ROWS = 1024  # of a matrix that are gathered and written at a time
+WRITTEN_BYTES = 2**28  # of a matrix, gathered and written at a time
 NEVER_FIRED = 1e-10  # added to a density before its log10, as SAE Lens does
 
 
@@ -129,8 +129,9 @@ def _rows(sae: SparseAutoencoder, shapes: dict[str, tuple[int, ...]]) -> Iterato
     shards = sae.mesh.shards
     for name in shapes:
         tensor = getattr(sae, name).detach().float()
-        for start in range(0, len(tensor), ROWS):
-            rows = tensor[start : start + ROWS]
+        at_once = max(1, WRITTEN_BYTES // (4 * tensor[0].numel() * shards.size))
+        for start in range(0, len(tensor), at_once):
+            rows = tensor[start : start + at_once]
             if name == "W_enc":  # (D, F)
                 yield name, start, shards.gather(rows, dim=1)
             elif name == "b_dec":  # which every shard has

@@ -113,14 +113,16 @@ class _Sizes(Protocol):
 
 def training_needs(
     config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, on_cpu: bool, layers: int = 1,
-    streams: int = 1,
+    streams: int = 1, mesh: tuple[int, int] = (1, 1),
 ) -> Needs:  # fmt: skip
     """Estimate the memory of a run on a model of the given sizes; `on_cpu` says where the autoencoder is.
 
     A grid reads so many layers, in so many streams of batches; `grid_needs` is of all its autoencoders. With
     `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
+    Of a mesh of replicas and shards it is what each rank needs.
     """
-    kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden
+    replicas, shards = mesh
+    kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden // shards
     model_dtype = str(dtype).removeprefix("torch.")
     model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
     weights = (2 * D + 1) * F + D
@@ -136,6 +138,8 @@ def training_needs(
         slots, parts = SLOTS, 3 * config.matryoshka_levels if config.architecture == "matryoshka" else 1
     # Standardised, centered, error, and that of each nested autoencoder; indices, values, bags
     batch = 4 * config.batch_size * ((5 + parts) * D + 8 * slots * config.k)
+    if shards > 1:  # of which the values that all shards nominate, and the chosen among them
+        batch += 6 * config.batch_size // replicas * shards * min(slots * config.k, F)
     if config.architecture in DENSE:  # activations, their gradients and what they are made of; two whole gradients
         batch += 4 * F * (5 * config.batch_size + 3 * D)
     # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
@@ -146,7 +150,9 @@ def training_needs(
     step = bf16_encoder + max(encoder_float32, encoder_bf16) + batch + auxk
     evaluation = forward + logits, bf16_encoder + encoder_float32
     part = "" if last_layer is None else f" to layer {last_layer}"
-    buffer = (layers * config.buffer_tokens + streams * config.batch_size) * D * model_bytes
+    # Of several ranks each has a part of the buffer, and of a batch what it has and what all have
+    buffer = layers * config.buffer_tokens // (replicas * shards) + streams * config.batch_size
+    buffer = (buffer + (2 * config.batch_size if replicas * shards > 1 else 0)) * D * model_bytes
     return Needs(
         Stage(
             {
@@ -189,6 +195,32 @@ def _together(stages: Sequence[Stage], more: int = 0) -> Stage:
         parts[name] = max(parts.get(name, 0), size) if "gradients" in name else parts.get(name, 0) + size
     work = [tuple(map(max, zip(*each, strict=True))) for each in zip(*(stage.work for stage in stages), strict=True)]
     return stages[0]._replace(sae=parts, work=[(of_model, of_sae + more) for of_model, of_sae in work])
+
+
+def wire(config: TrainConfig, mesh: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that each rank of a mesh of replicas and shards receives in a step, by what they are; reckoned.
+
+    A sum over shards is received twice, as PyTorch makes it: parts of it first, and then the other ranks' sums.
+    """
+    (replicas, shards), B, D = mesh, config.batch_size, config.d_model
+    others, shared = (shards - 1) / shards, (replicas - 1) / replicas
+    slots = 0 if config.architecture in DENSE else config.k
+    slots *= SLOTS if config.architecture in ("batchtopk", "matryoshka") else 1
+    held, k_aux = min(slots, config.d_hidden // shards), min(config.k_aux, config.auxk_features)
+    decodes = 4 * B * D * (2 * others / replicas + shared)
+    found = {
+        "residuals": B * D * dtype.itemsize * (1 - 1 / (replicas * shards)),
+        "largest values of each shard": 4 * B / replicas * held * (shards - 1),
+        "active features of other replicas": 12 * B * held * shared,
+        "decoded sums": decodes * (config.matryoshka_levels if config.architecture == "matryoshka" else 1),
+    }
+    if slots > config.k:  # the threshold is the batch's
+        found["largest values of each shard"] += 4 * B * held * (shards - 1)
+    if slots and config.auxk_coefficient:
+        found["the same of dead features, at most"] = (
+            4 * B * min(k_aux, config.d_hidden // shards) * (shards - 1) + decodes
+        )
+    return {what: int(size) for what, size in found.items()}
 
 
 def explaining_needs(

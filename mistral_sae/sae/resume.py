@@ -15,17 +15,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mistral_sae.cli import UserError, printable, size_of
-from mistral_sae.files import (
-    SAEError,
-    holder,
-    load_metadata,
-    load_state,
-    locked,
-    save_state,
-    sync_folder,
-    write_text,
-    writing,
-)
+from mistral_sae.files import SAEError, holder, load_metadata, load_state, locked, sync_folder, write_text, writing
+from mistral_sae.sae.shards import load_trainer, save_trainer
 from mistral_sae.sae.trainer import Trainer
 from mistral_sae.schema import Schema, Total, Words, read
 
@@ -82,7 +73,7 @@ def path_of_step(run_dir: Path, step: int) -> Path:
 
 def save_checkpoint(run_dir: Path, trainer: Trainer, run: Run) -> None:
     """Write all that continuing needs."""
-    save_state(path_of_step(run_dir, run.step), trainer.state(), run.model_dump())
+    save_trainer(path_of_step(run_dir, run.step), trainer, run.model_dump())
 
 
 def remove_checkpoints(run_dir: Path, step: int, keep: int) -> None:
@@ -167,8 +158,7 @@ def load_checkpoints(saes: Sequence[tuple[list[Path], Trainer, Run]]) -> bool:
 
 
 def _load(path: Path, trainer: Trainer, run: Run) -> None:
-    tensors, saved = load_state(path, "cpu", Run)  # the trainer's own already fill the device
-    trainer.check(tensors, path)
+    tensors, saved = load_trainer(path, trainer, Run)  # on the CPU: the trainer's own already fill the device
     if saved.model != run.model:
         raise UserError(
             f"{path} was trained on a model with other weights than {run.others.get('mistral_model_path')}: choose "

@@ -2,20 +2,27 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
 
 from mistral_sae import distributed
+from mistral_sae.files import SAEError
+from mistral_sae.sae.cfg import Metadata, hook_name
+from mistral_sae.sae.checkpoint import load_sae, save_sae
 from mistral_sae.sae.evaluate import reconstruction
+from mistral_sae.sae.shards import load_trainer, part_of, save_trainer
 from mistral_sae.sae.trainer import Figures, TrainConfig, Trainer
 
 D, F, K, B, STEPS = 16, 96, 5, 48, 20
+METADATA = Metadata("model", hook_name(1), 1, True, 64, "text")
 MESHES = ("1x2", "1x4", "2x2")
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 CASES = [
@@ -74,14 +81,46 @@ def run_as_rank(folder, meshes):
     """What each of the processes does that the tests start."""
     for name in meshes:
         mesh = distributed.connect(name, "cpu")
+        save_and_load(folder, mesh, name)
         for number, (architecture, changes) in enumerate(CASES):
             torch.save(trained(architecture, changes, mesh), folder / f"{name}-{number}-{dist.get_rank()}.pt")
+
+
+def state():
+    """A trainer's after three steps, and its batches."""
+    trainer = Trainer(TrainConfig(D, F, K, batch_size=B, train_tokens=B * STEPS, dead_after_tokens=20))
+    batches = torch.randn(3, B, D, generator=torch.Generator().manual_seed(5))
+    trainer.initialize(batches[0])
+    for x in batches:
+        trainer.step(x, 1e-2)
+        trainer.find_dead()
+    return trainer
+
+
+def save_and_load(folder, mesh, name):
+    """Go on from one process's state on a mesh without a step, and write it again; and a damaged one."""
+    trainer = Trainer(state().config, mesh=mesh)
+    tensors, metadata = load_trainer(folder / "one.safetensors", trainer, dict[str, Any])
+    trainer.load(tensors)
+    save_trainer(folder / f"{name}.safetensors", trainer, metadata)
+    save_sae(folder / f"sae-{name}", trainer.sae, METADATA, trainer.counts.statistics())
+    if mesh.ranks.rank == 0 and mesh.shards.size > 1:
+        last = part_of(folder / f"{name}.safetensors", mesh.shards.size - 1, mesh.shards.size)
+        shutil.copy(last, last.with_suffix(".whole"))
+        last.write_bytes(last.read_bytes()[:-1] + b"?")
+    mesh.ranks.wait()
+    if mesh.shards.size > 1:
+        with pytest.raises(SAEError, match="damaged"):
+            load_trainer(folder / f"{name}.safetensors", trainer, dict[str, Any])
+        if mesh.ranks.rank == 0:
+            last.with_suffix(".whole").rename(last)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with what each rank of each mesh got in each case."""
     folder = tmp_path_factory.mktemp("ranks")
+    save_trainer(folder / "one.safetensors", state(), {"step": 3})
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     for n in (2, 4):
         meshes = [mesh for mesh in MESHES if math.prod(map(int, mesh.split("x"))) == n]
@@ -105,6 +144,24 @@ def test_ranks_train_as_one_process_does(folder, mesh, number):
         for found in results:
             assert torch.equal(found[name], results[0][name]), name
         torch.testing.assert_close(results[0][name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_checkpoint_is_the_same_whatever_the_mesh(folder, mesh):
+    expected = state()
+    found = Trainer(expected.config)
+    tensors, metadata = load_trainer(folder / f"{mesh}.safetensors", found, dict[str, Any])
+    found.load(tensors)
+    assert metadata == {"step": 3}
+    assert len(found.dead)
+    for name, tensor in expected.state().items():
+        assert torch.equal(found.state()[name], tensor), name
+    save_sae(folder / "sae-alone", expected.sae, METADATA, expected.counts.statistics())
+    loaded, alone = load_sae(folder / f"sae-{mesh}"), load_sae(folder / "sae-alone")
+    assert all(torch.equal(x, y) for x, y in zip(loaded.sae.parameters(), alone.sae.parameters(), strict=True))
+    assert torch.equal(loaded.density_F, alone.density_F)
+    assert torch.equal(loaded.maximum_F, alone.maximum_F)
+    assert loaded.metadata == alone.metadata
 
 
 def test_the_trainings_have_what_ranks_could_get_wrong():
