@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 
+from mistral_sae import distributed
 from mistral_sae.data.activations import Batch, Stream, sent_to, shuffled_streams
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, fill_grid, shown
+from mistral_sae.distributed import Mesh
 from mistral_sae.explain.figures import plot_sweep, plot_training
 from mistral_sae.files import locked, write_text
 from mistral_sae.loading import sae_device_of
@@ -37,7 +39,7 @@ from mistral_sae.sae import resume
 from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.evaluate import Evaluator, as_held_out, summary, table
 from mistral_sae.sae.grid import Grid, Member
-from mistral_sae.sae.memory import free_memory, grid_needs, row_bytes
+from mistral_sae.sae.memory import free_memory, grid_needs, row_bytes, wire_plan
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 ORDER = 0  # by which text is shuffled whatever the SEED, so that autoencoders of other seeds go through the same
@@ -50,27 +52,32 @@ def main() -> None:
             print(line)
         return
     corpus = replace(Corpus.of(config), seed=ORDER)
-    grid, filled, last_layer = make_plan(corpus)
-    text = asdict(corpus) | {"corpus": corpus.fingerprint()}
-    for each in grid:
-        each.run = new_run(text, filled, each)
-    with nullcontext("") if config.DRY_RUN else locked(grid.run_dir, resume.LOCK) as note:
-        if note:
-            print(note)
-        grid.find_checkpoints(config.RESUME)
-        if not config.DRY_RUN:
-            train_and_evaluate(corpus, filled, grid, last_layer)
+    device, _ = device_and_dtype(config.DEVICE, config.DTYPE)
+    with distributed.joined(None if config.DRY_RUN else config.MESH, device.type) as mesh:
+        config.DEVICE = mesh.device or config.DEVICE
+        with mesh.ranks.first_alone():
+            grid, filled, last_layer = make_plan(corpus, mesh)
+        text = asdict(corpus) | {"corpus": corpus.fingerprint()}
+        for each in grid:
+            each.run = new_run(text, filled, each)
+        with nullcontext("") if config.DRY_RUN or cli.rank() else locked(grid.run_dir, resume.LOCK) as note:
+            if note:
+                print(note)
+            grid.find_checkpoints(config.RESUME)
+            if not config.DRY_RUN:
+                train_and_evaluate(corpus, filled, grid, last_layer, mesh)
 
 
-def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None) -> None:
+def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None, mesh: Mesh) -> None:
     """The run, from the model's loading to the figures of the finished autoencoders; goes on from checkpoints found."""
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
-    model = open_model(last_layer)
+    with mesh.ranks.first_alone():
+        model = open_model(last_layer)
     held_out = corpus.held_out_rows(model.tokenizer, filled.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     evaluators = evaluators_of(grid, model, held_out, filled)
     for each in grid:
         with cli.room_for("the autoencoder", "lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
-            each.trainer = Trainer(each.config, sae_device_of(config))
+            each.trainer = Trainer(each.config, sae_device_of(config), mesh=mesh)
         hook, length, each.run.model = hook_name(each.layer), config.CONTEXT_LENGTH, model.fingerprint(each.layer)
         each.metadata = Metadata(model.name, hook, each.layer, True, length, config.DATA_PATH, each.run.model)
     start = start_or_resume(grid)
@@ -86,11 +93,12 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: i
         buffer_tokens=filled.BUFFER_TOKENS,
         rows_per_forward=filled.ROWS_PER_FORWARD,
         start=start,
+        ranks=mesh.ranks,
     )
     batches = sent_to(batches, sae_device_of(config))
     for each, stream in zip(grid, streams, strict=True):
         each.stream = list(dict.fromkeys(streams)).index(stream)
-    train(grid, batches, evaluators, filled)
+    train(grid, batches, evaluators, filled, mesh)
     if skipped.count:
         print(skipped.summary())
 
@@ -104,10 +112,12 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: i
         sae, density_F, dead_fraction = finished[each.name]
         with room_for_evaluating():
             evaluation = evaluators[each.layer](sae) | {"dead_fraction": dead_fraction}
-        write_text(each.folder / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-        plot_training(each.folder / "training.png", each.run.history, evaluation, density_F)
         grid.point_of(each).figures = evaluation
-    print_results(grid)
+        if not cli.rank():
+            write_text(each.folder / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+            plot_training(each.folder / "training.png", each.run.history, evaluation, density_F)
+    if not cli.rank():
+        print_results(grid)
 
 
 def print_results(grid: Grid) -> None:
@@ -129,7 +139,7 @@ def print_results(grid: Grid) -> None:
         raise cli.Failed(f"{', '.join(stopped)} exploded and was stopped: {run_dir / 'sweep.json'} says when")
 
 
-def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None]:
+def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None]:
     """Print what the run will do and need; raises UserError if it cannot.
 
     Returns the autoencoders before their first step; the constants that all have in common, none of which is left to
@@ -147,10 +157,14 @@ def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None]:
             for name, each in constants.items()
         ],
     )
+    replicas, shards = distributed.sizes(config.MESH) if config.DRY_RUN and config.MESH else mesh.sizes
+    for member in grid:
+        member.config.check_mesh(replicas, shards)
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     sae_device, last_layer = sae_device_of(config), None
     layers, streams = {each.layer for each in grid}, {(each.layer, each.config.seed) for each in grid}
     sizes = {"layers": len(layers), "streams": len(streams), "dtype": dtype, "on_cpu": sae_device.type == "cpu"}
+    sizes["mesh"] = replicas, shards
     needs = partial(grid_needs, [each.config for each in grid], spec, **sizes)
     where = str(device), str(sae_device), {str(each): free_memory(str(each)) for each in (device, sae_device)}
     plan = needs(last_layer=last_layer).plans(*where)
@@ -174,6 +188,8 @@ def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None]:
     cli.expect("SHUFFLE_ROWS", filled.SHUFFLE_ROWS, rows <= free, fitting)
     print(f"rows      {filled.SHUFFLE_ROWS:,} of tokens shuffled together, {cli.size_of(rows)} of main memory")
     print(plan)
+    if replicas * shards > 1:
+        print(wire_plan([each.config for each in grid], (replicas, shards), dtype))
     if not plan.fits:
         raise cli.UserError(
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
@@ -234,7 +250,7 @@ def start_or_resume(grid: Grid) -> Place:
     return Place.of(grid.members[0].run.stream)
 
 
-def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator], filled: Filled) -> None:
+def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator], filled: Filled, mesh: Mesh) -> None:
     """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
     step, steps, size, model = grid.step, grid.steps, filled.BATCH_SIZE, next(iter(evaluators.values())).model
     evaluate_at = {steps * i // filled.EVALUATIONS for i in range(1, filled.EVALUATIONS)}
@@ -249,7 +265,7 @@ def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator]
 
             last = step == steps
             log_now = step % config.LOG_EVERY == 0 or step in evaluate_at or last
-            stopping = stop()
+            stopping = mesh.agree(stop(), step, x_SBD)
             save_now = step % filled.CHECKPOINT_EVERY == 0 or last or stopping
             if log_now or save_now:
                 grid.measure(x_SBD, step, time.monotonic() - started, bool(save_now), model.check_finite)
@@ -270,7 +286,8 @@ def log(grid: Grid, step: int, evaluators: dict[int, Evaluator]) -> None:
     """Write each one's record, with held-out figures where there are evaluators."""
     for each in grid:
         if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
-            each.record["dead"] = len(each.trainer.find_dead())
+            each.trainer.find_dead()
+            each.record["dead"] = each.trainer.n_dead
         if evaluators:
             with room_for_evaluating():
                 each.record |= as_held_out(evaluators[each.layer](each.trainer.sae))

@@ -4,6 +4,7 @@ They form a mesh of replicas x shards. The shards of a replica each hold an equa
 all of them. One process alone is a mesh of 1 x 1, where every method gives back what it is given.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mistral_sae.cli import Failed, UserError, quoted
 
+STOP_EVERY = 10  # steps, after which ranks ask each other whether one is to stop: all have to at the same
 # PyTorch 2.13 gave it another name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -50,6 +52,15 @@ class Group(NamedTuple):
         if self.size > 1:
             dist.barrier(group=self.process_group)
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first rank end the block before the others begin it: what is fetched once is there for them."""
+        if self.rank:
+            self.wait()
+        yield
+        if not self.rank:
+            self.wait()
+
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's of as many equal parts of a tensor as there are ranks."""
         if self.size == 1:
@@ -64,6 +75,12 @@ class Mesh(NamedTuple):
     ranks: Group = Group()
     replicas: Group = Group()
     shards: Group = Group()
+    device: str | None = None  # this rank's GPU, where it has one of its own
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of replicas and of shards."""
+        return self.replicas.size, self.shards.size
 
     def sum_tokens(self, x: Tensor) -> Tensor:
         """The sum over shards of a tensor whose first dimension are the batch's tokens; may overwrite it.
@@ -73,51 +90,60 @@ class Mesh(NamedTuple):
         """
         return self.replicas.gather(self.shards.sum_(self.replicas.part(x)))
 
+    def agree(self, stopping: type[KeyboardInterrupt] | None, step: int, x: Tensor) -> type[KeyboardInterrupt] | None:
+        """What all ranks are to be stopped by after a step, where some are; x is a tensor on this rank's device."""
+        if self.ranks.size == 1:
+            return stopping
+        if step % STOP_EVERY:
+            return None
+        asked = self.ranks.total(x.new_tensor(stopping is not None, dtype=torch.int64))
+        return (stopping or KeyboardInterrupt) if asked else None
+
 
 ALONE = Mesh()
 
 
-def sizes(mesh: str | None, n_ranks: int) -> tuple[int, int]:
-    """The numbers of replicas and shards that a text such as "2x4" names; None are as many shards as ranks."""
-    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", mesh or f"1x{n_ranks}")
-    replicas, shards = map(int, found.groups()) if found else (0, 0)
-    if replicas * shards != n_ranks:
+def sizes(mesh: str | None, n_ranks: int | None = None) -> tuple[int, int]:
+    """The numbers of replicas and shards that a text such as "2x4" names; None are as many shards as ranks.
+
+    Raises UserError unless they make up the ranks, where their number is given.
+    """
+    found = tuple(map(int, (mesh or f"1x{n_ranks}").split("x")))
+    if n_ranks and math.prod(found) != n_ranks:
         raise UserError(
             f"MESH is {quoted(mesh)}: expected replicas x shards that make {n_ranks}, the number of processes, as in "
             f"'1x{n_ranks}': set it, or torchrun's --nproc-per-node and --nnodes"
         )
+    replicas, shards = found
     return replicas, shards
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it did, until the block ends.
+def joined(mesh: str | None, device_type: str) -> Iterator[Mesh]:
+    """The mesh of the processes that torchrun started, until the block ends; `ALONE` if it started none.
 
-    Raises Failed where another one ended before: torchrun then ends all of them, within half a minute.
+    Raises Failed where another rank ended before. Where one fails, torchrun ends the others within half a minute.
     """
     if not dist.is_torchelastic_launched():
-        yield
+        sizes(mesh, 1)
+        yield ALONE
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device_type == "cuda" else None
+    if device:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device else "gloo")
     try:
-        yield
+        yield connect(mesh, device_type)._replace(device=device)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|connection", str(error), re.IGNORECASE):
+        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
             raise
-        raise Failed("another rank ended: its line says why, and the last checkpoint is whole") from None
+        raise Failed("another rank ended: its own line says why; the last checkpoint is whole") from None
     dist.destroy_process_group()
 
 
 def connect(mesh: str | None, device_type: str) -> Mesh:
-    """The mesh of the ranks that PyTorch's process group has; `ALONE` without one."""
-    if not dist.is_initialized():
-        sizes(mesh, 1)
-        return ALONE
-    names = ("replicas", "shards")
-    made = dist.init_device_mesh(device_type, sizes(mesh, dist.get_world_size()), mesh_dim_names=names)
-    replicas, shards = (
-        Group(made.size(i), made.get_local_rank(name), made.get_group(name)) for i, name in enumerate(names)
-    )
-    return Mesh(Group(dist.get_world_size(), dist.get_rank(), dist.group.WORLD), replicas, shards)
+    """The mesh of all ranks of PyTorch's process group."""
+    n_ranks = dist.get_world_size()
+    made = dist.init_device_mesh(device_type, sizes(mesh, n_ranks), mesh_dim_names=("replicas", "shards"))
+    replicas, shards = (Group(made.size(i), made.get_local_rank(i), made.get_group(i)) for i in range(2))
+    return Mesh(Group(n_ranks, dist.get_rank(), dist.group.WORLD), replicas, shards)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mistral_sae.cli import room_for
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.tokens import Row
+from mistral_sae.distributed import ALONE, Group
 from mistral_sae.model.language_model import LanguageModel, sent
 
 
@@ -57,7 +58,11 @@ def shuffled_batches(
     start: Place = BEGINNING,
 ) -> Iterator[Batch]:
     """Batches (B, D) of one stream: `shuffled_streams` says how."""
-    sizes = {"batch_size": batch_size, "buffer_tokens": buffer_tokens, "rows_per_forward": rows_per_forward}
+    sizes: dict[str, Any] = {
+        "batch_size": batch_size,
+        "buffer_tokens": buffer_tokens,
+        "rows_per_forward": rows_per_forward,
+    }
     batches = shuffled_streams(rows, model, [Stream(layer, seed)], **sizes, start=start)
     yield from map(lambda batch: Batch(batch.x[0], batch.place), batches)  # keeps no batch alive, as a loop would
 
@@ -71,6 +76,7 @@ def shuffled_streams(
     buffer_tokens: int,
     rows_per_forward: int,
     start: Place = BEGINNING,
+    ranks: Group = ALONE.ranks,
 ) -> Iterator[Batch]:
     """Residuals at the positions of `model.kept`, in shuffled batches (S, B, D) of S streams, in the model's dtype.
 
@@ -80,6 +86,9 @@ def shuffled_streams(
     the layer, the seed and its number alone, whatever the other streams. A run that had the place of a batch goes on
     after it, where `rows` and `start` are of that place: the rows of one buffer go through the model for it, and none
     before them.
+
+    Of several ranks each has the same rows of tokens, and runs the model on its part of those of a buffer; a batch is
+    made of what each of them has of it. So all have the whole batch, and it is that of one process.
 
     Finite rows end with their last whole batch. Memory: a buffer for each layer, a batch for each stream and the rows
     in the model. Raises ValueError if a buffer cannot hold a row.
@@ -99,10 +108,11 @@ def shuffled_streams(
         if not (buffer := list(islice(rows, rows_per_buffer))):
             return
         tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer], dtype=np.int64))
-        n_residuals = int(model.kept(tokens_RT).sum())
+        mine_RT, bounds = _shares(tokens_RT, model.kept(tokens_RT).sum(dim=1), ranks)
+        n_residuals = int(bounds[-1])
         with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
-            residuals = _residuals_of_buffer(tokens_RT, n_residuals, model, layers, rows_per_forward)
-        orders = {seed: sent(_order(n_residuals, seed, number)[used:], model.device) for seed in seeds}
+            residuals = _residuals_of_buffer(mine_RT, model, layers, rows_per_forward)
+        orders = {seed: _order(n_residuals, seed, number)[used:] for seed in seeds}
         while used < n_residuals:
             if batch is None:
                 batch, filled = torch.empty(len(streams), batch_size, model.d_model, **kind), 0
@@ -110,7 +120,7 @@ def shuffled_streams(
             taken = {seed: order[: end - filled] for seed, order in orders.items()}
             orders = {seed: order[end - filled :] for seed, order in orders.items()}
             for i, (layer, seed) in enumerate(streams):
-                torch.index_select(residuals[layer], 0, taken[seed], out=batch[i, filled:end])
+                _pick(residuals[layer], taken[seed], bounds, ranks, batch[i, filled:end])
             used, filled = used + end - filled, end
             if filled == batch_size:
                 yield Batch(batch, buffer[0].place._replace(buffer=number, residuals=used))
@@ -147,17 +157,42 @@ def _order(n_residuals: int, seed: int, number: int) -> Tensor:
     return torch.randperm(n_residuals, generator=generator)
 
 
+def _shares(tokens_RT: Tensor, residuals_R: Tensor, ranks: Group) -> tuple[Tensor, Tensor]:
+    """This rank's rows of a buffer, and between which numbers the residuals of each rank lie, (ranks + 1)."""
+    of_ranks = [residuals.sum() for residuals in residuals_R.tensor_split(ranks.size)]
+    bounds = torch.stack([residuals_R.new_zeros(()), *of_ranks]).cumsum(0)
+    return tokens_RT.tensor_split(ranks.size)[ranks.rank], bounds
+
+
+def _pick(x_ND: Tensor, chosen_N: Tensor, bounds: Tensor, ranks: Group, out_ND: Tensor) -> None:
+    """Fill in the residuals of some numbers, on the CPU, of which each rank has a run."""
+    if ranks.size == 1:
+        torch.index_select(x_ND, 0, sent(chosen_N, x_ND.device), out=out_ND)
+        return
+    owner_N = torch.searchsorted(bounds[1:], chosen_N, right=True)
+    counts = owner_N.bincount(minlength=ranks.size)
+    mine = sent(chosen_N[owner_N == ranks.rank] - bounds[ranks.rank], x_ND.device)
+    ours = x_ND.new_zeros(int(counts.max()), x_ND.shape[1])  # as long on all ranks
+    torch.index_select(x_ND, 0, mine, out=ours[: len(mine)])
+    by_owner = owner_N.argsort(stable=True)
+    gaps = len(ours) * torch.arange(ranks.size) - (counts.cumsum(0) - counts)  # before each rank's, where all are
+    where_N = torch.empty_like(chosen_N)
+    where_N[by_owner] = torch.arange(len(chosen_N)) + gaps[owner_N[by_owner]]
+    torch.index_select(ranks.gather(ours), 0, sent(where_N, x_ND.device), out=out_ND)
+
+
 def _residuals_of_buffer(
-    tokens_RT: Tensor, n_residuals: int, model: LanguageModel, layers: Collection[int], rows_per_forward: int
+    tokens_RT: Tensor, model: LanguageModel, layers: Collection[int], rows_per_forward: int
 ) -> dict[int, Tensor]:
     """Residuals (N, D) of all rows, by layer; allocated once, filled in place: concatenating would need twice that."""
+    n_residuals = int(model.kept(tokens_RT).sum())
 
     def empty() -> Tensor:
         return torch.empty(n_residuals, model.d_model, dtype=model.dtype, device=model.device)
 
     residuals = {layer: empty() for layer in layers}
     filled = 0
-    for tokens in tokens_RT.split(rows_per_forward):
+    for tokens in tokens_RT.split(rows_per_forward) if len(tokens_RT) else ():
         some = residuals_of_layers(model, tokens, layers)
         end = filled + len(next(iter(some.values())))
         for layer, x_ND in some.items():

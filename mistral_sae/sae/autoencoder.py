@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mistral_sae.cli import UserError
 from mistral_sae.distributed import ALONE, Mesh
 from mistral_sae.sae import kernels
 from mistral_sae.sae.kernels import normalize_rows
@@ -68,8 +67,6 @@ class SparseAutoencoder(nn.Module):
         mesh: Mesh = ALONE,
     ):
         super().__init__()
-        if n_features % mesh.shards.size:
-            raise UserError(f"D_HIDDEN is {n_features}: expected a multiple of the {mesh.shards.size} shards of MESH")
         if not 1 <= k <= n_features:
             raise ValueError(f"K must lie between 1 and the number of features: found K={k} and {n_features} features")
         if activation not in ("topk", "relu", "jumprelu"):

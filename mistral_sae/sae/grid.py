@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_sae.cli import Failed, UserError
+from mistral_sae.cli import Failed, UserError, rank
 from mistral_sae.files import append_line
 from mistral_sae.sae import resume
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -77,7 +77,8 @@ class Member:
     def log(self) -> None:
         """Add the record to the log, and begin the next."""
         self.run.history.append(self.record)
-        append_line(self.folder / "metrics.jsonl", self.record)
+        if not rank():
+            append_line(self.folder / "metrics.jsonl", self.record)
         self.figures = []
 
     def save_sae(self) -> None:
@@ -88,7 +89,8 @@ class Member:
         """The autoencoder, its features' densities and the share that is dead; the rest of the trainer is let go."""
         trainer = self.trainer
         del self.trainer
-        return trainer.sae, trainer.counts.density_F(), len(trainer.find_dead()) / self.config.d_hidden
+        trainer.find_dead()
+        return trainer.sae, trainer.counts.density_F(), trainer.n_dead / self.config.d_hidden
 
 
 class Grid:

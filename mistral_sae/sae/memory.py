@@ -1,11 +1,13 @@
 """What a run needs on its device, by part, before the model is loaded."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
 
+from mistral_sae.cli import size_of
 from mistral_sae.sae.architectures import DENSE, SLOTS
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
@@ -197,30 +199,35 @@ def _together(stages: Sequence[Stage], more: int = 0) -> Stage:
     return stages[0]._replace(sae=parts, work=[(of_model, of_sae + more) for of_model, of_sae in work])
 
 
-def wire(config: TrainConfig, mesh: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
+def wire(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
     """Bytes that each rank of a mesh of replicas and shards receives in a step, by what they are; reckoned.
 
-    A sum over shards is received twice, as PyTorch makes it: parts of it first, and then the other ranks' sums.
+    A sum over shards is received twice, as PyTorch makes it: the parts of it first, and then the sums of other ranks.
     """
-    (replicas, shards), B, D = mesh, config.batch_size, config.d_model
-    others, shared = (shards - 1) / shards, (replicas - 1) / replicas
-    slots = 0 if config.architecture in DENSE else config.k
-    slots *= SLOTS if config.architecture in ("batchtopk", "matryoshka") else 1
-    held, k_aux = min(slots, config.d_hidden // shards), min(config.k_aux, config.auxk_features)
-    decodes = 4 * B * D * (2 * others / replicas + shared)
-    found = {
-        "residuals": B * D * dtype.itemsize * (1 - 1 / (replicas * shards)),
-        "largest values of each shard": 4 * B / replicas * held * (shards - 1),
-        "active features of other replicas": 12 * B * held * shared,
-        "decoded sums": decodes * (config.matryoshka_levels if config.architecture == "matryoshka" else 1),
-    }
-    if slots > config.k:  # the threshold is the batch's
-        found["largest values of each shard"] += 4 * B * held * (shards - 1)
-    if slots and config.auxk_coefficient:
-        found["the same of dead features, at most"] = (
-            4 * B * min(k_aux, config.d_hidden // shards) * (shards - 1) + decodes
+    total: dict[str, float] = defaultdict(float)
+    for config in configs:
+        (replicas, shards), B, D = mesh, config.batch_size, config.d_model
+        others, shared, held = (shards - 1) / shards, (replicas - 1) / replicas, config.d_hidden // shards
+        slots = {"topk": config.k, "batchtopk": SLOTS * config.k, "matryoshka": SLOTS * config.k}
+        kept, k_aux = min(slots.get(config.architecture, 0), held), min(config.k_aux, config.auxk_features, held)
+        thresholds = 0 if config.architecture == "topk" else 1  # BatchTopK's is of the whole batch
+        decoded = 4 * B * D * (2 * others / replicas + shared)
+        total["residuals"] += B * D * dtype.itemsize * (1 - 1 / (replicas * shards))
+        total["largest values of other shards"] += 4 * B * (1 / replicas + thresholds) * kept * (shards - 1)
+        total["active features of other replicas"] += 12 * B * kept * shared
+        total["what features decode to"] += decoded * (
+            config.matryoshka_levels if config.architecture == "matryoshka" else 1
         )
-    return {what: int(size) for what, size in found.items()}
+        if kept and config.auxk_coefficient:
+            total["both again of dead features"] += 4 * B * k_aux * (shards - 1) + decoded
+    return {what: int(size) for what, size in total.items()}
+
+
+def wire_plan(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dtype) -> str:
+    """What `wire` reckons, in words."""
+    found = wire(configs, mesh, dtype)
+    title = "mesh      {} replicas of {} shards; a rank's memory is above, and in a step it receives".format(*mesh)
+    return "\n".join([title, *(f"  {what:35} {size_of(size):>8}" for what, size in found.items() if size)])
 
 
 def explaining_needs(

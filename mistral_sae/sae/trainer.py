@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mistral_sae.cli import UserError
+from mistral_sae.cli import expect
 from mistral_sae.distributed import ALONE, Mesh
 from mistral_sae.files import SAEError
 from mistral_sae.sae.architectures import (
@@ -66,6 +66,14 @@ class TrainConfig:
         names = [field.name for field in fields(cls) if field.name != "d_model"]
         return cls(d_model, **{name: getattr(constants, name.upper()) for name in names})
 
+    def check_mesh(self, replicas: int, shards: int) -> None:
+        """Raise UserError unless a mesh can share out the batch and the features."""
+        for name, value, parts, what in (
+            ("BATCH_SIZE", self.batch_size, replicas, "replicas"),
+            ("D_HIDDEN", self.d_hidden, shards, "shards"),
+        ):
+            expect(name, value, value % parts == 0, f"a multiple of the {parts} {what} of MESH")
+
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
@@ -116,9 +124,7 @@ class Trainer:
         bf16: bool | None = None,
         mesh: Mesh = ALONE,
     ):
-        if config.batch_size % mesh.replicas.size:
-            several = f"a multiple of the {mesh.replicas.size} replicas of MESH"
-            raise UserError(f"BATCH_SIZE is {config.batch_size}: expected {several}")
+        config.check_mesh(mesh.replicas.size, mesh.shards.size)
         self.config, self.mesh = config, mesh
         activation = activation_of(config.architecture)
         self.sae = SparseAutoencoder(
