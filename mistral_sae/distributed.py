@@ -7,6 +7,7 @@ all of them. One process alone is a mesh of 1 x 1, where every method gives back
 import math
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -137,6 +138,7 @@ def joined(mesh: str | None, device_type: str) -> Iterator[Mesh]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it, and nothing is left to do
         raise Failed("another rank ended: its own line says why; the last checkpoint is whole") from None
     dist.destroy_process_group()
 

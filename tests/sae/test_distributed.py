@@ -23,7 +23,7 @@ from mistral_sae.sae.trainer import Figures, TrainConfig, Trainer
 
 D, F, K, B, STEPS = 16, 96, 5, 48, 20
 METADATA = Metadata("model", hook_name(1), 1, True, 64, "text")
-MESHES = ("1x2", "1x4", "2x2")
+MESHES = ("1x4", "2x2")
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 CASES = [
     ("topk", {}),
