@@ -24,13 +24,12 @@ from typing import Any
 
 import torch
 
-from mistral_sae import distributed
 from mistral_sae.data.activations import Batch, Stream, sent_to, shuffled_streams
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, fill_grid, shown
-from mistral_sae.distributed import Mesh
+from mistral_sae.distributed import Mesh, joined
 from mistral_sae.explain.figures import plot_sweep, plot_training
 from mistral_sae.files import locked, write_text
 from mistral_sae.loading import sae_device_of
@@ -40,7 +39,7 @@ from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.evaluate import Evaluator, as_held_out, summary, table
 from mistral_sae.sae.grid import Grid, Member
 from mistral_sae.sae.memory import free_memory, grid_needs, row_bytes, wire_plan
-from mistral_sae.sae.trainer import TrainConfig, Trainer
+from mistral_sae.sae.trainer import Trainer
 
 ORDER = 0  # by which text is shuffled whatever the SEED, so that autoencoders of other seeds go through the same
 
@@ -52,8 +51,7 @@ def main() -> None:
             print(line)
         return
     corpus = replace(Corpus.of(config), seed=ORDER)
-    device, _ = device_and_dtype(config.DEVICE, config.DTYPE)
-    with distributed.joined(None if config.DRY_RUN else config.MESH, device.type) as mesh:
+    with joined(config.MESH, device_and_dtype(config.DEVICE, config.DTYPE)[0].type, config.DRY_RUN) as mesh:
         config.DEVICE = mesh.device or config.DEVICE
         with mesh.ranks.first_alone():
             grid, filled, last_layer = make_plan(corpus, mesh)
@@ -115,9 +113,8 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: i
         grid.point_of(each).figures = evaluation
         if not cli.rank():
             write_text(each.folder / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-            plot_training(each.folder / "training.png", each.run.history, evaluation, density_F)
-    if not cli.rank():
-        print_results(grid)
+        plot_training(each.folder / "training.png", each.run.history, evaluation, density_F)
+    print_results(grid)
 
 
 def print_results(grid: Grid) -> None:
@@ -149,23 +146,12 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None]:
     filled, last = next(iter(constants.values())), spec.n_layers - 1
     for each in constants.values():
         cli.expect("TARGET_LAYER", each.TARGET_LAYER, each.TARGET_LAYER <= last, f"0 to {last}, of {spec.name}")
-    run_dir = Path(filled.RUN_DIR)
-    grid = Grid(
-        run_dir,
-        [
-            Member(name, run_dir / name, each.TARGET_LAYER, TrainConfig.of(each, spec.d_model))
-            for name, each in constants.items()
-        ],
-    )
-    replicas, shards = distributed.sizes(config.MESH) if config.DRY_RUN and config.MESH else mesh.sizes
-    for member in grid:
-        member.config.check_mesh(replicas, shards)
+    grid = Grid.of(constants, spec.d_model)
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     sae_device, last_layer = sae_device_of(config), None
     layers, streams = {each.layer for each in grid}, {(each.layer, each.config.seed) for each in grid}
     sizes = {"layers": len(layers), "streams": len(streams), "dtype": dtype, "on_cpu": sae_device.type == "cpu"}
-    sizes["mesh"] = replicas, shards
-    needs = partial(grid_needs, [each.config for each in grid], spec, **sizes)
+    needs = partial(grid_needs, [each.config for each in grid], spec, mesh=mesh.sizes, **sizes)
     where = str(device), str(sae_device), {str(each): free_memory(str(each)) for each in (device, sae_device)}
     plan = needs(last_layer=last_layer).plans(*where)
     if not plan.fits:
@@ -188,8 +174,8 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None]:
     cli.expect("SHUFFLE_ROWS", filled.SHUFFLE_ROWS, rows <= free, fitting)
     print(f"rows      {filled.SHUFFLE_ROWS:,} of tokens shuffled together, {cli.size_of(rows)} of main memory")
     print(plan)
-    if replicas * shards > 1:
-        print(wire_plan([each.config for each in grid], (replicas, shards), dtype))
+    for line in wire_plan([each.config for each in grid], mesh.sizes, dtype):
+        print(line)
     if not plan.fits:
         raise cli.UserError(
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
@@ -225,15 +211,7 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     """A run before its first step: the constants that shape it, and those that may change when it goes on."""
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY"]
-    free = [
-        "MISTRAL_MODEL_PATH",
-        "ENGINE",
-        "SAE_DEVICE",
-        "CHECKPOINT_EVERY",
-        "EVALUATIONS",
-        "EVALUATION_ROWS",
-        "EVALUATION_STRIDE",
-    ]
+    free = "MISTRAL_MODEL_PATH ENGINE SAE_DEVICE CHECKPOINT_EVERY EVALUATIONS EVALUATION_ROWS EVALUATION_STRIDE".split()
     settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}
     settings |= {"target_layer": member.layer, "dtype": str(dtype).removeprefix("torch.")}
     others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}

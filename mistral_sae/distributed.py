@@ -77,11 +77,7 @@ class Mesh(NamedTuple):
     replicas: Group = Group()
     shards: Group = Group()
     device: str | None = None  # this rank's GPU, where it has one of its own
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """The numbers of replicas and of shards."""
-        return self.replicas.size, self.shards.size
+    sizes: tuple[int, int] = (1, 1)  # numbers of replicas and shards
 
     def sum_tokens(self, x: Tensor) -> Tensor:
         """The sum over shards of a tensor whose first dimension are the batch's tokens; may overwrite it.
@@ -120,14 +116,14 @@ def sizes(mesh: str | None, n_ranks: int | None = None) -> tuple[int, int]:
 
 
 @contextmanager
-def joined(mesh: str | None, device_type: str) -> Iterator[Mesh]:
+def joined(mesh: str | None, device_type: str, is_plan: bool = False) -> Iterator[Mesh]:
     """The mesh of the processes that torchrun started, until the block ends; `ALONE` if it started none.
 
-    Raises Failed where another rank ended before. Where one fails, torchrun ends the others within half a minute.
+    With `is_plan` it has nothing but the sizes, and needs no ranks. Raises Failed where another rank ended before. Where
+    one fails, torchrun ends the others within half a minute.
     """
-    if not dist.is_torchelastic_launched():
-        sizes(mesh, 1)
-        yield ALONE
+    if is_plan or not dist.is_torchelastic_launched():
+        yield ALONE._replace(sizes=sizes(mesh, None if is_plan and mesh else 1))
         return
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device_type == "cuda" else None
     if device:
@@ -146,6 +142,7 @@ def joined(mesh: str | None, device_type: str) -> Iterator[Mesh]:
 def connect(mesh: str | None, device_type: str) -> Mesh:
     """The mesh of all ranks of PyTorch's process group."""
     n_ranks = dist.get_world_size()
-    made = dist.init_device_mesh(device_type, sizes(mesh, n_ranks), mesh_dim_names=("replicas", "shards"))
+    shape = sizes(mesh, n_ranks)
+    made = dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards"))
     replicas, shards = (Group(made.size(i), made.get_local_rank(i), made.get_group(i)) for i in range(2))
-    return Mesh(Group(n_ranks, dist.get_rank(), dist.group.WORLD), replicas, shards)
+    return Mesh(Group(n_ranks, dist.get_rank(), dist.group.WORLD), replicas, shards, sizes=shape)

@@ -7,7 +7,7 @@ Shapes: S streams, B tokens, D model width.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,15 @@ class Grid:
             )
             for each in self.members
         ]  # fmt: skip
+
+    @classmethod
+    def of(cls, constants: Mapping[str, Any], d_model: int) -> "Grid":
+        """Those that constants such as config.py's describe, each under its name."""
+        members = [
+            Member(name, Path(each.RUN_DIR, name), each.TARGET_LAYER, TrainConfig.of(each, d_model))
+            for name, each in constants.items()
+        ]
+        return cls(Path(next(iter(constants.values())).RUN_DIR), members)
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members)

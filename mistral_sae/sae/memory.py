@@ -1,7 +1,7 @@
 """What a run needs on its device, by part, before the model is loaded."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import psutil
@@ -121,9 +121,10 @@ def training_needs(
 
     A grid reads so many layers, in so many streams of batches; `grid_needs` is of all its autoencoders. With
     `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
-    Of a mesh of replicas and shards it is what each rank needs.
+    Of a mesh of replicas and shards it is what each rank needs. Raises UserError for a mesh that cannot be.
     """
     replicas, shards = mesh
+    config.check_mesh(replicas, shards)
     kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden // shards
     model_dtype = str(dtype).removeprefix("torch.")
     model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
@@ -223,11 +224,12 @@ def wire(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dty
     return {what: int(size) for what, size in total.items()}
 
 
-def wire_plan(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dtype) -> str:
-    """What `wire` reckons, in words."""
-    found = wire(configs, mesh, dtype)
-    title = "mesh      {} replicas of {} shards; a rank's memory is above, and in a step it receives".format(*mesh)
-    return "\n".join([title, *(f"  {what:35} {size_of(size):>8}" for what, size in found.items() if size)])
+def wire_plan(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dtype) -> Iterator[str]:
+    """What `wire` reckons, in words, line by line; none for one process."""
+    if mesh != (1, 1):
+        yield "mesh      {} replicas of {} shards; a rank's memory is above, and in a step it receives".format(*mesh)
+        for what, size in wire(configs, mesh, dtype).items():
+            yield f"  {what:35} {size_of(size):>8}"
 
 
 def explaining_needs(

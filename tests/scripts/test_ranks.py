@@ -79,9 +79,10 @@ def test_two_ranks_one_process_and_two_ranks_end_a_run_as_one_process_does(argum
     assert step_of_checkpoint(run_dir) == 10
     assert (run_dir / "checkpoints/step-10.1-of-2.safetensors").exists()
 
-    with monkeypatch.context() as patched, pytest.raises(Fails):
+    with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", failing_at_its(13, Trainer.step))
-        here(arguments(run_dir, **settings))
+        with pytest.raises(Fails):
+            here(arguments(run_dir, **settings))
     assert step_of_checkpoint(run_dir) == 20
 
     ran = on_two_ranks(arguments(run_dir, **settings))
