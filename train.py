@@ -211,7 +211,10 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     """A run before its first step: the constants that shape it, and those that may change when it goes on."""
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY"]
-    free = "MISTRAL_MODEL_PATH ENGINE SAE_DEVICE CHECKPOINT_EVERY EVALUATIONS EVALUATION_ROWS EVALUATION_STRIDE".split()
+    free = [
+        "MISTRAL_MODEL_PATH", "ENGINE", "SAE_DEVICE", "CHECKPOINT_EVERY", "EVALUATIONS", "EVALUATION_ROWS",
+        "EVALUATION_STRIDE",
+    ]  # fmt: skip
     settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}
     settings |= {"target_layer": member.layer, "dtype": str(dtype).removeprefix("torch.")}
     others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}
