@@ -119,8 +119,8 @@ def sizes(mesh: str | None, n_ranks: int | None = None) -> tuple[int, int]:
 def joined(mesh: str | None, device_type: str, is_plan: bool = False) -> Iterator[Mesh]:
     """The mesh of the processes that torchrun started, until the block ends; `ALONE` if it started none.
 
-    With `is_plan` it has nothing but the sizes, and needs no ranks. Raises Failed where another rank ended before; where
-    one fails, torchrun ends the others.
+    With `is_plan` it has nothing but the sizes, and needs no ranks. Raises Failed where another rank has ended:
+    where one fails, torchrun ends all.
     """
     if is_plan or not dist.is_torchelastic_launched():
         yield ALONE._replace(sizes=sizes(mesh, None if is_plan and mesh else 1))

@@ -27,6 +27,7 @@ MESHES = ("1x4", "2x2")
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 CASES = [
     ("topk", {}),
+    ("topk", {"bf16": True}),
     ("topk", {"k": 40, "bf16": True}),  # more than a shard has
     ("topk", {"k_aux": 60}),  # more than are dead
     ("topk", {"k_aux": 1}),  # the dead ones are gathered rows

@@ -63,19 +63,31 @@ def encode(
     the values and chooses k. Rounding can swap features whose values lie close to the k-th; so few do that the k true
     ones are among the candidates, as a test checks, and the values are as exact as without it.
     """
-    weight, candidates = W_enc, k
-    if W_enc_bf16 is not None:
-        weight, candidates = W_enc_bf16, min(len(b_enc), k + max(8, k // 4))
+    if W_enc_bf16 is None:
+        return nominate(centered, W_enc, b_enc, k)
+    _, indices = nominate(centered, W_enc_bf16, b_enc, min(len(b_enc), k + margin(k)))
+    values, chosen = torch.topk(exact(centered, W_enc, b_enc, indices), k, dim=-1, sorted=False)
+    return values, indices.gather(1, chosen)
+
+
+def margin(k: int) -> int:
+    """How many more features than k a product in bfloat16 nominates."""
+    return max(8, k // 4)
+
+
+def nominate(centered: Tensor, weight: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations of each token by a product in the weight's dtype, and their features."""
     inputs, bias = centered.to(weight.dtype), b_enc.to(weight.dtype)
     kind = "cpu" if inputs.device.type == "cpu" else "cuda"
     step = max(1, chunk_bytes(kind, weight.dtype, len(b_enc)) // (weight.itemsize * len(b_enc)))
-    pairs = [topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)]
+    pairs = [topk(F.linear(chunk, weight.T, bias), k) for chunk in inputs.split(step)]
     values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
-    if W_enc_bf16 is not None:
-        exact = operations(centered.device).inner_products(centered, indices, W_enc.T) + b_enc.take(indices)
-        values, chosen = torch.topk(exact, k, dim=-1, sorted=False)
-        indices = indices.gather(1, chosen)
     return values, indices
+
+
+def exact(centered: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor) -> Tensor:
+    """Pre-activations of some features of each token in float32, (B, n)."""
+    return operations(centered.device).inner_products(centered, indices, W_enc.T) + b_enc.take(indices)
 
 
 @torch.no_grad()
@@ -114,9 +126,20 @@ def encode_shard(centered: Tensor, weights: Weights, k: int) -> tuple[Tensor, Te
 
     An activation of 0 is none. (B, k) or as many as the shard has.
     """
-    most = min(k, len(weights.b_enc))
-    values, indices = encode(centered, weights.W_enc, weights.b_enc, most, weights.W_enc_bf16)
-    return values.masked_fill(lost(values, k, weights.mesh.shards, most), 0.0).relu(), indices
+    shards, W_enc, b_enc, W_enc_bf16 = weights.mesh.shards, weights.W_enc, weights.b_enc, weights.W_enc_bf16
+    most = min(k, len(b_enc))
+    if shards.size == 1 or W_enc_bf16 is None:
+        values, indices = encode(centered, W_enc, b_enc, most, W_enc_bf16)
+    else:  # of the nominees of all shards, too, only as many get exact values as those of one process do
+        most = min(k + margin(k), len(b_enc))
+        values, indices = nominate(centered, W_enc_bf16, b_enc, most)
+        values = values.masked_fill(lost(values, k + margin(k), shards, most), -torch.inf)
+        values, best = values.topk(max(1, int((values > -torch.inf).sum(dim=1).max())), dim=1, sorted=False)
+        indices = indices.gather(1, best)
+        values = exact(centered, W_enc, b_enc, indices).masked_fill(values == -torch.inf, -torch.inf)
+        missing = 0, most - values.shape[1]  # replicas differ in how many there are
+        values, indices = F.pad(values, missing, value=-torch.inf), F.pad(indices, missing)
+    return values.masked_fill(lost(values, k, shards, most), 0.0).relu(), indices
 
 
 def lost(values: Tensor, k: int, shards: Group, width: int) -> Tensor:
