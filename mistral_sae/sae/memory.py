@@ -14,6 +14,7 @@ from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.features import CHUNK_BYTES as CHUNK
 from mistral_sae.sae.kernels import chunk_bytes
 from mistral_sae.sae.kernels.portable import BLOCK_BYTES
+from mistral_sae.sae.kernels.step import margin
 from mistral_sae.sae.trainer import TrainConfig
 
 # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's width
@@ -210,17 +211,19 @@ def wire(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dty
         (replicas, shards), B, D = mesh, config.batch_size, config.d_model
         others, shared, held = (shards - 1) / shards, (replicas - 1) / replicas, config.d_hidden // shards
         slots = {"topk": config.k, "batchtopk": SLOTS * config.k, "matryoshka": SLOTS * config.k}
-        kept, k_aux = min(slots.get(config.architecture, 0), held), min(config.k_aux, config.auxk_features, held)
+        kept, k_aux = slots.get(config.architecture, 0), min(config.k_aux, config.auxk_features, held)
+        nominees = min(kept + margin(kept), held) if kept else 0  # in bfloat16, and then their exact values
         thresholds = 0 if config.architecture == "topk" else 1  # BatchTopK's is of the whole batch
-        decoded = 4 * B * D * (2 * others / replicas + shared)
+        decoded = 4 * B * D * (config.matryoshka_levels if config.architecture == "matryoshka" else 1)
         total["residuals"] += B * D * dtype.itemsize * (1 - 1 / (replicas * shards))
-        total["largest values of other shards"] += 4 * B * (1 / replicas + thresholds) * kept * (shards - 1)
-        total["active features of other replicas"] += 12 * B * kept * shared
-        total["what features decode to"] += decoded * (
-            config.matryoshka_levels if config.architecture == "matryoshka" else 1
-        )
+        total["largest values of other shards"] += (6 / replicas + 4 * thresholds) * B * nominees * (shards - 1)
+        total["active features of other replicas"] += 12 * B * nominees * shared
+        total["what features decode to"] += 2 * decoded * others / replicas
+        total["the same from other replicas"] += decoded * shared
         if kept and config.auxk_coefficient:
-            total["both again of dead features"] += 4 * B * k_aux * (shards - 1) + decoded
+            total["all of it again, of dead features"] += (
+                4 * B * (k_aux * (shards - 1) + D * (2 * others / replicas + shared))
+            )
     return {what: int(size) for what, size in total.items()}
 
 
