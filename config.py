@@ -9,7 +9,7 @@ they give and why. What they give for Mistral 7B on a GPU stands in brackets.
 import math
 import os
 
-from mistral_sae.cli import expect, is_json, path_of
+from mistral_sae.cli import OneOrMore, expect, is_json, path_of
 
 # ---- model ----
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; a name on the
@@ -18,7 +18,9 @@ MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
 # Tokens that are neither trained on, scored, explained nor steered, beside BOS, EOS and padding: "[INST]", or an id
 EXCLUDE_TOKENS: list = []
-TARGET_LAYER: int | None = 2 if ON_STANDIN else None  # whose output is read, blocks.{layer}.hook_resid_post (16)
+TARGET_LAYER: OneOrMore[int | None] = (
+    2 if ON_STANDIN else None
+)  # whose output is read, blocks.{layer}.hook_resid_post (16)
 # What runs it: "mistral-inference" or "transformers"; None is mistral-inference where it is installed and the folder is
 # of its layout, else transformers
 ENGINE: str | None = None
@@ -41,20 +43,24 @@ HELD_OUT_FRACTION: float = 0.05 if ON_STANDIN else 0.01
 TRAIN_TOKENS: int | None = 1_200_000 if ON_STANDIN else None  # residuals trained on (1,000,000,000)
 
 # ---- sparse autoencoder ----
-D_HIDDEN: int | None = 8192 if ON_STANDIN else None  # features: 32 times the model's width (131,072)
-K: int | None = 32 if ON_STANDIN else None  # active features a token (128); relu and jumprelu have none
+# TARGET_LAYER, ARCHITECTURE, D_HIDDEN, K, LEARNING_RATE and SEED may each be a list of values: train.py trains an
+# autoencoder for each combination, all on one pass of the model, each in a folder of its own below RUN_DIR
+D_HIDDEN: OneOrMore[int | None] = 8192 if ON_STANDIN else None  # features: 32 times the model's width (131,072)
+K: OneOrMore[int | None] = 32 if ON_STANDIN else None  # active features a token (128); relu and jumprelu have none
 # "topk" (Gao et al. 2024), "batchtopk" and "matryoshka" (Bussmann et al. 2024 and 2025), "relu" (Templeton et al. 2024)
 # or "jumprelu" (Rajamanoharan et al. 2024): sae/architectures.py has the equations
-ARCHITECTURE: str = "topk"
+ARCHITECTURE: OneOrMore[str] = "topk"
 MATRYOSHKA_LEVELS: int = 5  # nested autoencoders: of all features, of half of them, of half of those ...
 SPARSITY_COEFFICIENT: float = 1.0  # weight of relu's and jumprelu's penalty beside the squared error
 BANDWIDTH: float = 0.1  # of jumprelu: how near a threshold a pre-activation teaches it
-SEED: int = 0  # of the initialization and the order of the data
+SEED: OneOrMore[int] = 0  # of the initialization and of the order of the residuals in a buffer
 
 # ---- training ----
 BATCH_SIZE: int | None = 1024 if ON_STANDIN else None  # residuals a step (4096)
 # At most (7.1e-5); falls with the number of features (Gao et al. 2024, appendix A.3)
-LEARNING_RATE: float | None = 1.8e-3 / math.sqrt(D_HIDDEN / 2**14) if ON_STANDIN and D_HIDDEN and D_HIDDEN > 0 else None
+LEARNING_RATE: OneOrMore[float | None] = (
+    1.8e-3 / math.sqrt(D_HIDDEN / 2**14) if ON_STANDIN and isinstance(D_HIDDEN, int) and D_HIDDEN > 0 else None
+)
 WARM_UP_STEPS: int | None = 100 if ON_STANDIN else None  # linear, from 0 (1000)
 DECAY_FRACTION: float = 0.2  # last share of the steps, over which the learning rate falls linearly to 0
 MAX_GRADIENT_NORM: float = 1.0  # larger gradients are scaled down to it
@@ -173,6 +179,12 @@ def check() -> None:
     check_steering()
 
 
+def values_of(name: str) -> list:
+    """The values of a constant that may be a list: of None, which is still to be computed, there are none."""
+    value = globals()[name]
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def check_numbers() -> None:
     """The least and the most of each number, for all three scripts.
 
@@ -194,17 +206,17 @@ def check_numbers() -> None:
         "PROMPT_DOLLARS": (0, 1e6), "COMPLETION_DOLLARS": (0, 1e6), "NEW_TOKENS": (1, 2**20), "TEMPERATURE": (0, 1000),
         "SWEEP_SAMPLES": (1, 10_000), "CHAT_CONTEXT": (1, 2**24), "MAX_DOCUMENT_BYTES": (1, 2**30),
     }.items():  # fmt: skip
-        value = globals()[name]
-        expected = f"at least {least}" if value is not None and value < least else f"at most {most:,.0f}"
-        expect(name, value, value is None or least <= value <= most, expected)
+        for value in values_of(name):
+            expected = f"at least {least}" if value < least else f"at most {most:,.0f}"
+            expect(name, value, least <= value <= most, expected)
     for name, most in {
         "SPARSITY_COEFFICIENT": 1e9, "BANDWIDTH": 1e3,
         "LEARNING_RATE": 1e9, "MAX_GRADIENT_NORM": 1e9, "DECAY_FRACTION": 1, "REQUEST_TIMEOUT": 1e6,
         "REQUEST_DEADLINE": 1e6, "MAX_DOLLARS": 1e9, "MAX_API_TOKENS": 1e15,
     }.items():  # fmt: skip
-        value = globals()[name]
-        expected = f"at most {most:,.0f}" if value is not None and value > most else "above 0"
-        expect(name, value, value is None or 0 < value <= most, expected)
+        for value in values_of(name):
+            expected = f"at most {most:,.0f}" if value > most else "above 0"
+            expect(name, value, 0 < value <= most, expected)
 
 
 def check_choices() -> None:
@@ -216,13 +228,18 @@ def check_choices() -> None:
         "METHOD": ("clamp", "add", "ablate", "raw"),
         "POSITIONS": ("all", "generated"),
     }.items():
-        value = globals()[name]
-        expect(name, value, value is None or value in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
+        for value in values_of(name):
+            expect(name, value, value in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def check_training() -> None:
     """What train.py's constants must be beside each other."""
-    expect("K", K, K is None or 1 <= K <= (D_HIDDEN or K), f"1 to D_HIDDEN, {D_HIDDEN}")
+    for name in ("TARGET_LAYER", "D_HIDDEN", "K", "ARCHITECTURE", "SEED", "LEARNING_RATE"):
+        values = values_of(name)
+        expect(name, globals()[name], globals()[name] is None or values, "at least one value")
+        expect(name, globals()[name], len(set(values)) == len(values), "each value once")
+    for width in values_of("D_HIDDEN"):
+        expect("K", K, all(1 <= k <= width for k in values_of("K")), f"1 to D_HIDDEN, {width}")
     enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
     expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
     are_tokens = all(type(token) in (int, str) for token in EXCLUDE_TOKENS)

@@ -137,7 +137,7 @@ def ours(folder: Path) -> dict[str, float]:
     model, documents = standin(config.TARGET_LAYER), corpus()
     training = TrainConfig.of(config, model.d_model)
     trainer = Trainer(training, model.device)
-    language_model = timed(model, "residuals")
+    language_model = timed(model, "residuals_by_layer")
 
     def run() -> None:
         batches = shuffled_batches(

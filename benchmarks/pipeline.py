@@ -25,6 +25,7 @@ from benchmarks.stages import REST, Part, Stages, step_parts
 from mistral_sae import cli
 from mistral_sae.data import activations
 from mistral_sae.data.tokens import Corpus
+from mistral_sae.sae import grid
 from mistral_sae.sae.evaluate import Evaluator
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
@@ -39,14 +40,14 @@ RUN = [
     Part(Corpus, "held_out_rows", START, whole=True),
     Part(train, "start_or_resume", START, whole=True),
     Part(Trainer, "initialize", START, whole=True),
-    Part(activations, "residuals_of", "language model"),
+    Part(activations, "residuals_of_layers", "language model"),
     *STEP,
     Part(Trainer, "find_dead", "log"),
-    Part(train, "append_line", "log"),
+    Part(grid, "append_line", "log"),
     Part(Evaluator, "__call__", "evaluation", whole=True),
     Part(train, "plot_training", "evaluation", whole=True),
-    Part(train, "reconstruction", "checkpoints", whole=True),
-    Part(train, "save", "checkpoints", whole=True),
+    Part(grid, "reconstruction", "checkpoints", whole=True),
+    Part(grid.Grid, "save", "checkpoints", whole=True),
 ]
 ORDER = ["waiting for text", "language model", "shuffling buffer"]
 ORDER += [*(part.stage for part in STEP), "log", "evaluation", "checkpoints", START, REST]
@@ -85,7 +86,7 @@ class Background:
 def profile() -> dict[str, Any]:
     """Run train.py's `main` and say how long it spent where."""
     stages, background = Stages(), Background()
-    open_model, prefetch, shuffled_batches = train.open_model, train.prefetch, train.shuffled_batches
+    open_model, prefetch, shuffled_streams = train.open_model, train.prefetch, train.shuffled_streams
 
     def open_model_counted(*args, **kwargs):
         model = open_model(*args, **kwargs)
@@ -96,14 +97,14 @@ def profile() -> dict[str, Any]:
         return stages.items(prefetch(background.rows(rows), depth), "waiting for text")
 
     def batches_counted(*args, **kwargs):
-        return stages.items(shuffled_batches(*args, **kwargs), "shuffling buffer")
+        return stages.items(shuffled_streams(*args, **kwargs), "shuffling buffer")
 
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(config, "RUN_DIR", folder),
         patch.object(train, "open_model", open_model_counted),
         patch.object(train, "prefetch", prefetch_counted),
-        patch.object(train, "shuffled_batches", batches_counted),
+        patch.object(train, "shuffled_streams", batches_counted),
         stages.wrapping(RUN),
     ):
         train.main()

@@ -35,7 +35,7 @@ ECHO = SimpleNamespace(
     dtype=torch.float32,
     d_model=1,
     kept=lambda tokens_RT: torch.arange(tokens_RT.shape[1]).expand_as(tokens_RT) > 0,
-    residuals=lambda tokens_RT, layer: tokens_RT.unsqueeze(-1).float(),
+    residuals_by_layer=lambda tokens_RT, layers: {layer: tokens_RT.unsqueeze(-1).float() for layer in layers},
 )
 
 

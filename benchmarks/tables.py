@@ -310,6 +310,15 @@ def pipeline(result: dict[str, Any]) -> str:
     return _table([*rows, ["**all**", f"{total:.1f}", ""]])
 
 
+def grid(result: dict[str, Any]) -> str:
+    """What four autoencoders on one pass of the model cost beside one."""
+    found = result["results"]
+    one, four = (statistics.median(found[f"{name}_seconds"]) for name in ("one", "four"))
+    rows = [[f"{found['steps']} steps of {found['batch']:,} tokens", "seconds", "beside one"]]
+    rows += [["one autoencoder", f"{one:.1f}", ""], ["four on the same pass", f"{four:.1f}", f"{found['ratio']:.2f}"]]
+    return _table(rows)
+
+
 # What makes each table, and the results that it is made from
 TABLES = {
     make.__name__: (make, [make.__name__])
@@ -323,6 +332,7 @@ TABLES = {
         resuming,
         collect,
         pipeline,
+        grid,
         steering,
         steering_speed,
         traffic,

@@ -9,14 +9,17 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from types import FrameType, ModuleType, TracebackType
-from typing import Any, NoReturn, get_args
+from types import FrameType, GenericAlias, ModuleType, TracebackType
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 from tqdm import tqdm
 
+One = TypeVar("One")
+OneOrMore = Annotated[One, "or a list"]  # of a constant that may be a list of values, of which a run takes each
 STANDIN = "the bundled stand-in, a tiny Mistral that has read nothing but Python"  # what the scripts call it
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
@@ -128,10 +131,11 @@ def override(arguments: list[str], config: ModuleType) -> None:
             (close,) = difflib.get_close_matches(name.upper(), sorted(constants), n=1, cutoff=0.0)
             raise UserError(f"there is no constant {one_line(name)}: the closest is {close} (all are in config.py)")
     scope, file = vars(config), str(config.__file__)
+    scope["_arguments"] = arguments  # for `variants`
     for statement in ast.parse(inspect.getsource(config)).body:
         match statement:
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as default):
-                kinds = get_args(constants[name]) or (constants[name],)
+                kinds = _kinds(constants[name])
                 if name in given:
                     scope[name] = _parsed(name, given[name], kinds)
                     continue
@@ -145,12 +149,42 @@ def override(arguments: list[str], config: ModuleType) -> None:
                 exec(compile(ast.Module([statement], []), file, "exec"), scope)
 
 
+def variants(config: ModuleType, names: Mapping[str, str]) -> dict[str, ModuleType]:
+    """The module itself, by ""; or where constants are lists one like it for each combination of their values.
+
+    The key of each is made of the values that vary, in the order of `names`, which has a word for each constant that
+    may be a list. What is computed from a constant follows its value. Raises what `override` does.
+    """
+    lists = {name: value for name in names if isinstance(value := getattr(config, name), list)}
+    if not lists:
+        return {"": config}
+    found = {}
+    for values in product(*lists.values()):
+        module = ModuleType(config.__name__)
+        vars(module).update(vars(config))
+        here = [f"{name}={value!r}" for name, value in zip(lists, values, strict=True)]
+        override([*vars(config).get("_arguments", []), *here], module)
+        words = [f"{names[name]}{value}" for name, value in zip(lists, values, strict=True) if len(lists[name]) > 1]
+        found["-".join(words)] = module
+    return found
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    if get_origin(annotation) is Annotated:  # OneOrMore
+        single = _kinds(get_args(annotation)[0])
+        return *single, GenericAlias(list, single[:1])
+    return get_args(annotation) or (annotation,)
+
+
 def _parsed(name: str, text: str, kinds: tuple[type, ...]) -> Any:
     """What an argument says, as one of the constant's types; a string needs no quotes."""
     if text == "" and type(None) in kinds:  # as after a misspelt shell variable: a budget must not get lost
         raise UserError(f"{name} is empty: give it a value, or {name}=None")
     if bool in kinds and text in ("true", "false"):
         return text == "true"
+    if list[str] in kinds and re.fullmatch(r"\[[\w\s,]*\]", text):  # which needs none in a list, either
+        return text[1:-1].replace(",", " ").split()
     try:
         return _typed(name, literal(text), kinds, found=text)
     except UserError:
@@ -179,6 +213,8 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...], found: Any = None) ->
         return float(value)
     if int in kinds and type(value) is float and value.is_integer():
         return int(value)
+    if isinstance(value, list) and (parts := [get_args(kind) for kind in kinds if get_origin(kind) is list]):
+        return [_typed(name, each, parts[0]) for each in value]
     expected = " or ".join("nothing (None)" if kind is type(None) else kind.__name__ for kind in kinds)
     raise UserError(f"{name} must be of type {expected}: found {quoted(value if found is None else found)}")
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from mistral_sae.cli import UserError, variants
 from mistral_sae.model.language_model import STANDIN, ModelSpec, device_and_dtype, inspect, why_no_gpu
 
 TOKENS = 1_000_000_000  # trained on for FEATURES features
@@ -18,6 +19,18 @@ CPU_PRODUCTS = 5e13  # multiplications and additions of the language model in tr
 FEWEST_TOKENS = 100_000
 TOKENS_A_FEATURE = 64  # at least; each is active in about two of them
 MANY_MOMENTS = 2e9  # bytes of Adam's moments in float32 from which a GPU has them in bfloat16
+
+# Constants that may be lists, whose combinations train.py trains on one pass of the model: what each is called in the
+# name of a combination
+GRID = {
+    "TARGET_LAYER": "layer", "ARCHITECTURE": "", "D_HIDDEN": "features", "K": "k", "LEARNING_RATE": "lr",
+    "SEED": "seed",
+}  # fmt: skip
+# What the combinations have in common, since they go through the same batches; the rest may follow from their own
+SHARED = (
+    "TRAIN_TOKENS", "BATCH_SIZE", "BUFFER_TOKENS", "SHUFFLE_ROWS", "ROWS_PER_FORWARD", "EVALUATION_ROWS", "EVALUATIONS",
+    "CHECKPOINT_EVERY",
+)  # fmt: skip
 
 
 class Default(NamedTuple):
@@ -54,18 +67,39 @@ class Filled(Protocol):
 def fill(constants: Any) -> tuple[Filled, ModelSpec, list[Default]]:
     """Set the constants of a module such as config.py that are None, and run its `check` again.
 
-    Returns the module, the model that it names, as `inspect` does, and what was set, in the order in which one follows
-    from another. Prints a line if there is a GPU that cannot be used. Raises ModelError and UserError.
+    Of those that are lists the first value is taken. Returns the module, the model that it names, as `inspect` does,
+    and what was set, in the order in which one follows from another. Prints a line if there is a GPU that cannot be
+    used. Raises ModelError and UserError.
+    """
+    for name in GRID:
+        if isinstance(value := getattr(constants, name), list):
+            setattr(constants, name, value[0])
+    grid, spec, found = fill_grid(constants)
+    return grid[""], spec, found
+
+
+def fill_grid(constants: Any) -> tuple[dict[str, Filled], ModelSpec, list[Default]]:
+    """The same for each combination of the values of constants that are lists; the modules are by name (`variants`).
+
+    Raises UserError where they would not go through the same batches.
     """
     spec = inspect(constants.MISTRAL_MODEL_PATH or STANDIN, constants.ENGINE)
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
     if constants.MISTRAL_MODEL_PATH is not None and constants.DEVICE is None and (why := why_no_gpu()):
         print(f"warning: {why}; DEVICE=cpu does without, and is slow")
-    found = defaults(constants, spec, device, dtype)
-    for name, value, _ in found:
-        setattr(constants, name, value)
-    constants.check()
-    return constants, spec, found
+    grid: dict[str, Any] = variants(constants, GRID)
+    found = []
+    for each in grid.values():
+        found += (own := defaults(each, spec, device, dtype))
+        for name, value, _ in own:
+            setattr(each, name, value)
+        each.check()
+    for name in SHARED:
+        if len(values := dict.fromkeys(as_argument(getattr(each, name)) for each in grid.values())) > 1:
+            raise UserError(
+                f"{name} would be {' or '.join(values)}, expected one value for all of the grid: set {name}"
+            )
+    return grid, spec, list(dict.fromkeys(found))
 
 
 def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> list[Default]:

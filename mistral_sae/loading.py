@@ -12,6 +12,7 @@ from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_an
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
 from mistral_sae.sae.memory import Needs, free_memory
+from mistral_sae.sae.resume import read_points
 
 # Told the autoencoder, the last layer of the model and its dtype: what a run with them needs
 Needed = Callable[[SparseAutoencoder, int | None, torch.dtype], Needs]
@@ -66,6 +67,10 @@ def sae_device_of(constants: Any) -> torch.device:
 
 def sae_source(constants: Any) -> str | Path:
     """Folder or hub name of the autoencoder: SAE_PATH, or `sae` in RUN_DIR. Raises SAEError if RUN_DIR has none."""
+    if constants.SAE_PATH is None and (points := read_points(Path(constants.RUN_DIR))):
+        one, *others = [point.name for point in points]
+        named = f"choose one by RUN_DIR={Path(constants.RUN_DIR, one)}, {', '.join(others)}"
+        raise SAEError(f"found a grid of {len(points)} autoencoders in {constants.RUN_DIR}, expected one: {named}")
     source = constants.SAE_PATH or Path(constants.RUN_DIR) / "sae"
     if constants.SAE_PATH is None and not Path(source, "cfg.json").is_file():
         raise SAEError(f"found no autoencoder in {source}: run train.py first, or set SAE_PATH or RUN_DIR")

@@ -55,6 +55,7 @@ from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import Metadata
 from mistral_sae.sae.checkpoint import load_sae, save_sae
 from mistral_sae.sae.features import Statistics
+from mistral_sae.sae.resume import Point, read_points, write_points
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 from tools.mutate import mutated
 from tools.weights import to_hf, write_gguf
@@ -136,6 +137,11 @@ def _write_figures(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 0.5}\n' * 3)
 
 
+def _write_sweep(folder: Path) -> None:
+    point = {"layer": 1, "architecture": "topk", "d_hidden": 64, "learning_rate": 0.001, "seed": 0}
+    write_points(folder, [Point(name=f"k{k}", k=k, **point, figures={"l0": 4.0}) for k in (4, 8)])
+
+
 _MADE_FROM = {"format": cache.FORMAT, "autoencoder": "a", "model": "m", "corpus": {"files": "f"}}
 
 
@@ -194,7 +200,7 @@ def _read_checkpoint(folder: Path) -> None:
             path.parent.mkdir()
             save_file(tensors, path, metadata=header_of(words, tensors))
             list(resume.status(Path(run_dir)))
-            resume.load_checkpoint(resume.find_checkpoints(Path(run_dir), run, True), _trainer(), run)
+            resume.load_checkpoints([(resume.find_checkpoints(Path(run_dir), run, True), _trainer(), run)])
             Place.of(run.stream)
 
 
@@ -288,9 +294,10 @@ READERS = {
     ),
     "config.json, run": Reader(_write_config, _run_config, 1),
     "autoencoder": Reader(_write_sae, load_sae, 60),
-    "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 280),
+    "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 270),
     "explanations.jsonl": Reader(_write_labels, _read_labels, 220),
     "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),
+    "sweep.json": Reader(_write_sweep, read_points, 10),
     "activations": Reader(_write_cache, _read_cache, 28),
     "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 140),
     "checkpoint": Reader(_write_checkpoint, _read_checkpoint, 10),

@@ -1,12 +1,12 @@
 """Rows of tokens -> shuffled batches of residuals.
 
-Shapes: R rows a forward, T positions, D model width, B tokens a batch.
+Shapes: R rows a forward, T positions, D model width, B tokens a batch, S streams, L layers.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +18,31 @@ from mistral_sae.data.tokens import Row
 from mistral_sae.model.language_model import LanguageModel, sent
 
 
+class Stream(NamedTuple):
+    """Which residuals, in which order: all that tells the batches of one autoencoder of a grid from another's."""
+
+    layer: int
+    seed: int
+
+
 class Batch(NamedTuple):
     """Residuals, and where the stream goes on after them."""
 
-    x: Tensor  # (B, D), in the model's dtype
+    x: Tensor  # (B, D), or (S, B, D) of several streams, in the model's dtype
     place: Place
 
 
 def residuals_of(model: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
     """Residuals of `layer` at the positions of `model.kept`, (N, D), row by row; tokens on the CPU spare a wait."""
+    return residuals_of_layers(model, tokens_RT, [layer])[layer]
+
+
+def residuals_of_layers(model: LanguageModel, tokens_RT: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
+    """The same of several layers, by layer, in one forward."""
     kept_N = model.kept(tokens_RT).flatten().nonzero().squeeze(1)
-    x_RTD = model.residuals(tokens_RT, layer)
-    return x_RTD.flatten(0, 1).index_select(0, sent(kept_N, model.device))
+    found = model.residuals_by_layer(tokens_RT, layers)
+    kept_N = sent(kept_N, model.device)
+    return {layer: x_RTD.flatten(0, 1).index_select(0, kept_N) for layer, x_RTD in found.items()}
 
 
 def shuffled_batches(
@@ -43,16 +56,33 @@ def shuffled_batches(
     seed: int,
     start: Place = BEGINNING,
 ) -> Iterator[Batch]:
-    """Residuals of `layer` at the positions of `model.kept`, in shuffled batches, in the model's dtype.
+    """Batches (B, D) of one stream: `shuffled_streams` says how."""
+    sizes = {"batch_size": batch_size, "buffer_tokens": buffer_tokens, "rows_per_forward": rows_per_forward}
+    batches = shuffled_streams(rows, model, [Stream(layer, seed)], **sizes, start=start)
+    yield from map(lambda batch: Batch(batch.x[0], batch.place), batches)  # keeps no batch alive, as a loop would
+
+
+def shuffled_streams(
+    rows: Iterator[Row],
+    model: LanguageModel,
+    streams: Sequence[Stream],
+    *,
+    batch_size: int,
+    buffer_tokens: int,
+    rows_per_forward: int,
+    start: Place = BEGINNING,
+) -> Iterator[Batch]:
+    """Residuals at the positions of `model.kept`, in shuffled batches (S, B, D) of S streams, in the model's dtype.
 
     `rows` are all of the same length. They are cut into buffers of as many whole rows as give at most `buffer_tokens`
-    residuals; each buffer is permuted by (seed, number of the buffer), and the permuted buffers, end to end, are cut
-    into batches. What a batch holds is therefore a function of the stream, the seed and its number alone. A run that
-    had the place of a batch goes on after it, where `rows` and `start` are of that place: the rows of one buffer go
-    through the model for it, and none before them.
+    residuals, of all layers in one forward; for each stream each buffer is permuted by (seed, number of the buffer),
+    and the permuted buffers, end to end, are cut into batches. What a batch holds is therefore a function of the rows,
+    the layer, the seed and its number alone, whatever the other streams. A run that had the place of a batch goes on
+    after it, where `rows` and `start` are of that place: the rows of one buffer go through the model for it, and none
+    before them.
 
-    A finite stream ends with its last whole batch. Memory: one buffer, one batch and the rows in the model. Raises
-    ValueError if a buffer cannot hold a row.
+    Finite rows end with their last whole batch. Memory: a buffer for each layer, a batch for each stream and the rows
+    in the model. Raises ValueError if a buffer cannot hold a row.
     """
     first = next(rows, None)
     if first is None:
@@ -62,6 +92,8 @@ def shuffled_batches(
     if rows_per_buffer < 1:
         raise ValueError(f"BUFFER_TOKENS must hold at least one row of {per_row} residuals: found {buffer_tokens}")
     rows, used = chain([first], rows), start.residuals
+    layers, seeds = {stream.layer for stream in streams}, {stream.seed for stream in streams}
+    kind: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
     batch, filled = None, 0  # the batch that is being filled goes on in the next buffer
     for number in itertools.count(start.buffer):
         if not (buffer := list(islice(rows, rows_per_buffer))):
@@ -69,21 +101,22 @@ def shuffled_batches(
         tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer], dtype=np.int64))
         n_residuals = int(model.kept(tokens_RT).sum())
         with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
-            residuals_ND = _residuals_of_buffer(tokens_RT, n_residuals, model, layer, rows_per_forward)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        order = sent(torch.randperm(n_residuals, generator=generator)[used:], model.device)
-        while len(order):
+            residuals = _residuals_of_buffer(tokens_RT, n_residuals, model, layers, rows_per_forward)
+        orders = {seed: sent(_order(n_residuals, seed, number)[used:], model.device) for seed in seeds}
+        while used < n_residuals:
             if batch is None:
-                batch, filled = residuals_ND.new_empty(batch_size, model.d_model), 0
-            taken, order = order[: batch_size - filled], order[batch_size - filled :]
-            torch.index_select(residuals_ND, 0, taken, out=batch[filled : filled + len(taken)])
-            filled += len(taken)
-            used += len(taken)
+                batch, filled = torch.empty(len(streams), batch_size, model.d_model, **kind), 0
+            end = min(batch_size, filled + n_residuals - used)
+            taken = {seed: order[: end - filled] for seed, order in orders.items()}
+            orders = {seed: order[end - filled :] for seed, order in orders.items()}
+            for i, (layer, seed) in enumerate(streams):
+                torch.index_select(residuals[layer], 0, taken[seed], out=batch[i, filled:end])
+            used, filled = used + end - filled, end
             if filled == batch_size:
                 yield Batch(batch, buffer[0].place._replace(buffer=number, residuals=used))
                 batch = None
         used = 0
-        del residuals_ND  # before the next buffer is made
+        del residuals  # before the next buffer is made
 
 
 def sent_to(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -108,14 +141,26 @@ def sent_to(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         yield Batch(there, place)
 
 
+def _order(n_residuals: int, seed: int, number: int) -> Tensor:
+    """The order in which the residuals of a buffer come, by the seed and the buffer's number."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+    return torch.randperm(n_residuals, generator=generator)
+
+
 def _residuals_of_buffer(
-    tokens_RT: Tensor, n_residuals: int, model: LanguageModel, layer: int, rows_per_forward: int
-) -> Tensor:
-    """Residuals (N, D) of all rows; one allocation, filled in place: concatenating would need the memory twice."""
-    residuals_ND = torch.empty(n_residuals, model.d_model, dtype=model.dtype, device=model.device)
+    tokens_RT: Tensor, n_residuals: int, model: LanguageModel, layers: Collection[int], rows_per_forward: int
+) -> dict[int, Tensor]:
+    """Residuals (N, D) of all rows, by layer; allocated once, filled in place: concatenating would need twice that."""
+
+    def empty() -> Tensor:
+        return torch.empty(n_residuals, model.d_model, dtype=model.dtype, device=model.device)
+
+    residuals = {layer: empty() for layer in layers}
     filled = 0
     for tokens in tokens_RT.split(rows_per_forward):
-        some = residuals_of(model, tokens, layer)
-        residuals_ND[filled : filled + len(some)] = some
-        filled += len(some)
-    return residuals_ND
+        some = residuals_of_layers(model, tokens, layers)
+        end = filled + len(next(iter(some.values())))
+        for layer, x_ND in some.items():
+            residuals[layer][filled:end] = x_ND
+        filled = end
+    return residuals

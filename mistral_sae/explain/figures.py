@@ -11,6 +11,8 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,12 @@ STYLE: dict[Any, Any] = {
     "legend.handlelength": 1.4,
     "svg.fonttype": "none",
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED)
+# Of lines beside each other, which black and white print tells apart too
+LOOKS: list[dict[str, Any]] = [
+    {"color": CURVE, "linestyle": "-", "marker": "o"}, {"color": MARK, "linestyle": "--", "marker": "s"},
+    {"color": "#4d7f52", "linestyle": ":", "marker": "^"}, {"color": INK, "linestyle": "-.", "marker": "D"},
+    {"color": "#8a5f9e", "linestyle": "-", "marker": "v"}, {"color": "#a9892c", "linestyle": "--", "marker": "X"},
+]  # fmt: skip
 BINS = 50  # of a histogram
 DEAD_WORTH_SHOWING = 0.01  # of the features
 
@@ -253,7 +261,51 @@ def _histogram(
 
 def plot_training(path: Path, history: Records, evaluation: Mapping[str, Any], density_F: Tensor | None) -> None:
     """Draw `training_panels` side by side into a PNG at `path`."""
-    panels = training_panels(history, evaluation, density_F)
+    _save(path, training_panels(history, evaluation, density_F))
+
+
+def plot_sweep(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what the autoencoders of sweep.json cost and keep, over how many features are active, into a PNG at `path`.
+
+    A line joins those that differ in nothing but their sparsity, rate or seed.
+    """
+    words: dict[str, Callable[[Any], str]] = {
+        "architecture": str, "d_hidden": "{:,} features".format, "layer": "layer {}".format,
+    }  # fmt: skip
+    varying = [name for name in words if len({point[name] for point in points}) > 1]
+    lines: dict[str, list[Mapping[str, float]]] = {}
+    for point in sorted(points, key=lambda point: point["figures"]["l0"]):
+        label = ", ".join(words[name](point[name]) for name in varying)
+        lines.setdefault(label, []).append(point["figures"])
+
+    def curves(key: str, into: Axes) -> None:
+        for (label, figures), look in zip(sorted(lines.items()), cycle(LOOKS), strict=False):
+            x, y = ([each[name] for each in figures] for name in ("l0", key))
+            into.plot(x, y, **look, markersize=5, linewidth=1.4, label=label or None)
+        into.set(xlabel="active features a token")
+        if key == "ce_loss_recovered":
+            into.yaxis.set_major_formatter(lambda value, _: percent(value))
+
+    _save(
+        path,
+        [
+            Panel(
+                "Normalized MSE",
+                "The share of the residuals' variance that the features leave unexplained, on held-out text: 0 is "
+                "perfect, 1 is predicting the mean.",
+                partial(curves, "normalized_mse"),
+            ),
+            Panel(
+                "Cross-entropy recovered",
+                "The share of what the model loses without the layer that comes back through the features.",
+                partial(curves, "ce_loss_recovered"),
+            ),
+        ],
+    )
+
+
+def _save(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw panels side by side into a PNG."""
     meanings = ["\n".join(textwrap.wrap(panel.meaning, 61)) for panel in panels]
     height = 12 * max(meaning.count("\n") + 1 for meaning in meanings)  # points; the same for all: they stand in a row
     above = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -265,7 +317,7 @@ def plot_training(path: Path, history: Records, evaluation: Mapping[str, Any], d
             _draw(panel, axes)
             axes.annotate(meaning, (0, 1), (0, 8 + height), va="top", fontsize=8, **above)
             axes.annotate(panel.title, (0, 1), (0, 13 + height), fontsize=11, fontweight="bold", color=INK, **above)
-        write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def svg(panel: Panel) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,9 +187,13 @@ class LanguageModel:
 
     def residuals(self, tokens_BT: Tensor | list[list[int]], layer: int) -> Tensor:
         """The residual stream after `layer`, (B, T, D) in the model's dtype; later layers do not run."""
-        with read_residuals(self, [layer]) as residuals:
+        return self.residuals_by_layer(tokens_BT, [layer])[layer]
+
+    def residuals_by_layer(self, tokens_BT: Tensor | list[list[int]], layers: Collection[int]) -> dict[int, Tensor]:
+        """The same of several layers in one forward, by layer."""
+        with read_residuals(self, layers) as residuals:
             self._run(torch.as_tensor(tokens_BT), None)
-        return residuals[layer]
+        return residuals
 
     def generate(
         self,

@@ -173,6 +173,18 @@ on {figures["tokens"]:,} held-out tokens
   rarely firing features   {figures["rare_fraction"]:.1%} (on fewer than one of these tokens in 10,000)"""
 
 
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """The figures of whole evaluations by the names of their autoencoders, in words, a line each."""
+    width = max(map(len, figures))
+    lines = [f"{'':{width}}  active a token  normalized MSE  cross-entropy recovered  dead"]
+    for name, found in figures.items():
+        recovered, dead = f"{found['ce_loss_recovered']:.1%}", f"{found['dead_fraction']:.1%}"
+        lines.append(
+            f"{name:{width}}  {found['l0']:14.1f}  {found['normalized_mse']:14.3f}  {recovered:>23}  {dead:>5}"
+        )
+    return "\n".join(lines)
+
+
 def _exact(x: Tensor) -> Tensor:
     """The same in float64; on the CPU where the device, an Apple GPU, has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()

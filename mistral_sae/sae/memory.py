@@ -1,7 +1,7 @@
 """What a run needs on its device, by part, before the model is loaded."""
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
@@ -112,11 +112,13 @@ class _Sizes(Protocol):
 
 
 def training_needs(
-    config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, on_cpu: bool
-) -> Needs:
+    config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, on_cpu: bool, layers: int = 1,
+    streams: int = 1,
+) -> Needs:  # fmt: skip
     """Estimate the memory of a run on a model of the given sizes; `on_cpu` says where the autoencoder is.
 
-    With `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
+    A grid reads so many layers, in so many streams of batches; `grid_needs` is of all its autoencoders. With
+    `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
     """
     kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden
     model_dtype = str(dtype).removeprefix("torch.")
@@ -144,7 +146,7 @@ def training_needs(
     step = bf16_encoder + max(encoder_float32, encoder_bf16) + batch + auxk
     evaluation = forward + logits, bf16_encoder + encoder_float32
     part = "" if last_layer is None else f" to layer {last_layer}"
-    buffer = (config.buffer_tokens + config.batch_size) * D * model_bytes
+    buffer = (layers * config.buffer_tokens + streams * config.batch_size) * D * model_bytes
     return Needs(
         Stage(
             {
@@ -166,6 +168,27 @@ def training_needs(
             [(forward + logits, encoder_float32)],
         ),
     )
+
+
+def grid_needs(configs: Sequence[TrainConfig], model: _Sizes, **options: Any) -> Needs:
+    """Estimate the memory of a run that trains several autoencoders; `options` are those of `training_needs`.
+
+    All their weights and moments are there. Of gradients, and of what a step takes beside, one has its own at a time.
+    """
+    needs = [training_needs(config, model, **options) for config in configs]
+    copies = sum(2 * config.d_model * config.d_hidden for config in configs[1:])  # of W_enc, in bfloat16
+    return Needs(
+        _together([each.first for each in needs], copies), _together([each.later for each in needs if each.later])
+    )
+
+
+def _together(stages: Sequence[Stage], more: int = 0) -> Stage:
+    """A stage of several autoencoders beside each other, with so many bytes more."""
+    parts: dict[str, int] = {}
+    for name, size in (part for stage in stages for part in stage.sae.items()):
+        parts[name] = max(parts.get(name, 0), size) if "gradients" in name else parts.get(name, 0) + size
+    work = [tuple(map(max, zip(*each, strict=True))) for each in zip(*(stage.work for stage in stages), strict=True)]
+    return stages[0]._replace(sae=parts, work=[(of_model, of_sae + more) for of_model, of_sae in work])
 
 
 def explaining_needs(

@@ -6,7 +6,8 @@ before it is used.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,16 +15,28 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mistral_sae.cli import UserError, printable, size_of
-from mistral_sae.files import SAEError, holder, load_metadata, load_state, locked, save_state, sync_folder, writing
+from mistral_sae.files import (
+    SAEError,
+    holder,
+    load_metadata,
+    load_state,
+    locked,
+    save_state,
+    sync_folder,
+    write_text,
+    writing,
+)
 from mistral_sae.sae.trainer import Trainer
-from mistral_sae.schema import Schema, Total, Words
+from mistral_sae.schema import Schema, Total, Words, read
 
 LOCK = ".train.lock"
+SWEEP = "sweep.json"
+ANEW = "RESUME=False trains anew and sets them aside, or choose another RUN_DIR"
 LATEST = 20  # records of the log from which STATUS takes the rate
 # What belongs to a run, its explanations included: they name features of its autoencoder
 OF_A_RUN = (
     "checkpoint*", "sae", "metrics.jsonl", "evaluation.json", "training.png", "activations", "explanations*.jsonl",
-    "completions*.jsonl", "statistics*", "report.html", "text.html", "chat.jsonl",
+    "completions*.jsonl", "statistics*", "report.html", "text.html", "chat.jsonl", "sweep.png", SWEEP,
 )  # fmt: skip
 OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 
@@ -62,15 +75,22 @@ def _step_of(path: Path) -> int:
     return int(path.stem[5:])
 
 
-def save_checkpoint(run_dir: Path, trainer: Trainer, run: Run, keep: int) -> Path:
-    """Write all that continuing needs, and then remove all but the newest `keep` up to this step; returns its path."""
-    path = run_dir / "checkpoints" / f"step-{run.step}.safetensors"
-    save_state(path, trainer.state(), run.model_dump())
-    kept = [other for other in checkpoints(run_dir) if _step_of(other) <= run.step][:keep]
-    for other in path.parent.glob("step-*"):  # later ones are of a run that went on from a damaged one
-        if other not in kept:
-            other.unlink()
-    return path
+def path_of_step(run_dir: Path, step: int) -> Path:
+    """The checkpoint after a step."""
+    return run_dir / "checkpoints" / f"step-{step}.safetensors"
+
+
+def save_checkpoint(run_dir: Path, trainer: Trainer, run: Run) -> None:
+    """Write all that continuing needs."""
+    save_state(path_of_step(run_dir, run.step), trainer.state(), run.model_dump())
+
+
+def remove_checkpoints(run_dir: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` up to a step; later ones are of a run that went on from a damaged one."""
+    kept = [path for path in checkpoints(run_dir) if _step_of(path) <= step][:keep]
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        if path not in kept:
+            path.unlink()
 
 
 def find_checkpoints(run_dir: Path, run: Run, resume: bool) -> list[Path]:
@@ -119,35 +139,102 @@ def _may_be_the_same(old: str, new: str) -> bool:
 
 
 def _refuse_what_cannot_go_on(run_dir: Path) -> None:
-    anew = "RESUME=False trains anew and sets them aside, or choose another RUN_DIR"
     if checkpoints(run_dir):
-        raise SAEError(f"found no whole checkpoint in {run_dir / 'checkpoints'}, expected one to go on from: {anew}")
+        raise SAEError(f"found no whole checkpoint in {run_dir / 'checkpoints'}, expected one to go on from: {ANEW}")
     if found := [name for name in ("sae", "evaluation.json") if (run_dir / name).exists()]:
-        raise UserError(f"found {' and '.join(found)} in {run_dir}, but no checkpoint to go on from: {anew}")
+        raise UserError(f"found {' and '.join(found)} in {run_dir}, but no checkpoint to go on from: {ANEW}")
 
 
-def load_checkpoint(found: list[Path], trainer: Trainer, run: Run) -> None:
-    """Bring a trainer and a run to the newest of the checkpoints that is whole; prints which are damaged.
+def load_checkpoints(saes: Sequence[tuple[list[Path], Trainer, Run]]) -> bool:
+    """Bring trainers and runs to the newest step of which all have a whole checkpoint; prints which are damaged.
 
-    Raises SAEError if none is, UserError if it is of another model.
+    Returns False, and changes nothing, if some have none. Raises SAEError if all do and none of a step is whole,
+    UserError if one is of another model.
     """
-    for path in found:
+    if not all(found for found, _, _ in saes):  # a run that was killed as it saved the first
+        return False
+    for step in sorted(set.intersection(*({_step_of(path) for path in found} for found, _, _ in saes)), reverse=True):
         try:
-            tensors, saved = load_state(path, "cpu", Run)  # the trainer's own already fill the device
-            trainer.check(tensors, path)
+            for found, trainer, run in saes:
+                _load(path_of_step(found[0].parent.parent, step), trainer, run)
+            return True
         except SAEError as error:
             print(f"{error}; the checkpoint before it is used")
-            continue
-        if saved.model != run.model:
-            raise UserError(
-                f"{path} was trained on a model with other weights than {run.others.get('mistral_model_path')}: choose "
-                "the same MISTRAL_MODEL_PATH or another RUN_DIR, or RESUME=False to train anew in this one"
-            )
-        trainer.load(tensors)
-        for name in ("step", "stream", "history", "figures", "seconds"):
-            setattr(run, name, getattr(saved, name))
-        return
-    _refuse_what_cannot_go_on(found[0].parent.parent)
+    folders = [found[0].parent.parent for found, _, _ in saes]
+    if len(folders) == 1:
+        _refuse_what_cannot_go_on(folders[0])
+    raise SAEError(f"found no step that all have saved whole in {folders[0].parent}, expected one: {ANEW}")
+
+
+def _load(path: Path, trainer: Trainer, run: Run) -> None:
+    tensors, saved = load_state(path, "cpu", Run)  # the trainer's own already fill the device
+    trainer.check(tensors, path)
+    if saved.model != run.model:
+        raise UserError(
+            f"{path} was trained on a model with other weights than {run.others.get('mistral_model_path')}: choose "
+            "the same MISTRAL_MODEL_PATH or another RUN_DIR, or RESUME=False to train anew in this one"
+        )
+    trainer.load(tensors)
+    for name in ("step", "stream", "history", "figures", "seconds"):
+        setattr(run, name, getattr(saved, name))
+
+
+def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
+    """Write metrics.jsonl as a checkpoint has it."""
+    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+
+# ---- grids ----
+
+
+class Point(Schema):
+    """An autoencoder of a grid, as sweep.json has it."""
+
+    name: Annotated[str, Field(pattern=r"^(\w[\w.+-]*)?$")]  # of its folder
+    layer: int
+    architecture: Words
+    d_hidden: int
+    k: int
+    learning_rate: float
+    seed: int
+    stopped: Words = ""  # why, if it was
+    figures: dict[str, Number] = Field(default_factory=dict)  # evaluation.json, when all are done
+
+
+def read_points(run_dir: Path) -> list[Point]:
+    """The autoencoders of the grid in a RUN_DIR; none if it holds no grid."""
+    path = run_dir / SWEEP
+    return read(list[Point], path, f"remove it if {run_dir} holds no grid") if path.exists() else []
+
+
+def write_points(run_dir: Path, points: Sequence[Point]) -> None:
+    """Write sweep.json."""
+    write_text(run_dir / SWEEP, json.dumps([point.model_dump() for point in points], indent=1) + "\n")
+
+
+def check_folder(run_dir: Path, names: Sequence[str], resume: bool) -> None:
+    """Raise UserError where a RUN_DIR holds another grid than that of these names, or a grid and not a run, or a run.
+
+    Without `resume` what it holds is set aside, so only a grid at work on a folder of its own is in the way.
+    """
+    if run_dir.name in [point.name for point in read_points(run_dir.parent)] and (by := holder(run_dir.parent, LOCK)):
+        raise UserError(f"found the grid in {run_dir.parent} at work on {run_dir} ({by}): wait for it or stop it")
+    there, found = [point.name for point in read_points(run_dir)], ""
+    if there and set(there) != set(names):
+        found = f"a grid of {', '.join(there)}"
+    elif names and not there:
+        taken = [folder for folder in (run_dir, *(run_dir / name for name in names)) if _holds_run(folder)]
+        found = f"a run of one autoencoder{f' in {taken[0].name}' if taken[0] != run_dir else ''}" if taken else ""
+    if found and resume:
+        what = f"a grid of {', '.join(names)}" if names else "no grid"
+        raise UserError(f"{run_dir} holds {found}, expected {what}: {ANEW}")
+
+
+def _holds_run(folder: Path) -> bool:
+    return bool(checkpoints(folder)) or any((folder / name).exists() for name in ("sae", "evaluation.json"))
+
+
+# ---- an earlier run ----
 
 
 def set_aside(run_dir: Path) -> Path | None:
@@ -155,13 +242,15 @@ def set_aside(run_dir: Path) -> Path | None:
 
     That folder is a RUN_DIR. A move that was cut off is finished by the next.
     """
-    there = any((run_dir / name).exists() for name in ("sae", "evaluation.json", "previous.partial"))
-    if not there and not checkpoints(run_dir):  # half of the first one is left by a kill
-        return None
     partial = run_dir / "previous.partial"
-    with locked(run_dir), writing(partial):  # explain.py may be at work on it
+    grid = [folder for point in read_points(run_dir) if (folder := run_dir / point.name).exists()]
+    if not any(map(_holds_run, (run_dir, *grid))) and not partial.exists():  # half of the first one is left by a kill
+        return None
+    with ExitStack() as held, writing(partial):
+        for folder in (run_dir, *grid):  # explain.py may be at work on it
+            held.enter_context(locked(folder))
         partial.mkdir(exist_ok=True)
-        for path in [path for name in OF_A_RUN for path in run_dir.glob(name)]:
+        for path in [*grid, *(path for name in OF_A_RUN for path in run_dir.glob(name))]:
             path.rename(partial / path.name)
         whole = next(path for i in count(1) if not (path := run_dir / f"previous-{i}").exists())
         sync_folder(partial)
@@ -175,10 +264,17 @@ def set_aside(run_dir: Path) -> Path | None:
 
 def status(run_dir: Path) -> Iterator[str]:
     """How far the run in a RUN_DIR is, line by line; reads each checkpoint whole. Raises UserError if there is none."""
+    by = holder(run_dir, LOCK)
+    at_work = f"at work: {by}" if by else "not at work"
+    if points := read_points(run_dir):
+        yield f"grid      {len(points)} autoencoders in {run_dir}, {at_work}"
+        for point in points:
+            _, *rest = status(run_dir / point.name)
+            yield from (f"\n{point.name}", *rest, *([f"stopped   {point.stopped}"] if point.stopped else []))
+        return
     if not (run_dir / "metrics.jsonl").exists() and not checkpoints(run_dir):
         raise UserError(f"found no run in {run_dir}, expected what train.py writes: set RUN_DIR to the folder of one")
-    by = holder(run_dir, LOCK)
-    yield f"run       {run_dir}, {f'at work: {by}' if by else 'not at work'}"
+    yield f"run       {run_dir}, {at_work}"
     runs, lines = [], []
     for path in checkpoints(run_dir):
         age, size = time.time() - path.stat().st_mtime, size_of(path.stat().st_size)

@@ -30,10 +30,10 @@ class Counting:
         """All but the first position and the tokens of `special`."""
         return (torch.arange(tokens_RT.shape[1]) > 0) & ~torch.isin(tokens_RT, torch.tensor(self.special))
 
-    def residuals(self, tokens_RT, layer):
+    def residuals_by_layer(self, tokens_RT, layers):
         self.rows += tokens_RT[:, 0].tolist()
-        self.layers.add(layer)
-        return tokens_RT.unsqueeze(-1).expand(-1, -1, D).double().clone()
+        self.layers |= set(layers)
+        return {layer: tokens_RT.unsqueeze(-1).expand(-1, -1, D).double() + (layer - 1) * 1000 for layer in layers}
 
 
 def stream(n_rows):
@@ -136,8 +136,8 @@ def test_the_batch_size_does_not_change_the_order():
 
 def test_the_model_runs_rows_per_forward_rows_at_a_time_and_only_the_layer_asked_for():
     model, sizes = Counting(), []
-    run = model.residuals
-    model.residuals = lambda tokens, layer: (sizes.append(len(tokens)), run(tokens, layer))[1]
+    run = model.residuals_by_layer
+    model.residuals_by_layer = lambda tokens, layers: (sizes.append(len(tokens)), run(tokens, layers))[1]
     batches_of(model=model, rows_per_forward=3, buffer_tokens=35)  # seven rows a buffer
     assert sizes[:3] == [3, 3, 1]
     assert model.layers == {1}
@@ -162,13 +162,13 @@ def live_residuals():
 @pytest.mark.parametrize(("batch_size", "buffer_tokens"), [(40, 200), (30, 100), (64, 100), (300, 100)])
 def test_no_more_than_a_buffer_and_a_batch_is_alive(batch_size, buffer_tokens):
     model, while_filling, while_training = Counting(), [], []
-    run = model.residuals
+    run = model.residuals_by_layer
 
-    def residuals(tokens_RT, layer):
+    def residuals(tokens_RT, layers):
         while_filling.append(live_residuals())
-        return run(tokens_RT, layer)
+        return run(tokens_RT, layers)
 
-    model.residuals = residuals
+    model.residuals_by_layer = residuals
     options = {"batch_size": batch_size, "buffer_tokens": buffer_tokens, "rows_per_forward": 2, "seed": 0}
     gc.collect()
     gc.freeze()  # leaves what the tests before made out of `get_objects`

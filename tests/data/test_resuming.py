@@ -49,9 +49,9 @@ class Echo:
     def kept(self, tokens_RT):
         return tokens_RT != 0
 
-    def residuals(self, tokens_RT, layer):
+    def residuals_by_layer(self, tokens_RT, layers):
         self.rows += len(tokens_RT)
-        return tokens_RT.unsqueeze(-1).float()
+        return {layer: tokens_RT.unsqueeze(-1).float() for layer in layers}
 
 
 class Run:

@@ -38,9 +38,12 @@ def fails_at(call: int, function):
 STAGES = {
     "mistral_sae.model.engines._read_tensors": (1, "the language model: lower TARGET_LAYER, or DTYPE to bfloat16"),
     "mistral_sae.sae.trainer.SAEAdam": (1, "the autoencoder: lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"),
-    "mistral_sae.data.activations.residuals_of": (9, "a buffer of residuals: lower BUFFER_TOKENS or ROWS_PER_FORWARD"),
+    "mistral_sae.data.activations.residuals_of_layers": (
+        9,
+        "a buffer of residuals: lower BUFFER_TOKENS or ROWS_PER_FORWARD",
+    ),
     "mistral_sae.sae.trainer.topk_step": (25, "a step: lower BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"),
-    "mistral_sae.sae.evaluate.reconstruction": (2, "evaluating: lower ROWS_PER_FORWARD"),
+    "mistral_sae.sae.evaluate.reconstruction": (1, "evaluating: lower ROWS_PER_FORWARD"),
     "mistral_sae.sae.resume.save_state": (
         2,
         "this run: lower BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",

@@ -8,7 +8,7 @@ import torch
 
 import config
 from mistral_sae.cli import override
-from mistral_sae.data.activations import shuffled_batches
+from mistral_sae.data.activations import Stream, shuffled_streams
 from mistral_sae.data.tokens import Row
 from mistral_sae.defaults import defaults
 from mistral_sae.model.language_model import ModelSpec, inspect, load_model
@@ -110,9 +110,9 @@ def test_the_buffer_of_the_plan_holds_that_of_a_run(config_7b, mistral_folder):
     model = load_model(mistral_folder, last_layer=0, dtype="float32", device="cpu")
     rows = (Row(tokens, tokens, []) for tokens in torch.randint(20, 4096, (40, 12)).numpy())
     options = {"batch_size": 64, "buffer_tokens": 330, "rows_per_forward": 2}
-    batches = shuffled_batches(rows, model, 0, seed=0, **options)
+    batches = shuffled_streams(rows, model, [Stream(0, seed=0)], **options)
     batch = next(batches).x
-    held = [t for t in batches.gi_frame.f_locals.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    held = batches.gi_frame.f_locals["residuals"].values()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*held, batch]}
     plan = plan_of(config_7b, spec, free=0, dtype=torch.float32, **options).parts
     assert plan["buffer of residuals (float32)"] == (330 + 64) * spec.d_model * 4

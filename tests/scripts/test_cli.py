@@ -375,7 +375,7 @@ def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistra
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["K=abc"], "K must be of type int or nothing (None): found 'abc'"),
+        (["K=abc"], "K must be of type int or nothing (None) or list: found 'abc'"),
         (["D_HIDEN=64"], "there is no constant D_HIDEN: the closest is D_HIDDEN"),
         (["D_HIDDEN=0"], "D_HIDDEN is 0: expected at least 1"),
         (["TRAIN_TOKENS=0"], "TRAIN_TOKENS is 0: expected at least 1"),

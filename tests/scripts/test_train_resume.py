@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line_and_the_one_before_it_is_used
     trainer = trainer_of(run)
     DAMAGES[damage](newest)
     fresh = run.model_copy(update={"step": 0, "history": [], "figures": []})
-    resume.load_checkpoint(resume.find_checkpoints(copied, fresh, True), trainer, fresh)
+    resume.load_checkpoints([(resume.find_checkpoints(copied, fresh, True), trainer, fresh)])
     assert fresh.step == fresh.history[-1]["step"] == 30
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1, said
@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line_and_the_one_before_it_is_used
 
     DAMAGES[damage](before)
     with pytest.raises(SAEError, match="found no whole checkpoint") as error:
-        resume.load_checkpoint(resume.find_checkpoints(copied, fresh, True), trainer, fresh)
+        resume.load_checkpoints([(resume.find_checkpoints(copied, fresh, True), trainer, fresh)])
     assert "\n" not in str(error.value)
 
 
