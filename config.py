@@ -18,9 +18,8 @@ MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
 # Tokens that are neither trained on, scored, explained nor steered, beside BOS, EOS and padding: "[INST]", or an id
 EXCLUDE_TOKENS: list = []
-TARGET_LAYER: OneOrMore[int | None] = (
-    2 if ON_STANDIN else None
-)  # whose output is read, blocks.{layer}.hook_resid_post (16)
+# Whose output is read, blocks.{layer}.hook_resid_post (16)
+TARGET_LAYER: OneOrMore[int | None] = 2 if ON_STANDIN else None
 # What runs it: "mistral-inference" or "transformers"; None is mistral-inference where it is installed and the folder is
 # of its layout, else transformers
 ENGINE: str | None = None
