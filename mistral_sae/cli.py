@@ -4,7 +4,6 @@ import ast
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
 from typing import Any, NoReturn, get_args
 
+from rich import filesize
 from tqdm import tqdm
 
 STANDIN = "the bundled stand-in, a tiny Mistral that has read nothing but Python"  # what the scripts call it
@@ -48,7 +48,7 @@ _MISLEADING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 
 
 def printable(text: str) -> str:
-    """A text that a terminal shows and does not obey: what would move, colour or turn it stands there by its number."""
+    """A text that is safe to print: control characters are written as escapes, \\x1b for example."""
     return _MISLEADING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -60,10 +60,7 @@ def one_line(error: Exception | str) -> str:
 
 def size_of(count: float) -> str:
     """A number of bytes in words: 999 bytes, 1.5 kB, 20.0 GB."""
-    if count < 1000:
-        return f"{count:.0f} bytes"
-    power = min(int(math.log10(count)) // 3, 4)
-    return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
+    return filesize.decimal(round(count))
 
 
 # ---- constants ----

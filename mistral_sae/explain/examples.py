@@ -58,7 +58,7 @@ class Settings(NamedTuple):
 
 
 def peaks(found: Passages, left: int, right: int) -> Passages:
-    """Of a feature's activations those that are the largest within `left` tokens before and `right` after them.
+    """The activations of a feature that are the largest within `left` tokens before and `right` after them.
 
     In the order of the text, with stretches of that extent, as far as document and row go.
     """
@@ -91,7 +91,7 @@ def from_intervals(passages: Passages, maximum: float, count: int, generator: Ge
 
 
 def _one_a_document(documents: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Those places of an order at which a document is met for the first time."""
+    """The items of `order` without those whose document comes earlier in it."""
     _, firsts = np.unique(documents[order], return_index=True)
     return order[np.sort(firsts)]
 

@@ -200,7 +200,7 @@ def _text_config(path: Path, found: _Config) -> Any:
     if config.model_type in _WITH_TEXT_INSIDE:
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
         config = config.text_config
-    if config.model_type == "ministral" and config.sliding_window is None:  # transformers makes that mask whatever
+    if config.model_type == "ministral" and config.sliding_window is None:  # transformers masks by it in any case
         config.sliding_window = config.max_position_embeddings
     return config
 
