@@ -317,11 +317,29 @@ class FeatureRecords:
         for document, first, last, values in zip(
             *(array.tolist() for array in (passages.documents, passages.first, passages.last, values_MW)), strict=True
         ):
-            texts = self._texts(self._cache.ids(first, last))
-            start = first % self._cache.row_tokens
-            examples.append(Example(self._cache.names[document], start, texts, tuple(values[: len(texts)])))
+            texts, start = self._texts(self._cache.ids(first, last)), first % self._cache.row_tokens
+            examples.append(Example(self._cache.names[document], start, *without_empty(texts, values[: len(texts)])))
         return tuple(examples)
 
-    def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+    def _texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, as `Tokenizer.strings` gives it."""
-        return tuple(texts_of(map(self._bytes, ids)))
+        return texts_of(map(self._bytes, ids))
+
+
+def without_empty(texts: Sequence[str], values: Sequence[float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Tokens and activations without the empty tokens, those of characters whose bytes are spread over several tokens.
+
+    The last of these, which has the character, gets the largest of their activations.
+    """
+    if all(texts):
+        return tuple(texts), tuple(values)
+    tokens, activations, pending = [], [], 0.0
+    for text, value in zip(texts, values, strict=True):
+        pending = max(pending, value)
+        if text:
+            tokens.append(text)
+            activations.append(pending)
+            pending = 0.0
+    if tokens:
+        activations[-1] = max(activations[-1], pending)
+    return tuple(tokens), tuple(activations)
