@@ -93,11 +93,8 @@ def read_labels(path: Path) -> dict[int, Label]:
 
 def to_json(label: Label) -> str:
     """Return a line of explanations.jsonl, without the line break."""
-    record = label._asdict() | {
-        "scores": {method: score._asdict() for method, score in label.scores.items()},
-        "judgements": [list(judgement) for judgement in label.judgements],
-    }
-    return json.dumps(record, allow_nan=False)
+    scores = {method: score._asdict() for method, score in label.scores.items()}
+    return json.dumps(label._asdict() | {"scores": scores}, allow_nan=False)
 
 
 def merge_labels(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mistral_sae.cli import expect, is_out_of_memory, one_line
 from mistral_sae.model import compiled
-from mistral_sae.model.attention import Past, install_attention, quiet_load, rotary_table
+from mistral_sae.model.attention import Past, install_attention, rotary_table
 from mistral_sae.model.folder import (
     CONFIG,
     MISTRAL_INFERENCE,
@@ -33,7 +33,7 @@ from mistral_sae.model.folder import (
     read_folder,
 )
 from mistral_sae.model.params import shapes_of_params, theta_of, to_halves, windows_of
-from mistral_sae.model.source import ModelError, find
+from mistral_sae.model.source import ModelError, find, quiet_transformers
 
 META = torch.device("meta")
 
@@ -164,7 +164,7 @@ def _load_in_transformers(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: last_layer + 1]
     parts = {"embedding", "head", *range(config.num_hidden_layers)}
-    with ExitStack() as files, quiet_load():
+    with ExitStack() as files, quiet_transformers():
         wanted = {name: stored for name, stored in folder.tensors.items() if part_of(name) in parts}
         paths = set() if device == META else {stored.file for stored in wanted.values()}
         opened = {path: files.enter_context(safe_open(path, "pt")) for path in paths}

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_sae.cli import one_line, printable
-from mistral_sae.model.attention import quiet
 from mistral_sae.model.params import Layers, Params, config_for_transformers, is_rotated, name_in_transformers
-from mistral_sae.model.source import MODEL_TYPES, ModelError, Source
+from mistral_sae.model.source import MODEL_TYPES, ModelError, Source, quiet_transformers
 from mistral_sae.schema import Count, Schema, read
 
 MISTRAL_INFERENCE = "mistral-inference"
@@ -193,7 +192,7 @@ def _text_config(path: Path, found: _Config) -> Any:
     from transformers import AutoConfig
 
     try:
-        with quiet("transformers"):
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers and huggingface_hub each raise their own
         raise ModelError(f"{path / CONFIG} cannot be read ({one_line(error)}): get it again") from None
