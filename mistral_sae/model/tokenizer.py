@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral_sae.cli import one_line
-from mistral_sae.model.attention import quiet
 from mistral_sae.model.folder import CONFIG, ModelFolder
-from mistral_sae.model.source import ModelError
+from mistral_sae.model.source import ModelError, quiet_transformers
 
 LONGEST_TOKEN = 1000  # characters that are shown and sent; those of real vocabularies have some hundred at most
 
@@ -131,7 +130,7 @@ def _from_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     options = {"fix_mistral_regex": True} if _splits_otherwise(path / "tokenizer.json") else {}
-    with quiet("transformers"):
+    with quiet_transformers():
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
     wraps = type(tokenizer).__name__ == "MistralCommonBackend"  # a tokenizer of mistral-common
     return _MistralCommon(tokenizer.tokenizer) if wraps else _Transformers(tokenizer)
