@@ -41,6 +41,8 @@ class Cache:
     """Keys and values of the positions seen so far."""
 
     state: Any  # of the engine
+    rows: int
+    max_length: int
     length: int = 0  # positions seen
 
 
@@ -255,7 +257,7 @@ class LanguageModel:
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty KV cache for rows of up to `max_length` positions."""
-        return Cache(self._engine.new_cache(batch_size, max_length))
+        return Cache(self._engine.new_cache(batch_size, max_length), batch_size, max_length)
 
     def _run(self, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
         """Hidden states (B, T, D) after the last loaded layer; every forward comes through here."""
@@ -268,6 +270,9 @@ class LanguageModel:
                     raise ModelError(f"found token id {id}: expected {expected}; use the model's own tokenizer")
         B, T = tokens_BT.shape
         start = 0 if cache is None else cache.length
+        if cache is not None and (cache.rows != B or start + T > cache.max_length):
+            expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
+            raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
         tokens_BT = sent(tokens_BT, self.device)
         self.span, self.tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():

@@ -306,6 +306,8 @@ def test_mistakes_in_the_call_are_named(mistral_folder, tokens_BT):
         load_model(mistral_folder, last_layer=3)
     with pytest.raises(ModelError, match="empty prompt"):
         next(model.generate([], 3))
+    with pytest.raises(ModelError, match="at most 5"):
+        model.forward(tokens_BT, model.new_cache(3, 5))
     with pytest.raises(ModelError, match="float33"):
         load_model(mistral_folder, dtype="float33")
     with pytest.raises(ModelError, match="expected cpu, cuda"):
