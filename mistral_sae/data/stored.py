@@ -23,7 +23,7 @@ import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,9 @@ class StoredResiduals:
         """What constants such as ACTIVATIONS_PATH describe, or None if they name no folder."""
         if constants.ACTIVATIONS_PATH is None:
             return None
-        made_from = {
-            "DATA_PATH": corpus.fingerprint(),
-            "DATA_SPLIT": corpus.split,
-            "TEXT_FIELD": corpus.text_field,
-            "HELD_OUT_FRACTION": corpus.held_out_fraction,
-            "MAX_DOCUMENT_BYTES": corpus.max_document_bytes,
-            "CONTEXT_LENGTH": corpus.context_length,
-            "EXCLUDE_TOKENS": constants.EXCLUDE_TOKENS,
-            "DTYPE": str(dtype).removeprefix("torch."),
-        }
+        made_from = {name.upper(): value for name, value in asdict(corpus).items() if name not in ("seed", "data_path")}
+        made_from |= {"text of DATA_PATH": corpus.fingerprint(), "EXCLUDE_TOKENS": constants.EXCLUDE_TOKENS}
+        made_from |= {"DTYPE": str(dtype).removeprefix("torch.")}
         folder = Path(constants.ACTIVATIONS_PATH)
         return cls(folder, d_model, sorted(layers), constants.ACTIVATIONS_TOKENS, constants.SHUFFLE_ROWS, made_from)
 
@@ -122,7 +115,7 @@ class StoredResiduals:
         if not missing:
             return f"{held}, all there"
         there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        size, free = self._bytes_of(missing), shutil.disk_usage(there).free
+        size, free = missing * self.d_model * 2 * len(self.layers), shutil.disk_usage(there).free
         if size > free:
             raise UserError(
                 f"found {size_of(free)} free in {there}, expected {size_of(size)} for the residuals that are to be "
@@ -131,9 +124,6 @@ class StoredResiduals:
         products = missing * sum(layer_parameters[: max(self.layers) + 1])
         seconds = products / PRODUCTS["cpu" if device.type == "cpu" else "gpu"]
         return f"{held}: {size_of(size)} to write, of {size_of(free)} free; {duration_of(seconds)} by reckoning"
-
-    def _bytes_of(self, tokens: int) -> int:
-        return tokens * self.d_model * 2 * len(self.layers)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05}.arrow"
@@ -150,10 +140,12 @@ class StoredResiduals:
         """Raise StoreError if what the manifest says is another."""
         if (found := self._manifest()) is None:
             return
-        there = {"the format": found.format} | found.made_from
-        here = {"the format": FORMAT} | here
+        there = {"format": found.format} | found.made_from
+        here = {"format": FORMAT} | here
         wrong = [
-            f"{name} ({there.get(name)} there, {here[name]} here)" for name in here if there.get(name) != here[name]
+            f"{name} ({there.get(name)} there, {value} here)" if name.isupper() else name
+            for name, value in here.items()
+            if there.get(name) != value
         ]
         if missing := [layer for layer in self.layers if layer not in found.layers]:
             wrong.append(f"TARGET_LAYER ({found.layers} there, {missing} here)")
@@ -173,8 +165,8 @@ class StoredResiduals:
         The text comes in one order whatever the seed of the training. Raises StoreError if the folder's residuals are
         of another model or tokenizer, UserError if another process is filling it, Failed if the disk is full.
         """
-        here = self.made_from | {"the tokenizer": model.tokenizer.fingerprint()}
-        here |= {f"the model to layer {layer}": model.fingerprint(layer) for layer in self.layers}
+        here = self.made_from | {"tokenizer": model.tokenizer.fingerprint()}
+        here |= {f"model to layer {layer}": model.fingerprint(layer) for layer in self.layers}
         self._check(here)
         if not self.missing():
             return
@@ -191,9 +183,9 @@ class StoredResiduals:
             self._write_missing(replace(corpus, seed=0), model, rows_per_forward, found.shuffle_rows)
 
     def _write_missing(self, corpus: Corpus, model: LanguageModel, rows_per_forward: int, window: int) -> None:
-        missing, skipped = self.missing(), Skipped()
-        done = max(0, self.tokens - len(missing) * SHARD_TOKENS)
-        with Progress(desc="residuals", total=self.tokens, initial=done, unit=" tokens", unit_scale=True) as progress:
+        missing, skipped, total = self.missing(), Skipped(), -(-self.tokens // SHARD_TOKENS) * SHARD_TOKENS
+        done = total - len(missing) * SHARD_TOKENS
+        with Progress(desc="residuals", total=total, initial=done, unit=" tokens", unit_scale=True) as progress:
             for _, run in itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
                 numbers = [number for _, number in run]  # without a gap
                 start = self.place_after(numbers[0] - 1) if numbers[0] else BEGINNING

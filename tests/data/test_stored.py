@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -200,6 +201,18 @@ def test_a_training_on_fewer_tokens_does_not_notice_that_there_are_more(full, st
     assert all(torch.equal(a.x, b.x) for a, b in zip(before, batches_of(few, 40), strict=True))
 
 
+def test_no_more_than_one_buffer_is_read_ahead(full, monkeypatch):
+    read = []
+    blocks = StoredResiduals._blocks
+    monkeypatch.setattr(StoredResiduals, "_blocks", lambda *args: read.append(1) or blocks(*args))
+    batches = full.batches([Stream(1, 0)], batch_size=8, buffer_tokens=48)
+    for number in range(1, 19):
+        next(batches)
+        time.sleep(0.01)  # for the thread to go as far as it may
+        assert len(read) <= -(-number // 6) + 1
+    batches.close()
+
+
 # ---- several layers ----
 
 
@@ -321,12 +334,12 @@ def test_other_texts_are_refused(full, store_of, corpus, tmp_path):
     with pytest.raises(StoreError, match=r"another CONTEXT_LENGTH \(9 there, 8 here\)"):
         store_of(corpus=replace(corpus, context_length=8))
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "1 2 3"}))
-    with pytest.raises(StoreError, match="another DATA_PATH"):
+    with pytest.raises(StoreError, match="residuals of another text of DATA_PATH, expected"):
         store_of()
 
 
 def test_another_model_or_tokenizer_is_refused(full, corpus):
-    for name, said in (("fingerprint", "the model to layer 1"), ("tokenizer", "the tokenizer")):
+    for name, said in (("fingerprint", "model to layer 1"), ("tokenizer", "tokenizer")):
         model = Echo()
         setattr(model, name, SimpleNamespace(fingerprint=lambda: "x") if name == "tokenizer" else lambda layer: "x")
         with pytest.raises(StoreError, match=f"residuals of another {said}"):
