@@ -27,6 +27,7 @@ import torch
 from mistral_sae.data.activations import Batch, Stream, sent_to, shuffled_streams
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.place import BEGINNING, Place
+from mistral_sae.data.stored import StoredResiduals
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, fill_grid, shown
 from mistral_sae.explain.figures import plot_sweep, plot_training
@@ -50,7 +51,7 @@ def main() -> None:
             print(line)
         return
     corpus = replace(Corpus.of(config), seed=ORDER)
-    grid, filled, last_layer = make_plan(corpus)
+    grid, filled, last_layer, store = make_plan(corpus)
     text = asdict(corpus) | {"corpus": corpus.fingerprint()}
     for each in grid:
         each.run = new_run(text, filled, each)
@@ -59,10 +60,12 @@ def main() -> None:
             print(note)
         grid.find_checkpoints(config.RESUME)
         if not config.DRY_RUN:
-            train_and_evaluate(corpus, filled, grid, last_layer)
+            train_and_evaluate(corpus, filled, grid, last_layer, store)
 
 
-def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None) -> None:
+def train_and_evaluate(
+    corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None, store: StoredResiduals | None
+) -> None:
     """The run, from the model's loading to the figures of the finished autoencoders; goes on from checkpoints found."""
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
     model = open_model(last_layer)
@@ -76,20 +79,21 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: i
     start = start_or_resume(grid)
 
     skipped = Skipped()
-    rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
     streams = [Stream(each.layer, each.config.seed) for each in grid]
-    batches = shuffled_streams(
-        shuffle(prefetch(rows, depth=filled.SHUFFLE_ROWS), filled.SHUFFLE_ROWS, ORDER, start),
-        model,
-        list(dict.fromkeys(streams)),
-        batch_size=filled.BATCH_SIZE,
-        buffer_tokens=filled.BUFFER_TOKENS,
-        rows_per_forward=filled.ROWS_PER_FORWARD,
-        start=start,
-    )
+    different = list(dict.fromkeys(streams))
+    sizes = {"batch_size": filled.BATCH_SIZE, "buffer_tokens": filled.BUFFER_TOKENS}
+    if store:
+        if grid.step < grid.steps:
+            store.fill(corpus, model, filled.ROWS_PER_FORWARD)
+        batches = store.batches(different, **sizes, start=start)
+    else:
+        rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
+        rows = shuffle(prefetch(rows, depth=filled.SHUFFLE_ROWS), filled.SHUFFLE_ROWS, ORDER, start)
+        sizes["rows_per_forward"] = filled.ROWS_PER_FORWARD
+        batches = shuffled_streams(rows, model, different, **sizes, start=start)
     batches = sent_to(batches, sae_device_of(config))
     for each, stream in zip(grid, streams, strict=True):
-        each.stream = list(dict.fromkeys(streams)).index(stream)
+        each.stream = different.index(stream)
     train(grid, batches, evaluators, filled)
     if skipped.count:
         print(skipped.summary())
@@ -129,11 +133,12 @@ def print_results(grid: Grid) -> None:
         raise cli.Failed(f"{', '.join(stopped)} exploded and was stopped: {run_dir / 'sweep.json'} says when")
 
 
-def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None]:
+def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None, StoredResiduals | None]:
     """Print what the run will do and need; raises UserError if it cannot.
 
     Returns the autoencoders before their first step; the constants that all have in common, none of which is left to
-    compute; and the last layer to load: None, all of the model, where it has room.
+    compute; the last layer to load (None, all of the model, where it has room); and the residuals on disk, if it is to
+    make use of some.
     """
     constants, spec, computed = fill_grid(config)
     filled, last = next(iter(constants.values())), spec.n_layers - 1
@@ -179,7 +184,9 @@ def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None]:
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
             "set MOMENTS_DTYPE=bfloat16, or use another DEVICE or SAE_DEVICE"
         )
-    return grid, filled, last_layer
+    if store := StoredResiduals.of(filled, corpus, layers, spec.d_model, dtype):
+        print(f"stored    {store.plan(spec.layer_parameters, device)}")
+    return grid, filled, last_layer, store
 
 
 def open_model(last_layer: int | None = None) -> LanguageModel:
@@ -208,10 +215,11 @@ def evaluators_of(grid: Grid, model: LanguageModel, held_out: torch.Tensor, fill
 def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     """A run before its first step: the constants that shape it, and those that may change when it goes on."""
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
-    shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY"]
+    shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY", "ACTIVATIONS_TOKENS"]
     free = [
         "MISTRAL_MODEL_PATH",
         "ENGINE",
+        "ACTIVATIONS_PATH",
         "SAE_DEVICE",
         "CHECKPOINT_EVERY",
         "EVALUATIONS",

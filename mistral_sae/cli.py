@@ -71,6 +71,14 @@ def not_finite(what: str, do: str) -> str:
     return f"found NaN or infinity in {what}, expected finite numbers: {do}"
 
 
+def duration_of(seconds: float) -> str:
+    """A time in words: 12 seconds, 2.5 hours."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 # ---- constants ----
 
 

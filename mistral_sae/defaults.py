@@ -123,6 +123,8 @@ def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch
         tokens = default("TRAIN_TOKENS", max(FEWEST_TOKENS, readable), "what a CPU reads in ten minutes or so")
         few = min(32 * width, tokens // TOKENS_A_FEATURE)
         features = default("D_HIDDEN", few, f"one for every {TOKENS_A_FEATURE} tokens, at most 32 times the width")
+    if constants.ACTIVATIONS_PATH is not None:
+        default("ACTIVATIONS_TOKENS", tokens, "all that is trained on")
     default("SHUFFLE_ROWS", min(16_384, -(-tokens // constants.CONTEXT_LENGTH)), "the whole run, 16,384 at most")
     k = default("K", min(features, max(32, width // 32)), "a thirty-second of the width, at least 32")
     batch = max(512, min(4096, power_of_2(4 * features / k)))
