@@ -81,16 +81,15 @@ def train_and_evaluate(
     skipped = Skipped()
     streams = [Stream(each.layer, each.config.seed) for each in grid]
     different = list(dict.fromkeys(streams))
-    sizes = {"batch_size": filled.BATCH_SIZE, "buffer_tokens": filled.BUFFER_TOKENS}
+    sizes: dict = {"batch_size": filled.BATCH_SIZE, "buffer_tokens": filled.BUFFER_TOKENS, "start": start}
     if store:
         if grid.step < grid.steps:
             store.fill(corpus, model, filled.ROWS_PER_FORWARD)
-        batches = store.batches(different, **sizes, start=start)
+        batches = store.batches(different, **sizes)
     else:
         rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
         rows = shuffle(prefetch(rows, depth=filled.SHUFFLE_ROWS), filled.SHUFFLE_ROWS, ORDER, start)
-        sizes["rows_per_forward"] = filled.ROWS_PER_FORWARD
-        batches = shuffled_streams(rows, model, different, **sizes, start=start)
+        batches = shuffled_streams(rows, model, different, rows_per_forward=filled.ROWS_PER_FORWARD, **sizes)
     batches = sent_to(batches, sae_device_of(config))
     for each, stream in zip(grid, streams, strict=True):
         each.stream = different.index(stream)
