@@ -205,7 +205,7 @@ def gradients(
     grad_W_dec = MatrixGradient(offsets, errors, owners, scaled, added=dense and (dense.features, dense.W_dec))
     products, squares = operations(device).row_products(grad_W_dec, W_dec)
     grad_values = products * slopes
-    grad_b_enc, along = _sums(grad_values, offsets), _sums(values * grad_values, offsets)
+    grad_b_enc, along = run_sums(grad_values, offsets), run_sums(values * grad_values, offsets)
     if dense is not None:
         grad_b_enc.index_add_(0, dense.features, dense.b_enc)
         along.index_add_(0, dense.features, dense.along)
@@ -224,7 +224,7 @@ def _owners(used: list[Used], n_tokens: int) -> Iterator[Tensor]:
         above += len(each.error)
 
 
-def _sums(terms: Tensor, offsets: Tensor) -> Tensor:
+def run_sums(terms: Tensor, offsets: Tensor) -> Tensor:
     """Sums of runs of terms, (F)."""
     places = torch.arange(len(terms), device=terms.device)
     return F.embedding_bag(places, terms.unsqueeze(1), offsets, mode="sum", include_last_offset=True).squeeze(1)
