@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, chunk_bytes, encode, operations
+from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, encode, operations, tokens_at_once
 from mistral_sae.sae.kernels.step import SMALLEST_VARIANCE, run_sums, sparse_step, squared_norm, variation
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
@@ -73,8 +73,7 @@ class Pairs(NamedTuple):
 
 def pairs_above(centered: Tensor, weights: Weights, least_F: Tensor) -> Pairs:
     """Where pre-activations are above `least_F`; like `encode` it runs over some tokens at a time."""
-    kind, n_features = "cpu" if centered.device.type == "cpu" else "cuda", len(weights.b_enc)
-    size = max(1, chunk_bytes(kind, torch.float32, n_features) // (4 * n_features))
+    size = tokens_at_once(centered.device, torch.float32, len(weights.b_enc))
 
     def above(first: int) -> Pairs:
         pre_BF = torch.addmm(weights.b_enc, centered[first : first + size], weights.W_enc)

@@ -119,8 +119,7 @@ class SparseAutoencoder(nn.Module):
             values, indices = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k, nominates)
             shape = (*x.shape[:-1], self.k)
             return Encoded(values.relu().view(shape), indices.view(shape), mean, std)
-        kind = "cpu" if centered.device.type == "cpu" else "cuda"
-        size = max(1, kernels.chunk_bytes(kind, torch.float32, self.n_features) // (4 * self.n_features))
+        size = kernels.tokens_at_once(centered.device, torch.float32, self.n_features)
         parts = [self._above_threshold(part) for part in centered.flatten(0, -2).split(size)]
         widest = max(values.shape[1] for values, _ in parts)
         padded = [[nn.functional.pad(each, (0, widest - each.shape[1])) for each in part] for part in parts]

@@ -47,6 +47,12 @@ def chunk_bytes(kind: str, dtype: torch.dtype, n_features: int) -> int:
     return max(CHUNK_BYTES[kind, dtype], FEWEST_TOKENS[dtype] * dtype.itemsize * n_features)
 
 
+def tokens_at_once(device: torch.device, dtype: torch.dtype, n_features: int) -> int:
+    """Tokens whose pre-activations are made at a time on a device."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return max(1, chunk_bytes(kind, dtype, n_features) // (dtype.itemsize * n_features))
+
+
 def encode(
     centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, W_enc_bf16: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -61,8 +67,7 @@ def encode(
     if W_enc_bf16 is not None:
         weight, candidates = W_enc_bf16, min(len(b_enc), k + max(8, k // 4))
     inputs, bias = centered.to(weight.dtype), b_enc.to(weight.dtype)
-    kind = "cpu" if inputs.device.type == "cpu" else "cuda"
-    step = max(1, chunk_bytes(kind, weight.dtype, len(b_enc)) // (weight.itemsize * len(b_enc)))
+    step = tokens_at_once(inputs.device, weight.dtype, len(b_enc))
     pairs = [topk(F.linear(chunk, weight.T, bias), candidates) for chunk in inputs.split(step)]
     values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
     if W_enc_bf16 is not None:
