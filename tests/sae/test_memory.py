@@ -96,7 +96,7 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     sae = trainer.sae
     sae.initialize(torch.randn(64, spec.d_model), seed=0)
     model = load_model(mistral_folder, last_layer=1, dtype="float32", device="cpu")
-    model_weights = {p.data_ptr(): p for p in model._engine._model.parameters()}
+    model_weights = {p.data_ptr(): p for p in model._engine.model.parameters()}
 
     def size(tensors):
         return sum(t.untyped_storage().nbytes() for t in tensors)
