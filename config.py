@@ -51,12 +51,13 @@ ACTIVATIONS_TOKENS: int | None = None
 # TARGET_LAYER, ARCHITECTURE, D_HIDDEN, K, LEARNING_RATE and SEED may each be a list of values: train.py trains an
 # autoencoder for each combination, all on one pass of the model, each in a folder of its own below RUN_DIR
 D_HIDDEN: OneOrMore[int | None] = 8192 if ON_STANDIN else None  # features: 32 times the model's width (131,072)
-K: OneOrMore[int | None] = 32 if ON_STANDIN else None  # active features a token (128); relu and jumprelu have none
+K: OneOrMore[int | None] = 32 if ON_STANDIN else None  # active features a token (128); relu and jumprelu aim at it
 # "topk" (Gao et al. 2024), "batchtopk" and "matryoshka" (Bussmann et al. 2024 and 2025), "relu" (Templeton et al. 2024)
 # or "jumprelu" (Rajamanoharan et al. 2024): sae/architectures.py has the equations
 ARCHITECTURE: OneOrMore[str] = "topk"
 MATRYOSHKA_LEVELS: int = 5  # nested autoencoders: of all features, of half of them, of half of those ...
-SPARSITY_COEFFICIENT: float = 1.0  # weight of relu's and jumprelu's penalty beside the squared error
+# Weight of relu's and jumprelu's penalty beside the squared error; None is one that leaves about K features active
+SPARSITY_COEFFICIENT: float | None = None
 BANDWIDTH: float = 0.1  # of jumprelu: how near a threshold a pre-activation teaches it
 SEED: OneOrMore[int] = 0  # of the initialization and of the order of the residuals in a buffer
 
