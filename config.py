@@ -19,9 +19,8 @@ MISTRAL_MODEL_PATH: str | None = os.environ.get("MISTRAL_MODEL_PATH") or None
 ON_STANDIN = MISTRAL_MODEL_PATH is None
 # Tokens that are neither trained on, scored, explained nor steered, beside BOS, EOS and padding: "[INST]", or an id
 EXCLUDE_TOKENS: list = []
-TARGET_LAYER: OneOrMore[int | None] = (
-    2 if ON_STANDIN else None
-)  # whose output is read, blocks.{layer}.hook_resid_post (16)
+# Whose output is read, blocks.{layer}.hook_resid_post (16)
+TARGET_LAYER: OneOrMore[int | None] = 2 if ON_STANDIN else None
 # What runs it: "mistral-inference" or "transformers"; None is mistral-inference where it is installed and the folder is
 # of its layout, else transformers
 ENGINE: str | None = None
@@ -46,16 +45,23 @@ CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones
 HELD_OUT_FRACTION: float = 0.05 if ON_STANDIN else 0.01
 TRAIN_TOKENS: int | None = 1_200_000 if ON_STANDIN else None  # residuals trained on (1,000,000,000)
 
+# Folder of residuals that are kept for further trainings, 2 bytes a number: 8 KB a token and layer at 7B. train.py
+# writes what is missing there, then trains from it and runs the model for the evaluations only. None keeps none
+ACTIVATIONS_PATH: str | None = None
+# Residuals of it that are trained on; a longer training reads them again, in another order (TRAIN_TOKENS)
+ACTIVATIONS_TOKENS: int | None = None
+
 # ---- sparse autoencoder ----
 # TARGET_LAYER, ARCHITECTURE, D_HIDDEN, K, LEARNING_RATE and SEED may each be a list of values: train.py trains an
 # autoencoder for each combination, all on one pass of the model, each in a folder of its own below RUN_DIR
 D_HIDDEN: OneOrMore[int | None] = 8192 if ON_STANDIN else None  # features: 32 times the model's width (131,072)
-K: OneOrMore[int | None] = 32 if ON_STANDIN else None  # active features a token (128); relu and jumprelu have none
+K: OneOrMore[int | None] = 32 if ON_STANDIN else None  # active features a token (128); relu and jumprelu aim at it
 # "topk" (Gao et al. 2024), "batchtopk" and "matryoshka" (Bussmann et al. 2024 and 2025), "relu" (Templeton et al. 2024)
 # or "jumprelu" (Rajamanoharan et al. 2024): sae/architectures.py has the equations
 ARCHITECTURE: OneOrMore[str] = "topk"
 MATRYOSHKA_LEVELS: int = 5  # nested autoencoders: of all features, of half of them, of half of those ...
-SPARSITY_COEFFICIENT: float = 1.0  # weight of relu's and jumprelu's penalty beside the squared error
+# Weight of relu's and jumprelu's penalty beside the squared error; None is one that leaves about K features active
+SPARSITY_COEFFICIENT: float | None = None
 BANDWIDTH: float = 0.1  # of jumprelu: how near a threshold a pre-activation teaches it
 SEED: OneOrMore[int] = 0  # of the initialization and of the order of the residuals in a buffer
 
@@ -170,7 +176,7 @@ CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the m
 
 # ---- what no run can use; what needs the model or the corpus is checked when they are there ----
 
-for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH"):
+for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH", "ACTIVATIONS_PATH"):
     globals()[_path] = path_of(_path, globals()[_path])
 
 
@@ -197,6 +203,7 @@ def check_numbers() -> None:
     for name, (least, most) in {
         "TARGET_LAYER": (0, 999), "CONTEXT_LENGTH": (3, 2**20), "D_HIDDEN": (1, 2**27), "K": (1, 2**27),
         "MATRYOSHKA_LEVELS": (1, 27), "TRAIN_TOKENS": (1, 1e15),
+        "ACTIVATIONS_TOKENS": (1, 1e15),
         "BATCH_SIZE": (2, 2**24), "SEED": (0, 2**32 - 1), "WARM_UP_STEPS": (0, 1e12),
         "K_AUX": (0, 2**27), "AUXK_COEFFICIENT": (0, 1e6), "AUXK_FEATURES": (0, 2**27), "DEAD_AFTER_TOKENS": (1, 1e15),
         "SHUFFLE_ROWS": (1, 2**27), "BUFFER_TOKENS": (2, 2**32), "ROWS_PER_FORWARD": (1, 2**20),
@@ -252,7 +259,10 @@ def check_training() -> None:
     row = CONTEXT_LENGTH - 1
     expect("BUFFER_TOKENS", BUFFER_TOKENS, BUFFER_TOKENS is None or BUFFER_TOKENS >= row, f"at least one row, {row}")
     expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
-    expect("RUN_DIR", RUN_DIR, RUN_DIR is None or not os.path.isfile(RUN_DIR), "a folder")
+    for name in ("RUN_DIR", "ACTIVATIONS_PATH"):
+        expect(name, globals()[name], globals()[name] is None or not os.path.isfile(globals()[name]), "a folder")
+    kept = ACTIVATIONS_TOKENS is None or ACTIVATIONS_PATH is not None
+    expect("ACTIVATIONS_TOKENS", ACTIVATIONS_TOKENS, kept, "ACTIVATIONS_PATH beside it")
 
 
 def check_explaining() -> None:

@@ -27,6 +27,7 @@ import torch
 from mistral_sae.data.activations import Batch, Stream, sent_to, shuffled_streams
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.place import BEGINNING, Place
+from mistral_sae.data.stored import StoredResiduals
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, fill_grid, shown
 from mistral_sae.distributed import Mesh, joined
@@ -54,7 +55,7 @@ def main() -> None:
     with joined(config.MESH, device_and_dtype(config.DEVICE, config.DTYPE)[0].type, config.DRY_RUN) as mesh:
         config.DEVICE = mesh.device or config.DEVICE
         with mesh.ranks.first_alone():
-            grid, filled, last_layer = make_plan(corpus, mesh)
+            grid, filled, last_layer, store = make_plan(corpus, mesh)
         text = asdict(corpus) | {"corpus": corpus.fingerprint()}
         for each in grid:
             each.run = new_run(text, filled, each)
@@ -63,10 +64,12 @@ def main() -> None:
                 print(note)
             grid.find_checkpoints(config.RESUME)
             if not config.DRY_RUN:
-                train_and_evaluate(corpus, filled, grid, last_layer, mesh)
+                train_and_evaluate(corpus, filled, grid, last_layer, store, mesh)
 
 
-def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None, mesh: Mesh) -> None:
+def train_and_evaluate(
+    corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None, store: StoredResiduals | None, mesh: Mesh
+) -> None:
     """The run, from the model's loading to the figures of the finished autoencoders; goes on from checkpoints found."""
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
     with mesh.ranks.first_alone():
@@ -81,21 +84,22 @@ def train_and_evaluate(corpus: Corpus, filled: Filled, grid: Grid, last_layer: i
     start = start_or_resume(grid)
 
     skipped = Skipped()
-    rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
     streams = [Stream(each.layer, each.config.seed) for each in grid]
-    batches = shuffled_streams(
-        shuffle(prefetch(rows, depth=filled.SHUFFLE_ROWS), filled.SHUFFLE_ROWS, ORDER, start),
-        model,
-        list(dict.fromkeys(streams)),
-        batch_size=filled.BATCH_SIZE,
-        buffer_tokens=filled.BUFFER_TOKENS,
-        rows_per_forward=filled.ROWS_PER_FORWARD,
-        start=start,
-        ranks=mesh.ranks,
-    )
+    different = list(dict.fromkeys(streams))
+    sizes: dict = {"batch_size": filled.BATCH_SIZE, "buffer_tokens": filled.BUFFER_TOKENS, "start": start}
+    if store:
+        if grid.step < grid.steps:
+            with mesh.ranks.first_alone():
+                store.fill(corpus, model, filled.ROWS_PER_FORWARD)
+        batches = store.batches(different, **sizes)
+    else:
+        rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
+        rows = shuffle(prefetch(rows, depth=filled.SHUFFLE_ROWS), filled.SHUFFLE_ROWS, ORDER, start)
+        sizes |= {"rows_per_forward": filled.ROWS_PER_FORWARD, "ranks": mesh.ranks}
+        batches = shuffled_streams(rows, model, different, **sizes)
     batches = sent_to(batches, sae_device_of(config))
     for each, stream in zip(grid, streams, strict=True):
-        each.stream = list(dict.fromkeys(streams)).index(stream)
+        each.stream = different.index(stream)
     train(grid, batches, evaluators, filled, mesh)
     if skipped.count:
         print(skipped.summary())
@@ -136,11 +140,12 @@ def print_results(grid: Grid) -> None:
         raise cli.Failed(f"{', '.join(stopped)} exploded and was stopped: {run_dir / 'sweep.json'} says when")
 
 
-def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None]:
+def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None, StoredResiduals | None]:
     """Print what the run will do and need; raises UserError if it cannot.
 
     Returns the autoencoders before their first step; the constants that all have in common, none of which is left to
-    compute; and the last layer to load: None, all of the model, where it has room.
+    compute; the last layer to load (None, all of the model, where it has room); and the residuals on disk, if it is to
+    make use of some.
     """
     constants, spec, computed = fill_grid(config)
     filled, last = next(iter(constants.values())), spec.n_layers - 1
@@ -181,7 +186,9 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None]:
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
             "set MOMENTS_DTYPE=bfloat16, or use another DEVICE or SAE_DEVICE"
         )
-    return grid, filled, last_layer
+    if store := StoredResiduals.of(filled, corpus, layers, spec.d_model, dtype):
+        print(f"stored    {store.plan(spec.layer_parameters, device)}")
+    return grid, filled, last_layer, store
 
 
 def open_model(last_layer: int | None = None) -> LanguageModel:
@@ -210,9 +217,10 @@ def evaluators_of(grid: Grid, model: LanguageModel, held_out: torch.Tensor, fill
 def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     """A run before its first step: the constants that shape it, and those that may change when it goes on."""
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
-    shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY"]
+    shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY", "ACTIVATIONS_TOKENS"]
     free = [
-        "MISTRAL_MODEL_PATH", "ENGINE", "SAE_DEVICE", "CHECKPOINT_EVERY", "EVALUATIONS", "EVALUATION_ROWS",
+        "MISTRAL_MODEL_PATH", "ENGINE", "ACTIVATIONS_PATH", "SAE_DEVICE", "CHECKPOINT_EVERY", "EVALUATIONS",
+        "EVALUATION_ROWS",
         "EVALUATION_STRIDE",
     ]  # fmt: skip
     settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}

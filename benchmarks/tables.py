@@ -319,6 +319,15 @@ def grid(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def stored(result: dict[str, Any]) -> str:
+    """Rates of training through the model and from disk, and their errors on held-out text."""
+    found = result["results"]
+    rows = [["batches", "tokens/s", "normalized MSE, seeds 0, 1, 2"]]
+    for name, rate in found["tokens/s"].items():
+        rows.append([name, f"{rate:,.0f}", ", ".join(f"{error:.4f}" for error in found["normalized MSE"][name])])
+    return _table(rows)
+
+
 # What makes each table, and the results that it is made from
 TABLES = {
     make.__name__: (make, [make.__name__])
@@ -333,6 +342,7 @@ TABLES = {
         collect,
         pipeline,
         grid,
+        stored,
         steering,
         steering_speed,
         traffic,

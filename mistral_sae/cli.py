@@ -4,7 +4,6 @@ import ast
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import FrameType, GenericAlias, ModuleType, TracebackType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
+from rich import filesize
 from tqdm import tqdm
 
 One = TypeVar("One")
@@ -59,7 +59,7 @@ _MISLEADING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 
 
 def printable(text: str) -> str:
-    """A text that a terminal shows and does not obey: what would move, colour or turn it stands there by its number."""
+    """A text that is safe to print: control characters are written as escapes, \\x1b for example."""
     return _MISLEADING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -71,15 +71,20 @@ def one_line(error: Exception | str) -> str:
 
 def size_of(count: float) -> str:
     """A number of bytes in words: 999 bytes, 1.5 kB, 20.0 GB."""
-    if count < 1000:
-        return f"{count:.0f} bytes"
-    power = min(int(math.log10(count)) // 3, 4)
-    return f"{count / 1000**power:,.1f} {' kMGT'[power]}B"
+    return filesize.decimal(round(count))
 
 
 def not_finite(what: str, do: str) -> str:
     """The message of numbers that are not finite: of what, and what to do."""
     return f"found NaN or infinity in {what}, expected finite numbers: {do}"
+
+
+def duration_of(seconds: float) -> str:
+    """A time in words: 12 seconds, 2.5 hours."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 # ---- constants ----

@@ -18,6 +18,9 @@ EXPLAINED = 10_000_000  # tokens read for that many
 CPU_PRODUCTS = 5e13  # multiplications and additions of the language model in training: some ten minutes of two cores
 FEWEST_TOKENS = 100_000
 TOKENS_A_FEATURE = 64  # at least; each is active in about two of them
+# The penalty that leaves about K features active, over a power of width / K: measured on the stand-in. An activation is
+# of the order of the root of that, its square, which an L0 penalty is weighed against, of that itself
+AIMED = {"relu": (0.65, 0.5), "jumprelu": (0.024, 1.0)}
 MANY_MOMENTS = 2e9  # bytes of Adam's moments in float32 from which a GPU has them in bfloat16
 
 # Constants that may be lists, whose combinations train.py trains on one pass of the model: what each is called in the
@@ -123,8 +126,14 @@ def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch
         tokens = default("TRAIN_TOKENS", max(FEWEST_TOKENS, readable), "what a CPU reads in ten minutes or so")
         few = min(32 * width, tokens // TOKENS_A_FEATURE)
         features = default("D_HIDDEN", few, f"one for every {TOKENS_A_FEATURE} tokens, at most 32 times the width")
+    if constants.ACTIVATIONS_PATH is not None:
+        default("ACTIVATIONS_TOKENS", tokens, "all that is trained on")
     default("SHUFFLE_ROWS", min(16_384, -(-tokens // constants.CONTEXT_LENGTH)), "the whole run, 16,384 at most")
     k = default("K", min(features, max(32, width // 32)), "a thirty-second of the width, at least 32")
+    if constants.ARCHITECTURE in AIMED:
+        coefficient, power = AIMED[constants.ARCHITECTURE]
+        why = f"leaves about {k} features active, by how it went with the stand-in"
+        default("SPARSITY_COEFFICIENT", coefficient * (width / k) ** power, why)
     batch = max(512, min(4096, power_of_2(4 * features / k)))
     batch = default("BATCH_SIZE", batch, "a feature is active 4 times in it, on average; 512 to 4,096")
     steps = tokens // batch

@@ -87,10 +87,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, name: str = ".lock") -> Iterator[str]:
+def locked(run_dir: Path, name: str = ".lock", constant: str = "RUN_DIR") -> Iterator[str]:
     """Hold a folder for this process, until the block or the process ends, be it by kill -9.
 
-    Locks of different names do not know each other: explain.py may read what train.py is still writing.
+    Locks of different names do not know each other: explain.py may read what train.py is still writing. `constant` is
+    what the folder is set by.
 
     Yields "", or one line to print where the file system has no locks. Raises UserError if another process holds it.
     """
@@ -103,7 +104,7 @@ def locked(run_dir: Path, name: str = ".lock") -> Iterator[str]:
         except Timeout:
             raise UserError(
                 f"found another run at work in {run_dir} ({path.read_text() or 'an unknown process'}), expected none: "
-                "wait for it, stop it or set another RUN_DIR"
+                f"wait for it, stop it or set another {constant}"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -35,6 +35,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.machine import RESULTS, describe
 from mistral_sae.cli import UserError, one_line, override
+from mistral_sae.data import stored
+from mistral_sae.data.activations import Stream
 from mistral_sae.data.documents import documents
 from mistral_sae.data.place import Place
 from mistral_sae.explain import cache, prompts
@@ -172,6 +174,23 @@ def _read_cache(folder: Path) -> None:
             found.activations(feature)
 
 
+def _residuals(folder: Path) -> stored.StoredResiduals:
+    return stored.StoredResiduals(folder, 1, [2], stored.SHARD_TOKENS, 20, {"CONTEXT_LENGTH": 9})
+
+
+def _write_residuals(folder: Path) -> None:
+    found = stored.Manifest(format=stored.FORMAT, layers=[2], shuffle_rows=20, made_from=_residuals(folder).made_from)
+    write_text(folder / stored.MANIFEST, found.model_dump_json())
+    x_N1 = torch.arange(stored.SHARD_TOKENS)[:, None].bfloat16()
+    stored.write_shard(folder / "00000.arrow", {2: x_N1}, Place(record=5))
+
+
+def _read_residuals(folder: Path) -> None:
+    residuals = _residuals(folder)
+    residuals.place_after(0)
+    next(residuals.batches([Stream(2, 0)], batch_size=stored.SHARD_TOKENS, buffer_tokens=stored.SHARD_TOKENS))
+
+
 def _write_state(folder: Path) -> None:
     save_state(folder / "state.safetensors", {"a": torch.ones(4), "b": torch.ones(2, 2)}, {"history": [{"step": 1}]})
 
@@ -299,6 +318,7 @@ READERS = {
     "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),
     "sweep.json": Reader(_write_sweep, read_points, 10),
     "activations": Reader(_write_cache, _read_cache, 28),
+    "residuals": Reader(_write_residuals, _read_residuals, 10),
     "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 140),
     "checkpoint": Reader(_write_checkpoint, _read_checkpoint, 10),
     "GGUF": Reader(_write_gguf, _read_gguf, 1),

@@ -6,7 +6,7 @@ Shapes: R rows a forward, T positions, D model width, B tokens a batch, S stream
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,15 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B, D), or (S, B, D) of several streams, in the model's dtype
     place: Place
+
+
+class Buffer(NamedTuple):
+    """Residuals that are shuffled together."""
+
+    residuals: dict[int, Tensor]  # (N, D) by layer
+    place: Place  # of its first one; `place.buffer` is its number
+    # (ranks + 1) on the CPU: between which numbers those of each rank lie; None where this one has all
+    bounds: Tensor | None = None
 
 
 def residuals_of(model: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
@@ -58,7 +67,7 @@ def shuffled_batches(
     start: Place = BEGINNING,
 ) -> Iterator[Batch]:
     """Batches (B, D) of one stream: `shuffled_streams` says how."""
-    sizes: dict[str, Any] = {
+    sizes: dict = {
         "batch_size": batch_size,
         "buffer_tokens": buffer_tokens,
         "rows_per_forward": rows_per_forward,
@@ -81,41 +90,44 @@ def shuffled_streams(
     """Residuals at the positions of `model.kept`, in shuffled batches (S, B, D) of S streams, in the model's dtype.
 
     `rows` are all of the same length. They are cut into buffers of as many whole rows as give at most `buffer_tokens`
-    residuals, of all layers in one forward; for each stream each buffer is permuted by (seed, number of the buffer),
-    and the permuted buffers, end to end, are cut into batches. What a batch holds is therefore a function of the rows,
-    the layer, the seed and its number alone, whatever the other streams. A run that had the place of a batch goes on
-    after it, where `rows` and `start` are of that place: the rows of one buffer go through the model for it, and none
-    before them.
+    residuals, of all layers in one forward; `permuted` makes batches of them. What a batch holds is therefore a
+    function of the rows, the layer, the seed and its number alone, whatever the other streams. A run that had the place
+    of a batch goes on after it, where `rows` and `start` are of that place: the rows of one buffer go through the model
+    for it, and none before them.
 
     Of several ranks each has the same rows of tokens, and runs the model on its part of those of a buffer; a batch is
     made of what each of them has of it. So all have the whole batch, and it is that of one process.
 
-    Finite rows end with their last whole batch. Memory: a buffer for each layer, a batch for each stream and the rows
-    in the model. Raises ValueError if a buffer cannot hold a row.
+    Memory: a buffer for each layer, a batch for each stream and the rows in the model. Raises ValueError if a buffer
+    cannot hold a row.
     """
-    first = next(rows, None)
-    if first is None:
-        return
-    per_row = len(first.tokens) - 1
-    rows_per_buffer = buffer_tokens // per_row
-    if rows_per_buffer < 1:
-        raise ValueError(f"BUFFER_TOKENS must hold at least one row of {per_row} residuals: found {buffer_tokens}")
-    rows, used = chain([first], rows), start.residuals
-    layers, seeds = {stream.layer for stream in streams}, {stream.seed for stream in streams}
-    kind: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-    batch, filled = None, 0  # the batch that is being filled goes on in the next buffer
-    for number in itertools.count(start.buffer):
-        if not (buffer := list(islice(rows, rows_per_buffer))):
-            return
-        tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer], dtype=np.int64))
-        mine_RT, bounds = _shares(tokens_RT, model.kept(tokens_RT).sum(dim=1), ranks)
-        n_residuals = int(bounds[-1])
-        with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
-            residuals = _residuals_of_buffer(mine_RT, model, layers, rows_per_forward)
-        orders = {seed: _order(n_residuals, seed, number)[used:] for seed in seeds}
+    layers = {stream.layer for stream in streams}
+    buffers = _buffers(rows, model, layers, buffer_tokens, rows_per_forward, start.buffer, ranks)
+    return permuted(buffers, streams, batch_size, start, ranks)
+
+
+def permuted(
+    buffers: Iterator[Buffer],
+    streams: Sequence[Stream],
+    batch_size: int,
+    start: Place = BEGINNING,
+    ranks: Group = ALONE.ranks,
+) -> Iterator[Batch]:
+    """Batches (S, B, D) of S streams: for each, each buffer permuted by (seed, number of the buffer), end to end.
+
+    The buffers begin with that of `start`. They may have an end, and then the last whole batch is it.
+    """
+    batch, filled, used = None, 0, start.residuals  # the batch that is being filled goes on in the next buffer
+    for residuals, place, bounds in buffers:
+        some = next(iter(residuals.values()))
+        n_residuals = len(some) if bounds is None else int(bounds[-1])
+        orders = {
+            seed: sent(_order(n_residuals, seed, place.buffer)[used:], some.device if bounds is None else bounds.device)
+            for seed in {stream.seed for stream in streams}
+        }
         while used < n_residuals:
             if batch is None:
-                batch, filled = torch.empty(len(streams), batch_size, model.d_model, **kind), 0
+                batch, filled = some.new_empty(len(streams), batch_size, some.shape[1]), 0
             end = min(batch_size, filled + n_residuals - used)
             taken = {seed: order[: end - filled] for seed, order in orders.items()}
             orders = {seed: order[end - filled :] for seed, order in orders.items()}
@@ -123,10 +135,10 @@ def shuffled_streams(
                 _pick(residuals[layer], taken[seed], bounds, ranks, batch[i, filled:end])
             used, filled = used + end - filled, end
             if filled == batch_size:
-                yield Batch(batch, buffer[0].place._replace(buffer=number, residuals=used))
+                yield Batch(batch, place._replace(residuals=used))
                 batch = None
         used = 0
-        del residuals  # before the next buffer is made
+        del residuals, some  # before the next buffer is made
 
 
 def sent_to(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -164,10 +176,10 @@ def _shares(tokens_RT: Tensor, residuals_R: Tensor, ranks: Group) -> tuple[Tenso
     return tokens_RT.tensor_split(ranks.size)[ranks.rank], bounds
 
 
-def _pick(x_ND: Tensor, chosen_N: Tensor, bounds: Tensor, ranks: Group, out_ND: Tensor) -> None:
-    """Fill in the residuals of some numbers, on the CPU, of which each rank has a run."""
-    if ranks.size == 1:
-        torch.index_select(x_ND, 0, sent(chosen_N, x_ND.device), out=out_ND)
+def _pick(x_ND: Tensor, chosen_N: Tensor, bounds: Tensor | None, ranks: Group, out_ND: Tensor) -> None:
+    """Fill in the residuals of some numbers, of which each rank has a run."""
+    if bounds is None:
+        torch.index_select(x_ND, 0, chosen_N, out=out_ND)
         return
     owner_N = torch.searchsorted(bounds[1:], chosen_N, right=True)
     counts = owner_N.bincount(minlength=ranks.size)
@@ -181,16 +193,43 @@ def _pick(x_ND: Tensor, chosen_N: Tensor, bounds: Tensor, ranks: Group, out_ND: 
     torch.index_select(ranks.gather(ours), 0, sent(where_N, x_ND.device), out=out_ND)
 
 
-def _residuals_of_buffer(
+def _buffers(
+    rows: Iterator[Row],
+    model: LanguageModel,
+    layers: Collection[int],
+    buffer_tokens: int,
+    rows_per_forward: int,
+    first_number: int,
+    ranks: Group,
+) -> Iterator[Buffer]:
+    """Buffers of as many whole rows as give at most `buffer_tokens` residuals."""
+    first = next(rows, None)
+    if first is None:
+        return
+    per_row = len(first.tokens) - 1
+    rows_per_buffer = buffer_tokens // per_row
+    if rows_per_buffer < 1:
+        raise ValueError(f"BUFFER_TOKENS must hold at least one row of {per_row} residuals: found {buffer_tokens}")
+    rows = chain([first], rows)
+    for number in itertools.count(first_number):
+        if not (buffer := list(islice(rows, rows_per_buffer))):
+            return
+        tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer], dtype=np.int64))
+        bounds = None
+        if ranks.size > 1:
+            tokens_RT, bounds = _shares(tokens_RT, model.kept(tokens_RT).sum(dim=1), ranks)
+        with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
+            residuals = _residuals_of_rows(tokens_RT, model, layers, rows_per_forward)
+        yield Buffer(residuals, buffer[0].place._replace(buffer=number, residuals=0), bounds)
+        del residuals  # before the next buffer is made
+
+
+def _residuals_of_rows(
     tokens_RT: Tensor, model: LanguageModel, layers: Collection[int], rows_per_forward: int
 ) -> dict[int, Tensor]:
     """Residuals (N, D) of all rows, by layer; allocated once, filled in place: concatenating would need twice that."""
-    n_residuals = int(model.kept(tokens_RT).sum())
-
-    def empty() -> Tensor:
-        return torch.empty(n_residuals, model.d_model, dtype=model.dtype, device=model.device)
-
-    residuals = {layer: empty() for layer in layers}
+    shape = (int(model.kept(tokens_RT).sum()), model.d_model)
+    residuals = {layer: torch.empty(shape, dtype=model.dtype, device=model.device) for layer in layers}
     filled = 0
     for tokens in tokens_RT.split(rows_per_forward) if len(tokens_RT) else ():
         some = residuals_of_layers(model, tokens, layers)

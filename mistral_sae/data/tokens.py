@@ -16,7 +16,7 @@ import itertools
 import queue
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -226,7 +226,7 @@ def batches(rows: Iterable[Row], batch_size: int) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(np.stack([row.tokens for row in batch], dtype=np.int64))
 
 
-def prefetch(iterator: Iterable[Item], depth: int) -> Iterator[Item]:
+def prefetch(iterator: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """The same items, made ahead of their use by a background thread: up to `depth` of them (1 or more) wait.
 
     What `iterator` raises is raised here, after the items before it. Closing this generator, by hand or because its

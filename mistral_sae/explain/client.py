@@ -31,7 +31,7 @@ from mistral_sae.explain.types import Completion, Request, Status
 OPENAI = "https://api.openai.com/v1"
 CONNECT_SECONDS = 10.0
 FIRST_CONNECTIONS = 3  # attempts to reach a server that has completed nothing yet
-LATE_IN_A_ROW = 5  # requests past their deadlines, with no completion between, after which nobody is there
+LATE_IN_A_ROW = 5  # requests past their deadlines, with no completion between, that end the run
 PAUSE = 8.0  # seconds before a server that stays busy or away through all of openai's retries is asked again
 
 FATAL = {  # what ends the run: "the server at ..."

@@ -58,7 +58,7 @@ class Settings(NamedTuple):
 
 
 def peaks(found: Passages, left: int, right: int) -> Passages:
-    """Of a feature's activations those that are the largest within `left` tokens before and `right` after them.
+    """The activations of a feature that are the largest within `left` tokens before and `right` after them.
 
     In the order of the text, with stretches of that extent, as far as document and row go.
     """
@@ -91,7 +91,7 @@ def from_intervals(passages: Passages, maximum: float, count: int, generator: Ge
 
 
 def _one_a_document(documents: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Those places of an order at which a document is met for the first time."""
+    """The items of `order` without those whose document comes earlier in it."""
     _, firsts = np.unique(documents[order], return_index=True)
     return order[np.sort(firsts)]
 
@@ -317,11 +317,29 @@ class FeatureRecords:
         for document, first, last, values in zip(
             *(array.tolist() for array in (passages.documents, passages.first, passages.last, values_MW)), strict=True
         ):
-            texts = self._texts(self._cache.ids(first, last))
-            start = first % self._cache.row_tokens
-            examples.append(Example(self._cache.names[document], start, texts, tuple(values[: len(texts)])))
+            texts, start = self._texts(self._cache.ids(first, last)), first % self._cache.row_tokens
+            examples.append(Example(self._cache.names[document], start, *without_empty(texts, values[: len(texts)])))
         return tuple(examples)
 
-    def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+    def _texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, as `Tokenizer.strings` gives it."""
-        return tuple(texts_of(map(self._bytes, ids)))
+        return texts_of(map(self._bytes, ids))
+
+
+def without_empty(texts: Sequence[str], values: Sequence[float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Tokens and activations without the empty tokens, those of characters whose bytes are spread over several tokens.
+
+    The last of these, which has the character, gets the largest of their activations.
+    """
+    if all(texts):
+        return tuple(texts), tuple(values)
+    tokens, activations, pending = [], [], 0.0
+    for text, value in zip(texts, values, strict=True):
+        pending = max(pending, value)
+        if text:
+            tokens.append(text)
+            activations.append(pending)
+            pending = 0.0
+    if tokens:
+        activations[-1] = max(activations[-1], pending)
+    return tuple(tokens), tuple(activations)

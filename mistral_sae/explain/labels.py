@@ -34,20 +34,18 @@ class Selection(NamedTuple):
         if self.how == "listed" and self.numbers[-1] >= n_features:
             raise UserError(f"SELECT is {quoted(self.words)}: expected features from 0 to {n_features - 1}")
 
-    def choose(self, firings_F: Tensor, seed: int) -> list[int]:
-        """Return the features, ascending; `firings_F` (F) says on how many tokens each fires.
+    def choose(self, counts_F: Tensor, seed: int) -> list[int]:
+        """Return the features, ascending; `counts_F` (F) says on how many tokens each fires.
 
         Dead ones are chosen only if they are listed, or with all.
         """
         if self.how == "listed":
             return list(self.numbers)
         if self.how == "all":
-            return list(range(len(firings_F)))
-        living = firings_F.nonzero().squeeze(1).tolist()
+            return list(range(len(counts_F)))
+        living = counts_F.nonzero().squeeze(1).tolist()
         count = min(self.numbers[0], len(living))
-        chosen = (
-            random.Random(seed).sample(living, count) if self.how == "random" else firings_F.topk(count)[1].tolist()
-        )
+        chosen = random.Random(seed).sample(living, count) if self.how == "random" else counts_F.topk(count)[1].tolist()
         return sorted(chosen)
 
 
@@ -95,11 +93,8 @@ def read_labels(path: Path) -> dict[int, Label]:
 
 def to_json(label: Label) -> str:
     """Return a line of explanations.jsonl, without the line break."""
-    record = label._asdict() | {
-        "scores": {method: score._asdict() for method, score in label.scores.items()},
-        "judgements": [list(judgement) for judgement in label.judgements],
-    }
-    return json.dumps(record, allow_nan=False)
+    scores = {method: score._asdict() for method, score in label.scores.items()}
+    return json.dumps(label._asdict() | {"scores": scores}, allow_nan=False)
 
 
 def merge_labels(

@@ -140,7 +140,7 @@ def find(feature: Feature) -> Found:
 
     Passages that are in `top` and in `spread` count twice: without that, held-out passages are told apart less well.
     """
-    passages = [passage.visible() for passage in (*feature.top, *feature.spread)]
+    passages = [*feature.top, *feature.spread]
     if not passages:
         return Found(without_passages(feature))
     candidates = tabulate(passages, feature)

@@ -81,8 +81,8 @@ async def score(
 ) -> Label:
     """Return the label of a feature: its explanation's scores, and those of `other` and of its top token to compare.
 
-    An explanation of another status than "ok" is not scored. What was asked in vain is counted in the scores, and the
-    label's reason names the statuses, those of the baselines' requests too.
+    An explanation of another status than "ok" is not scored. Requests without an answer are counted in the scores,
+    and the label's reason names their statuses, those of the baselines' requests too.
     """
     if explanation.status != "ok":
         return unexplained(explanation, explainer)

@@ -155,7 +155,6 @@ def read_explanation(reply: str) -> str:
 
 
 def _observed(number: int, passage: Example, maximum: float, marks: tuple[str, str]) -> str:
-    passage = passage.visible()
     active = [i for i, activation in enumerate(passage.activations) if activation > 0]
     levels = (f"{quoted(passage.tokens[i])} {level(passage.activations[i], maximum)}" for i in active)
     return f"{number}. {marked_text(passage, set(active), marks)}\n   active: {', '.join(levels)}"

@@ -42,10 +42,10 @@ class Reading:
 def read_corpus(
     folder: Path, reading: Reading, model: LanguageModel, loaded: LoadedSAE, keep_other: bool = False
 ) -> cache.Cache:
-    """The cache in a folder if it is of this making, or the one that a pass over the corpus now writes there.
+    """The cache in a folder, if it is of this corpus, model and autoencoder; else the one that a pass now writes there.
 
     Prints what is done and found. Raises TextError for a corpus that cannot be read, and with `keep_other` UserError
-    in place of writing over a cache of another making.
+    in place of writing over a cache of something else.
     """
     layer, row_tokens = loaded.metadata.residual_layer, reading.corpus.context_length
     print(f"corpus    {reading.corpus.check()}")

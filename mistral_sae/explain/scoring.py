@@ -46,7 +46,7 @@ def detection_questions(feature: Feature, seed: int) -> list[Question]:
     """
     count = min(len(feature.held_out), len(feature.random) + len(feature.hard))
     questions = [
-        Question("", kind, index, kind == "held_out", getattr(feature, kind)[index].visible())
+        Question("", kind, index, kind == "held_out", getattr(feature, kind)[index])
         for kind, n in _counts_by_kind(feature, count, count).items()
         for index in evenly(range(len(getattr(feature, kind))), n)
     ]
@@ -65,7 +65,7 @@ def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
     """
     generator = _generator(feature, seed, "fuzzing")
     rounds: tuple[list[Question], list[Question]] = ([], [])
-    passages = [passage.visible() for passage in feature.held_out]
+    passages = feature.held_out
     for index, passage in enumerate(passages):
         right = frozenset(i for i, activation in enumerate(passage.activations) if activation > 0)
         wrong = _moved(right, passage, passages[:index] + passages[index + 1 :], generator)
@@ -84,7 +84,7 @@ def fuzzing_questions(feature: Feature, seed: int) -> list[list[Question]]:
 def simulation_passages(feature: Feature) -> list[Example]:
     """Return passages to simulate: from all intervals of the feature, and random and hard ones in equal parts."""
     chosen = _counts_by_kind(feature, ACTIVE_SIMULATED, SILENT_SIMULATED)
-    return [passage.visible() for kind, count in chosen.items() for passage in evenly(getattr(feature, kind), count)]
+    return [passage for kind, count in chosen.items() for passage in evenly(getattr(feature, kind), count)]
 
 
 def opaque_ids(feature: Feature, seed: int, method: str, count: int) -> list[str]:
@@ -105,8 +105,7 @@ def batches(items: Sequence[Item], most: int) -> list[list[Item]]:
 
 def strongest_token(feature: Feature) -> str:
     """Return the token on which a feature is strongest; a baseline's explanation is just this."""
-    passage = feature.top[0].visible()
-    return passage.tokens[passage.peak]
+    return feature.top[0].tokens[feature.top[0].peak]
 
 
 def other_features(explained: Iterable[int]) -> dict[int, int]:

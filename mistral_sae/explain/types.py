@@ -42,7 +42,7 @@ class Example(NamedTuple):
 
     document: str  # its id
     start: int  # position of the passage's first token in its row; never 0, where the BOS stands
-    tokens: tuple[str, ...]  # they join to the passage's text
+    tokens: tuple[str, ...]  # none is empty; they join to the passage's text
     activations: tuple[float, ...]  # as many, >= 0, in units of the standardised residual
 
     @property
@@ -63,24 +63,6 @@ class Example(NamedTuple):
     def text(self) -> str:
         """The passage's text."""
         return "".join(self.tokens)
-
-    def visible(self) -> "Example":
-        """Return the same passage without empty tokens: each goes to the token that completes its character.
-
-        A character whose bytes are spread over several tokens is the last one's text.
-        """
-        if all(self.tokens):
-            return self
-        tokens, activations, pending = [], [], 0.0
-        for token, activation in zip(self.tokens, self.activations, strict=True):
-            pending = max(pending, activation)
-            if token:
-                tokens.append(token)
-                activations.append(pending)
-                pending = 0.0
-        if tokens:
-            activations[-1] = max(activations[-1], pending)
-        return self._replace(tokens=tuple(tokens), activations=tuple(activations))
 
 
 class Feature(NamedTuple):

@@ -11,8 +11,6 @@ queries, G heads of keys and values, E width of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,37 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@contextmanager
-def quiet(library: str) -> Iterator[None]:
-    """Let a library log nothing below an error: what it advises at load plays no part here."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def quiet_load() -> Iterator[None]:
-    """Let transformers load something without a bar, and without its list of the layers that are left out."""
-    from transformers.utils import logging as library
-
-    has_bars = library.is_progress_bar_enabled()
-    library.disable_progress_bar()
-    try:
-        with quiet("transformers"):
-            yield
-    finally:
-        if has_bars:
-            library.enable_progress_bar()
-
-
 def install_attention() -> None:
     """Let mistral-inference use this module's attention and norm, in this process; a second call changes nothing."""
-    with quiet("xformers"):  # it complains at import of compiled parts that are not used here
-        from mistral_inference import transformer, transformer_layers
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it complains at import of compiled parts that are not used here
+    from mistral_inference import transformer, transformer_layers
+
+    logger.setLevel(level)
 
     transformer_layers.Attention.forward = attention
     transformer_layers.RMSNorm = transformer.RMSNorm = RMSNorm

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from mistral_sae.cli import expect, is_out_of_memory, one_line
 from mistral_sae.model import compiled
-from mistral_sae.model.attention import Past, install_attention, quiet_load, rotary_table
+from mistral_sae.model.attention import Past, install_attention, rotary_table
 from mistral_sae.model.folder import (
     CONFIG,
     MISTRAL_INFERENCE,
@@ -34,7 +33,7 @@ from mistral_sae.model.folder import (
     read_folder,
 )
 from mistral_sae.model.params import shapes_of_params, theta_of, to_halves, windows_of
-from mistral_sae.model.source import ModelError, find
+from mistral_sae.model.source import ModelError, find, quiet_transformers
 
 META = torch.device("meta")
 
@@ -42,15 +41,13 @@ META = torch.device("meta")
 class Engine(Protocol):
     """A model, or its first layers, in one of the libraries."""
 
-    blocks: list[nn.Module]  # the loaded layers
+    model: nn.Module  # all that is loaded
+    blocks: list[nn.Module]  # its layers
     norm: nn.Module | None  # the final norm, and
     head: nn.Linear | None  # its output to logits; None where they are not loaded
 
     def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
         """The final norm's output (B, T, D), or the last loaded layer's, of rows that begin at position `start`."""
-
-    def weights(self) -> Iterator[nn.Parameter]:
-        """All weights that are loaded."""
 
     def new_cache(self, rows: int, length: int) -> Any:
         """A KV cache for `run`."""
@@ -108,7 +105,7 @@ class Transformers:
     def __init__(
         self, folder: ModelFolder, last_layer: int | None, device: torch.device, dtype: torch.dtype, has_head: bool
     ):
-        model = _load_in_transformers(folder, last_layer, device, dtype, has_head).requires_grad_(False)
+        self.model = model = _load_in_transformers(folder, last_layer, device, dtype, has_head).requires_grad_(False)
         self._body = model.model if has_head else model
         self._config = self._body.config
         self.blocks = list(self._body.layers)
@@ -127,10 +124,6 @@ class Transformers:
         """Hidden states (B, T, D)."""
         given = {self._cache: cache, "use_cache": cache is not None}  # which knows where the rows begin
         return self._body(input_ids=tokens_BT, **given).last_hidden_state
-
-    def weights(self) -> Iterator[nn.Parameter]:
-        """All that are loaded."""
-        return self._body.parameters()
 
     def new_cache(self, rows: int, length: int) -> Any:
         """A KV cache: a block of memory for each layer that sees all positions; windows are short, and copied."""
@@ -171,7 +164,7 @@ def _load_in_transformers(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: last_layer + 1]
     parts = {"embedding", "head", *range(config.num_hidden_layers)}
-    with ExitStack() as files, quiet_load():
+    with ExitStack() as files, quiet_transformers():
         wanted = {name: stored for name, stored in folder.tensors.items() if part_of(name) in parts}
         paths = set() if device == META else {stored.file for stored in wanted.values()}
         opened = {path: files.enter_context(safe_open(path, "pt")) for path in paths}
@@ -245,7 +238,7 @@ class MistralInference:
         if has_head and params.get("tied_embeddings"):
             weights["output.weight"] = weights["tok_embeddings.weight"]
         model.load_state_dict(weights, assign=True)
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._args, self._device, self._dtype = args, device, dtype
         self._windows, self._theta = windows_of(params)[: args.n_layers], theta_of(params)
         self._rotary = torch.empty(0)  # of as many positions as were needed so far, (N, head_dim / 2, 2)
@@ -268,17 +261,13 @@ class MistralInference:
         if len(self._rotary) < start + T:
             self._rotary = rotary_table(2 * (start + T), self._args.head_dim, self._theta, self._device)
         rotary = self._rotary[start : start + T]
-        hidden = self._model.tok_embeddings(tokens_BT.flatten())
+        hidden = self.model.tok_embeddings(tokens_BT.flatten())
         for layer, (block, window) in enumerate(zip(self.blocks, self._windows, strict=True)):
             kept = () if cache is None else (start, *cache[:, layer])
             hidden = block(hidden, rotary, Past(B, window, *kept))
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden.view(B, T, -1)
-
-    def weights(self) -> Iterator[nn.Parameter]:
-        """All that are loaded."""
-        return self._model.parameters()
 
     def new_cache(self, rows: int, length: int) -> Tensor:
         """Keys and values of all layers, (2, layers, B, G, N, E)."""

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_sae.cli import one_line, printable
-from mistral_sae.model.attention import quiet
 from mistral_sae.model.params import Layers, Params, config_for_transformers, is_rotated, name_in_transformers
-from mistral_sae.model.source import MODEL_TYPES, ModelError, Source
+from mistral_sae.model.source import MODEL_TYPES, ModelError, Source, quiet_transformers
 from mistral_sae.schema import Count, Schema, read
 
 MISTRAL_INFERENCE = "mistral-inference"
@@ -193,14 +192,14 @@ def _text_config(path: Path, found: _Config) -> Any:
     from transformers import AutoConfig
 
     try:
-        with quiet("transformers"):
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers and huggingface_hub each raise their own
         raise ModelError(f"{path / CONFIG} cannot be read ({one_line(error)}): get it again") from None
     if config.model_type in _WITH_TEXT_INSIDE:
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
         config = config.text_config
-    if config.model_type == "ministral" and config.sliding_window is None:  # transformers makes that mask whatever
+    if config.model_type == "ministral" and config.sliding_window is None:  # transformers masks by it in any case
         config.sliding_window = config.max_position_embeddings
     return config
 

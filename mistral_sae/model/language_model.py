@@ -112,7 +112,7 @@ class LanguageModel:
 
     def weights(self) -> Iterator[nn.Parameter]:
         """All weights that are loaded, as they lie in memory."""
-        return self._engine.weights()
+        return self._engine.model.parameters()
 
     def fingerprint(self, layer: int) -> str:
         """A hash of sizes and of a few rows of each of layers 0..layer, the same whatever engine and dtype run it."""

@@ -120,6 +120,22 @@ def read_header(path: Path) -> list[Header]:
         raise ModelError(f"{path} is cut short or no safetensors file ({one_line(error)}): get it again") from None
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers load something without a bar, and without its warnings and its list of what is left out."""
+    from transformers.utils import logging
+
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
 # ---- the hub ----
 
 
@@ -222,12 +238,10 @@ def convert(path: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from mistral_sae.model.attention import quiet_load
-
     where: Any = {"gguf_file": path.name, "local_files_only": True}
     try:
         # the loader's own bar, which minutes are worth, is for terminals only
-        with quiet_load(), redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
+        with quiet_transformers(), redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
             config = AutoConfig.from_pretrained(path.parent, **where)
             if config.model_type not in MODEL_TYPES:
                 raise ModelError(f"{path} is of model type {config.model_type}: expected {', '.join(MODEL_TYPES)}")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_sae.cli import one_line
-from mistral_sae.model.attention import quiet
+from mistral_sae.files import hash_of
 from mistral_sae.model.folder import CONFIG, ModelFolder
-from mistral_sae.model.source import ModelError
+from mistral_sae.model.source import ModelError, quiet_transformers
 
 LONGEST_TOKEN = 1000  # characters that are shown and sent; those of real vocabularies have some hundred at most
 
@@ -62,6 +62,10 @@ class Tokenizer(ABC):
         if not 0 <= id < self.vocab_size:
             raise ModelError(f"found token id {id}: expected 0 to {self.vocab_size - 1}, the tokenizer's vocabulary")
         return self._token_bytes(id)
+
+    def fingerprint(self) -> str:
+        """A hash of the bytes of all tokens."""
+        return hash_of([self.token_bytes(id) for id in range(self.vocab_size)], {})[:16]
 
     def strings(self, ids: list[int]) -> list[str]:
         """The text of each token, which join to the text of all; special tokens by their names."""
@@ -131,7 +135,7 @@ def _from_transformers(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     options = {"fix_mistral_regex": True} if _splits_otherwise(path / "tokenizer.json") else {}
-    with quiet("transformers"):
+    with quiet_transformers():
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
     wraps = type(tokenizer).__name__ == "MistralCommonBackend"  # a tokenizer of mistral-common
     return _MistralCommon(tokenizer.tokenizer) if wraps else _Transformers(tokenizer)

@@ -2,27 +2,32 @@
 
 All work on z, the standardised residual, with pre = (z - b_dec) @ W_enc + b_enc and z^ = f @ W_dec + b_dec; V is the
 squared norm of z about its mean over the batch. BatchTopK and Matryoshka go through the sparse step of TopK, and are
-JumpReLU autoencoders afterwards; ReLU and JumpReLU have no bound on what is active and take dense products.
+JumpReLU autoencoders afterwards; ReLU and JumpReLU have no bound on what is active, and go through what is.
 
-Shapes: B tokens, D model width, F features, K active features a token on average.
+Shapes: B tokens, D model width, F features, K active features a token on average, E pairs of a token and a feature.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_sae.distributed import ALONE, Group
-from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights
+from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, operations, tokens_at_once
 from mistral_sae.sae.kernels.step import (
     SMALLEST_VARIANCE,
     encode_batch,
     only_used,
+    run_sums,
     sparse_step,
     squared_norm,
     variation,
 )
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
-DENSE = ("relu", "jumprelu")
+PENALIZED = ("relu", "jumprelu")  # how many features are active follows from a penalty
+START = 4  # times K: how many features of those two fire at first
 SLOTS = 4  # times K: what one token may have active under BatchTopK; a token that wants more is cut there
 
 
@@ -72,6 +77,27 @@ def threshold_after(threshold_F: Tensor, least: Tensor, steps: Tensor) -> Tensor
     return torch.lerp(threshold_F, least.expand_as(threshold_F), (1 / (steps + 1)).clamp_min(0.1))
 
 
+class Pairs(NamedTuple):
+    """Tokens and features that have to do with each other, E of them, token by token."""
+
+    tokens: Tensor  # int64
+    features: Tensor  # int64
+    pre: Tensor  # pre-activations
+
+
+def pairs_above(centered: Tensor, weights: Weights, least_F: Tensor) -> Pairs:
+    """Where pre-activations are above `least_F`; like `encode` it runs over some tokens at a time."""
+    size = tokens_at_once(centered.device, torch.float32, len(weights.b_enc))
+
+    def above(first: int) -> Pairs:
+        pre_BF = torch.addmm(weights.b_enc, centered[first : first + size], weights.W_enc)
+        tokens, features = (pre_BF > least_F).nonzero(as_tuple=True)
+        return Pairs(tokens + first, features, pre_BF[tokens, features])
+
+    found = [above(first) for first in range(0, len(centered), size)]
+    return found[0] if len(found) == 1 else Pairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
 @torch.no_grad()
 def relu_step(z: Tensor, weights: Weights, coefficient: Tensor) -> Step:
     """ReLU with an L1 penalty weighted by the decoder's norms, which are free (Templeton et al. 2024).
@@ -80,18 +106,16 @@ def relu_step(z: Tensor, weights: Weights, coefficient: Tensor) -> Step:
 
         f = relu(pre);  loss = (|z - z^|^2 + coefficient * sum_i f_i |W_dec_i|) / V
     """
-    centered = z - weights.b_dec
-    f_BF = torch.addmm(weights.b_enc, centered, weights.W_enc).relu_()
-    norm_F = torch.linalg.vector_norm(weights.W_dec, dim=1)
-    error = centered - weights.mesh.sum_tokens(f_BF @ weights.W_dec)
-    variance = variation(z).clamp_min(SMALLEST_VARIANCE)
-    of_f_BF = (error @ weights.W_dec.T).mul_(-2 / variance).add_(coefficient / variance * norm_F)
-    of_pre_BF = of_f_BF.mul_(f_BF > 0)
-    of_W_dec = f_BF.T @ error * (-2 / variance)
-    summed_F = f_BF.sum(dim=0)
-    of_W_dec += (coefficient / variance * summed_F / norm_F.clamp_min(1e-12)).unsqueeze(1) * weights.W_dec
-    penalty = coefficient * (summed_F @ norm_F)
-    return _dense(z, weights, f_BF, error, of_pre_BF, of_W_dec, penalty, unit_norm=False)
+    centered, W_dec = z - weights.b_dec, weights.W_dec
+    pairs = pairs_above(centered, weights, torch.zeros_like(weights.b_enc))
+    norm_F, share = torch.linalg.vector_norm(W_dec, dim=1), coefficient / variation(z).clamp_min(SMALLEST_VARIANCE)
+    summed_F = torch.zeros_like(norm_F).index_add_(0, pairs.features, pairs.pre)
+    step, _ = _step_of_pairs(z, centered, weights, pairs, pairs.pre, share * norm_F)
+    of_rows = (share * summed_F / norm_F.clamp_min(1e-12)).unsqueeze(1) * W_dec
+    everywhere = torch.arange(len(W_dec), device=z.device), of_rows
+    of_W_dec = step.W_dec._replace(added=everywhere, along=None, squares=None)
+    penalty = share * weights.mesh.shards.total(summed_F @ norm_F)
+    return step._replace(loss=step.loss + penalty, W_dec=of_W_dec)
 
 
 @torch.no_grad()
@@ -105,56 +129,76 @@ def jumprelu_step(z: Tensor, weights: Weights, threshold_F: Tensor, coefficient:
     Threshold's gradients come from pre-activations within half a bandwidth of it: -threshold / bandwidth times the
     gradient of f, and -1 / bandwidth times the coefficient. The threshold itself is trained, not its logarithm.
     """
-    centered = z - weights.b_dec
-    pre_BF = torch.addmm(weights.b_enc, centered, weights.W_enc)
-    is_active = (pre_BF > threshold_F) & (pre_BF > 0)
-    f_BF = pre_BF * is_active
-    error = centered - weights.mesh.sum_tokens(f_BF @ weights.W_dec)
+    centered, share = z - weights.b_dec, coefficient / variation(z).clamp_min(SMALLEST_VARIANCE)
+    pairs = pairs_above(centered, weights, threshold_F - bandwidth / 2)
+    threshold_E = threshold_F.take(pairs.features)
+    is_active = (pairs.pre > threshold_E) & (pairs.pre > 0)
+    step, of_f_E = _step_of_pairs(z, centered, weights, pairs, pairs.pre * is_active, torch.zeros_like(threshold_F))
+    near_E = pairs.pre - threshold_E < bandwidth / 2
+    of_threshold_E = near_E * (of_f_E * threshold_E + share) / -bandwidth
+    of_threshold_F = torch.zeros_like(threshold_F).index_add_(0, pairs.features, of_threshold_E)
+    penalty = share * weights.mesh.shards.total(is_active.sum())
+    return step._replace(loss=step.loss + penalty, threshold=of_threshold_F)
+
+
+def _step_of_pairs(
+    z: Tensor, centered: Tensor, weights: Weights, pairs: Pairs, values: Tensor, of_penalty_F: Tensor
+) -> tuple[Step, Tensor]:
+    """The step without its penalty where the activations (E) are known, and the gradient of each (E).
+
+    `of_penalty_F` is the penalty's gradient of an activation.
+    """
+    (tokens, features, _), W_dec, (n_tokens, n_features) = pairs, weights.W_dec, (len(z), len(weights.b_enc))
     variance = variation(z).clamp_min(SMALLEST_VARIANCE)
-    of_f_BF = (error @ weights.W_dec.T).mul_(-2 / variance)
-    is_near = (pre_BF - threshold_F).abs_() < bandwidth / 2
-    of_threshold_F = -(is_near * (of_f_BF * threshold_F + coefficient / variance)).sum(dim=0) / bandwidth
-    of_W_dec = f_BF.T @ error * (-2 / variance)
-    penalty = coefficient * is_active.sum()
-    step = _dense(z, weights, f_BF, error, of_f_BF.mul_(is_active), of_W_dec, penalty, unit_norm=True)
-    return step._replace(threshold=of_threshold_F)
-
-
-def _dense(
-    z: Tensor,
-    weights: Weights,
-    f_BF: Tensor,
-    error: Tensor,
-    of_pre_BF: Tensor,
-    of_W_dec: Tensor,
-    penalty: Tensor,
-    *,
-    unit_norm: bool,
-) -> Step:
-    """The step from the gradients of pre-activations and decoder, which are dense."""
-    variance, shards = variation(z).clamp_min(SMALLEST_VARIANCE), weights.mesh.shards
+    scale = -2 / variance
+    counts = torch.bincount(tokens, minlength=n_tokens)
+    starts = counts.cumsum(0) - counts
+    decoded = F.embedding_bag(features, W_dec, starts, per_sample_weights=values, mode="sum")
+    error = centered - weights.mesh.sum_tokens(decoded)
+    # Feature by feature from here on
+    ordered, order = features.to(torch.int32).sort(stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(n_features + 1, dtype=torch.int32, device=z.device))
+    owners, ordered_values = tokens.take(order), values.take(order)
+    of_W_dec = MatrixGradient(offsets, error, owners, scale * ordered_values)
+    products, squares = operations(z.device).row_products(of_W_dec, W_dec)
+    of_f = scale * products + of_penalty_F.take(features.take(order))
+    of_pre = of_f * (ordered_values > 0)
+    of_b_enc = run_sums(of_pre, offsets)
+    along = scale * run_sums(ordered_values * products, offsets)
     normalized_mse = squared_norm(error) / variance
-    of_b_enc = of_pre_BF.sum(dim=0)
-    most = max(1, int((f_BF > 0).sum(dim=1).max()))
-    values, indices = f_BF.topk(most, dim=1, sorted=False)
-    along = (of_W_dec * weights.W_dec).sum(dim=1) if unit_norm else None
-    return Step(
-        loss=normalized_mse + shards.total(penalty) / variance,
+    shape = n_tokens, max(1, int(counts.max()))
+    places = tokens, torch.arange(len(tokens), device=z.device) - starts.take(tokens)
+    step = Step(
+        loss=normalized_mse,
         normalized_mse=normalized_mse,
         auxk=z.new_zeros(()),
-        l0=shards.total((values > 0).sum()) / len(z),
-        values=values,
-        indices=indices,
-        W_enc=_whole(of_pre_BF.T @ (z - weights.b_dec)),
+        l0=weights.mesh.shards.total((values > 0).sum()) / n_tokens,
+        values=values.new_zeros(shape).index_put_(places, values),
+        indices=features.new_zeros(shape).index_put_(places, features),
+        W_enc=MatrixGradient(offsets, centered, owners, of_pre),
         b_enc=of_b_enc,
-        W_dec=_whole(of_W_dec)._replace(along=along),
-        b_dec=(-2 / variance) * error.sum(dim=0) - shards.total(weights.W_enc @ of_b_enc),
+        W_dec=of_W_dec._replace(along=along, squares=squares),
+        b_dec=scale * error.sum(dim=0) - weights.mesh.shards.total(weights.W_enc @ of_b_enc),
     )
+    return step, torch.empty_like(of_f).scatter_(0, order, of_f)
 
 
-def _whole(gradient_FD: Tensor) -> MatrixGradient:
-    """A dense gradient in the form of a sparse one: nothing but what comes on top of it."""
-    n_features, device = len(gradient_FD), gradient_FD.device
-    nothing, offsets = gradient_FD.new_empty(0), torch.zeros(n_features + 1, dtype=torch.int32, device=device)
-    added = torch.arange(n_features, device=device), gradient_FD
-    return MatrixGradient(offsets, gradient_FD[:1], nothing.long(), nothing, added)
+@torch.no_grad()
+def equal_thresholds(weights: Weights, z: Tensor, k: float, *, keeps: bool) -> tuple[Tensor, Tensor]:
+    """Thresholds (F) with which each feature fires as often as any other and k do a token, and a scale for W_enc.
+
+    So JumpReLU autoencoders start, and ReLU ones with the negative as their bias (Conerly et al. 2025): where features
+    do not fire they learn nothing. The scale, which the thresholds allow for, makes the reconstruction of z as good as
+    it gets. `keeps` says whether an activation keeps what lies below the threshold, as JumpReLU's does.
+    """
+    centered, n_features = z - weights.b_dec, len(weights.b_enc) * weights.mesh.shards.size
+    count = min(len(z) - 1, max(1, round(len(z) * k / n_features)))
+    z_hat, thresholds = torch.zeros_like(z), []
+    for W_enc, W_dec in zip(weights.W_enc.split(4096, dim=1), weights.W_dec.split(4096), strict=True):
+        pre = centered @ W_enc
+        threshold = pre.topk(count + 1, dim=0, sorted=False).values.amin(dim=0).clamp_min(0.0)
+        z_hat += ((pre if keeps else pre - threshold) * (pre > threshold)) @ W_dec
+        thresholds.append(threshold)
+    z_hat = weights.mesh.sum_tokens(z_hat)
+    scale = (z_hat * centered).sum().clamp_min(1e-12) / z_hat.square().sum().clamp_min(1e-12)
+    return scale * torch.cat(thresholds), scale

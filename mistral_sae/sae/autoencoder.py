@@ -128,11 +128,19 @@ class SparseAutoencoder(nn.Module):
             values, indices = kernels.encode_shard(centered.flatten(0, -2), weights, self.k)
             shape = (*x.shape[:-1], values.shape[-1])
             return Encoded(values.view(shape), indices.view(shape), mean, std)
-        pre = centered @ self.W_enc + self.b_enc
+        size = kernels.tokens_at_once(centered.device, torch.float32, len(self.b_enc))
+        parts = [self._above_threshold(part) for part in centered.flatten(0, -2).split(size)]
+        widest = max(values.shape[1] for values, _ in parts)
+        padded = [[nn.functional.pad(each, (0, widest - each.shape[1])) for each in part] for part in parts]
+        values, indices = (torch.cat(each).view(*x.shape[:-1], widest) for each in zip(*padded, strict=True))
+        return Encoded(values, indices, mean, std)
+
+    def _above_threshold(self, centered: Tensor) -> tuple[Tensor, Tensor]:
+        """The activations and features of some tokens, as many as the one with the most has."""
+        pre = torch.addmm(self.b_enc, centered, self.W_enc)
         threshold = self.threshold if self.activation == "jumprelu" else 0.0
         active = torch.where(pre > threshold, pre, 0.0)
-        most = max(1, int((active > 0).sum(dim=-1).max()))
-        return Encoded(*active.topk(most, dim=-1), mean, std)
+        return kernels.topk(active, max(1, int((active > 0).sum(dim=-1).max())))
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Active features -> reconstructed residuals (..., D), in float32."""

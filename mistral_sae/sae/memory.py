@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from mistral_sae.cli import size_of
-from mistral_sae.sae.architectures import DENSE, SLOTS
+from mistral_sae.sae.architectures import PENALIZED, SLOTS, START, activation_of
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.features import CHUNK_BYTES as CHUNK
@@ -22,6 +22,10 @@ from mistral_sae.sae.trainer import TrainConfig
 FORWARD_WIDTHS = 8 + 3 * 4
 # Of each activation of a shard: token, feature and value as they come and joined, then sorted, with their order
 SORTED_BYTES = 80
+# Of each pair of a token and an active feature, in a step of an architecture with a penalty: token, feature and value
+# as they come and feature by feature, gradients, and places among the features of the token with the most
+PAIR_BYTES = 160
+UNBOUNDED_ACTIVE = 512  # features a token, taken for those of ReLU and JumpReLU autoencoders
 UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
 SPARE = 0.03  # share of the free memory that a plan leaves to the allocator
 
@@ -132,27 +136,14 @@ def training_needs(
     weights = (2 * D + 1) * F + D
     tokens = config.rows_per_forward * config.context_length
     forward = tokens * D * FORWARD_WIDTHS * model_bytes
-    # Pre-activations and the selection's work space, on a GPU that of an eighth of them
-    work = 2.0 if kind == "cpu" else 1.25
-    chunks = [chunk_bytes(kind, torch.float32, F), chunk_bytes(kind, torch.bfloat16, F)]
-    encoder_float32, encoder_bf16 = (int(work * min(size, 4 * config.batch_size * F)) for size in chunks)
+    encoder, step = (
+        _encoder(kind, activation_of(config.architecture), config.batch_size, F),
+        _step(config, D, kind, mesh),
+    )
     bf16_encoder = 2 * D * F  # a copy of W_enc, in training
-    slots, parts = 1, 1
-    if config.architecture in ("batchtopk", "matryoshka"):
-        slots, parts = SLOTS, 3 * config.matryoshka_levels if config.architecture == "matryoshka" else 1
-    # Standardised, centered, error, and that of each nested autoencoder; indices, values, bags
-    batch = 4 * config.batch_size * ((5 + parts) * D + 8 * slots * config.k)
-    if shards > 1:  # of which the values that all shards nominate, and the chosen among them
-        batch += 6 * config.batch_size // replicas * shards * min(slots * config.k, F)
-    if config.architecture in DENSE:  # activations, their gradients and what they are made of; two whole gradients
-        batch += 4 * F * (5 * config.batch_size + 3 * D)
-    # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
-    # (as many as half of them), and four times their rows: of both matrices and of both gradients
-    auxk = 4 * min(config.auxk_features, F) * (4 * config.batch_size + 4 * D)
     row_of_logits = 4 * config.context_length * model.vocab_size
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, config.rows_per_forward * row_of_logits), row_of_logits)
-    step = bf16_encoder + max(encoder_float32, encoder_bf16) + batch + auxk
-    evaluation = forward + logits, bf16_encoder + encoder_float32
+    evaluation = forward + logits, bf16_encoder + encoder
     part = "" if last_layer is None else f" to layer {last_layer}"
     # Of several ranks each has a part of the buffer, and of a batch what it has and what all have
     buffer = layers * config.buffer_tokens // (replicas * shards) + streams * config.batch_size
@@ -175,7 +166,7 @@ def training_needs(
         Stage(
             {"language model": model.parameters() * model_bytes},
             {"autoencoder": 4 * weights},
-            [(forward + logits, encoder_float32)],
+            [(forward + logits, encoder)],
         ),
     )
 
@@ -235,6 +226,39 @@ def wire_plan(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torc
             yield f"  {what:35} {size_of(size):>8}"
 
 
+def _step(config: TrainConfig, D: int, kind: str, mesh: tuple[int, int]) -> int:
+    """What comes and goes in a step, on a device of kind "cpu" or "cuda"."""
+    (replicas, shards), B, K = mesh, config.batch_size, config.k
+    F = config.d_hidden // shards
+    # Standardised, centered, error; indices and values
+    batch = 4 * B * (6 * D + 8 * K)
+    if config.architecture in PENALIZED:  # as many pairs as at first, and the rows that relu's penalty adds
+        rows = 4 * D * F if config.architecture == "relu" else 0
+        return _encoder(kind, "topk", B, F) + batch + PAIR_BYTES * B * min(F, START * K) + rows
+    if config.architecture in ("batchtopk", "matryoshka"):  # and the error of each nested autoencoder
+        parts = 3 * config.matryoshka_levels if config.architecture == "matryoshka" else 1
+        batch = 4 * B * ((5 + parts) * D + 8 * SLOTS * K)
+    # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
+    # (as many as half of them), and four times their rows: of both matrices and of both gradients
+    auxk = 4 * min(config.auxk_features, F) * (4 * B + 4 * D)
+    if shards > 1:  # and of the values that all shards nominate, which are chosen
+        slots = K if config.architecture == "topk" else SLOTS * K
+        batch += 6 * B // replicas * shards * min(slots + margin(slots), F)
+    encoder = max(_encoder(kind, "topk", B // replicas, F, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return 2 * D * F + encoder + batch + auxk
+
+
+def _encoder(kind: str, activation: str, tokens: int, n_features: int, dtype: torch.dtype = torch.float32) -> int:
+    """Pre-activations of some tokens at a time and the selection's work space, on a GPU that of an eighth of them.
+
+    Without a number of features to select, what is above a threshold is as large again, beside a mask.
+    """
+    work = 2.0 if kind == "cpu" else 1.25
+    if activation != "topk":
+        work += 1.25
+    return int(work * min(chunk_bytes(kind, dtype, n_features), 4 * tokens * n_features))
+
+
 def explaining_needs(
     sae: SparseAutoencoder,
     model: _Sizes,
@@ -251,7 +275,7 @@ def explaining_needs(
     activations of `shard_tokens` are sorted at a time. Where the model explains itself, a prompt and its reply have
     `reply_tokens`.
     """
-    D, F, k = sae.d_model, sae.n_features, sae.k
+    D, F, k = sae.d_model, sae.n_features, _active(sae)
     held = _weights(sae, model, last_layer, dtype)
     of_model, encoding = _passing(sae, model, tokens, dtype)
     sorting = SORTED_BYTES * shard_tokens * k
@@ -288,9 +312,15 @@ def _passing(sae: SparseAutoencoder, model: _Sizes, tokens: int, dtype: torch.dt
     """What so many tokens take at a time in the model, and in the autoencoder's encoder."""
     D, F, kind = model.d_model, sae.n_features, "cpu" if sae.W_dec.device.type == "cpu" else "cuda"
     chunk = max(chunk_bytes(kind, number, F) for number in (torch.float32, torch.bfloat16))
-    pre = 2 * min(chunk, 4 * tokens * F) + 2 * D * F  # with W_enc in bfloat16, which may choose the features
-    encoding = pre + 4 * tokens * (4 * D + 8 * sae.k) + tokens * D * dtype.itemsize
+    copies = 2 if sae.activation == "topk" else 3  # without a number of features to select: see `_encoder`
+    pre = copies * min(chunk, 4 * tokens * F) + 2 * D * F  # with W_enc in bfloat16, which may choose the features
+    encoding = pre + 4 * tokens * (4 * D + 8 * _active(sae)) + tokens * D * dtype.itemsize
     return tokens * D * FORWARD_WIDTHS * dtype.itemsize, encoding
+
+
+def _active(sae: SparseAutoencoder) -> int:
+    """Active features a token, at most; where no number bounds them as many as those of published ones have."""
+    return sae.k if sae.activation == "topk" else min(sae.n_features, UNBOUNDED_ACTIVE)
 
 
 def _cache(model: _Sizes, tokens: int, dtype: torch.dtype) -> int:

@@ -56,7 +56,9 @@ class SAEAdam:
 
         rates = Rates(learning_rate, divisor, self.steps)
         for name, bias in biases.items():
-            adam_(self._state(name), bias, rates)
+            # A threshold is of the order of 1, an entry of a matrix that of a unit vector: it is to move as freely
+            rate = learning_rate * self.parameters["b_dec"].numel() ** 0.5 if name == "threshold" else learning_rate
+            adam_(self._state(name), bias, rates._replace(learning_rate=rate))
         if "threshold" in biases:
             self.parameters["threshold"].clamp_(min=0.0)
         for name, matrix in matrices.items():

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mistral_sae.cli import UserError, printable, rank, size_of
+from mistral_sae.cli import UserError, duration_of, printable, rank, size_of
 from mistral_sae.files import SAEError, holder, load_metadata, load_state, locked, sync_folder, write_text, writing
 from mistral_sae.sae.shards import load_trainer, save_trainer
 from mistral_sae.sae.trainer import Trainer
@@ -281,7 +281,7 @@ def status(run_dir: Path) -> Iterator[str]:
         age, size = time.time() - path.stat().st_mtime, size_of(path.stat().st_size)
         try:
             runs.append(load_state(path, "cpu", Run)[1])
-            lines.append(f"saved     {path}, {size}, whole, {_duration(age)} ago")
+            lines.append(f"saved     {path}, {size}, whole, {duration_of(age)} ago")
         except SAEError as error:
             lines.append(f"saved     {error}")
     yield from _progress(_log(run_dir), runs[0] if runs else None)
@@ -323,11 +323,4 @@ def _progress(log: list[dict[str, Any]], run: Run | None) -> Iterator[str]:
     yield f"step      {last['step']:,}{of}, {last['tokens']:,} tokens"
     yield f"loss      {last['loss']:.4g}, normalized MSE {last['normalized_mse']:.4g}, dead features {last['dead']:,}"
     left = (total - last["step"]) * last["tokens"] / last["step"] / rate if total and rate > 0 else 0
-    yield f"rate      {rate:,.0f} tokens a second{f', about {_duration(left)} left' if left > 0 else ''}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    yield f"rate      {rate:,.0f} tokens a second{f', about {duration_of(left)} left' if left > 0 else ''}"

@@ -17,9 +17,11 @@ from mistral_sae.distributed import ALONE, Mesh
 from mistral_sae.files import SAEError
 from mistral_sae.sae.architectures import (
     ARCHITECTURES,
-    DENSE,
+    PENALIZED,
+    START,
     activation_of,
     batchtopk_step,
+    equal_thresholds,
     jumprelu_step,
     nested_sizes,
     relu_step,
@@ -42,7 +44,7 @@ class TrainConfig:
     k: int
     architecture: str = "topk"
     matryoshka_levels: int = 5
-    sparsity_coefficient: float = 0.0
+    sparsity_coefficient: float | None = None  # where there is a penalty
     bandwidth: float = 0.0
     train_tokens: int = 1_000_000
     batch_size: int = 1024
@@ -86,7 +88,7 @@ class TrainConfig:
 
     def active(self) -> str:
         """How many features are active, in words."""
-        if self.architecture in DENSE:
+        if self.architecture in PENALIZED:
             return f"as many active as the penalty leaves ({self.architecture})"
         if self.architecture == "topk":
             return f"of which {self.k} are active on a token"
@@ -132,7 +134,7 @@ class Trainer:
         )
         self.sae.requires_grad_(False)
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
-        self.bf16 &= config.architecture not in DENSE  # which have no features to nominate
+        self.bf16 &= config.architecture not in PENALIZED  # which have no features to nominate
         self.W_enc_bf16 = torch.empty_like(self.sae.W_enc, dtype=torch.bfloat16) if self.bf16 else None
         trains_threshold = config.architecture == "jumprelu"
         self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype), self.W_enc_bf16, trains_threshold)
@@ -145,11 +147,13 @@ class Trainer:
 
     def initialize(self, x: Tensor) -> None:
         """Start from random features around the first residuals x (B, D)."""
-        self.sae.initialize(self.sae.standardize(x)[0], self.config.seed)
-        if self.config.architecture in DENSE:  # half of the features fire, which together are to give z and no more
-            self.sae.W_enc.mul_(min(1.0, 2 * self.config.d_model / self.config.d_hidden))
-        if self.config.architecture == "jumprelu":
-            self.sae.threshold.fill_(self.config.bandwidth)
+        z, config = self.sae.standardize(x)[0], self.config
+        self.sae.initialize(z, config.seed)
+        if config.architecture in PENALIZED:
+            keeps = config.architecture == "jumprelu"
+            threshold_F, scale = equal_thresholds(self.sae.weights, z, START * config.k, keeps=keeps)
+            self.sae.W_enc.mul_(scale)
+            (self.sae.threshold if keeps else self.sae.b_enc).copy_(threshold_F if keeps else -threshold_F)
         self._copy_W_enc()
 
     def _copy_W_enc(self) -> None:
@@ -191,7 +195,7 @@ class Trainer:
         limit = self.auxk_of_shards[self.mesh.shards.rank] if self.auxk_of_shards else config.auxk_features
         aux = AuxK(self.dead[:limit], config.k_aux, config.auxk_coefficient, self.auxk_of_shards)
         # The penalty grows over the first twentieth, or most features would die at once (Templeton et al. 2024)
-        penalty = config.sparsity_coefficient * (20 * (self.adam.steps + 1) / config.steps).clamp_max(1.0)
+        penalty = (config.sparsity_coefficient or 0.0) * (20 * (self.adam.steps + 1) / config.steps).clamp_max(1.0)
         match config.architecture:
             case "topk":
                 return topk_step(z, weights, config.k, aux)

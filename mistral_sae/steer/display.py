@@ -35,7 +35,7 @@ def level_of(share: float) -> int:
 
 
 def visible(text: str) -> str:
-    """A text in which what a terminal would obey, and what else cannot be shown, is "·"; lines and tabs stay."""
+    """The text with "·" for control characters and whatever else cannot be shown; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text.replace("\r\n", "\n"))
 
 

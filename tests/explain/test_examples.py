@@ -12,7 +12,15 @@ from mistral_sae.data.records import Document
 from mistral_sae.data.tokens import pack
 from mistral_sae.explain import cache, examples, scoring
 from mistral_sae.explain.cache import is_for_scoring
-from mistral_sae.explain.examples import FeatureRecords, Sample, Settings, from_intervals, peaks, strongest
+from mistral_sae.explain.examples import (
+    FeatureRecords,
+    Sample,
+    Settings,
+    from_intervals,
+    peaks,
+    strongest,
+    without_empty,
+)
 from mistral_sae.explain.types import BINS, INTERVALS
 from mistral_sae.model.language_model import load_model
 from mistral_sae.model.tokenizer import LONGEST_TOKEN
@@ -500,8 +508,13 @@ def test_documents_to_explain_from_and_documents_to_score_on_are_different_ones(
 def test_characters_that_tokens_share_come_out_whole(parts, of_model):
     tokenizer, texts = parts[0].tokenizer, records_of(of_model, [0], parts)._texts
     ids = tokenizer.encode("größer ∑ x")
-    assert texts(ids) == tuple(tokenizer.strings(ids))
+    assert texts(ids) == tokenizer.strings(ids)
     assert "".join(texts(ids)) == "größer ∑ x"
+
+
+def test_bytes_of_a_character_spread_over_tokens_are_one_token():
+    texts, values = ("a", "", "", "é", "b", ""), (0.0, 2.0, 0.0, 1.0, 0.0, 3.0)
+    assert without_empty(texts, values) == (("a", "é", "b"), (0.0, 2.0, 3.0))
 
 
 def test_a_token_of_megabytes_is_shown_by_its_beginning(parts, of_model, monkeypatch):

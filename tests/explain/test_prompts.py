@@ -170,11 +170,6 @@ def test_promoted_tokens_are_shown_as_evidence(feature):
     assert 'makes these next tokens more likely: " items", " ="\nand these less likely: " if"' in content
 
 
-def test_bytes_of_a_character_spread_over_tokens_are_one_token():
-    passage = Example("d", 1, ("a", "", "", "é", "b", ""), (0.0, 2.0, 0.0, 1.0, 0.0, 3.0))
-    assert passage.visible()[2:] == (("a", "é", "b"), (0.0, 2.0, 3.0))
-
-
 def test_judges_see_neither_marks_nor_activations_in_detection(feature):
     passages = [question("kfd", feature.held_out[0]), question("mnb", feature.random[0])]
     content = prompts.detection_request("the token self", passages).messages[1]["content"]

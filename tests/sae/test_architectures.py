@@ -6,6 +6,10 @@ from test_kernels import random_parameters, relative_error
 from torch import Tensor
 
 from mistral_sae.sae import architectures, kernels
+from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.cfg import Metadata
+from mistral_sae.sae.checkpoint import load_sae, save_sae
+from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 B, D, F, K = 33, 24, 130, 3
 CASES = [(B, D, F, K), (1, 8, 48, 3), (9, 8, 16, 16)]
@@ -143,3 +147,58 @@ def test_jumprelu_equals_dense_autograd_with_the_papers_pseudo_derivatives(B, D,
 def test_nested_sizes_halve_and_end_with_all_features():
     assert architectures.nested_sizes(1000, 4).tolist() == [125, 250, 500, 1000]
     assert architectures.nested_sizes(3, 5).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_at_first_each_feature_fires_as_often_and_the_reconstruction_is_of_the_best_scale(keeps):
+    z = randn(200, D)
+    sae = SparseAutoencoder(D, F, K, activation="jumprelu" if keeps else "relu").requires_grad_(False)
+    sae.initialize(z, seed=0)
+    threshold, scale = architectures.equal_thresholds(sae.weights, z, 13, keeps=keeps)
+    sae.W_enc.mul_(scale)
+    (sae.threshold if keeps else sae.b_enc).copy_(threshold if keeps else -threshold)
+    pre = (z - sae.b_dec) @ sae.W_enc + sae.b_enc
+    f = torch.where(pre > (sae.threshold if keeps else 0), pre, 0)
+    often = (f > 0).sum(dim=0)
+    assert (often - 20).abs().max() <= 1, "13 of 130 features are a tenth, and 200 tokens there are"
+    z_hat = f @ sae.W_dec
+    # But for what lies on a threshold and fires by rounding
+    torch.testing.assert_close((z_hat * (z - sae.b_dec)).sum(), z_hat.square().sum(), rtol=0.02, atol=0.0)
+
+
+def trained(architecture: str) -> Trainer:
+    """After some steps on standardised noise."""
+    sizes = {"sparsity_coefficient": 0.3, "bandwidth": 0.3, "matryoshka_levels": 3, "train_tokens": 2000}
+    trainer = Trainer(TrainConfig(D, F, K, architecture, dead_after_tokens=100, k_aux=4, batch_size=100, **sizes))
+    x = randn(100, D)
+    trainer.initialize(x)
+    for _ in range(20):
+        trainer.step(x, 1e-2)
+        trainer.find_dead()
+    return trainer
+
+
+@pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
+def test_sae_lens_gets_what_each_architecture_trained(architecture, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    sae, x = trained(architecture).sae, 3 * randn(50, D) + 1
+    save_sae(tmp_path, sae, Metadata("m", "blocks.3.hook_resid_post", 3, True, 16, None))
+    theirs, again = sae_lens.SAE.load_from_disk(tmp_path, device="cpu"), load_sae(tmp_path).sae
+    encoded = sae.encode(x)
+    dense = encoded.dense(F)
+    assert (dense > 0).any()
+    torch.testing.assert_close(theirs.encode(x).to_dense(), dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again.encode(x).dense(F), dense, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(theirs(x), sae.decode(encoded), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", architectures.PENALIZED)
+def test_a_higher_penalty_leaves_fewer_features(architecture):
+    def active(coefficient: float) -> float:
+        sizes = {"bandwidth": 0.3, "train_tokens": 6000, "batch_size": 100}
+        trainer = Trainer(TrainConfig(D, F, K, architecture, sparsity_coefficient=coefficient, **sizes))
+        x = randn(100, D)
+        trainer.initialize(x)
+        return float(torch.stack([trainer.step(x, 3e-3).l0 for _ in range(60)])[-1])
+
+    assert active(3.0) < 0.7 * active(0.3)

@@ -52,11 +52,12 @@ def trained(architecture, changes, mesh=distributed.ALONE):
     )
     generator, figures, dead = torch.Generator().manual_seed(3), [], []
     # Few directions, so that many features never fire
-    batches = torch.randn(STEPS, B, 4, generator=generator) @ torch.randn(4, D, generator=generator)
-    batches += 0.1 * torch.randn(STEPS, B, D, generator=generator)
+    batches = torch.randn(STEPS + 1, B, 4, generator=generator) @ torch.randn(4, D, generator=generator)
+    batches += 0.1 * torch.randn(STEPS + 1, B, D, generator=generator)
     trainer = Trainer(config, bf16=bf16, mesh=mesh)
-    trainer.initialize(batches[0])
-    for step, x in enumerate(batches):
+    # On another batch than the first: JumpReLU's thresholds begin at pre-activations, which must not be compared again
+    trainer.initialize(batches[-1])
+    for step, x in enumerate(batches[:-1]):
         if step == STEPS // 2:
             state, trainer = trainer.state(), Trainer(config, bf16=bf16, mesh=mesh)
             trainer.load(state)

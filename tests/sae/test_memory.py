@@ -1,10 +1,13 @@
 """The memory plan: what 7B needs on a 24 GB card, and that the parts are what is allocated."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import config
 from mistral_sae.cli import override
@@ -12,6 +15,7 @@ from mistral_sae.data.activations import Stream, shuffled_streams
 from mistral_sae.data.tokens import Row
 from mistral_sae.defaults import defaults
 from mistral_sae.model.language_model import ModelSpec, inspect, load_model
+from mistral_sae.sae.architectures import ARCHITECTURES
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.memory import MemoryPlan, explaining_needs, free_memory, training_needs
 from mistral_sae.sae.trainer import TrainConfig, Trainer
@@ -92,7 +96,7 @@ def test_the_parts_are_what_a_run_allocates(config_7b, mistral_folder, moments):
     sae = trainer.sae
     sae.initialize(torch.randn(64, spec.d_model), seed=0)
     model = load_model(mistral_folder, last_layer=1, dtype="float32", device="cpu")
-    model_weights = {p.data_ptr(): p for p in model._engine._model.parameters()}
+    model_weights = {p.data_ptr(): p for p in model._engine.model.parameters()}
 
     def size(tensors):
         return sum(t.untyped_storage().nbytes() for t in tensors)
@@ -145,3 +149,59 @@ def test_the_free_memory_of_the_cpu_is_between_nothing_and_all_of_it():
     import psutil
 
     assert 0 < free_memory("cpu") <= psutil.virtual_memory().total
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that were there at once of what is made in a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in self.parts(args)}
+        out = func(*args, **kwargs or {})
+        for tensor in self.parts(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.live and storage._cdata not in known:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.bytes = max(self.bytes, sum(self.live.values()))
+        return out
+
+    @staticmethod
+    def parts(tree):
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        sparse = [t for t in tensors if t.layout is torch.sparse_csr]
+        of_sparse = [part for t in sparse for part in (t.crow_indices(), t.col_indices(), t.values())]
+        return [t for t in tensors if t.layout is torch.strided] + of_sparse
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_plan_holds_what_a_step_takes(config_7b, mistral_folder, architecture):
+    spec = inspect(mistral_folder)
+    sizes = {"d_hidden": 8192, "k": 16, "batch_size": 512, "architecture": architecture, "auxk_features": 0}
+    sizes |= {"sparsity_coefficient": 0.1, "bandwidth": 0.1, "moments_dtype": "float32"}
+    training = replace(TrainConfig.of(config_7b, spec.d_model), **sizes)
+    trainer, x = Trainer(training), torch.randn(512, spec.d_model)
+    trainer.initialize(x)
+    with Peak() as peak:
+        trainer.step(x, 1e-3)
+    stage = training_needs(training, spec, last_layer=0, dtype=torch.float32, on_cpu=True).first
+    planned = stage.work[1][1] + stage.sae["its gradients (float32)"]
+    assert planned / 4 < peak.bytes <= planned
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu"])
+def test_encoding_takes_no_more_for_many_tokens_than_for_some(activation):
+    def peak_of(tokens):
+        sae = SparseAutoencoder(16, 8192, 8, activation=activation).requires_grad_(False)
+        x = torch.randn(tokens, 16)
+        sae.initialize(x, seed=0)
+        (sae.threshold if activation == "jumprelu" else sae.b_enc).fill_(3.0 if activation == "jumprelu" else -3.0)
+        with Peak() as peak:
+            sae.encode(x)
+        return peak.bytes
+
+    assert peak_of(4096) < 1.5 * peak_of(1024)

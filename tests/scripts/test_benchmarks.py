@@ -89,3 +89,12 @@ def test_the_cost_of_the_cache_of_activations_is_measured_beside_model_and_encod
     assert list(stages)[:4] == ["reading and tokenizing", "language model", "encoder", "writing"]
     assert all(float(value) > 0 for value in stages.values())
     assert re.search(r"writing [\d,]+ tokens adds [\d.]+%", printed)
+
+
+def test_training_from_disk_is_timed_beside_training_through_the_model():
+    printed = smoke("stored")
+    assert (
+        len(re.findall(r"^(?:through the model|from disk) +[\d,]+ tokens/s, normalized MSE 0\.\d+$", printed, re.M))
+        == 2
+    )
+    assert re.search(r"^[\d.]+ times as fast; written at [\d,]+ tokens/s$", printed, re.M)

@@ -34,6 +34,18 @@ def values(constants, spec, where):
     return {name: value for name, value, _ in defaults(constants, spec, *where)}
 
 
+def test_a_penalty_follows_the_width_over_k_where_there_is_one(constants):
+    assert "SPARSITY_COEFFICIENT" not in values(constants("ARCHITECTURE=batchtopk"), MISTRAL_7B, GPU)
+    for architecture, power in (("relu", 0.5), ("jumprelu", 1)):
+        few, many = (
+            values(constants(f"ARCHITECTURE={architecture}", f"K={k}"), MISTRAL_7B, GPU)["SPARSITY_COEFFICIENT"]
+            for k in (64, 256)
+        )
+        assert few == pytest.approx(4**power * many)
+        given = constants(f"ARCHITECTURE={architecture}", "SPARSITY_COEFFICIENT=2.0")
+        assert "SPARSITY_COEFFICIENT" not in values(given, MISTRAL_7B, GPU)
+
+
 def test_mistral_7b_on_a_gpu_has_the_sizes_that_config_py_shows_in_brackets(constants):
     found = values(constants(), MISTRAL_7B, GPU)
     assert found.pop("LEARNING_RATE") == 2e-4 / math.sqrt(8)

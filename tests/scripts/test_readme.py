@@ -11,6 +11,8 @@ import torch
 import config
 from benchmarks import tables
 from mistral_sae.cli import override
+from mistral_sae.data.place import BEGINNING
+from mistral_sae.data.stored import write_shard
 from mistral_sae.explain.types import STATUSES
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
@@ -36,7 +38,8 @@ def without_figures(text: str) -> str:
 
 @pytest.fixture
 def standin_run(tmp_path, monkeypatch):
-    """A folder with an untrained autoencoder in runs/standin, where the examples run."""
+    """A folder with an untrained autoencoder in runs/standin and some residuals in acts, where the examples run."""
+    write_shard(tmp_path / "acts/00000.arrow", {2: torch.zeros(16_384, 256)}, BEGINNING)
     sae = SparseAutoencoder(256, 8192, 8)
     sae.initialize(torch.randn(100, 256), seed=0)
     metadata = Metadata("standin", "blocks.2.hook_resid_post", 2, True, 256, "stdlib")

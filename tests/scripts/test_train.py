@@ -19,7 +19,7 @@ from train_runs import CONTRACT_FILES, ROOT, STEPS, assert_refused, contents_of,
 import config
 from mistral_sae import files
 from mistral_sae.data.tokens import Corpus
-from mistral_sae.model.language_model import STANDIN, load_model
+from mistral_sae.model.language_model import STANDIN, LanguageModel, load_model
 from mistral_sae.sae import memory, resume
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.memory import Stage, training_needs
@@ -310,6 +310,8 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(here, argume
         ({"DEVICE": "cuda:99"}, "found no CUDA device for 'cuda:99'"),
         ({"DEVICE": "gpu"}, "found device 'gpu'"),
         ({"TEXT_FIELD": "content"}, "'content'"),
+        ({"ACTIVATIONS_TOKENS": 100}, "ACTIVATIONS_TOKENS is 100: expected ACTIVATIONS_PATH beside it"),
+        ({"ACTIVATIONS_PATH": "train.py"}, "ACTIVATIONS_PATH is 'train.py': expected a folder"),
     ],
 )
 def test_a_setting_that_no_run_can_use_is_refused_in_one_line(here, arguments, tmp_path, monkeypatch, changed, said):
@@ -338,3 +340,68 @@ def test_records_that_were_skipped_are_reported_with_file_and_line(here, argumen
     ran = here(arguments(tmp_path / "run", DATA_PATH=path, TRAIN_TOKENS=128))
     assert ran.code == 0, ran.err
     assert "skipped 1 record: text.jsonl:61" in ran.out
+
+
+# ---- residuals on disk ----
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("mistral_sae.data.stored.SHARD_TOKENS", 256)
+    monkeypatch.setattr("mistral_sae.data.stored.BLOCK_TOKENS", 16)
+
+
+def test_a_training_from_residuals_on_disk_ends_about_as_well_as_through_the_model(
+    here, arguments, finished, tmp_path, small_shards, monkeypatch
+):
+    kept = {"ACTIVATIONS_PATH": tmp_path / "kept", "MOMENTS_DTYPE": "float32"}
+    planned = here(arguments(tmp_path / "first", **kept, DRY_RUN=1))
+    assert re.search(r"^stored    2,565 residuals of layer 1 in .*: \S+ kB to write, of .* free", planned.out, re.M)
+    assert list(tmp_path.iterdir()) == []
+    assert here(arguments(tmp_path / "first", **kept)).code == 0
+    forwards = []
+    run = LanguageModel._run
+    monkeypatch.setattr(LanguageModel, "_run", lambda self, *args: forwards.append(1) or run(self, *args))
+    again = here(arguments(tmp_path / "second", **kept, EVALUATIONS=1, SEED=0))
+    assert again.code == 0
+    assert "in " + str(tmp_path / "kept") + ", all there" in again.out
+    evaluation = len(forwards)
+    here(arguments(tmp_path / "second", **kept, EVALUATIONS=1, SEED=0))  # nothing but its evaluation is left
+    assert len(forwards) == 2 * evaluation
+
+    first, second = (load_file(tmp_path / name / "sae/sae_weights.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    ours, theirs = (
+        json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path / "first", finished[0])
+    )
+    assert ours["normalized_mse"] == pytest.approx(theirs["normalized_mse"], rel=0.1)
+
+
+def test_a_training_from_residuals_on_disk_that_was_stopped_goes_on_through_the_same_batches(
+    here, arguments, tmp_path, small_shards, monkeypatch
+):
+    kept = {"ACTIVATIONS_PATH": tmp_path / "kept", "EVALUATIONS": 1}
+    assert here(arguments(tmp_path / "whole", **kept)).code == 0
+    steps, step = [], Trainer.step
+
+    def stopped(self, *args):
+        steps.append(1)
+        if len(steps) == 23:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        here(arguments(tmp_path / "run", **kept))
+    assert step_of_checkpoint(tmp_path / "run") == 20
+    (tmp_path / "kept").rename(tmp_path / "moved")
+    ran = here(arguments(tmp_path / "run", **kept | {"ACTIVATIONS_PATH": tmp_path / "moved"}))
+    assert "going on with another ACTIVATIONS_PATH" in ran.out
+    found, expected = (load_file(tmp_path / name / "sae/sae_weights.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_through_the_model_does_not_go_on_from_residuals_on_disk(here, arguments, copied, tmp_path):
+    ran = here(arguments(copied, ACTIVATIONS_PATH=tmp_path / "kept"))
+    assert_refused(ran, "another ACTIVATIONS_TOKENS (None there, 2565 here)")
+    assert not (tmp_path / "kept").exists()

@@ -69,6 +69,14 @@ def test_an_autoencoder_of_a_grid_ends_with_the_bits_that_it_has_alone(finished,
     assert_same_tensors(finished[0] / name, tmp_path / "alone")
 
 
+def test_a_grid_from_residuals_on_disk_ends_as_alone_too(here, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("mistral_sae.data.stored.SHARD_TOKENS", 256)
+    kept = {"ACTIVATIONS_PATH": tmp_path / "kept"}
+    assert here(arguments(tmp_path / "run", **GRID, **kept)).code == 0
+    assert here(arguments(tmp_path / "alone", TARGET_LAYER=1, SEED=3, **kept)).code == 0
+    assert_same_tensors(tmp_path / "run/layer1-seed3", tmp_path / "alone")
+
+
 def test_other_architectures_widths_and_rates_end_as_alone_too(here, arguments, tmp_path):
     grid = {"ARCHITECTURE": "[matryoshka, relu]", "D_HIDDEN": [64, 96], "LEARNING_RATE": [0.001, 0.002]}
     assert here(arguments(tmp_path / "run", **grid)).code == 0

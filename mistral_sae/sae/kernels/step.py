@@ -53,6 +53,12 @@ def chunk_bytes(kind: str, dtype: torch.dtype, n_features: int) -> int:
     return max(CHUNK_BYTES[kind, dtype], FEWEST_TOKENS[dtype] * dtype.itemsize * n_features)
 
 
+def tokens_at_once(device: torch.device, dtype: torch.dtype, n_features: int) -> int:
+    """Tokens whose pre-activations are made at a time on a device."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return max(1, chunk_bytes(kind, dtype, n_features) // (dtype.itemsize * n_features))
+
+
 def encode(
     centered: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, W_enc_bf16: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -78,8 +84,7 @@ def margin(k: int) -> int:
 def nominate(centered: Tensor, weight: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations of each token by a product in the weight's dtype, and their features."""
     inputs, bias = centered.to(weight.dtype), b_enc.to(weight.dtype)
-    kind = "cpu" if inputs.device.type == "cpu" else "cuda"
-    step = max(1, chunk_bytes(kind, weight.dtype, len(b_enc)) // (weight.itemsize * len(b_enc)))
+    step = tokens_at_once(inputs.device, weight.dtype, len(b_enc))
     pairs = [topk(F.linear(chunk, weight.T, bias), k) for chunk in inputs.split(step)]
     values, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True)) if len(pairs) > 1 else pairs[0]
     return values, indices
@@ -275,7 +280,7 @@ def gradients(
     grad_W_dec = MatrixGradient(offsets, errors, owners, scaled, added=dense and (dense.features, dense.W_dec))
     products, squares = operations(device).row_products(grad_W_dec, W_dec)
     grad_values = products * slopes
-    grad_b_enc, along = _sums(grad_values, offsets), _sums(values * grad_values, offsets)
+    grad_b_enc, along = run_sums(grad_values, offsets), run_sums(values * grad_values, offsets)
     if dense is not None:
         grad_b_enc.index_add_(0, dense.features, dense.b_enc)
         along.index_add_(0, dense.features, dense.along)
@@ -294,7 +299,7 @@ def _owners(used: list[Used], n_tokens: int) -> Iterator[Tensor]:
         above += len(each.error)
 
 
-def _sums(terms: Tensor, offsets: Tensor) -> Tensor:
+def run_sums(terms: Tensor, offsets: Tensor) -> Tensor:
     """Sums of runs of terms, (F)."""
     places = torch.arange(len(terms), device=terms.device)
     return F.embedding_bag(places, terms.unsqueeze(1), offsets, mode="sum", include_last_offset=True).squeeze(1)
