@@ -34,6 +34,7 @@ class Best(NamedTuple):
     """The best direction of a code for each concept (C), by F1 with its threshold, and by AUROC."""
 
     by_f1: Tensor  # int64
+    f1: Tensor  # where it was chosen
     threshold: Tensor  # a token is said to be of the concept where the reading is at least this
     by_auroc: Tensor  # int64
 
@@ -41,40 +42,52 @@ class Best(NamedTuple):
 def best_directions(code: Code, fit: Tensor, labels_nC: Tensor) -> Best:
     """Search all directions and all thresholds, on the tokens `fit` (indices) with their labels."""
     n_concepts = labels_nC.shape[1]
-    f1_C, auroc_C, threshold_C = torch.full((3, n_concepts), -1.0)
+    f1_C, auroc_C = torch.zeros(n_concepts), torch.full((n_concepts,), -1.0)
+    threshold_C = torch.full((n_concepts,), torch.inf)
     by_f1, by_auroc = torch.zeros(2, n_concepts, dtype=torch.int64)
     for part in code.parts(fit):
+        called_E = _called(part)
         for concept in range(n_concepts):
-            f1, entry, auroc, direction = _best_of(part, labels_nC[:, concept])
+            f1, entry, auroc, direction = _best_of(part, called_E, labels_nC[:, concept])
             if f1 > f1_C[concept]:
                 f1_C[concept], threshold_C[concept] = f1, part.value_E[entry]
                 by_f1[concept] = part.first + int(torch.searchsorted(part.offsets, entry, right=True)) - 1
             if auroc > auroc_C[concept]:
                 auroc_C[concept], by_auroc[concept] = auroc, part.first + direction
-    return Best(by_f1, threshold_C, by_auroc)
+    return Best(by_f1, f1_C, threshold_C, by_auroc)
 
 
-def _best_of(part: Sorted, label_n: Tensor) -> tuple[float, int, float, int]:
-    """The highest F1 and the entry at which it is cut, the highest AUROC and the direction that has it."""
-    lengths = part.offsets.diff()
-    begin_E = part.offsets[:-1].repeat_interleave(lengths)
-    is_it = label_n[part.token_E].int()
-    summed = torch.cat([is_it.new_zeros(1, dtype=torch.int64), is_it.cumsum(0)])
-    hits = summed[1:] - summed[begin_E]
-    called = torch.arange(1, len(is_it) + 1) - begin_E
+def _called(part: Sorted) -> Tensor:
+    """How many tokens read at least as much of its direction as each entry does (E): equal readings are not parted."""
+    entry_E = torch.arange(len(part.value_E))
+    is_last_E = torch.ones(len(entry_E), dtype=torch.bool)  # of those that are equal
+    is_last_E[:-1] = part.value_E[1:] != part.value_E[:-1]
+    is_last_E[part.offsets[1:][part.offsets.diff() > 0] - 1] = True
+    last = is_last_E.nonzero().squeeze(1)
+    begin_E = part.offsets[:-1].repeat_interleave(part.offsets.diff())
+    return last[torch.searchsorted(last, entry_E)] - begin_E + 1
+
+
+def _best_of(part: Sorted, called_E: Tensor, label_n: Tensor) -> tuple[float, int, float, int]:
+    """The highest F1 and the entry at which it is cut, the highest AUROC and the direction that has it.
+
+    F1 is highest at a token of the concept, so only those are gone through.
+    """
+    entry_H = label_n[part.token_E].nonzero().squeeze(1)  # H hits, direction by direction
+    offsets = torch.searchsorted(entry_H, part.offsets)
+    lengths, found = part.offsets.diff(), offsets.diff()
+    hits_H = torch.arange(1, len(entry_H) + 1) - offsets[:-1].repeat_interleave(found)
     positives = int(label_n.sum())
     negatives = len(label_n) - positives
-    f1 = 2 * hits / (called + positives)
-    are_equal = (part.value_E[1:] == part.value_E[:-1]) & (begin_E[1:] == begin_E[:-1])
-    f1[:-1][are_equal] = 0.0  # a threshold cannot part equal readings
-    entry = int(f1.argmax()) if len(f1) else 0
+    f1_H = 2 * hits_H / (called_E[entry_H] + positives)
     # Each hit is above all negatives that come after it; tokens without a reading are ties
-    above = torch.cat([summed.new_zeros(1), (is_it * (negatives - called + hits)).cumsum(0)])
-    wins = above[part.offsets[1:]] - above[part.offsets[:-1]]
-    found = summed[part.offsets[1:]] - summed[part.offsets[:-1]]
+    place_H = entry_H - part.offsets[:-1].repeat_interleave(found)
+    above = torch.cat([offsets.new_zeros(1), (negatives - place_H - 1 + hits_H).cumsum(0)])[offsets].diff()
     rest, rest_negative = positives - found, negatives - (lengths - found)
-    auroc = (wins + 0.5 * rest * rest_negative) / max(1, positives * negatives)
-    return float(f1[entry]) if len(f1) else 0.0, entry, float(auroc.max()), int(auroc.argmax())
+    auroc = (above + 0.5 * rest * rest_negative) / max(1, positives * negatives)
+    best = int(f1_H.argmax()) if len(f1_H) else 0
+    f1, entry = (float(f1_H[best]), int(entry_H[best])) if len(f1_H) else (0.0, 0)
+    return f1, entry, float(auroc.max()), int(auroc.argmax())
 
 
 def auroc(reading_n: Tensor, label_n: Tensor) -> float:
@@ -93,7 +106,7 @@ def threshold_of(reading_nC: Tensor, labels_nC: Tensor) -> Tensor:
     for reading, label in zip(reading_nC.T, labels_nC.T, strict=True):
         value, token = reading.sort(descending=True)
         part = Sorted(0, torch.tensor([0, len(value)]), token, value)
-        found.append(value[_best_of(part, label)[1]])
+        found.append(value[_best_of(part, _called(part), label)[1]])
     return torch.stack(found)
 
 
