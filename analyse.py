@@ -17,7 +17,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mistral_sae.analysis.answers import FEATURES, PROBE, UNTRAINED, codes_of, monosemanticity, superposition
+from mistral_sae.analysis.answers import (
+    FEATURES,
+    PROBE,
+    UNTRAINED,
+    codes_of,
+    monosemanticity,
+    searched,
+    superposition,
+    with_enough,
+)
+from mistral_sae.analysis.causal import causality
 from mistral_sae.analysis.codes import Sparse
 from mistral_sae.analysis.concepts import concepts_of_python, label_python, names_in, read_spans
 from mistral_sae.analysis.sample import Texts, randomise, read_activity, read_texts, train_briefly
@@ -41,10 +51,13 @@ def main() -> None:
     filled, spec, _ = fill(config)
     loaded, model = load_pair(config, spec)
     sae, layer, run_dir = loaded.sae, loaded.metadata.residual_layer, Path(filled.RUN_DIR)
-    texts = read_labelled(model)
+    texts = with_enough(read_labelled(model))
     print(f"text      {int(texts.kept_RT.sum()):,} tokens of {len(texts.documents):,} documents")
     activity = read_activity(model, sae, layer, texts, filled.ROWS_PER_FORWARD)
     codes = codes_of(activity, sae, config.SEED)
+    found = searched(codes, texts)
+    is_python = config.CONCEPTS_PATH is None
+    caused = causality(model, loaded, texts, activity, found, filled.ROWS_PER_FORWARD, is_python, config.SEED)
     if config.CONTROL_TOKENS:
         print(f"control   an autoencoder of the same model without what it learned, {config.CONTROL_TOKENS:,} tokens")
         randomise(model, config.SEED)
@@ -52,14 +65,17 @@ def main() -> None:
         untrained = train_briefly(model, layer, Corpus.of(config), sizes, config.CONTROL_TOKENS, filled.SHUFFLE_ROWS)
         control = read_activity(model, untrained, layer, texts, filled.ROWS_PER_FORWARD)
         codes[UNTRAINED] = Sparse(control.values_NK, control.indices_NK, untrained.n_features)
+        found |= searched({UNTRAINED: codes[UNTRAINED]}, texts)
     answers = {
-        "monosemantic": monosemanticity(texts, activity, codes, sae, config.SEED),
+        "monosemantic": monosemanticity(texts, activity, codes, found, sae, config.SEED),
         "superposed": superposition(texts, activity, sae, config.SEED),
+        "causal": caused,
     }
     write_text(run_dir / "analysis.json", json.dumps(answers, indent=1) + "\n")
     print(f"\n{table(answers['monosemantic'])}\n")
     print(f"Are features monosemantic?\n  {answers['monosemantic']['sentence']}\n")
     print(f"Are they in superposition?\n  {answers['superposed']['sentence']}\n")
+    print(f"Does the model use them?\n  {caused['sentence']}\n")
     print(f"figures   {run_dir / 'analysis.json'}")
 
 

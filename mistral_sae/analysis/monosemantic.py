@@ -151,6 +151,7 @@ class Found(NamedTuple):
     f1: Tensor  # (C)
     auroc: Tensor  # (C), of the best direction by AUROC
     direction: Tensor  # (C) int64, the best by F1; -1 for a probe
+    fit_f1: Tensor  # (C) where it was chosen
     threshold: Tensor  # (C)
     sparse: Mapping[int, Tensor]  # F1 (C) of probes on k directions, by k; none for a probe
 
@@ -194,7 +195,7 @@ def search(code: Code, halves: Halves) -> Found:
     for k, logits_NC in k_sparse(code, halves.fit, labels_nC).items():
         sparse[k] = _scored(logits_NC, halves).f1()
     areas = _areas(code.readings(best.by_auroc[:, None]).squeeze(2), halves)
-    return Found(calls, calls.f1(), areas, best.by_f1, best.threshold, sparse)
+    return Found(calls, calls.f1(), areas, best.by_f1, best.f1, best.threshold, sparse)
 
 
 def probed(z_ND: Tensor, halves: Halves) -> tuple[Found, Tensor, Tensor]:
@@ -204,8 +205,8 @@ def probed(z_ND: Tensor, halves: Halves) -> tuple[Found, Tensor, Tensor]:
     logits_NC = probe.logits(z_ND)
     threshold_C = threshold_of(logits_NC[halves.fit], labels_nC)
     calls = halves.calls(logits_NC[halves.score] >= threshold_C)
-    nothing = torch.full_like(threshold_C, -1).long()
-    found = Found(calls, calls.f1(), _areas(logits_NC, halves), nothing, threshold_C, {})
+    nothing = torch.full_like(threshold_C, -1)
+    found = Found(calls, calls.f1(), _areas(logits_NC, halves), nothing.long(), nothing, threshold_C, {})
     return found, probe.directions_CD(), logits_NC >= threshold_C
 
 
