@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mistral_sae.analysis import causal
-from mistral_sae.analysis.causal import FEATURE, MEANS, NEURON, OTHER, RANDOM, Prompt
+from mistral_sae.analysis import causal, edits
+from mistral_sae.analysis.causal import FEATURE, MEANS, NEURON, OTHER, RANDOM
+from mistral_sae.analysis.edits import Prompt, Written
 from mistral_sae.analysis.monosemantic import Found
 from mistral_sae.analysis.sample import Texts, read_activity
 from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE, Metadata
+from mistral_sae.steer.sweep import Measured
 
 D, LAYER, N_FEATURES = 32, 2, 4
 CODE = "import os\n\ndef load(path, mode):\n    return open(path, mode).read() + path.strip() + mode\n"
@@ -62,7 +64,7 @@ def test_taking_away_what_the_model_reads_moves_it_where_it_was_and_nowhere_else
     fires_N = activity.indices_NK.squeeze(1) == 0
     assert 0 < fires_N.sum() < len(fires_N)
     row_CD = loaded.sae.W_dec[:1]
-    found = causal.ablate(lm, loaded, texts, activity, [0], {FEATURE: row_CD, RANDOM: unread(lm)[None]}, 3)
+    found = edits.ablate(lm, loaded, texts, activity, [0], {FEATURE: row_CD, RANDOM: unread(lm)[None]}, 3)
     is_last_N = torch.arange(len(fires_N)) % (len(fires_N) // 4) == len(fires_N) // 4 - 1  # of its row: nothing follows
     assert found.tokens.sum() == (~texts.fit_N & ~is_last_N).sum()
     assert found.tokens[0].sum() == (fires_N & ~texts.fit_N & ~is_last_N).sum()
@@ -80,14 +82,14 @@ def test_pushing_towards_a_token_writes_it_and_a_random_push_does_not(lm, loaded
     read_D = normalize(norm.weight * head.weight[colon], dim=0).detach()
     unread_D = randn(D, seed=5)
     along = {FEATURE: read_D[None], RANDOM: (unread_D - unread_D @ read_D * read_D)[None]}
-    monkeypatch.setattr(causal, "SIZES", (0.0, 4.0))
-    monkeypatch.setattr(causal, "NEW_TOKENS", 10)
+    monkeypatch.setattr(edits, "SIZES", (0.0, 4.0))
+    monkeypatch.setattr(edits, "NEW_TOKENS", 10)
     prompts = [Prompt(i, lm.encode(CODE[:20]), CODE[:20]) for i in range(2)]
-    written = causal.push(lm, loaded, prompts, ["colon"], [0], along, seed=0)
-    shares_KZ = written.share_PKCZ.mean(dim=0).squeeze(1)
-    assert shares_KZ[0, 1] > 0.9
-    assert shares_KZ[1, 1] < 0.1
-    torch.testing.assert_close(written.share_PKCZ[:, :, 0, 0], written.own_PC.expand(2, 2))  # no push is no edit
+    written = edits.push(lm, loaded, prompts, ["colon"], [0], along, seed=0)
+    rates_KZ = written.rate_PKCZ.mean(dim=0).squeeze(1)
+    assert rates_KZ[0, 1] > 900
+    assert rates_KZ[1, 1] < 50
+    torch.testing.assert_close(written.rate_PKCZ[:, :, 0, 0], written.own_PC.expand(2, 2))  # no push is no edit
 
 
 def test_every_direction_is_as_long_as_the_features_row_and_the_means_differ_by_the_concept(lm, loaded, texts):
@@ -121,26 +123,40 @@ def test_concepts_are_taken_by_f1_each_with_a_feature_of_its_own_and_no_wide_one
 
 
 def test_prompts_are_the_beginnings_of_definitions_one_a_document_to_score_on(lm, texts, monkeypatch):
-    monkeypatch.setattr(causal, "PROMPT_TOKENS", 6)
-    prompts = causal.prompts_of(texts, lm)
-    assert [prompt.document for prompt in prompts] == [1, 3]
+    monkeypatch.setattr(edits, "PROMPT_TOKENS", 6)
+    prompts = edits.prompts_of(texts, lm)
+    assert len(prompts) == 1  # the same in both
     for prompt in prompts:
         assert prompt.text.startswith("def load(")
         assert prompt.ids[0] == lm.tokenizer.bos_id
         assert "".join(lm.tokenizer.strings(prompt.ids[1:])) == prompt.text
 
 
-def test_the_share_of_a_text_is_of_its_characters_after_the_prompt():
-    assert causal.share_of("a: b\n::xx", len("a: b\n"), "colon") == 0.5
-    assert causal.share_of("a:", 2, "colon") == 0.0
+def test_a_concept_is_counted_after_the_prompt_in_a_thousand_characters():
+    assert edits.rate_of("a: b\n::xx", len("a: b\n"), "colon") == 500
+    assert edits.rate_of("a:", 2, "colon") == 0
+
+
+def test_a_size_is_chosen_on_the_other_half_of_the_prompts_among_those_that_stay_fluent():
+    fluent, broken = Measured(10, 1.0, 0.0, 0.0, 0.0, 0.0), Measured(10, 9.0, 0.0, 0.0, 0.0, 0.0)
+    rates = torch.tensor([[1.0, 2.0], [4.0, 3.0]])[:, None, None, :]  # of two prompts, by size
+    rows = [{"concept": "comma"}]
+    chosen = causal.pushed_by_kind(
+        Written(rates, torch.ones(2, 1), [[fluent, fluent]] * 2, [fluent] * 2), [FEATURE], rows, 0
+    )
+    assert chosen[FEATURE]["rate"] == (1.0 + 3.0) / 2  # the second prompt's best for the first, and the other way
+    chosen = causal.pushed_by_kind(
+        Written(rates, torch.ones(2, 1), [[fluent, broken]] * 2, [fluent] * 2), [FEATURE], rows, 0
+    )
+    assert chosen[FEATURE]["rate"] == (1.0 + 4.0) / 2
 
 
 ABLATED = {
     kind: {"fires": 0.1, "low": 0.1, "high": 0.1, "elsewhere": 0.01, "feature less it": [0.01, 0.02]}
     for kind in (FEATURE, MEANS, NEURON, OTHER, RANDOM)
 }
-PUSHED = {kind: {"share": 0.1, "feature less it": [0.01, 0.02]} for kind in ABLATED}
-PUSHED |= {"own share": 0.01, "raised": [0.01, 0.03]}
+PUSHED = {kind: {"rate": 0.1, "feature less it": [0.01, 0.02]} for kind in ABLATED}
+PUSHED |= {"own rate": 0.01, "raised": [0.01, 0.03]}
 
 
 @pytest.mark.parametrize("kind", [NEURON, OTHER, RANDOM])
@@ -155,7 +171,7 @@ def test_the_answer_takes_both_edits_to_do_more_than_every_control(kind):
 
 def test_a_concept_that_the_drawn_documents_lack_is_left_out_of_the_mean():
     tokens = torch.tensor([[[5.0, 5.0], [0.0, 5.0]]] * 2)
-    taken = causal.Divergences({FEATURE: tokens * torch.tensor([1.0, 3.0])[:, None]}, tokens)
+    taken = edits.Divergences({FEATURE: tokens * torch.tensor([1.0, 3.0])[:, None]}, tokens)
     found = causal.ablated_by_kind(taken, torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
     assert (found[FEATURE]["fires"], found[FEATURE]["elsewhere"]) == (2.0, 2.0)
     assert not math.isnan(found[FEATURE]["low"])
