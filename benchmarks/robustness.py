@@ -40,7 +40,7 @@ from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.trainer import TrainConfig
 
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2)
 WIDTH, TOKENS, HELD_OUT_ROWS = 2048, 200_000, 64
 TWIN = 0.7
 FEATURES = 300  # whose explanations are made twice

@@ -106,7 +106,12 @@ def causality(
     neurons = found.get("neurons of the MLP", found["basis directions"])
     concepts = concepts_to_ask(found["features"], texts, told_by_tokens() if is_python else None)
     if not concepts:
-        return {"answer": "unclear", "sentence": "Not asked: the text has too few concepts.", "concepts": []}
+        return {
+            "answer": "unclear",
+            "sentence": "Not asked: the text has no narrow concept.",
+            "pushed": None,
+            "concepts": [],
+        }
     features = found["features"].direction[concepts].tolist()
     along = directions_to_edit(model, loaded, texts, activity, neurons, features, concepts, seed)
     names = [texts.concepts[c] for c in concepts]

@@ -297,10 +297,12 @@ def absorbed(
 ) -> float | None:
     """The share of a concept's tokens on which its own features are silent and one other speaks for it.
 
-    As SAEBench has it (Chanin et al. 2024): of the tokens to score that a probe, given as its direction (D) and its
-    calls (N), finds rightly, those where none of `main` fires, and of the features that do, the one with the largest
-    projection on the probe has PROBE_SHARE of all their projections and a cosine of PROBE_COSINE. It departs from it in
-    that concepts are of tokens of running text, not the first letters of words. None where the probe finds nothing.
+    By the bounds of SAEBench's full absorption (Chanin et al. 2024): of the tokens to score that a probe, given as its
+    direction (D) and its calls (N), finds rightly, those where none of `main` fires, and of the features that do, the
+    one with the largest projection on the probe has PROBE_SHARE of all their projections and a cosine of PROBE_COSINE.
+    It departs from it in that concepts are of tokens of running text, not the first letters of words in a prompt, in
+    that `main` are not of a sparse probe, and in that the share is of what the features project on the probe, not of
+    what the residual does. None where the probe finds nothing.
     """
     direction_D, called_N = probe
     right = halves.score[(called_N & halves.labels_NC[:, concept])[halves.score]]
