@@ -155,7 +155,7 @@ def explanations() -> dict[str, Any]:
     """Of features drawn at random among those that fire in the cache of runs/standin, or in one made now."""
     model, loaded = load_model(None), load_sae(Path(config.RUN_DIR or "", "sae"))
     activations = read_corpus(Path(config.RUN_DIR or "", cache.FOLDER), Reading.of(config), model, loaded)
-    fired = activations.counts_F.nonzero()[0].tolist()
+    fired = activations.counts_F.nonzero().flatten().tolist()
     drawn = random.Random(0).sample(fired, FEATURES)
     records = FeatureRecords(activations, drawn, model, loaded.sae, SETTINGS)
     return explained_twice(map(records.brief, drawn))

@@ -196,25 +196,30 @@ def verdict(ablated: Mapping[str, Any], pushed: Mapping[str, Any] | None) -> tup
     "yes" takes both edits: each has to do more along the feature than along a neuron, another feature and a random
     direction, by all of its interval. The difference of means is told beside, and asked for nothing.
     """
-    controls = (NEURON, OTHER, RANDOM)
+    names = {NEURON: "a neuron", OTHER: OTHER, RANDOM: "a random direction", MEANS: "the difference of means"}
+
+    def beside(edit: Mapping[str, Any], figure: str, form: str) -> str:
+        listed = ", ".join(f"{name} {edit[kind][figure]:{form}}" for kind, name in names.items())
+        level = [name for kind, name in names.items() if edit[kind]["feature less it"][0] <= 0]
+        return f"along {listed}" + (f" (not surely less along {' and '.join(level)})" if level else "")
+
+    def leads(edit: Mapping[str, Any]) -> bool:
+        return all(edit[kind]["feature less it"][0] > 0 for kind in (NEURON, OTHER, RANDOM))
+
     own = ablated[FEATURE]
-    behind = [kind for kind in controls if ablated[kind]["feature less it"][0] <= 0]
-    sharp = own["fires"] > own["elsewhere"]
+    works = [leads(ablated) and own["fires"] > own["elsewhere"]]
     said = (
-        f"taking the feature away moves the next token's distribution by {own['fires']:.3f} nats where it fires "
-        f"({own['low']:.3f} to {own['high']:.3f}) and by {own['elsewhere']:.3f} elsewhere; as much along "
-        + ", ".join(f"a {kind} {ablated[kind]['fires']:.3f}" for kind in (NEURON, RANDOM))
-        + f", along {OTHER} {ablated[OTHER]['fires']:.3f}, along the {MEANS} {ablated[MEANS]['fires']:.3f}"
+        f"taking it away moves the next token's distribution by {own['fires']:.3f} nats where it fires "
+        f"({own['low']:.3f} to {own['high']:.3f}) and by {own['elsewhere']:.3f} elsewhere; as much "
+        f"{beside(ablated, 'fires', '.3f')}"
     )
-    works = [sharp and not behind]
-    if pushed is not None:
-        along = pushed[FEATURE]
-        works.append(pushed["raised"][0] > 0 and all(pushed[kind]["feature less it"][0] > 0 for kind in controls))
+    if pushed is None:
+        said += ". What the model writes when it is pushed was not counted"
+    else:
+        works.append(leads(pushed) and pushed["raised"][0] > 0)
         said += (
-            f". Pushed along it the model writes the concept {along['rate']:.1f} times in 1,000 characters, by itself "
-            f"{pushed['own rate']:.1f}; along a {NEURON} {pushed[NEURON]['rate']:.1f}, {OTHER} "
-            f"{pushed[OTHER]['rate']:.1f}, a {RANDOM} {pushed[RANDOM]['rate']:.1f}, the {MEANS} "
-            f"{pushed[MEANS]['rate']:.1f}"
+            f". Pushed along it the model writes the concept {pushed[FEATURE]['rate']:.1f} times in 1,000 characters, "
+            f"by itself {pushed['own rate']:.1f}; {beside(pushed, 'rate', '.1f')}"
         )
     word = "yes" if all(works) else "partly" if any(works) else "no"
     return word, f"{word.capitalize()}: {said}."
