@@ -58,7 +58,7 @@ def main() -> None:
     codes = codes_of(activity, sae, config.SEED)
     found = searched(codes, texts)
     is_python = config.CONCEPTS_PATH is None
-    caused = causality(model, loaded, texts, activity, found, filled.ROWS_PER_FORWARD, is_python, config.SEED)
+    caused = causality(model, loaded, texts, activity, found, is_python, config.SEED)
     if config.CONTROL_TOKENS:
         print(f"control   an autoencoder of the same model without what it learned, {config.CONTROL_TOKENS:,} tokens")
         randomise(model, config.SEED)

@@ -94,7 +94,6 @@ def causality(
     texts: Texts,
     activity: Activity,
     found: Mapping[str, Found],
-    rows_per_forward: int,
     is_python: bool,
     seed: int,
 ) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def causality(
     along = directions_to_edit(model, loaded, texts, activity, neurons, features, concepts, seed)
     names = [texts.concepts[c] for c in concepts]
     rows: list[dict[str, Any]] = [{"concept": n, "feature": f} for n, f in zip(names, features, strict=True)]
-    taken = ablate(model, loaded, texts, activity, features, along, rows_per_forward)
+    taken = ablate(model, loaded, texts, activity, features, along)
     scored_G = torch.zeros(len(texts.documents), dtype=torch.bool)
     scored_G[texts.document_N[~texts.fit_N]] = True
     ablated = ablated_by_kind(taken, resamples(len(scored_G), scored_G, seed))

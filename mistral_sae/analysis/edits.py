@@ -24,7 +24,7 @@ from mistral_sae.cli import Progress
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer.steering import steer
-from mistral_sae.steer.sweep import Measured, Trials
+from mistral_sae.steer.sweep import Measured, Trials, settings_read_at_once
 
 ROWS = 12  # of text on which a feature fires, that it is ablated in
 SIZES = (0.2, 0.4)  # pushes that are tried, as shares of the residual's length; at about a half no text is fluent
@@ -53,7 +53,6 @@ def ablate(
     activity: Activity,
     features: Sequence[int],
     along: Mapping[str, Tensor],
-    rows_per_forward: int,
 ) -> Divergences:
     """Take away each feature's activation along its own direction and others, on ROWS rows where it fires."""
 
@@ -62,12 +61,13 @@ def ablate(
 
     score_RT, document_RT = placed(~texts.fit_N)[:, :-1], placed(texts.document_N)[:, :-1]
     shape = (2, len(features), len(texts.documents))
+    at_once = settings_read_at_once(1, texts.tokens_RT.shape[1], model.vocab_size)
     sums, tokens = {kind: torch.zeros(shape) for kind in along}, torch.zeros(shape)
     for c, feature in enumerate(Progress(features, "ablating", len(features), unit=" features", leave=False)):
         fires_RT = placed(((activity.indices_NK == feature) & (activity.values_NK > 0)).any(dim=1))[:, :-1]
         rows = (fires_RT & score_RT).any(dim=1).nonzero().squeeze(1)
         rows = rows[torch.linspace(0, max(0, len(rows) - 1), min(ROWS, len(rows))).long()]
-        for some in rows.split(rows_per_forward) if len(rows) else ():
+        for some in rows.split(at_once) if len(rows) else ():
             scored_BT = score_RT[some]
             place = (~fires_RT[some][scored_BT]).long() * shape[2] + document_RT[some][scored_BT]
             tokens[:, c] += torch.bincount(place, minlength=2 * shape[2]).view(2, -1)

@@ -64,7 +64,7 @@ def test_taking_away_what_the_model_reads_moves_it_where_it_was_and_nowhere_else
     fires_N = activity.indices_NK.squeeze(1) == 0
     assert 0 < fires_N.sum() < len(fires_N)
     row_CD = loaded.sae.W_dec[:1]
-    found = edits.ablate(lm, loaded, texts, activity, [0], {FEATURE: row_CD, RANDOM: unread(lm)[None]}, 3)
+    found = edits.ablate(lm, loaded, texts, activity, [0], {FEATURE: row_CD, RANDOM: unread(lm)[None]})
     is_last_N = torch.arange(len(fires_N)) % (len(fires_N) // 4) == len(fires_N) // 4 - 1  # of its row: nothing follows
     assert found.tokens.sum() == (~texts.fit_N & ~is_last_N).sum()
     assert found.tokens[0].sum() == (fires_N & ~texts.fit_N & ~is_last_N).sum()
