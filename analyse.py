@@ -2,8 +2,9 @@
 
 Both questions are asked of the autoencoder in RUN_DIR with controls beside every number: the residual's own basis, a
 rotation, principal components, random directions, and the features of an autoencoder of a model that has learned
-nothing. The concepts are those of Python, which can be parsed, or of a file of labelled spans (CONCEPTS_PATH). The
-answers are printed, and all of the figures are in RUN_DIR/analysis.json. The constants are in config.py.
+nothing. A third is whether the model uses a concept's best feature: it is taken away, and pushed along. The concepts
+are those of Python, which can be parsed, or of a file of labelled spans (CONCEPTS_PATH). The answers are printed, and
+all of the figures are in RUN_DIR/analysis.json. The constants are in config.py.
 """
 
 import config
@@ -17,7 +18,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mistral_sae.analysis.answers import FEATURES, PROBE, UNTRAINED, codes_of, monosemanticity, superposition
+from mistral_sae.analysis.answers import (
+    FEATURES,
+    PROBE,
+    UNTRAINED,
+    codes_of,
+    monosemanticity,
+    searched,
+    superposition,
+    with_enough,
+)
+from mistral_sae.analysis.causal import causality
 from mistral_sae.analysis.codes import Sparse
 from mistral_sae.analysis.concepts import concepts_of_python, label_python, names_in, read_spans
 from mistral_sae.analysis.sample import Texts, randomise, read_activity, read_texts, train_briefly
@@ -37,14 +48,17 @@ SHORT = {  # names in the table
 
 
 def main() -> None:
-    """Read text, ask both questions, write the answers."""
+    """Read text, ask the questions, write the answers."""
     filled, spec, _ = fill(config)
     loaded, model = load_pair(config, spec)
     sae, layer, run_dir = loaded.sae, loaded.metadata.residual_layer, Path(filled.RUN_DIR)
-    texts = read_labelled(model)
+    texts = with_enough(read_labelled(model))
     print(f"text      {int(texts.kept_RT.sum()):,} tokens of {len(texts.documents):,} documents")
     activity = read_activity(model, sae, layer, texts, filled.ROWS_PER_FORWARD)
     codes = codes_of(activity, sae, config.SEED)
+    found = searched(codes, texts)
+    is_python = config.CONCEPTS_PATH is None
+    caused = causality(model, loaded, texts, activity, found, is_python, config.SEED)
     if config.CONTROL_TOKENS:
         print(f"control   an autoencoder of the same model without what it learned, {config.CONTROL_TOKENS:,} tokens")
         randomise(model, config.SEED)
@@ -52,14 +66,18 @@ def main() -> None:
         untrained = train_briefly(model, layer, Corpus.of(config), sizes, config.CONTROL_TOKENS, filled.SHUFFLE_ROWS)
         control = read_activity(model, untrained, layer, texts, filled.ROWS_PER_FORWARD)
         codes[UNTRAINED] = Sparse(control.values_NK, control.indices_NK, untrained.n_features)
+        found |= searched({UNTRAINED: codes[UNTRAINED]}, texts)
     answers = {
-        "monosemantic": monosemanticity(texts, activity, codes, sae, config.SEED),
+        "monosemantic": monosemanticity(texts, activity, codes, found, sae, config.SEED),
         "superposed": superposition(texts, activity, sae, config.SEED),
+        "causal": caused,
     }
     write_text(run_dir / "analysis.json", json.dumps(answers, indent=1) + "\n")
     print(f"\n{table(answers['monosemantic'])}\n")
     print(f"Are features monosemantic?\n  {answers['monosemantic']['sentence']}\n")
     print(f"Are they in superposition?\n  {answers['superposed']['sentence']}\n")
+    print(f"Does the model use them?\n  {caused['sentence']}\n")
+    print(f"{edits_table(caused)}\n")
     print(f"figures   {run_dir / 'analysis.json'}")
 
 
@@ -95,6 +113,18 @@ def table(answer: dict[str, Any]) -> str:
     means = "  ".join(f"{answer['codes'][name]['mean f1']:11.2f}" for name in codes)
     lines.append(f"{'mean':30}  {'':6}  {means}")
     return "F1 of the best single direction, chosen on half of the files and scored on the other\n" + "\n".join(lines)
+
+
+def edits_table(answer: dict[str, Any]) -> str:
+    """What edits of the same size do, by what they write along."""
+    pushed = answer["pushed"]
+    lines = [
+        "written along".ljust(20) + "  nats where it fires   elsewhere" + "  times in 1,000 characters" * bool(pushed)
+    ]
+    for kind, each in answer.get("ablated", {}).items():
+        rate = f"{pushed[kind]['rate']:27.1f}" if pushed else ""
+        lines.append(f"{kind:20}  {each['fires']:19.3f}  {each['elsewhere']:10.4f}{rate}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -289,6 +289,30 @@ def unexplained(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def edits(result: dict[str, Any]) -> str:
+    """What edits along a concept's feature do, beside the same size of edit along other directions."""
+    found = result["results"]["causal"]
+    rows = [["written along", "nats where the feature fires", "elsewhere", "times in 1,000 characters", "nats more"]]
+    for kind, each in found["ablated"].items():
+        pushed = found["pushed"][kind]
+        fires = f"{each['fires']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
+        rate = f"{pushed['rate']:.1f} ({pushed['low']:.1f} to {pushed['high']:.1f})"
+        rows.append([kind, fires, f"{each['elsewhere']:.4f}", rate, f"{pushed['nats more']:+.2f}"])
+    rows.append(["nothing", "", "", f"{found['pushed']['own rate']:.1f}", ""])
+    return _table(rows)
+
+
+def edits_by_concept(result: dict[str, Any]) -> str:
+    """The same by concept: nats where its feature fires, and times in 1,000 characters."""
+    found = result["results"]["causal"]
+    kinds = list(found["ablated"])
+    rows = [["concept", *(f"nats, {kind}" for kind in kinds), "times, unpushed", *(f"times, {kind}" for kind in kinds)]]
+    for each in found["concepts"]:
+        nats, rates = ([each[figure][kind] for kind in kinds] for figure in ("kl", "rate"))
+        rows.append([each["concept"], *(f"{x:.3f}" for x in nats), *(f"{x:.1f}" for x in (each["own rate"], *rates))])
+    return _table(rows)
+
+
 def toy_model(result: dict[str, Any]) -> str:
     """The share of planted features that each method finds, over seeds."""
     settings = result["results"]["settings"]
@@ -353,6 +377,8 @@ TABLES = {
 } | {
     "steering_smollm2": (steering, ["steering_smollm2"]),
     "unexplained": (unexplained, ["answers"]),
+    "edits": (edits, ["answers"]),
+    "edits_by_concept": (edits_by_concept, ["answers"]),
     "features_steered": (features_steered, ["steering"]),
     "peers": (peers, ["step", "end_to_end", "quality"]),
 }

@@ -54,27 +54,42 @@ def codes_of(activity: Activity, sae: SparseAutoencoder, seed: int) -> dict[str,
 # ---- do features stand for single concepts? ----
 
 
+def with_enough(texts: Texts) -> Texts:
+    """The texts with the concepts that can be chosen for and scored. Raises UserError where there are none."""
+    enough_C = Halves.of(texts).has_enough()
+    if not enough_C.any():
+        raise UserError("found no concept on enough tokens of both halves of the files: raise ANALYSE_ROWS")
+    names = [name for name, is_enough in zip(texts.concepts, enough_C.tolist(), strict=True) if is_enough]
+    return texts._replace(labels_NC=texts.labels_NC[:, enough_C], concepts=names)
+
+
+def searched(codes: Mapping[str, Code], texts: Texts) -> dict[str, Found]:
+    """The best direction of each code for each concept."""
+    halves = Halves.of(texts)
+    return {name: search(code, halves) for name, code in Progress(list(codes.items()), "directions", unit=" codes")}
+
+
 def monosemanticity(
-    texts: Texts, activity: Activity, codes: Mapping[str, Code], sae: SparseAutoencoder, seed: int
+    texts: Texts,
+    activity: Activity,
+    codes: Mapping[str, Code],
+    found: Mapping[str, Found],
+    sae: SparseAutoencoder,
+    seed: int,
 ) -> dict[str, Any]:
     """How well the best direction of each code tells each concept: chosen on half of the files, scored on the others.
 
-    The rows of "concepts" have F1 by code, beside a probe's, how many features a concept takes, and how much of it is
-    absorbed; "codes" the means over concepts with their 95 % intervals, and how many directions stand for one concept.
-    Raises UserError where the text has none of the concepts.
+    `texts` are those `with_enough`, `found` what was `searched` in the codes. The rows of "concepts" have F1 by code,
+    beside a probe's, how many features a concept takes, and how much of it is absorbed; "codes" the means over concepts
+    with their 95 % intervals, and how many directions stand for one concept.
     """
-    texts = texts._replace(labels_NC=texts.labels_NC[:, (enough := Halves.of(texts).has_enough())])
-    names = [name for name, is_enough in zip(texts.concepts, enough.tolist(), strict=True) if is_enough]
-    if not names:
-        raise UserError("found no concept on enough tokens of both halves of the files: raise ANALYSE_ROWS")
-    halves = Halves.of(texts)
-    found = {name: search(code, halves) for name, code in Progress(list(codes.items()), "directions", unit=" codes")}
+    halves, found = Halves.of(texts), dict(found)
     found[PROBE], directions_CD, called_NC = probed(activity.z_ND, halves)
     scored_G = torch.zeros(halves.n_documents, dtype=torch.bool).index_fill_(0, halves.document_N[halves.score], True)
     weights_SG = resamples(halves.n_documents, scored_G, seed)
     features, rows = codes[FEATURES], []
     assert isinstance(features, Sparse)
-    for c, name in enumerate(names):
+    for c, name in enumerate(texts.concepts):
         union = union_of(features, halves, c)
         main = union.features[: union.needed]
         rows.append(

@@ -12,6 +12,7 @@ import re
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +151,23 @@ def python_spans(text: str) -> Spans | None:
     for name, span in _of_tokens(tokens, place, found.get("docstring", [])):
         found.setdefault(name, []).append(span)
     return found
+
+
+def token_spans(text: str) -> Spans:
+    """Where the concepts stand that tokens and characters tell, in Python that need not parse, as models write it."""
+    tokens: list[tokenize.TokenInfo] = []
+    with suppress(SyntaxError, tokenize.TokenError):  # as where the text ends within brackets
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            tokens.append(token)
+    found: Spans = {name: [match.span() for match in pattern.finditer(text)] for name, pattern in TEXT.items()}
+    for name, span in _of_tokens(tokens, _Places(text), []):
+        found.setdefault(name, []).append(span)
+    return found
+
+
+def told_by_tokens() -> set[str]:
+    """The names of the concepts that `token_spans` finds wholly: docstrings look like strings to it."""
+    return {*NAMES, *OPERATORS, *TEXT, "comment", "number"}
 
 
 class _Places:

@@ -34,6 +34,7 @@ class Best(NamedTuple):
     """The best direction of a code for each concept (C), by F1 with its threshold, and by AUROC."""
 
     by_f1: Tensor  # int64
+    f1: Tensor  # where it was chosen
     threshold: Tensor  # a token is said to be of the concept where the reading is at least this
     by_auroc: Tensor  # int64
 
@@ -41,40 +42,52 @@ class Best(NamedTuple):
 def best_directions(code: Code, fit: Tensor, labels_nC: Tensor) -> Best:
     """Search all directions and all thresholds, on the tokens `fit` (indices) with their labels."""
     n_concepts = labels_nC.shape[1]
-    f1_C, auroc_C, threshold_C = torch.full((3, n_concepts), -1.0)
+    f1_C, auroc_C = torch.zeros(n_concepts), torch.full((n_concepts,), -1.0)
+    threshold_C = torch.full((n_concepts,), torch.inf)
     by_f1, by_auroc = torch.zeros(2, n_concepts, dtype=torch.int64)
     for part in code.parts(fit):
+        called_E = _called(part)
         for concept in range(n_concepts):
-            f1, entry, auroc, direction = _best_of(part, labels_nC[:, concept])
+            f1, entry, auroc, direction = _best_of(part, called_E, labels_nC[:, concept])
             if f1 > f1_C[concept]:
                 f1_C[concept], threshold_C[concept] = f1, part.value_E[entry]
                 by_f1[concept] = part.first + int(torch.searchsorted(part.offsets, entry, right=True)) - 1
             if auroc > auroc_C[concept]:
                 auroc_C[concept], by_auroc[concept] = auroc, part.first + direction
-    return Best(by_f1, threshold_C, by_auroc)
+    return Best(by_f1, f1_C, threshold_C, by_auroc)
 
 
-def _best_of(part: Sorted, label_n: Tensor) -> tuple[float, int, float, int]:
-    """The highest F1 and the entry at which it is cut, the highest AUROC and the direction that has it."""
-    lengths = part.offsets.diff()
-    begin_E = part.offsets[:-1].repeat_interleave(lengths)
-    is_it = label_n[part.token_E].int()
-    summed = torch.cat([is_it.new_zeros(1, dtype=torch.int64), is_it.cumsum(0)])
-    hits = summed[1:] - summed[begin_E]
-    called = torch.arange(1, len(is_it) + 1) - begin_E
+def _called(part: Sorted) -> Tensor:
+    """How many tokens read at least as much of its direction as each entry does (E): equal readings are not parted."""
+    entry_E = torch.arange(len(part.value_E))
+    is_last_E = torch.ones(len(entry_E), dtype=torch.bool)  # of those that are equal
+    is_last_E[:-1] = part.value_E[1:] != part.value_E[:-1]
+    is_last_E[part.offsets[1:][part.offsets.diff() > 0] - 1] = True
+    last = is_last_E.nonzero().squeeze(1)
+    begin_E = part.offsets[:-1].repeat_interleave(part.offsets.diff())
+    return last[torch.searchsorted(last, entry_E)] - begin_E + 1
+
+
+def _best_of(part: Sorted, called_E: Tensor, label_n: Tensor) -> tuple[float, int, float, int]:
+    """The highest F1 and the entry at which it is cut, the highest AUROC and the direction that has it.
+
+    F1 is highest at a token of the concept, so only those are gone through.
+    """
+    entry_H = label_n[part.token_E].nonzero().squeeze(1)  # H hits, direction by direction
+    offsets = torch.searchsorted(entry_H, part.offsets)
+    lengths, found = part.offsets.diff(), offsets.diff()
+    hits_H = torch.arange(1, len(entry_H) + 1) - offsets[:-1].repeat_interleave(found)
     positives = int(label_n.sum())
     negatives = len(label_n) - positives
-    f1 = 2 * hits / (called + positives)
-    are_equal = (part.value_E[1:] == part.value_E[:-1]) & (begin_E[1:] == begin_E[:-1])
-    f1[:-1][are_equal] = 0.0  # a threshold cannot part equal readings
-    entry = int(f1.argmax()) if len(f1) else 0
+    f1_H = 2 * hits_H / (called_E[entry_H] + positives)
     # Each hit is above all negatives that come after it; tokens without a reading are ties
-    above = torch.cat([summed.new_zeros(1), (is_it * (negatives - called + hits)).cumsum(0)])
-    wins = above[part.offsets[1:]] - above[part.offsets[:-1]]
-    found = summed[part.offsets[1:]] - summed[part.offsets[:-1]]
+    place_H = entry_H - part.offsets[:-1].repeat_interleave(found)
+    above = torch.cat([offsets.new_zeros(1), (negatives - place_H - 1 + hits_H).cumsum(0)])[offsets].diff()
     rest, rest_negative = positives - found, negatives - (lengths - found)
-    auroc = (wins + 0.5 * rest * rest_negative) / max(1, positives * negatives)
-    return float(f1[entry]) if len(f1) else 0.0, entry, float(auroc.max()), int(auroc.argmax())
+    auroc = (above + 0.5 * rest * rest_negative) / max(1, positives * negatives)
+    best = int(f1_H.argmax()) if len(f1_H) else 0
+    f1, entry = (float(f1_H[best]), int(entry_H[best])) if len(f1_H) else (0.0, 0)
+    return f1, entry, float(auroc.max()), int(auroc.argmax())
 
 
 def auroc(reading_n: Tensor, label_n: Tensor) -> float:
@@ -93,7 +106,7 @@ def threshold_of(reading_nC: Tensor, labels_nC: Tensor) -> Tensor:
     for reading, label in zip(reading_nC.T, labels_nC.T, strict=True):
         value, token = reading.sort(descending=True)
         part = Sorted(0, torch.tensor([0, len(value)]), token, value)
-        found.append(value[_best_of(part, label)[1]])
+        found.append(value[_best_of(part, _called(part), label)[1]])
     return torch.stack(found)
 
 
@@ -138,6 +151,7 @@ class Found(NamedTuple):
     f1: Tensor  # (C)
     auroc: Tensor  # (C), of the best direction by AUROC
     direction: Tensor  # (C) int64, the best by F1; -1 for a probe
+    fit_f1: Tensor  # (C) where it was chosen
     threshold: Tensor  # (C)
     sparse: Mapping[int, Tensor]  # F1 (C) of probes on k directions, by k; none for a probe
 
@@ -181,7 +195,7 @@ def search(code: Code, halves: Halves) -> Found:
     for k, logits_NC in k_sparse(code, halves.fit, labels_nC).items():
         sparse[k] = _scored(logits_NC, halves).f1()
     areas = _areas(code.readings(best.by_auroc[:, None]).squeeze(2), halves)
-    return Found(calls, calls.f1(), areas, best.by_f1, best.threshold, sparse)
+    return Found(calls, calls.f1(), areas, best.by_f1, best.f1, best.threshold, sparse)
 
 
 def probed(z_ND: Tensor, halves: Halves) -> tuple[Found, Tensor, Tensor]:
@@ -191,8 +205,8 @@ def probed(z_ND: Tensor, halves: Halves) -> tuple[Found, Tensor, Tensor]:
     logits_NC = probe.logits(z_ND)
     threshold_C = threshold_of(logits_NC[halves.fit], labels_nC)
     calls = halves.calls(logits_NC[halves.score] >= threshold_C)
-    nothing = torch.full_like(threshold_C, -1).long()
-    found = Found(calls, calls.f1(), _areas(logits_NC, halves), nothing, threshold_C, {})
+    nothing = torch.full_like(threshold_C, -1)
+    found = Found(calls, calls.f1(), _areas(logits_NC, halves), nothing.long(), nothing, threshold_C, {})
     return found, probe.directions_CD(), logits_NC >= threshold_C
 
 
@@ -283,10 +297,12 @@ def absorbed(
 ) -> float | None:
     """The share of a concept's tokens on which its own features are silent and one other speaks for it.
 
-    As SAEBench has it (Chanin et al. 2024): of the tokens to score that a probe, given as its direction (D) and its
-    calls (N), finds rightly, those where none of `main` fires, and of the features that do, the one with the largest
-    projection on the probe has PROBE_SHARE of all their projections and a cosine of PROBE_COSINE. It departs from it in
-    that concepts are of tokens of running text, not the first letters of words. None where the probe finds nothing.
+    By the bounds of SAEBench's full absorption (Chanin et al. 2024): of the tokens to score that a probe, given as its
+    direction (D) and its calls (N), finds rightly, those where none of `main` fires, and of the features that do, the
+    one with the largest projection on the probe has PROBE_SHARE of all their projections and a cosine of PROBE_COSINE.
+    It departs from it in that concepts are of tokens of running text, not the first letters of words in a prompt, in
+    that `main` are not of a sparse probe, and in that the share is of what the features project on the probe, not of
+    what the residual does. None where the probe finds nothing.
     """
     direction_D, called_N = probe
     right = halves.score[(called_N & halves.labels_NC[:, concept])[halves.score]]

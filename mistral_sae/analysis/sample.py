@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral_sae.analysis.concepts import Labelled, token_labels
 from mistral_sae.cli import Progress, UserError
@@ -97,14 +97,19 @@ class Activity(NamedTuple):
     neurons_NH: Tensor | None  # of the layer's MLP, where it has one
 
 
+def down_projection(model: LanguageModel, layer: int) -> nn.Linear | None:
+    """What reads the neurons of a layer's MLP and writes to the residual; None in a mixture of experts."""
+    down = [module for name, module in model.block(layer).named_modules() if name.endswith(DOWN)]
+    return cast(nn.Linear, down[0]) if len(down) == 1 else None
+
+
 @torch.no_grad()
 def read_activity(
     model: LanguageModel, sae: SparseAutoencoder, layer: int, texts: Texts, rows_per_forward: int
 ) -> Activity:
     """One pass of the model over the rows, and of the encoder; all on the CPU."""
-    down = [module for name, module in model.block(layer).named_modules() if name.endswith(DOWN)]
-    caught: list[Tensor] = []
-    hooks = [down[0].register_forward_pre_hook(lambda module, args: caught.append(args[0]))] if len(down) == 1 else []
+    down, caught = down_projection(model, layer), list[Tensor]()
+    hooks = [down.register_forward_pre_hook(lambda module, args: caught.append(args[0]))] if down else []
     parts = []
     try:
         for tokens_BT, kept_BT in zip(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mistral_sae.analysis.answers import FEATURES, codes_of, monosemanticity, superposition
+from mistral_sae.analysis.answers import FEATURES, codes_of, monosemanticity, searched, superposition, with_enough
 from mistral_sae.analysis.sample import Activity, Texts
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
@@ -38,8 +38,9 @@ def planted(rows_FD: Tensor, *, knows: bool = True) -> tuple[Texts, Activity, Sp
 
 def answers(rows_FD: Tensor, **changed: bool) -> tuple[dict, dict]:
     texts, activity, sae = planted(rows_FD, **changed)
-    codes = codes_of(activity, sae, seed=0)
-    return monosemanticity(texts, activity, codes, sae, seed=0), superposition(texts, activity, sae, seed=0)
+    texts, codes = with_enough(texts), codes_of(activity, sae, seed=0)
+    found = searched(codes, texts)
+    return monosemanticity(texts, activity, codes, found, sae, seed=0), superposition(texts, activity, sae, seed=0)
 
 
 def rotation() -> Tensor:

@@ -2,7 +2,15 @@
 
 import pytest
 
-from mistral_sae.analysis.concepts import Labelled, concepts_of_python, python_spans, read_spans, token_labels
+from mistral_sae.analysis.concepts import (
+    Labelled,
+    concepts_of_python,
+    python_spans,
+    read_spans,
+    token_labels,
+    token_spans,
+    told_by_tokens,
+)
 from mistral_sae.cli import UserError
 from mistral_sae.data.documents import Document
 
@@ -87,3 +95,13 @@ def test_labelled_spans_of_any_text_are_read_and_a_span_outside_is_refused(tmp_p
     path.write_text(animal.replace("5", "9"))
     with pytest.raises(UserError, match="outside of its text"):
         read_spans(path)
+
+
+def test_tokens_are_told_in_text_that_does_not_parse():
+    text = 'def f(x:\n  return None  # why\n if "ab'
+    found = {name: [text[start:end] for start, end in spans] for name, spans in token_spans(text).items()}
+    assert found["keyword"][:2] == ["def", "return"]
+    assert found["None, True, False"] == ["None"]
+    assert found["comment"] == ["# why"]
+    assert set(found) - {"string"} <= set(concepts_of_python())
+    assert told_by_tokens() <= set(concepts_of_python())

@@ -25,7 +25,7 @@ def spans(tmp_path):
     return tmp_path / "spans.jsonl"
 
 
-def test_both_questions_are_answered_beside_their_controls(run_script, tmp_path, mistral_folder, corpus, spans):
+def test_all_questions_are_answered_beside_their_controls(run_script, tmp_path, mistral_folder, corpus, spans):
     run_dir = tmp_path / "run"
     write_sae(run_dir / "sae")
     sizes = {"D_HIDDEN": 64, "K": 4, "BATCH_SIZE": 64, "BUFFER_TOKENS": 256, "SHUFFLE_ROWS": 16, "ANALYSE_ROWS": 100}
@@ -33,12 +33,17 @@ def test_both_questions_are_answered_beside_their_controls(run_script, tmp_path,
     constants |= {"CONCEPTS_PATH": spans, "CONTROL_TOKENS": 640}
     code, out, err = run_script("analyse.py", [f"{name}={value}" for name, value in constants.items()])
     assert code == 0, err
-    for question in ("Are features monosemantic?", "Are they in superposition?"):
+    for question in ("Are features monosemantic?", "Are they in superposition?", "Does the model use them?"):
         assert question in out
     found = json.loads((run_dir / "analysis.json").read_text())
-    monosemantic, superposed = found["monosemantic"], found["superposed"]
+    monosemantic, superposed, causal = found["monosemantic"], found["superposed"], found["causal"]
     assert monosemantic["answer"] in ("yes", "partly", "no")
     assert superposed["answer"] in ("superposition", "basis", "neurons", "unclear")
+    assert causal["answer"] in ("yes", "partly", "no")
+    assert causal["pushed"] is None  # nothing counts such concepts in what the model writes
+    for row in causal["concepts"]:
+        assert row["concept"] in WORDS
+        assert all(kl >= 0 for kl in row["kl"].values())
     assert {row["concept"] for row in monosemantic["concepts"]} == set(WORDS)
     for row in monosemantic["concepts"]:
         assert {FEATURES, PROBE, UNTRAINED, "basis directions", "principal components"} <= set(row["f1"])

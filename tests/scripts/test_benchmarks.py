@@ -98,3 +98,8 @@ def test_training_from_disk_is_timed_beside_training_through_the_model():
         == 2
     )
     assert re.search(r"^[\d.]+ times as fast; written at [\d,]+ tokens/s$", printed, re.M)
+
+
+def test_the_cost_of_a_grid_is_measured_beside_one_autoencoder():
+    printed = smoke("grid")
+    assert re.search(r"^one autoencoder [\d.]+ s, four on the same pass [\d.]+ s: [\d.]+ times as long$", printed, re.M)
