@@ -8,6 +8,7 @@ they give and why. What they give for Mistral 7B on a GPU stands in brackets.
 
 import math
 import os
+import re
 
 from mistral_sae.cli import OneOrMore, expect, is_json, path_of
 
@@ -26,6 +27,9 @@ ENGINE: str | None = None
 DEVICE: str | None = None  # "cpu", "cuda", "cuda:1", "mps"; None takes a GPU of CUDA where there is one
 SAE_DEVICE: str | None = None  # the autoencoder's, if it is to be another: DEVICE=cuda:0 SAE_DEVICE=cuda:1
 DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None is bfloat16 on a GPU, else float32
+# Of `torchrun --nproc-per-node=8 train.py`, whose processes have a GPU each: replicas x shards, as in "2x4". Each shard
+# holds a part of the features; between replicas less travels (docs/scaling.md). None: all are shards
+MESH: str | None = None
 
 # ---- text ----
 # "stdlib" (Python's standard library), "english" (prose in installed packages and manuals), a file or folder of .jsonl,
@@ -249,6 +253,7 @@ def check_training() -> None:
         expect("K", K, all(1 <= k <= width for k in values_of("K")), f"1 to D_HIDDEN, {width}")
     enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
     expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
+    expect("MESH", MESH, MESH is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", MESH), "replicas x shards: 2x4")
     are_tokens = all(type(token) in (int, str) for token in EXCLUDE_TOKENS)
     expect("EXCLUDE_TOKENS", EXCLUDE_TOKENS, are_tokens, "tokens or their ids, as in ['[INST]', 3]")
     row = CONTEXT_LENGTH - 1

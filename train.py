@@ -30,6 +30,7 @@ from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.stored import StoredResiduals
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, fill_grid, shown
+from mistral_sae.distributed import Mesh, joined
 from mistral_sae.explain.figures import plot_sweep, plot_training
 from mistral_sae.files import locked, write_text
 from mistral_sae.loading import sae_device_of
@@ -38,8 +39,8 @@ from mistral_sae.sae import resume
 from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.evaluate import Evaluator, as_held_out, summary, table
 from mistral_sae.sae.grid import Grid, Member
-from mistral_sae.sae.memory import free_memory, grid_needs, row_bytes
-from mistral_sae.sae.trainer import TrainConfig, Trainer
+from mistral_sae.sae.memory import free_memory, grid_needs, row_bytes, wire_plan
+from mistral_sae.sae.trainer import Trainer
 
 ORDER = 0  # by which text is shuffled whatever the SEED, so that autoencoders of other seeds go through the same
 
@@ -51,29 +52,33 @@ def main() -> None:
             print(line)
         return
     corpus = replace(Corpus.of(config), seed=ORDER)
-    grid, filled, last_layer, store = make_plan(corpus)
-    text = asdict(corpus) | {"corpus": corpus.fingerprint()}
-    for each in grid:
-        each.run = new_run(text, filled, each)
-    with nullcontext("") if config.DRY_RUN else locked(grid.run_dir, resume.LOCK) as note:
-        if note:
-            print(note)
-        grid.find_checkpoints(config.RESUME)
-        if not config.DRY_RUN:
-            train_and_evaluate(corpus, filled, grid, last_layer, store)
+    with joined(config.MESH, device_and_dtype(config.DEVICE, config.DTYPE)[0].type, config.DRY_RUN) as mesh:
+        config.DEVICE = mesh.device or config.DEVICE
+        with mesh.ranks.first_alone():
+            grid, filled, last_layer, store = make_plan(corpus, mesh)
+        text = asdict(corpus) | {"corpus": corpus.fingerprint()}
+        for each in grid:
+            each.run = new_run(text, filled, each)
+        with nullcontext("") if config.DRY_RUN or cli.rank() else locked(grid.run_dir, resume.LOCK) as note:
+            if note:
+                print(note)
+            grid.find_checkpoints(config.RESUME)
+            if not config.DRY_RUN:
+                train_and_evaluate(corpus, filled, grid, last_layer, store, mesh)
 
 
 def train_and_evaluate(
-    corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None, store: StoredResiduals | None
+    corpus: Corpus, filled: Filled, grid: Grid, last_layer: int | None, store: StoredResiduals | None, mesh: Mesh
 ) -> None:
     """The run, from the model's loading to the figures of the finished autoencoders; goes on from checkpoints found."""
     print(f"\nloading the model{'' if last_layer is None else f' up to layer {last_layer}'}, and held-out text")
-    model = open_model(last_layer)
+    with mesh.ranks.first_alone():
+        model = open_model(last_layer)
     held_out = corpus.held_out_rows(model.tokenizer, filled.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     evaluators = evaluators_of(grid, model, held_out, filled)
     for each in grid:
         with cli.room_for("the autoencoder", "lower D_HIDDEN, or MOMENTS_DTYPE to bfloat16"):
-            each.trainer = Trainer(each.config, sae_device_of(config))
+            each.trainer = Trainer(each.config, sae_device_of(config), mesh=mesh)
         hook, length, each.run.model = hook_name(each.layer), config.CONTEXT_LENGTH, model.fingerprint(each.layer)
         each.metadata = Metadata(model.name, hook, each.layer, True, length, config.DATA_PATH, each.run.model)
     start = start_or_resume(grid)
@@ -84,16 +89,18 @@ def train_and_evaluate(
     sizes: dict = {"batch_size": filled.BATCH_SIZE, "buffer_tokens": filled.BUFFER_TOKENS, "start": start}
     if store:
         if grid.step < grid.steps:
-            store.fill(corpus, model, filled.ROWS_PER_FORWARD)
+            with mesh.ranks.first_alone():
+                store.fill(corpus, model, filled.ROWS_PER_FORWARD)
         batches = store.batches(different, **sizes)
     else:
         rows = corpus.rows(model.tokenizer, held_out=False, start=start, skipped=skipped)
         rows = shuffle(prefetch(rows, depth=filled.SHUFFLE_ROWS), filled.SHUFFLE_ROWS, ORDER, start)
-        batches = shuffled_streams(rows, model, different, rows_per_forward=filled.ROWS_PER_FORWARD, **sizes)
+        sizes |= {"rows_per_forward": filled.ROWS_PER_FORWARD, "ranks": mesh.ranks}
+        batches = shuffled_streams(rows, model, different, **sizes)
     batches = sent_to(batches, sae_device_of(config))
     for each, stream in zip(grid, streams, strict=True):
         each.stream = different.index(stream)
-    train(grid, batches, evaluators, filled)
+    train(grid, batches, evaluators, filled, mesh)
     if skipped.count:
         print(skipped.summary())
 
@@ -107,9 +114,10 @@ def train_and_evaluate(
         sae, density_F, dead_fraction = finished[each.name]
         with room_for_evaluating():
             evaluation = evaluators[each.layer](sae) | {"dead_fraction": dead_fraction}
-        write_text(each.folder / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-        plot_training(each.folder / "training.png", each.run.history, evaluation, density_F)
         grid.point_of(each).figures = evaluation
+        if not cli.rank():
+            write_text(each.folder / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+        plot_training(each.folder / "training.png", each.run.history, evaluation, density_F)
     print_results(grid)
 
 
@@ -132,7 +140,7 @@ def print_results(grid: Grid) -> None:
         raise cli.Failed(f"{', '.join(stopped)} exploded and was stopped: {run_dir / 'sweep.json'} says when")
 
 
-def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None, StoredResiduals | None]:
+def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None, StoredResiduals | None]:
     """Print what the run will do and need; raises UserError if it cannot.
 
     Returns the autoencoders before their first step; the constants that all have in common, none of which is left to
@@ -143,19 +151,12 @@ def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None, StoredResiduals
     filled, last = next(iter(constants.values())), spec.n_layers - 1
     for each in constants.values():
         cli.expect("TARGET_LAYER", each.TARGET_LAYER, each.TARGET_LAYER <= last, f"0 to {last}, of {spec.name}")
-    run_dir = Path(filled.RUN_DIR)
-    grid = Grid(
-        run_dir,
-        [
-            Member(name, run_dir / name, each.TARGET_LAYER, TrainConfig.of(each, spec.d_model))
-            for name, each in constants.items()
-        ],
-    )
+    grid = Grid.of(constants, spec.d_model)
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     sae_device, last_layer = sae_device_of(config), None
     layers, streams = {each.layer for each in grid}, {(each.layer, each.config.seed) for each in grid}
     sizes = {"layers": len(layers), "streams": len(streams), "dtype": dtype, "on_cpu": sae_device.type == "cpu"}
-    needs = partial(grid_needs, [each.config for each in grid], spec, **sizes)
+    needs = partial(grid_needs, [each.config for each in grid], spec, mesh=mesh.sizes, **sizes)
     where = str(device), str(sae_device), {str(each): free_memory(str(each)) for each in (device, sae_device)}
     plan = needs(last_layer=last_layer).plans(*where)
     if not plan.fits:
@@ -178,6 +179,8 @@ def make_plan(corpus: Corpus) -> tuple[Grid, Filled, int | None, StoredResiduals
     cli.expect("SHUFFLE_ROWS", filled.SHUFFLE_ROWS, rows <= free, fitting)
     print(f"rows      {filled.SHUFFLE_ROWS:,} of tokens shuffled together, {cli.size_of(rows)} of main memory")
     print(plan)
+    for line in wire_plan([each.config for each in grid], mesh.sizes, dtype):
+        print(line)
     if not plan.fits:
         raise cli.UserError(
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
@@ -216,15 +219,10 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY", "ACTIVATIONS_TOKENS"]
     free = [
-        "MISTRAL_MODEL_PATH",
-        "ENGINE",
-        "ACTIVATIONS_PATH",
-        "SAE_DEVICE",
-        "CHECKPOINT_EVERY",
-        "EVALUATIONS",
+        "MISTRAL_MODEL_PATH", "ENGINE", "ACTIVATIONS_PATH", "SAE_DEVICE", "CHECKPOINT_EVERY", "EVALUATIONS",
         "EVALUATION_ROWS",
         "EVALUATION_STRIDE",
-    ]
+    ]  # fmt: skip
     settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}
     settings |= {"target_layer": member.layer, "dtype": str(dtype).removeprefix("torch.")}
     others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}
@@ -241,7 +239,7 @@ def start_or_resume(grid: Grid) -> Place:
     return Place.of(grid.members[0].run.stream)
 
 
-def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator], filled: Filled) -> None:
+def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator], filled: Filled, mesh: Mesh) -> None:
     """The loop: a batch of residuals a step, and the log, the evaluations and the checkpoints at their intervals."""
     step, steps, size, model = grid.step, grid.steps, filled.BATCH_SIZE, next(iter(evaluators.values())).model
     evaluate_at = {steps * i // filled.EVALUATIONS for i in range(1, filled.EVALUATIONS)}
@@ -256,7 +254,7 @@ def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator]
 
             last = step == steps
             log_now = step % config.LOG_EVERY == 0 or step in evaluate_at or last
-            stopping = stop()
+            stopping = mesh.agree(stop(), step, x_SBD)
             save_now = step % filled.CHECKPOINT_EVERY == 0 or last or stopping
             if log_now or save_now:
                 grid.measure(x_SBD, step, time.monotonic() - started, bool(save_now), model.check_finite)
@@ -277,7 +275,8 @@ def log(grid: Grid, step: int, evaluators: dict[int, Evaluator]) -> None:
     """Write each one's record, with held-out figures where there are evaluators."""
     for each in grid:
         if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
-            each.record["dead"] = len(each.trainer.find_dead())
+            each.trainer.find_dead()
+            each.record["dead"] = each.trainer.n_dead
         if evaluators:
             with room_for_evaluating():
                 each.record |= as_held_out(evaluators[each.layer](each.trainer.sae))

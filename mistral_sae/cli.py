@@ -43,6 +43,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a script as Ctrl-C does."""
 
 
+# ---- ranks ----
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started, or 0: the first one prints and writes."""
+    return int(os.environ.get("RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 # ---- words ----
 
 
@@ -233,6 +241,8 @@ def start(script: str, config: ModuleType) -> None:
     From here on lines appear as they are printed, in a pipe too, and Ctrl-C and SIGTERM end the script with one line.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # idle threads of OpenMP sleep sooner: spinning slows the others
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # whatever the terminal's encoding
     sys.excepthook = _report
@@ -279,8 +289,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:
-    """Print one line and exit."""
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    """Print one line and exit; a rank that is not the first says only what the first does not say too."""
+    if not rank() or code == 1:
+        print(f"{f'rank {rank()}: ' * bool(rank())}error: {printable(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -328,6 +339,7 @@ class Progress(tqdm):
         options.setdefault("smoothing", 0)
         options.setdefault("dynamic_ncols", True)
         options.setdefault("delay", 1)  # what is done within a second needs no bar
+        options.setdefault("disable", rank() > 0)
         if not sys.stderr.isatty():
             quiet = dict.fromkeys(("mininterval", "maxinterval", "delay"), QUIET_SECONDS)
             options |= {"file": _Lines(), "ncols": 100} | quiet

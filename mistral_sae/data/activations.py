@@ -15,6 +15,7 @@ from torch import Tensor
 from mistral_sae.cli import room_for
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.tokens import Row
+from mistral_sae.distributed import ALONE, Group
 from mistral_sae.model.language_model import LanguageModel, sent
 
 
@@ -37,6 +38,8 @@ class Buffer(NamedTuple):
 
     residuals: dict[int, Tensor]  # (N, D) by layer
     place: Place  # of its first one; `place.buffer` is its number
+    # (ranks + 1) on the CPU: between which numbers those of each rank lie; None where this one has all
+    bounds: Tensor | None = None
 
 
 def residuals_of(model: LanguageModel, tokens_RT: Tensor, layer: int) -> Tensor:
@@ -64,7 +67,11 @@ def shuffled_batches(
     start: Place = BEGINNING,
 ) -> Iterator[Batch]:
     """Batches (B, D) of one stream: `shuffled_streams` says how."""
-    sizes = {"batch_size": batch_size, "buffer_tokens": buffer_tokens, "rows_per_forward": rows_per_forward}
+    sizes: dict = {
+        "batch_size": batch_size,
+        "buffer_tokens": buffer_tokens,
+        "rows_per_forward": rows_per_forward,
+    }
     batches = shuffled_streams(rows, model, [Stream(layer, seed)], **sizes, start=start)
     yield from map(lambda batch: Batch(batch.x[0], batch.place), batches)  # keeps no batch alive, as a loop would
 
@@ -78,6 +85,7 @@ def shuffled_streams(
     buffer_tokens: int,
     rows_per_forward: int,
     start: Place = BEGINNING,
+    ranks: Group = ALONE.ranks,
 ) -> Iterator[Batch]:
     """Residuals at the positions of `model.kept`, in shuffled batches (S, B, D) of S streams, in the model's dtype.
 
@@ -87,27 +95,34 @@ def shuffled_streams(
     of a batch goes on after it, where `rows` and `start` are of that place: the rows of one buffer go through the model
     for it, and none before them.
 
+    Of several ranks each has the same rows of tokens, and runs the model on its part of those of a buffer; a batch is
+    made of what each of them has of it. So all have the whole batch, and it is that of one process.
+
     Memory: a buffer for each layer, a batch for each stream and the rows in the model. Raises ValueError if a buffer
     cannot hold a row.
     """
     layers = {stream.layer for stream in streams}
-    buffers = _buffers(rows, model, layers, buffer_tokens, rows_per_forward, start.buffer)
-    return permuted(buffers, streams, batch_size, start)
+    buffers = _buffers(rows, model, layers, buffer_tokens, rows_per_forward, start.buffer, ranks)
+    return permuted(buffers, streams, batch_size, start, ranks)
 
 
 def permuted(
-    buffers: Iterator[Buffer], streams: Sequence[Stream], batch_size: int, start: Place = BEGINNING
+    buffers: Iterator[Buffer],
+    streams: Sequence[Stream],
+    batch_size: int,
+    start: Place = BEGINNING,
+    ranks: Group = ALONE.ranks,
 ) -> Iterator[Batch]:
     """Batches (S, B, D) of S streams: for each, each buffer permuted by (seed, number of the buffer), end to end.
 
     The buffers begin with that of `start`. They may have an end, and then the last whole batch is it.
     """
     batch, filled, used = None, 0, start.residuals  # the batch that is being filled goes on in the next buffer
-    for residuals, place in buffers:
+    for residuals, place, bounds in buffers:
         some = next(iter(residuals.values()))
-        n_residuals = len(some)
+        n_residuals = len(some) if bounds is None else int(bounds[-1])
         orders = {
-            seed: sent(_order(n_residuals, seed, place.buffer)[used:], some.device)
+            seed: sent(_order(n_residuals, seed, place.buffer)[used:], some.device if bounds is None else bounds.device)
             for seed in {stream.seed for stream in streams}
         }
         while used < n_residuals:
@@ -117,7 +132,7 @@ def permuted(
             taken = {seed: order[: end - filled] for seed, order in orders.items()}
             orders = {seed: order[end - filled :] for seed, order in orders.items()}
             for i, (layer, seed) in enumerate(streams):
-                torch.index_select(residuals[layer], 0, taken[seed], out=batch[i, filled:end])
+                _pick(residuals[layer], taken[seed], bounds, ranks, batch[i, filled:end])
             used, filled = used + end - filled, end
             if filled == batch_size:
                 yield Batch(batch, place._replace(residuals=used))
@@ -154,6 +169,30 @@ def _order(n_residuals: int, seed: int, number: int) -> Tensor:
     return torch.randperm(n_residuals, generator=generator)
 
 
+def _shares(tokens_RT: Tensor, residuals_R: Tensor, ranks: Group) -> tuple[Tensor, Tensor]:
+    """This rank's rows of a buffer, and between which numbers the residuals of each rank lie, (ranks + 1)."""
+    of_ranks = [residuals.sum() for residuals in residuals_R.tensor_split(ranks.size)]
+    bounds = torch.stack([residuals_R.new_zeros(()), *of_ranks]).cumsum(0)
+    return tokens_RT.tensor_split(ranks.size)[ranks.rank], bounds
+
+
+def _pick(x_ND: Tensor, chosen_N: Tensor, bounds: Tensor | None, ranks: Group, out_ND: Tensor) -> None:
+    """Fill in the residuals of some numbers, of which each rank has a run."""
+    if bounds is None:
+        torch.index_select(x_ND, 0, chosen_N, out=out_ND)
+        return
+    owner_N = torch.searchsorted(bounds[1:], chosen_N, right=True)
+    counts = owner_N.bincount(minlength=ranks.size)
+    mine = sent(chosen_N[owner_N == ranks.rank] - bounds[ranks.rank], x_ND.device)
+    ours = x_ND.new_zeros(int(counts.max()), x_ND.shape[1])  # as long on all ranks
+    torch.index_select(x_ND, 0, mine, out=ours[: len(mine)])
+    by_owner = owner_N.argsort(stable=True)
+    gaps = len(ours) * torch.arange(ranks.size) - (counts.cumsum(0) - counts)  # before each rank's, where all are
+    where_N = torch.empty_like(chosen_N)
+    where_N[by_owner] = torch.arange(len(chosen_N)) + gaps[owner_N[by_owner]]
+    torch.index_select(ranks.gather(ours), 0, sent(where_N, x_ND.device), out=out_ND)
+
+
 def _buffers(
     rows: Iterator[Row],
     model: LanguageModel,
@@ -161,6 +200,7 @@ def _buffers(
     buffer_tokens: int,
     rows_per_forward: int,
     first_number: int,
+    ranks: Group,
 ) -> Iterator[Buffer]:
     """Buffers of as many whole rows as give at most `buffer_tokens` residuals."""
     first = next(rows, None)
@@ -175,9 +215,12 @@ def _buffers(
         if not (buffer := list(islice(rows, rows_per_buffer))):
             return
         tokens_RT = torch.from_numpy(np.stack([row.tokens for row in buffer], dtype=np.int64))
+        bounds = None
+        if ranks.size > 1:
+            tokens_RT, bounds = _shares(tokens_RT, model.kept(tokens_RT).sum(dim=1), ranks)
         with room_for("a buffer of residuals", "lower BUFFER_TOKENS or ROWS_PER_FORWARD"):
             residuals = _residuals_of_rows(tokens_RT, model, layers, rows_per_forward)
-        yield Buffer(residuals, buffer[0].place._replace(buffer=number, residuals=0))
+        yield Buffer(residuals, buffer[0].place._replace(buffer=number, residuals=0), bounds)
         del residuals  # before the next buffer is made
 
 
@@ -188,7 +231,7 @@ def _residuals_of_rows(
     shape = (int(model.kept(tokens_RT).sum()), model.d_model)
     residuals = {layer: torch.empty(shape, dtype=model.dtype, device=model.device) for layer in layers}
     filled = 0
-    for tokens in tokens_RT.split(rows_per_forward):
+    for tokens in tokens_RT.split(rows_per_forward) if len(tokens_RT) else ():
         some = residuals_of_layers(model, tokens, layers)
         end = filled + len(next(iter(some.values())))
         for layer, x_ND in some.items():

@@ -24,6 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
+from mistral_sae.cli import rank
 from mistral_sae.explain.scoring import ScoreSummary
 from mistral_sae.files import write_atomically
 from mistral_sae.sae.features import RARE, Geometry
@@ -305,7 +306,9 @@ def plot_sweep(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _save(path: Path, panels: Sequence[Panel]) -> None:
-    """Draw panels side by side into a PNG."""
+    """Draw panels side by side into a PNG; of several ranks the first one does."""
+    if rank():
+        return
     meanings = ["\n".join(textwrap.wrap(panel.meaning, 61)) for panel in panels]
     height = 12 * max(meaning.count("\n") + 1 for meaning in meanings)  # points; the same for all: they stand in a row
     above = {"xycoords": "axes fraction", "textcoords": "offset points"}

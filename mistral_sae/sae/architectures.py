@@ -13,8 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, encode, operations, tokens_at_once
-from mistral_sae.sae.kernels.step import SMALLEST_VARIANCE, run_sums, sparse_step, squared_norm, variation
+from mistral_sae.distributed import ALONE, Group
+from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, operations, tokens_at_once
+from mistral_sae.sae.kernels.step import (
+    SMALLEST_VARIANCE,
+    encode_batch,
+    only_used,
+    run_sums,
+    sparse_step,
+    squared_norm,
+    variation,
+)
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 PENALIZED = ("relu", "jumprelu")  # how many features are active follows from a penalty
@@ -27,9 +36,16 @@ def activation_of(architecture: str) -> str:
     return "jumprelu" if architecture in ("batchtopk", "matryoshka") else architecture
 
 
-def nested_sizes(n_features: int, levels: int) -> Tensor:
-    """The number of features in each nested autoencoder of Matryoshka (P): all, half of them, half of those ..."""
-    return torch.tensor(sorted({max(1, n_features >> level) for level in range(levels)}))
+def nested_sizes(n_features: int, levels: int, shards: Group = ALONE.shards) -> Tensor:
+    """How many of a shard's features are in each nested autoencoder of Matryoshka (P).
+
+    Those have all n_features, half of them, half of those ...
+    """
+    ends, width = (
+        torch.tensor(sorted({max(1, n_features >> level) for level in range(levels)})),
+        n_features // shards.size,
+    )
+    return (ends - shards.rank * width).clamp(0, width)
 
 
 @torch.no_grad()
@@ -45,16 +61,14 @@ def batchtopk_step(
 
     Returns the step and the smallest activation, of which the threshold is a moving average (`threshold_after`).
     """
-    centered, n_features = z - weights.b_dec, len(weights.b_enc)
-    slots = min(n_features, SLOTS * k)
-    values, indices = encode(centered, weights.W_enc, weights.b_enc, slots, weights.W_enc_bf16)
-    values = values.relu_()
-    count = min(k * len(z), values.numel())
-    least = values.flatten().topk(count, sorted=False).values.min()
+    centered, shards = z - weights.b_dec, weights.mesh.shards
+    slots = min(len(weights.b_enc) * shards.size, SLOTS * k)
+    values, indices = encode_batch(centered, weights, slots)
+    everywhere = shards.gather(values, dim=1).flatten()
+    least = everywhere.topk(min(k, slots) * len(z), sorted=False).values.min()
     values = values.masked_fill(values < least, 0.0)
-    if values.device.type == "cpu":  # where asking how many are in use costs nothing
-        values, best = values.topk(max(1, int((values > 0).sum(dim=1).max())), dim=1, sorted=False)
-        indices = indices.gather(1, best)
+    if shards.size > 1 or values.device.type == "cpu":  # where asking how many are in use costs little
+        values, indices = only_used(values, indices)
     return sparse_step(z, centered, weights, values, indices, aux, ends), least
 
 
@@ -100,7 +114,8 @@ def relu_step(z: Tensor, weights: Weights, coefficient: Tensor) -> Step:
     of_rows = (share * summed_F / norm_F.clamp_min(1e-12)).unsqueeze(1) * W_dec
     everywhere = torch.arange(len(W_dec), device=z.device), of_rows
     of_W_dec = step.W_dec._replace(added=everywhere, along=None, squares=None)
-    return step._replace(loss=step.loss + share * (summed_F @ norm_F), W_dec=of_W_dec)
+    penalty = share * weights.mesh.shards.total(summed_F @ norm_F)
+    return step._replace(loss=step.loss + penalty, W_dec=of_W_dec)
 
 
 @torch.no_grad()
@@ -122,7 +137,8 @@ def jumprelu_step(z: Tensor, weights: Weights, threshold_F: Tensor, coefficient:
     near_E = pairs.pre - threshold_E < bandwidth / 2
     of_threshold_E = near_E * (of_f_E * threshold_E + share) / -bandwidth
     of_threshold_F = torch.zeros_like(threshold_F).index_add_(0, pairs.features, of_threshold_E)
-    return step._replace(loss=step.loss + share * is_active.sum(), threshold=of_threshold_F)
+    penalty = share * weights.mesh.shards.total(is_active.sum())
+    return step._replace(loss=step.loss + penalty, threshold=of_threshold_F)
 
 
 def _step_of_pairs(
@@ -137,7 +153,8 @@ def _step_of_pairs(
     scale = -2 / variance
     counts = torch.bincount(tokens, minlength=n_tokens)
     starts = counts.cumsum(0) - counts
-    error = centered - F.embedding_bag(features, W_dec, starts, per_sample_weights=values, mode="sum")
+    decoded = F.embedding_bag(features, W_dec, starts, per_sample_weights=values, mode="sum")
+    error = centered - weights.mesh.sum_tokens(decoded)
     # Feature by feature from here on
     ordered, order = features.to(torch.int32).sort(stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(n_features + 1, dtype=torch.int32, device=z.device))
@@ -155,13 +172,13 @@ def _step_of_pairs(
         loss=normalized_mse,
         normalized_mse=normalized_mse,
         auxk=z.new_zeros(()),
-        l0=(values > 0).sum() / n_tokens,
+        l0=weights.mesh.shards.total((values > 0).sum()) / n_tokens,
         values=values.new_zeros(shape).index_put_(places, values),
         indices=features.new_zeros(shape).index_put_(places, features),
         W_enc=MatrixGradient(offsets, centered, owners, of_pre),
         b_enc=of_b_enc,
         W_dec=of_W_dec._replace(along=along, squares=squares),
-        b_dec=scale * error.sum(dim=0) - weights.W_enc @ of_b_enc,
+        b_dec=scale * error.sum(dim=0) - weights.mesh.shards.total(weights.W_enc @ of_b_enc),
     )
     return step, torch.empty_like(of_f).scatter_(0, order, of_f)
 
@@ -174,7 +191,7 @@ def equal_thresholds(weights: Weights, z: Tensor, k: float, *, keeps: bool) -> t
     do not fire they learn nothing. The scale, which the thresholds allow for, makes the reconstruction of z as good as
     it gets. `keeps` says whether an activation keeps what lies below the threshold, as JumpReLU's does.
     """
-    centered, n_features = z - weights.b_dec, len(weights.b_enc)
+    centered, n_features = z - weights.b_dec, len(weights.b_enc) * weights.mesh.shards.size
     count = min(len(z) - 1, max(1, round(len(z) * k / n_features)))
     z_hat, thresholds = torch.zeros_like(z), []
     for W_enc, W_dec in zip(weights.W_enc.split(4096, dim=1), weights.W_dec.split(4096), strict=True):
@@ -182,5 +199,6 @@ def equal_thresholds(weights: Weights, z: Tensor, k: float, *, keeps: bool) -> t
         threshold = pre.topk(count + 1, dim=0, sorted=False).values.amin(dim=0).clamp_min(0.0)
         z_hat += ((pre if keeps else pre - threshold) * (pre > threshold)) @ W_dec
         thresholds.append(threshold)
+    z_hat = weights.mesh.sum_tokens(z_hat)
     scale = (z_hat * centered).sum().clamp_min(1e-12) / z_hat.square().sum().clamp_min(1e-12)
     return scale * torch.cat(thresholds), scale

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mistral_sae.distributed import ALONE, Mesh
 from mistral_sae.sae import kernels
 from mistral_sae.sae.kernels import normalize_rows
 
@@ -46,6 +47,9 @@ class SparseAutoencoder(nn.Module):
 
     Both matrices lie in memory feature by feature (W_enc is the transposed view of an (F, D) block), since all but
     the encoder product touches a few features' rows.
+
+    Of `n_features` a shard of a mesh holds an equal part. It encodes to its own among the active features, and all
+    shards together decode, which both they have to do at the same time.
     """
 
     threshold: Tensor  # (F) of a JumpReLU autoencoder
@@ -60,6 +64,7 @@ class SparseAutoencoder(nn.Module):
         normalize: str = "layer_norm",
         center: bool = True,
         device: torch.device | str | None = None,
+        mesh: Mesh = ALONE,
     ):
         super().__init__()
         if not 1 <= k <= n_features:
@@ -70,24 +75,28 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"normalize must be layer_norm, constant_norm or none: found {normalize!r}")
         self.d_model, self.n_features, self.k = d_model, n_features, k
         self.activation, self.normalize, self.center = activation, normalize, center
-        self.W_enc = nn.Parameter(torch.empty(n_features, d_model, device=device).T)
-        self.b_enc = nn.Parameter(torch.zeros(n_features, device=device))
-        self.W_dec = nn.Parameter(torch.empty(n_features, d_model, device=device))
+        self.mesh, held = mesh, n_features // mesh.shards.size
+        self.W_enc = nn.Parameter(torch.empty(held, d_model, device=device).T)
+        self.b_enc = nn.Parameter(torch.zeros(held, device=device))
+        self.W_dec = nn.Parameter(torch.empty(held, d_model, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_model, device=device))
         if activation == "jumprelu":
-            self.register_buffer("threshold", torch.zeros(n_features, device=device))
+            self.register_buffer("threshold", torch.zeros(held, device=device))
 
     @property
     def weights(self) -> kernels.Weights:
         """The four parameters."""
-        return kernels.Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return kernels.Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, mesh=self.mesh)
 
     @torch.no_grad()
     def initialize(self, sample_z: Tensor, seed: int) -> None:
         """Random unit decoder rows, the encoder their transpose, b_dec the geometric median of `sample_z` (B, D)."""
         generator = torch.Generator().manual_seed(seed)
-        for rows in self.W_dec.split(1024):  # drawn on the CPU, so that a seed means the same on every device
-            rows.copy_(torch.randn(rows.shape, generator=generator))
+        first = self.mesh.shards.rank * len(self.W_dec)
+        for start in range(-first, len(self.W_dec), 1024):  # of all shards, so that a seed means the same on every mesh
+            drawn = torch.randn(min(1024, self.n_features - first - start), self.d_model, generator=generator)
+            rows = self.W_dec[max(0, start) : max(0, start + len(drawn))]
+            rows.copy_(drawn[max(0, -start) : max(0, -start) + len(rows)])
         normalize_rows(self.W_dec)
         self.W_enc.T.copy_(self.W_dec)
         self.b_enc.zero_()
@@ -115,11 +124,11 @@ class SparseAutoencoder(nn.Module):
         z, mean, std = self.standardize(x.to(self.W_enc.device))
         centered = z - self.b_dec if self.center else z
         if self.activation == "topk":
-            nominates = self.W_enc.to(torch.bfloat16) if bf16 else None
-            values, indices = kernels.encode(centered.flatten(0, -2), self.W_enc, self.b_enc, self.k, nominates)
-            shape = (*x.shape[:-1], self.k)
-            return Encoded(values.relu().view(shape), indices.view(shape), mean, std)
-        size = kernels.tokens_at_once(centered.device, torch.float32, self.n_features)
+            weights = self.weights._replace(W_enc_bf16=self.W_enc.to(torch.bfloat16) if bf16 else None)
+            values, indices = kernels.encode_shard(centered.flatten(0, -2), weights, self.k)
+            shape = (*x.shape[:-1], values.shape[-1])
+            return Encoded(values.view(shape), indices.view(shape), mean, std)
+        size = kernels.tokens_at_once(centered.device, torch.float32, len(self.b_enc))
         parts = [self._above_threshold(part) for part in centered.flatten(0, -2).split(size)]
         widest = max(values.shape[1] for values, _ in parts)
         padded = [[nn.functional.pad(each, (0, widest - each.shape[1])) for each in part] for part in parts]
@@ -137,6 +146,7 @@ class SparseAutoencoder(nn.Module):
         """Active features -> reconstructed residuals (..., D), in float32."""
         values, indices, mean, std = encoded
         z_hat = kernels.decode(values.flatten(0, -2), indices.flatten(0, -2), self.W_dec)
+        z_hat = self.mesh.shards.sum_(z_hat)
         return (z_hat.view(*values.shape[:-1], self.d_model) + self.b_dec) * std + mean
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,9 +8,13 @@ Shapes: D model width, F features.
 """
 
 import glob
+import itertools
 import json
+import math
 import os
 import re
+import struct
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +30,7 @@ from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, Metadata, read_cfg, to_w
 from mistral_sae.sae.features import Statistics
 
 WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
+WRITTEN_BYTES = 2**28  # of a matrix, gathered and written at a time
 NEVER_FIRED = 1e-10  # added to a density before its log10, as SAE Lens does
 
 
@@ -84,23 +89,25 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistic
     than densities and maxima have.
     """
     folder = Path(folder)
-    weights = {name: getattr(sae, name) for name in _shapes(sae.d_model, sae.n_features, sae.activation)}
-    for name, tensor in weights.items():
-        _check_finite(name, tensor, "the autoencoder to save")
-    contents = {}
+    shapes = _shapes(sae.d_model, sae.n_features, sae.activation)
+    for name in shapes:
+        _check_finite(name, getattr(sae, name), "the autoencoder to save")
     if statistics is not None:
         _check_statistic("density_F", statistics.density_F, sae.n_features, 1)
         _check_statistic("maximum_F", statistics.maximum_F, sae.n_features, torch.finfo().max)
-        log_density_F = torch.log10(statistics.density_F.float() + NEVER_FIRED)
-        contents[SPARSITY] = {"sparsity": log_density_F, "maximum": statistics.maximum_F}
-    contents[WEIGHTS] = weights
+    if sae.mesh.ranks.rank:
+        for _ in _rows(sae, shapes):  # which the first rank writes
+            pass
+        return
 
     # The slow part: everything is written next to whatever is there, which stays as it is.
     cfg = json.dumps(to_write(sae, metadata), indent=2) + "\n"
     new = {CFG: write_beside(folder / CFG, lambda path: path.write_text(cfg, encoding="utf-8"))}
-    for name, tensors in contents.items():
-        exported = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
-        new[name] = write_beside(folder / name, partial(save_file, exported))
+    if statistics is not None:
+        log_density_F = torch.log10(statistics.density_F.float() + NEVER_FIRED)
+        described = {"sparsity": log_density_F, "maximum": statistics.maximum_F}
+        new[SPARSITY] = write_beside(folder / SPARSITY, partial(save_file, described))
+    new[WEIGHTS] = write_beside(folder / WEIGHTS, partial(_write_weights, sae, shapes))
 
     # Three files cannot be renamed as one, so the files that describe the weights leave first and cfg.json
     # comes back last. What a crash in between leaves: complete weights, old or new, never beside the other's
@@ -112,6 +119,41 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistic
     for name in reversed(new):
         os.replace(new[name], folder / name)
         sync_folder(folder)
+
+
+def _rows(sae: SparseAutoencoder, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, Tensor]]:
+    """The weights of all shards, some rows at a time: their name, the first row's number, and the rows.
+
+    So no rank ever holds all of them.
+    """
+    shards = sae.mesh.shards
+    for name in shapes:
+        tensor = getattr(sae, name).detach().float()
+        at_once = max(1, WRITTEN_BYTES // (4 * tensor[0].numel() * shards.size))
+        for start in range(0, len(tensor), at_once):
+            rows = tensor[start : start + at_once]
+            if name == "W_enc":  # (D, F)
+                yield name, start, shards.gather(rows, dim=1)
+            elif name == "b_dec":  # which every shard has
+                yield name, start, rows
+            else:
+                for shard, part in enumerate(shards.gather(rows).split(len(rows))):
+                    yield name, shard * len(tensor) + start, part
+
+
+def _write_weights(sae: SparseAutoencoder, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Write a safetensors file of float32 tensors, some rows at a time: the library would want all of them at once."""
+    header, ends = {}, [0, *itertools.accumulate(4 * math.prod(shape) for shape in shapes.values())]
+    for (name, shape), *offsets in zip(shapes.items(), ends, ends[1:], strict=False):
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    begins = dict(zip(shapes, (8 + len(text) + end for end in ends), strict=False))
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, start, rows in _rows(sae, shapes):
+            file.seek(begins[name] + 4 * start * math.prod(shapes[name][1:]))
+            file.write(rows.cpu().contiguous().numpy().astype("<f4", copy=False).data)
 
 
 def _check_statistic(name: str, values_F: Tensor, n_features: int, highest: float) -> None:

@@ -49,8 +49,11 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconstruction:
-    """Measure over batches of residuals (B, D). Means and variances are over all of them, in float64."""
-    counts = Counts(sae.n_features, sae.W_dec.device)
+    """Measure over batches of residuals (B, D). Means and variances are over all of them, in float64.
+
+    All shards of an autoencoder have to, at the same time and over the same batches.
+    """
+    counts = Counts(len(sae.W_dec), sae.W_dec.device, sae.mesh.shards)
     errors = {"z": 0.0, "x": 0.0}
     sums, squares = {s: torch.zeros(sae.d_model, dtype=torch.float64) for s in errors}, dict.fromkeys(errors, 0.0)
     for batch in batches:
@@ -69,7 +72,7 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
     unexplained = {s: errors[s] / (squares[s] - sums[s].square().sum().item() / counts.tokens) for s in errors}
     return Reconstruction(
         tokens=counts.tokens,
-        l0=counts.fired_F.sum().item() / counts.tokens,
+        l0=counts.shards.total(counts.fired_F.sum()).item() / counts.tokens,
         normalized_mse=unexplained["z"],
         explained_variance=1 - unexplained["x"],
         silent_fraction=(density_F == 0).double().mean().item(),

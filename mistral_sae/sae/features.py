@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mistral_sae.distributed import ALONE, Group
 from mistral_sae.files import SAEError, load_state, save_state
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 
@@ -45,8 +46,9 @@ class Statistics(NamedTuple):
 class Counts:
     """On how many tokens each feature has fired, and its largest activation so far."""
 
-    def __init__(self, n_features: int, device: torch.device | str = "cpu"):
-        self.tokens = 0
+    def __init__(self, n_features: int, device: torch.device | str = "cpu", shards: Group = ALONE.shards):
+        """`n_features` are those of a shard: each counts its own, and all together say what they counted."""
+        self.tokens, self.shards = 0, shards
         self.fired_F = torch.zeros(n_features, dtype=torch.int64, device=device)
         self.maximum_F = torch.zeros(n_features, device=device)
 
@@ -58,12 +60,12 @@ class Counts:
         self.maximum_F.scatter_reduce_(0, indices, values.float(), "amax")
 
     def density_F(self) -> Tensor:
-        """Share of the tokens on which each feature has fired, float64, on the CPU."""
-        return self.fired_F.cpu().double() / max(1, self.tokens)
+        """Share of the tokens on which each feature of all shards has fired, float64, on the CPU."""
+        return self.shards.gather(self.fired_F).cpu().double() / max(1, self.tokens)
 
     def statistics(self) -> Statistics:
-        """Density and maximum, on the CPU."""
-        return Statistics(self.maximum_F.cpu(), self.density_F().float(), self.tokens)
+        """Density and maximum of all shards' features, on the CPU."""
+        return Statistics(self.shards.gather(self.maximum_F).cpu(), self.density_F().float(), self.tokens)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ Shapes: S streams, B tokens, D model width.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_sae.cli import Failed, UserError
+from mistral_sae.cli import Failed, UserError, rank
 from mistral_sae.files import append_line
 from mistral_sae.sae import resume
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -77,7 +77,8 @@ class Member:
     def log(self) -> None:
         """Add the record to the log, and begin the next."""
         self.run.history.append(self.record)
-        append_line(self.folder / "metrics.jsonl", self.record)
+        if not rank():
+            append_line(self.folder / "metrics.jsonl", self.record)
         self.figures = []
 
     def save_sae(self) -> None:
@@ -88,7 +89,8 @@ class Member:
         """The autoencoder, its features' densities and the share that is dead; the rest of the trainer is let go."""
         trainer = self.trainer
         del self.trainer
-        return trainer.sae, trainer.counts.density_F(), len(trainer.find_dead()) / self.config.d_hidden
+        trainer.find_dead()
+        return trainer.sae, trainer.counts.density_F(), trainer.n_dead / self.config.d_hidden
 
 
 class Grid:
@@ -104,6 +106,15 @@ class Grid:
             )
             for each in self.members
         ]  # fmt: skip
+
+    @classmethod
+    def of(cls, constants: Mapping[str, Any], d_model: int) -> "Grid":
+        """Those that constants such as config.py's describe, each under its name."""
+        members = [
+            Member(name, Path(each.RUN_DIR, name), each.TARGET_LAYER, TrainConfig.of(each, d_model))
+            for name, each in constants.items()
+        ]
+        return cls(Path(next(iter(constants.values())).RUN_DIR), members)
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members)

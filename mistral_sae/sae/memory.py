@@ -1,17 +1,20 @@
 """What a run needs on its device, by part, before the model is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
 
+from mistral_sae.cli import size_of
 from mistral_sae.sae.architectures import PENALIZED, SLOTS, START, activation_of
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.features import CHUNK_BYTES as CHUNK
 from mistral_sae.sae.kernels import chunk_bytes
 from mistral_sae.sae.kernels.portable import BLOCK_BYTES
+from mistral_sae.sae.kernels.step import margin
 from mistral_sae.sae.trainer import TrainConfig
 
 # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's width
@@ -117,26 +120,34 @@ class _Sizes(Protocol):
 
 def training_needs(
     config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, on_cpu: bool, layers: int = 1,
-    streams: int = 1,
+    streams: int = 1, mesh: tuple[int, int] = (1, 1),
 ) -> Needs:  # fmt: skip
     """Estimate the memory of a run on a model of the given sizes; `on_cpu` says where the autoencoder is.
 
     A grid reads so many layers, in so many streams of batches; `grid_needs` is of all its autoencoders. With
     `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
+    Of a mesh of replicas and shards it is what each rank needs. Raises UserError for a mesh that cannot be.
     """
-    kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden
+    replicas, shards = mesh
+    config.check_mesh(replicas, shards)
+    kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden // shards
     model_dtype = str(dtype).removeprefix("torch.")
     model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
     weights = (2 * D + 1) * F + D
     tokens = config.rows_per_forward * config.context_length
     forward = tokens * D * FORWARD_WIDTHS * model_bytes
-    encoder, step = _encoder(kind, activation_of(config.architecture), config.batch_size, F), _step(config, D, kind)
+    encoder, step = (
+        _encoder(kind, activation_of(config.architecture), config.batch_size, F),
+        _step(config, D, kind, mesh),
+    )
     bf16_encoder = 2 * D * F  # a copy of W_enc, in training
     row_of_logits = 4 * config.context_length * model.vocab_size
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, config.rows_per_forward * row_of_logits), row_of_logits)
     evaluation = forward + logits, bf16_encoder + encoder
     part = "" if last_layer is None else f" to layer {last_layer}"
-    buffer = (layers * config.buffer_tokens + streams * config.batch_size) * D * model_bytes
+    # Of several ranks each has a part of the buffer, and of a batch what it has and what all have
+    buffer = layers * config.buffer_tokens // (replicas * shards) + streams * config.batch_size
+    buffer = (buffer + (2 * config.batch_size if replicas * shards > 1 else 0)) * D * model_bytes
     return Needs(
         Stage(
             {
@@ -181,9 +192,44 @@ def _together(stages: Sequence[Stage], more: int = 0) -> Stage:
     return stages[0]._replace(sae=parts, work=[(of_model, of_sae + more) for of_model, of_sae in work])
 
 
-def _step(config: TrainConfig, D: int, kind: str) -> int:
+def wire(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that each rank of a mesh of replicas and shards receives in a step, by what they are; reckoned.
+
+    A sum over shards is received twice, as PyTorch makes it: the parts of it first, and then the sums of other ranks.
+    """
+    total: dict[str, float] = defaultdict(float)
+    for config in configs:
+        (replicas, shards), B, D = mesh, config.batch_size, config.d_model
+        others, shared, held = (shards - 1) / shards, (replicas - 1) / replicas, config.d_hidden // shards
+        slots = {"topk": config.k, "batchtopk": SLOTS * config.k, "matryoshka": SLOTS * config.k}
+        kept, k_aux = slots.get(config.architecture, 0), min(config.k_aux, config.auxk_features, held)
+        nominees = min(kept + margin(kept), held) if kept else 0  # in bfloat16, and then their exact values
+        thresholds = 0 if config.architecture == "topk" else 1  # BatchTopK's is of the whole batch
+        decoded = 4 * B * D * (config.matryoshka_levels if config.architecture == "matryoshka" else 1)
+        total["residuals"] += B * D * dtype.itemsize * (1 - 1 / (replicas * shards))
+        total["largest values of other shards"] += (6 / replicas + 4 * thresholds) * B * nominees * (shards - 1)
+        total["active features of other replicas"] += 12 * B * nominees * shared
+        total["what features decode to"] += 2 * decoded * others / replicas
+        total["the same from other replicas"] += decoded * shared
+        if kept and config.auxk_coefficient:
+            total["all of it again, of dead features"] += (
+                4 * B * (k_aux * (shards - 1) + D * (2 * others / replicas + shared))
+            )
+    return {what: int(size) for what, size in total.items()}
+
+
+def wire_plan(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dtype) -> Iterator[str]:
+    """What `wire` reckons, in words, line by line; none for one process."""
+    if mesh != (1, 1):
+        yield "mesh      {} replicas of {} shards; a rank's memory is above, and in a step it receives".format(*mesh)
+        for what, size in wire(configs, mesh, dtype).items():
+            yield f"  {what:35} {size_of(size):>8}"
+
+
+def _step(config: TrainConfig, D: int, kind: str, mesh: tuple[int, int]) -> int:
     """What comes and goes in a step, on a device of kind "cpu" or "cuda"."""
-    B, F, K = config.batch_size, config.d_hidden, config.k
+    (replicas, shards), B, K = mesh, config.batch_size, config.k
+    F = config.d_hidden // shards
     # Standardised, centered, error; indices and values
     batch = 4 * B * (6 * D + 8 * K)
     if config.architecture in PENALIZED:  # as many pairs as at first, and the rows that relu's penalty adds
@@ -195,7 +241,10 @@ def _step(config: TrainConfig, D: int, kind: str) -> int:
     # Of the dead features: pre-activations, with two such matrices beside them at a time and the indices of those used
     # (as many as half of them), and four times their rows: of both matrices and of both gradients
     auxk = 4 * min(config.auxk_features, F) * (4 * B + 4 * D)
-    encoder = max(_encoder(kind, "topk", B, F, dtype) for dtype in (torch.float32, torch.bfloat16))
+    if shards > 1:  # and of the values that all shards nominate, which are chosen
+        slots = K if config.architecture == "topk" else SLOTS * K
+        batch += 6 * B // replicas * shards * min(slots + margin(slots), F)
+    encoder = max(_encoder(kind, "topk", B // replicas, F, dtype) for dtype in (torch.float32, torch.bfloat16))
     return 2 * D * F + encoder + batch + auxk
 
 

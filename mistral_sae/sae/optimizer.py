@@ -38,6 +38,7 @@ class SAEAdam:
         self.second = {name: torch.zeros_like(p, dtype=moments) for name, p in self.parameters.items()}
         self.copies = {} if W_enc_bf16 is None else {"W_enc": W_enc_bf16.T}
         self.steps = torch.zeros((), device=sae.W_dec.device)
+        self.shards = sae.mesh.shards
 
     @torch.no_grad()
     def step(self, gradients: Step, learning_rate: float, max_norm: float) -> Tensor:
@@ -47,9 +48,10 @@ class SAEAdam:
         biases = {"b_enc": gradients.b_enc, "b_dec": gradients.b_dec}
         if gradients.threshold is not None:
             biases["threshold"] = gradients.threshold
-        squares = [gradient.square().sum() for gradient in biases.values()]
+        here = {name: bias for name, bias in biases.items() if name != "b_dec" or self.shards.rank == 0}  # all have it
+        squares = [gradient.square().sum() for gradient in here.values()]
         squares += [kernels.squares(gradient) for gradient in matrices.values()]
-        norm = torch.stack(squares).sum().clamp_min(0.0).sqrt()
+        norm = self.shards.total(torch.stack(squares).sum()).clamp_min(0.0).sqrt()
         divisor = (norm / max_norm).clamp_min(1.0)  # Adam's kernels divide by it while they read the gradient
 
         rates = Rates(learning_rate, divisor, self.steps)

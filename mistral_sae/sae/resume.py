@@ -5,6 +5,7 @@ before it is used.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -14,18 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mistral_sae.cli import UserError, duration_of, printable, size_of
-from mistral_sae.files import (
-    SAEError,
-    holder,
-    load_metadata,
-    load_state,
-    locked,
-    save_state,
-    sync_folder,
-    write_text,
-    writing,
-)
+from mistral_sae.cli import UserError, duration_of, printable, rank, size_of
+from mistral_sae.files import SAEError, holder, load_metadata, load_state, locked, sync_folder, write_text, writing
+from mistral_sae.sae.shards import load_trainer, save_trainer
 from mistral_sae.sae.trainer import Trainer
 from mistral_sae.schema import Schema, Total, Words, read
 
@@ -82,14 +74,17 @@ def path_of_step(run_dir: Path, step: int) -> Path:
 
 def save_checkpoint(run_dir: Path, trainer: Trainer, run: Run) -> None:
     """Write all that continuing needs."""
-    save_state(path_of_step(run_dir, run.step), trainer.state(), run.model_dump())
+    save_trainer(path_of_step(run_dir, run.step), trainer, run.model_dump())
 
 
 def remove_checkpoints(run_dir: Path, step: int, keep: int) -> None:
     """Remove all but the newest `keep` up to a step; later ones are of a run that went on from a damaged one."""
-    kept = [path for path in checkpoints(run_dir) if _step_of(path) <= step][:keep]
+    if rank():
+        return
+    kept = [_step_of(path) for path in checkpoints(run_dir) if _step_of(path) <= step][:keep]
     for path in (run_dir / "checkpoints").glob("step-*"):
-        if path not in kept:
+        whole = re.fullmatch(r"step-(\d+)(\.\d+-of-\d+)?\.safetensors", path.name)
+        if not whole or int(whole[1]) not in kept:
             path.unlink()
 
 
@@ -167,8 +162,7 @@ def load_checkpoints(saes: Sequence[tuple[list[Path], Trainer, Run]]) -> bool:
 
 
 def _load(path: Path, trainer: Trainer, run: Run) -> None:
-    tensors, saved = load_state(path, "cpu", Run)  # the trainer's own already fill the device
-    trainer.check(tensors, path)
+    tensors, saved = load_trainer(path, trainer, Run)  # on the CPU: the trainer's own already fill the device
     if saved.model != run.model:
         raise UserError(
             f"{path} was trained on a model with other weights than {run.others.get('mistral_model_path')}: choose "
@@ -181,7 +175,12 @@ def _load(path: Path, trainer: Trainer, run: Run) -> None:
 
 def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
     """Write metrics.jsonl as a checkpoint has it."""
-    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    _write(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+
+def _write(path: Path, text: str) -> None:
+    if not rank():
+        write_text(path, text)
 
 
 # ---- grids ----
@@ -209,7 +208,7 @@ def read_points(run_dir: Path) -> list[Point]:
 
 def write_points(run_dir: Path, points: Sequence[Point]) -> None:
     """Write sweep.json."""
-    write_text(run_dir / SWEEP, json.dumps([point.model_dump() for point in points], indent=1) + "\n")
+    _write(run_dir / SWEEP, json.dumps([point.model_dump() for point in points], indent=1) + "\n")
 
 
 def check_folder(run_dir: Path, names: Sequence[str], resume: bool) -> None:
@@ -242,6 +241,8 @@ def set_aside(run_dir: Path) -> Path | None:
 
     That folder is a RUN_DIR. A move that was cut off is finished by the next.
     """
+    if rank():
+        return None
     partial = run_dir / "previous.partial"
     grid = [folder for point in read_points(run_dir) if (folder := run_dir / point.name).exists()]
     if not any(map(_holds_run, (run_dir, *grid))) and not partial.exists():  # half of the first one is left by a kill

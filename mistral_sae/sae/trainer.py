@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mistral_sae.cli import expect
+from mistral_sae.distributed import ALONE, Mesh
 from mistral_sae.files import SAEError
 from mistral_sae.sae.architectures import (
     ARCHITECTURES,
@@ -66,6 +68,14 @@ class TrainConfig:
         names = [field.name for field in fields(cls) if field.name != "d_model"]
         return cls(d_model, **{name: getattr(constants, name.upper()) for name in names})
 
+    def check_mesh(self, replicas: int, shards: int) -> None:
+        """Raise UserError unless a mesh can share out the batch and the features."""
+        for name, value, parts, what in (
+            ("BATCH_SIZE", self.batch_size, replicas, "replicas"),
+            ("D_HIDDEN", self.d_hidden, shards, "shards"),
+        ):
+            expect(name, value, value % parts == 0, f"a multiple of the {parts} {what} of MESH")
+
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
@@ -109,10 +119,19 @@ class Trainer:
     W_enc that this takes is kept up to date by `initialize`, `load` and each `step`.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu", bf16: bool | None = None):
-        self.config = config
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device | str = "cpu",
+        bf16: bool | None = None,
+        mesh: Mesh = ALONE,
+    ):
+        config.check_mesh(mesh.replicas.size, mesh.shards.size)
+        self.config, self.mesh = config, mesh
         activation = activation_of(config.architecture)
-        self.sae = SparseAutoencoder(config.d_model, config.d_hidden, config.k, activation=activation, device=device)
+        self.sae = SparseAutoencoder(
+            config.d_model, config.d_hidden, config.k, activation=activation, device=device, mesh=mesh
+        )
         self.sae.requires_grad_(False)
         self.bf16 = bf16_pays(torch.device(device)) if bf16 is None else bf16
         self.bf16 &= config.architecture not in PENALIZED  # which have no features to nominate
@@ -121,9 +140,9 @@ class Trainer:
         self.adam = SAEAdam(self.sae, getattr(torch, config.moments_dtype), self.W_enc_bf16, trains_threshold)
         self.ends = None  # of the nested autoencoders
         if config.architecture == "matryoshka":
-            self.ends = nested_sizes(config.d_hidden, config.matryoshka_levels).to(device)
-        self.since_fired = torch.zeros(config.d_hidden, dtype=torch.int64, device=device)  # tokens
-        self.counts = Counts(config.d_hidden, device)  # since `forget_counts`
+            self.ends = nested_sizes(config.d_hidden, config.matryoshka_levels, mesh.shards).to(device)
+        self.since_fired = torch.zeros_like(self.sae.b_enc, dtype=torch.int64)  # tokens
+        self.forget_counts()
         self.find_dead()
 
     def initialize(self, x: Tensor) -> None:
@@ -143,12 +162,22 @@ class Trainer:
             self.W_enc_bf16.copy_(self.sae.W_enc)
 
     def find_dead(self) -> Tensor:
-        """Bring `self.dead`, the indices of the dead features, up to date. Waits for the device."""
-        self.dead = (self.since_fired >= self.config.dead_after_tokens).nonzero().squeeze(1)
+        """Bring `self.dead`, the indices of this shard's dead features, and `self.n_dead`, of all shards, up to date.
+
+        Waits for the device.
+        """
+        self._set_dead(self.since_fired >= self.config.dead_after_tokens)
         return self.dead
 
+    def _set_dead(self, is_dead_F: Tensor) -> None:
+        self.dead = is_dead_F.nonzero().squeeze(1)
+        of_shards = self.mesh.shards.gather(self.dead.new_tensor([len(self.dead)])).cpu()
+        self.n_dead = int(of_shards.sum())
+        first = of_shards.cumsum(0).clamp(max=self.config.auxk_features).diff(prepend=of_shards.new_zeros(1))
+        self.auxk_of_shards = tuple(first.tolist()) if len(first) > 1 else ()
+
     def step(self, x: Tensor, learning_rate: float) -> Figures:
-        """Train on residuals x (B, D)."""
+        """Train on residuals x (B, D), which are the same on all ranks."""
         config = self.config
         step = self._forward_and_backward(self.sae.standardize(x)[0])
         # Project the decoder's gradient, clip, Adam, renormalise the decoder's rows
@@ -163,7 +192,8 @@ class Trainer:
     def _forward_and_backward(self, z: Tensor) -> Step:
         """Loss and gradients on standardised residuals z (B, D)."""
         config, weights = self.config, self.sae.weights._replace(W_enc_bf16=self.W_enc_bf16)
-        aux = AuxK(self.dead[: config.auxk_features], config.k_aux, config.auxk_coefficient)
+        limit = self.auxk_of_shards[self.mesh.shards.rank] if self.auxk_of_shards else config.auxk_features
+        aux = AuxK(self.dead[:limit], config.k_aux, config.auxk_coefficient, self.auxk_of_shards)
         # The penalty grows over the first twentieth, or most features would die at once (Templeton et al. 2024)
         penalty = (config.sparsity_coefficient or 0.0) * (20 * (self.adam.steps + 1) / config.steps).clamp_max(1.0)
         match config.architecture:
@@ -181,7 +211,7 @@ class Trainer:
 
     def forget_counts(self) -> None:
         """Measure the features' densities and maxima from here on: earlier ones belong to other weights."""
-        self.counts = Counts(self.config.d_hidden, self.sae.W_dec.device)
+        self.counts = Counts(len(self.sae.W_dec), self.sae.W_dec.device, self.mesh.shards)
 
     def record(self, step: int, figures: list[Tensor], seconds: float) -> dict[str, Any]:
         """A line of the log: the means of the steps since the last one, each stacked, which took so many seconds."""
@@ -189,7 +219,7 @@ class Trainer:
             "step": step,
             "tokens": step * self.config.batch_size,
             **dict(zip(Figures._fields, torch.stack(figures).mean(dim=0).tolist(), strict=True)),
-            "dead": len(self.dead),
+            "dead": self.n_dead,
             "learning_rate": self.config.learning_rate_at(step - 1),
             "tokens_per_second": len(figures) * self.config.batch_size / seconds,
         }
@@ -218,4 +248,4 @@ class Trainer:
             tensor.copy_(tensors[name])
         self._copy_W_enc()
         self.counts.tokens = int(tensors["counted_tokens"])
-        self.dead = tensors["dead"].to(self.since_fired.device).nonzero().squeeze(1)
+        self._set_dead(tensors["dead"].to(self.since_fired.device))

@@ -30,7 +30,7 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ones, in bfloat16 above all.
     """
     n_features = pre.shape[-1]
-    if n_features % GROUP or n_features < FEWEST_GROUPS * k * GROUP:
+    if n_features % GROUP or n_features < FEWEST_GROUPS * max(1, k) * GROUP:
         return torch.topk(pre, k, dim=-1, sorted=False)
     n_groups = n_features // GROUP
     best = topk(pre.unflatten(-1, (GROUP, n_groups)).amax(dim=-2), k)[1]

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from mistral_sae.distributed import ALONE, Mesh
+
 BETAS = (0.9, 0.999)  # of Adam: Gao et al. 2024, appendix A.3
 EPSILON = 6.25e-10  # from the same place; activations are standardised, gradients small
 
@@ -79,21 +81,28 @@ class Operations(Protocol):
 
 
 class Weights(NamedTuple):
-    """The four parameters of an autoencoder, and a copy of one."""
+    """The four parameters of an autoencoder, or of a shard's features, and a copy of one."""
 
     W_enc: Tensor  # (D, F)
     b_enc: Tensor  # (F)
     W_dec: Tensor  # (F, D)
     b_dec: Tensor  # (D)
     W_enc_bf16: Tensor | None = None  # W_enc in bfloat16, where a product with it nominates the active features
+    mesh: Mesh = ALONE  # whose other shards hold the other features
 
 
 class AuxK(NamedTuple):
     """The auxiliary loss that revives dead features."""
 
     dead: Tensor  # (A) int64, ascending: the features that count as dead
-    k: int  # dead features that a token may use, at most A are
+    k: int  # dead features that a token may use, at most as many as there are
     coefficient: float  # weight of the loss
+    of_shards: tuple[int, ...] = ()  # how many dead features each shard has, where there are several
+
+    @property
+    def total(self) -> int:
+        """How many dead features there are on all shards."""
+        return sum(self.of_shards) if self.of_shards else len(self.dead)
 
 
 class Step(NamedTuple):
@@ -103,7 +112,7 @@ class Step(NamedTuple):
     normalized_mse: Tensor
     auxk: Tensor
     l0: Tensor  # mean number of features with an activation above 0
-    values: Tensor  # (B, K)
+    values: Tensor  # (B, K) of this shard's features, as all that follows; 0 where none is active
     indices: Tensor  # (B, K)
     W_enc: MatrixGradient  # (F, D): feature by feature
     b_enc: Tensor  # gradient (F)
