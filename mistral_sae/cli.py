@@ -289,9 +289,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def fail(error: Exception | str, code: int) -> NoReturn:
-    """Print one line and exit; a rank that is not the first says only what the first does not say too."""
-    if not rank() or code == 1:
-        print(f"{f'rank {rank()}: ' * bool(rank())}error: {printable(str(error))}", file=sys.stderr)
+    """Print one line and exit; of other ranks than the first, failures only: mistakes the first one names for all."""
+    who = f"rank {rank()}: " if rank() else ""
+    if not who or code == 1:
+        print(f"{who}error: {printable(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -67,11 +67,7 @@ def shuffled_batches(
     start: Place = BEGINNING,
 ) -> Iterator[Batch]:
     """Batches (B, D) of one stream: `shuffled_streams` says how."""
-    sizes: dict = {
-        "batch_size": batch_size,
-        "buffer_tokens": buffer_tokens,
-        "rows_per_forward": rows_per_forward,
-    }
+    sizes: dict = {"batch_size": batch_size, "buffer_tokens": buffer_tokens, "rows_per_forward": rows_per_forward}
     batches = shuffled_streams(rows, model, [Stream(layer, seed)], **sizes, start=start)
     yield from map(lambda batch: Batch(batch.x[0], batch.place), batches)  # keeps no batch alive, as a loop would
 

@@ -41,11 +41,8 @@ def nested_sizes(n_features: int, levels: int, shards: Group = ALONE.shards) -> 
 
     Those have all n_features, half of them, half of those ...
     """
-    ends, width = (
-        torch.tensor(sorted({max(1, n_features >> level) for level in range(levels)})),
-        n_features // shards.size,
-    )
-    return (ends - shards.rank * width).clamp(0, width)
+    ends, width = {max(1, n_features >> level) for level in range(levels)}, n_features // shards.size
+    return (torch.tensor(sorted(ends)) - shards.rank * width).clamp(0, width)
 
 
 @torch.no_grad()

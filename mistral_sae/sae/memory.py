@@ -136,10 +136,8 @@ def training_needs(
     weights = (2 * D + 1) * F + D
     tokens = config.rows_per_forward * config.context_length
     forward = tokens * D * FORWARD_WIDTHS * model_bytes
-    encoder, step = (
-        _encoder(kind, activation_of(config.architecture), config.batch_size, F),
-        _step(config, D, kind, mesh),
-    )
+    encoder = _encoder(kind, activation_of(config.architecture), config.batch_size, F)
+    step = _step(config, D, kind, mesh)
     bf16_encoder = 2 * D * F  # a copy of W_enc, in training
     row_of_logits = 4 * config.context_length * model.vocab_size
     logits = HELD_LOGITS * max(min(LOGITS_BYTES, config.rows_per_forward * row_of_logits), row_of_logits)

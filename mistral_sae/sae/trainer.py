@@ -120,11 +120,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        device: torch.device | str = "cpu",
-        bf16: bool | None = None,
-        mesh: Mesh = ALONE,
+        self, config: TrainConfig, device: torch.device | str = "cpu", bf16: bool | None = None, mesh: Mesh = ALONE
     ):
         config.check_mesh(mesh.replicas.size, mesh.shards.size)
         self.config, self.mesh = config, mesh
