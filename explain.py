@@ -14,12 +14,14 @@ if __name__ == "__main__":
 import asyncio
 import atexit
 import gc
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from mistral_sae.defaults import Filled, fill
+from mistral_sae.distributed import joined
 from mistral_sae.explain import cache, offline, pipeline, prompts, report
 from mistral_sae.explain.client import Client, Server
 from mistral_sae.explain.examples import FeatureRecords, Settings
@@ -30,7 +32,7 @@ from mistral_sae.explain.reading import Reading, read_corpus
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
-from mistral_sae.model.language_model import LanguageModel, ModelSpec
+from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.sae.memory import Needs, explaining_needs
@@ -52,7 +54,9 @@ def main() -> None:
     sae_source(config)  # or a mistaken RUN_DIR would be made
     if config.TEXT is not None:
         return show_text(config.TEXT, filled, spec)
-    with locked(run_dir) as note:  # first, so that a second run is refused before it has loaded a model
+    alone = nullcontext("") if cli.rank() else locked(run_dir)
+    with alone as note, joined(None, device_and_dtype(config.DEVICE, config.DTYPE)[0].type) as mesh:
+        config.DEVICE = mesh.device or config.DEVICE
         if note:
             print(note)
         loaded, model = open_pair(filled, spec)
@@ -60,7 +64,9 @@ def main() -> None:
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         atexit.register(gc.unfreeze)  # libraries such as triton complain of what is left at the end
         reading, settings, folder = Reading.of(config), Settings.of(config), run_dir / cache.FOLDER
-        activations = read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN)
+        activations = read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN, ranks=mesh.ranks)
+        if cli.rank():  # which have read their share
+            return
         chosen = selected.choose(activations.counts_F, config.SEED)
         records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
         labels, broken = label(records, model, run_dir)

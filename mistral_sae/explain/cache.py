@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mistral_sae.cli import UserError
 from mistral_sae.data.tokens import Row
+from mistral_sae.distributed import ALONE, Group
 from mistral_sae.files import SAEError, hash_of, opened, write_atomically, write_text
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae import kernels
@@ -130,32 +131,42 @@ def write(
     sae: SparseAutoencoder,
     layer: int,
     rows_per_forward: int = 16,
+    ranks: Group = ALONE.ranks,
 ) -> None:
     """Run rows of one length through the model up to `layer` and the encoder, and write the cache shard by shard.
 
     Goes on after the last whole shard of an earlier pass with the same `made_from`; `rows` always begins with the
     first row. A cache of another making is deleted. The first position of a row and special tokens get no activations.
-    Raises UserError where there is no row.
+    Several ranks, who all have all rows, write every so many-th shard each. Raises UserError where there is no row.
     """
     folder, rows = Path(folder), iter(rows)
     first = next(rows, None)  # before anything is deleted: the text may not be there
     if first is None:
         raise UserError("found not one row of text to look for activations in: use more text or a lower CONTEXT_LENGTH")
-    if (found := _manifest(folder)) is None or found.made_from != made_from:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: shards without it are nobody's
-        for path in folder.glob("*.safetensors"):
-            path.unlink()
-        _write_manifest(folder, made_from=made_from)
+    with ranks.first_alone():
+        if (found := _manifest(folder)) is None or found.made_from != made_from:
+            (folder / MANIFEST).unlink(missing_ok=True)  # first: shards without it are nobody's
+            for path in folder.glob("*.safetensors"):
+                path.unlink()
+            _write_manifest(folder, made_from=made_from)
     row_tokens = len(first.tokens)
     per_shard, done = max(1, SHARD_TOKENS // row_tokens), len(_shards(folder))
     rows = itertools.islice(itertools.chain([first], rows), done * per_shard, None)
     for number in itertools.count(done):
-        arrays = _shard_of(itertools.islice(rows, per_shard), model, sae, layer, rows_per_forward)
+        some = itertools.islice(rows, per_shard)
+        if number % ranks.size != ranks.rank:
+            if not sum(1 for _ in some):
+                break
+            continue
+        arrays = _shard_of(some, model, sae, layer, rows_per_forward)
         if arrays is None:
             break
         write_atomically(folder / f"{number:05}.safetensors", partial(save_file, arrays))
-    tokens = sum(len(shard.tokens) for shard in _shards(folder))
-    _write_manifest(folder, tokens=tokens, row_tokens=row_tokens)
+    ranks.wait()
+    with ranks.first_alone():
+        if not ranks.rank:
+            tokens = sum(len(shard.tokens) for shard in _shards(folder))
+            _write_manifest(folder, tokens=tokens, row_tokens=row_tokens)
 
 
 def _shard_of(

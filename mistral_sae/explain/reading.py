@@ -11,6 +11,7 @@ from typing import Any
 from mistral_sae.cli import Failed, Progress, UserError
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch
+from mistral_sae.distributed import ALONE, Group
 from mistral_sae.explain import cache
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
@@ -40,17 +41,23 @@ class Reading:
 
 
 def read_corpus(
-    folder: Path, reading: Reading, model: LanguageModel, loaded: LoadedSAE, keep_other: bool = False
+    folder: Path,
+    reading: Reading,
+    model: LanguageModel,
+    loaded: LoadedSAE,
+    keep_other: bool = False,
+    ranks: Group = ALONE.ranks,
 ) -> cache.Cache:
     """The cache in a folder, if it is of this corpus, model and autoencoder; else the one that a pass now writes there.
 
     Prints what is done and found. Raises TextError for a corpus that cannot be read, and with `keep_other` UserError
-    in place of writing over a cache of something else.
+    in place of writing over a cache of something else. Several ranks share the pass.
     """
     layer, row_tokens = loaded.metadata.residual_layer, reading.corpus.context_length
     print(f"corpus    {reading.corpus.check()}")
     described = cache.made_from(model, loaded.sae, layer, reading.described())
     found, why = cache.open_cache(folder, described)
+    ranks.wait()  # until all have looked
     if found is None:
         if why:
             if keep_other and cache.is_of_another_making(folder, described):
@@ -61,7 +68,7 @@ def read_corpus(
         packed = reading.corpus.rows(model.tokenizer, held_out=False, epochs=False, skipped=skipped)
         rows = prefetch(itertools.islice(packed, 0, last + 1, reading.stride), depth=1024)
         with Progress(rows, "reading", reading.n_rows, unit=" tokens", unit_scale=row_tokens) as counted:
-            cache.write(folder, described, counted, model, loaded.sae, layer, reading.rows_per_forward)
+            cache.write(folder, described, counted, model, loaded.sae, layer, reading.rows_per_forward, ranks)
         found, why = cache.open_cache(folder, described)
         if found is None:
             raise Failed(why)

@@ -138,7 +138,7 @@ class Trainer:
         if config.architecture == "matryoshka":
             self.ends = nested_sizes(config.d_hidden, config.matryoshka_levels, mesh.shards).to(device)
         self.since_fired = torch.zeros_like(self.sae.b_enc, dtype=torch.int64)  # tokens
-        self.forget_counts()
+        self.counts = Counts(len(self.since_fired), device, mesh.shards)  # since `forget_counts`
         self.find_dead()
 
     def initialize(self, x: Tensor) -> None:

@@ -3,7 +3,9 @@
 import gc
 import itertools
 import json
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from synthetic_activations import MADE_FROM, Corpus, F, K, Letters, T
 from mistral_sae.cli import UserError
 from mistral_sae.data.records import Document
 from mistral_sae.data.tokens import pack
+from mistral_sae.distributed import Group
 from mistral_sae.explain import cache
 from mistral_sae.explain.cache import active, is_for_scoring, made_from, open_cache
 from mistral_sae.model.language_model import load_model
@@ -268,6 +271,27 @@ def test_a_note_is_kept_until_the_cache_is_made_again(corpus, tmp_path):
     changed = json.loads(json.dumps(MADE_FROM | {"model": "c"}))
     cache.write(tmp_path, changed, corpus.rows, corpus, corpus, 0)
     assert cache.noted(tmp_path) is None
+
+
+# ---- several ranks ----
+
+
+def test_two_ranks_write_the_files_of_one_a_shard_in_turn(corpus, tmp_path):
+    barrier = threading.Barrier(2, timeout=60)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    corpus.write(alone)
+
+    class Rank(Group):
+        def wait(self):
+            barrier.wait()
+
+    def write(rank):
+        cache.write(together, MADE_FROM, corpus.rows, corpus, corpus, 0, ranks=Rank(2, rank))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    assert len(files_of(together)) > 3
+    assert files_of(together) == files_of(alone)
 
 
 # ---- with a model ----
