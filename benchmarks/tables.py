@@ -6,15 +6,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.architecture_tables import absorption, architectures, by_trainer, frontier
+from benchmarks.markdown import table as _table
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SHOWN_VERSIONS = ("torch", "sae-lens", "eai-sparsify")
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])
 
 
 def _source(*results: dict[str, Any]) -> str:
@@ -30,7 +28,7 @@ def _source(*results: dict[str, Any]) -> str:
     return f"*{', '.join(commands)}, {' and '.join(sorted(dates))}, {'; '.join(machines)}*"
 
 
-def peers(step: dict[str, Any], end_to_end: dict[str, Any], architectures: dict[str, Any]) -> str:
+def peers(step: dict[str, Any], end_to_end: dict[str, Any], beside: dict[str, Any]) -> str:
     """Speed, memory and quality beside the peers that were measured, a row each."""
     rows = [["two CPU cores", "mistral-sae", "SAE Lens", "sparsify"]]
     for kind, entries in step["results"].items():
@@ -45,7 +43,7 @@ def peers(step: dict[str, Any], end_to_end: dict[str, Any], architectures: dict[
         [tokens, *(f"{each['seconds']:.0f} s, {each['peak_megabytes']:,.0f} MB" for each in (ours, theirs)), ""]
     )
 
-    found = _by_trainer(architectures["results"]["quality"]["topk"])
+    found = by_trainer(beside["results"]["quality"]["topk"])
     for name, figure, form in (
         ("normalized MSE after 204,800 tokens, held out", "normalized_mse", ".3f"),
         ("features that fire on no held-out token", "silent_fraction", ".1%"),
@@ -73,62 +71,6 @@ def control(result: dict[str, Any]) -> str:
     rows = [["", *models]]
     for label, (key, form) in figures.items():
         rows.append([label, *(form.format(model[key]) for model in models.values())])
-    return _table(rows)
-
-
-def _by_trainer(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Means over seeds by trainer, and all errors at one L0."""
-    found: dict[str, dict[str, Any]] = {}
-    for trainer in dict.fromkeys(row["trainer"] for row in rows):
-        some = [row for row in rows if row["trainer"] == trainer]
-        numbers = [name for name, value in some[0].items() if not isinstance(value, str)]
-        means = {name: statistics.mean(row[name] for row in some) for name in numbers}
-        found[trainer] = means | {"errors": [row["at_k"] for row in some]}
-    return found
-
-
-def architectures(result: dict[str, Any]) -> str:
-    """Quality and time of a step of each architecture, ours beside SAE Lens."""
-    parts = result["results"]
-    columns = ["rate", "L0", "normalized MSE at L0 = 32", "cross-entropy recovered", "silent features", "ms a step"]
-    rows = [["", *columns]]
-    for name, trainings in parts["quality"].items():
-        for trainer, each in _by_trainer(trainings).items():
-            error = f"{statistics.mean(each['errors']):.3f} ({min(each['errors']):.3f} to {max(each['errors']):.3f})"
-            figures = f"{each['ce_loss_recovered']:.1%}", f"{each['silent_fraction']:.1%}"
-            ms = ""
-            if times := parts["times"].get(name):
-                slower = f" ({times['ratio']:.1f} times ours)" if trainer == "sae-lens" else ""
-                ms = f"{1000 * times['seconds'][trainer]:.0f}{slower}"
-            rows.append([f"{name}, {trainer}", f"{each['rate']:g}", f"{each['l0']:.1f}", error, *figures, ms])
-    return _table(rows)
-
-
-def frontier(result: dict[str, Any]) -> str:
-    """What each architecture keeps with fewer and more active features."""
-    rows = [["", "sparse", "", "dense"]]
-    for name, points in result["results"]["frontier"].items():
-        figures = "L0 {l0:.1f}: {normalized_mse:.3f}, {ce_loss_recovered:.1%}"
-        rows.append([name, *(figures.format(**point) for point in points)])
-    return _table(rows)
-
-
-def absorption(result: dict[str, Any]) -> str:
-    """How often features of parents and of concepts are absorbed, over seeds."""
-    columns = {
-        "hierarchies": {"silent with a child": ".1%", "silent alone": ".1%", "f1 of parents": ".2f"},
-        "concepts": {
-            "absorbed": ".1%", "absorbed beside the best": ".1%", "f1 of the best feature": ".2f",
-            "features a concept": ".1f",
-        },
-    }  # fmt: skip
-    rows = [["", *(f"{part}: {name}" for part, names in columns.items() for name in names)]]
-    for name in result["results"]["hierarchies"]:
-        row = [name]
-        for part, names in columns.items():
-            some = result["results"][part].get(name, [])
-            row += [format(statistics.mean(e[key] for e in some), form) if some else "" for key, form in names.items()]
-        rows.append(row)
     return _table(rows)
 
 
