@@ -118,7 +118,7 @@ OPERATORS: dict[str, Iterable[str]] = {
     "closing bracket": (")", "]", "}"),
 }
 
-# Python's tokens but white space; the tokenizer of the standard library takes ten times as long
+# Python's tokens but white space: labelling takes half as long as with the standard library's tokenizer (measured)
 TOKEN = re.compile(
     r"""(?P<comment>\#[^\n]*)
     |(?P<f_string>(?:f|rf|fr)(?=["']))?(?P<string>(?:u|b|r|rb|br)?(?:
