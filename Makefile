@@ -40,7 +40,7 @@ test: .venv/installed-dev  ## lint, types, import contracts and tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: .venv/installed-bench  ## side by side with peers, into benchmarks/results
-	@for name in step growth moments quality control pipeline grid end_to_end collect steering steering_speed traffic resuming gpu; do \
+	@for name in step growth moments architectures control pipeline grid end_to_end collect steering steering_speed traffic resuming gpu; do \
 		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks.tables

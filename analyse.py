@@ -35,9 +35,12 @@ from mistral_sae.analysis.sample import Texts, randomise, read_activity, read_te
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
+from mistral_sae.explain.answers import Answers
+from mistral_sae.explain.report import put_answers
 from mistral_sae.files import write_text
 from mistral_sae.loading import load_pair
 from mistral_sae.model.language_model import LanguageModel
+from mistral_sae.sae.checkpoint import hash_of_sae
 from mistral_sae.sae.trainer import TrainConfig
 
 ROWS_A_DOCUMENT = 4  # at most, so that many documents are read
@@ -67,7 +70,9 @@ def main() -> None:
         control = read_activity(model, untrained, layer, texts, filled.ROWS_PER_FORWARD)
         codes[UNTRAINED] = Sparse(control.values_NK, control.indices_NK, untrained.n_features)
         found |= searched({UNTRAINED: codes[UNTRAINED]}, texts)
-    answers = {
+    answers: dict[str, Any] = {
+        "autoencoder": hash_of_sae(sae),
+        "limits": f"One model, its layer {layer}, {len(texts.documents):,} documents: elsewhere it may be otherwise.",
         "monosemantic": monosemanticity(texts, activity, codes, found, sae, config.SEED),
         "superposed": superposition(texts, activity, sae, config.SEED),
         "causal": caused,
@@ -79,6 +84,8 @@ def main() -> None:
     print(f"Does the model use them?\n  {caused['sentence']}\n")
     print(f"{edits_table(caused)}\n")
     print(f"figures   {run_dir / 'analysis.json'}")
+    if put_answers(run_dir / "report.html", Answers.model_validate(answers)):
+        print(f"report    {run_dir / 'report.html'}: the answers stand at its top")
 
 
 def read_labelled(model: LanguageModel) -> Texts:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from mistral_sae.analysis.naming import Names, read_names
 from mistral_sae.defaults import Filled, fill
 from mistral_sae.distributed import joined
 from mistral_sae.explain import cache, offline, pipeline, prompts, report
@@ -68,8 +69,10 @@ def main() -> None:
         if cli.rank():  # which have read their share
             return
         chosen = selected.choose(activations.counts_F, config.SEED)
-        records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
-        labels, broken = label(records, model, run_dir)
+        counts = WHO == "offline" and not config.DRY_RUN
+        names = read_names(activations, reading.corpus, model.tokenizer) if counts else None
+        records = FeatureRecords(activations, chosen, model, loaded.sae, settings, names)
+        labels, broken = label(records, model, run_dir, names)
         if config.DRY_RUN:
             return
         are_new = cache.noted(folder) != settings._asdict()
@@ -110,10 +113,12 @@ def model_name(model: LanguageModel) -> str:
 # ---- explanations and scores ----
 
 
-def label(records: FeatureRecords, model: LanguageModel, run_dir: Path) -> tuple[dict[int, Label], str]:
+def label(
+    records: FeatureRecords, model: LanguageModel, run_dir: Path, names: Names | None
+) -> tuple[dict[int, Label], str]:
     """A label for each of the features, none with DRY_RUN; and why the server answers no more, if that is so."""
     if WHO == "offline":
-        return label_offline(records), ""
+        return label_offline(records, names), ""
     # The completions of the loaded model are kept apart, as they count towards no budget
     journal = Journal(run_dir / ("completions.jsonl" if WHO == "openai" else "completions-mistral.jsonl"))
     known = f", {len(journal):,} replies are in {journal.path}" if len(journal) else ""
@@ -133,7 +138,7 @@ def label(records: FeatureRecords, model: LanguageModel, run_dir: Path) -> tuple
     return asyncio.run(ask_server(records, journal))
 
 
-def label_offline(records: FeatureRecords) -> dict[int, Label]:
+def label_offline(records: FeatureRecords, names: Names | None) -> dict[int, Label]:
     """Labels by counting, without a model."""
     why = "" if config.EXPLAINER else ", since neither OPENAI_API_KEY nor OPENAI_BASE_URL is set"
     print(f"explainer offline: counting, without a model{why}")
@@ -141,6 +146,8 @@ def label_offline(records: FeatureRecords) -> dict[int, Label]:
         print(f"{len(records):,} features would be explained without a request")
         return {}
     found = {each.feature: offline.find(each) for each in cli.Progress(records, "explaining", unit=" features")}
+    if names:
+        found = {index: names.name(each, records[index]) for index, each in found.items()}
     scored = offline.score_all(found, records.__getitem__, seed=config.SEED)
     return {each.feature: each for each in cli.Progress(scored, "scoring", len(found), unit=" features")}
 

@@ -108,7 +108,7 @@ def agreement(first: Sequence[Rule], second: Sequence[Rule], passages: Iterable[
     """Of the tokens on which either explanation holds, the share on which both do; None where there are none."""
     either = both = 0
     for passage in passages:
-        parts_T = parts_of(passage.visible())
+        parts_T = parts_of(passage)
         for a, b in zip(predict(first, parts_T), predict(second, parts_T), strict=True):
             either, both = either + (a > 0 or b > 0), both + (a > 0 and b > 0)
     return both / either if either else None

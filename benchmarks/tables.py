@@ -6,15 +6,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.architecture_tables import absorption, architectures, by_trainer, frontier
+from benchmarks.markdown import table as _table
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SHOWN_VERSIONS = ("torch", "sae-lens", "eai-sparsify")
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]])
 
 
 def _source(*results: dict[str, Any]) -> str:
@@ -30,7 +28,7 @@ def _source(*results: dict[str, Any]) -> str:
     return f"*{', '.join(commands)}, {' and '.join(sorted(dates))}, {'; '.join(machines)}*"
 
 
-def peers(step: dict[str, Any], end_to_end: dict[str, Any], quality: dict[str, Any]) -> str:
+def peers(step: dict[str, Any], end_to_end: dict[str, Any], beside: dict[str, Any]) -> str:
     """Speed, memory and quality beside the peers that were measured, a row each."""
     rows = [["two CPU cores", "mistral-sae", "SAE Lens", "sparsify"]]
     for kind, entries in step["results"].items():
@@ -45,15 +43,12 @@ def peers(step: dict[str, Any], end_to_end: dict[str, Any], quality: dict[str, A
         [tokens, *(f"{each['seconds']:.0f} s, {each['peak_megabytes']:,.0f} MB" for each in (ours, theirs)), ""]
     )
 
-    def mean(trainer: str, figure: str) -> float:
-        return statistics.mean(row[figure] for row in quality["results"] if row["trainer"] == trainer)
-
+    found = by_trainer(beside["results"]["quality"]["topk"])
     for name, figure, form in (
-        ("normalized MSE after 512,000 tokens, held out", "normalized_mse", ".3f"),
-        ("features dead after them", "dead_fraction", ".1%"),
+        ("normalized MSE after 204,800 tokens, held out", "normalized_mse", ".3f"),
+        ("features that fire on no held-out token", "silent_fraction", ".1%"),
     ):
-        lens, at_ours = (format(mean(t, figure), form) for t in ("sae-lens", "sae-lens at our learning rate"))
-        rows.append([name, format(mean("mistral-sae", figure), form), f"{lens} ({at_ours} at our learning rate)", ""])
+        rows.append([name, *(format(found[t][figure], form) for t in ("mistral-sae", "sae-lens")), ""])
     return _table(rows)
 
 
@@ -76,19 +71,6 @@ def control(result: dict[str, Any]) -> str:
     rows = [["", *models]]
     for label, (key, form) in figures.items():
         rows.append([label, *(form.format(model[key]) for model in models.values())])
-    return _table(rows)
-
-
-def quality(result: dict[str, Any]) -> str:
-    """Normalized MSE and dead features of each trainer, by seed."""
-    seeds = sorted({row["seed"] for row in result["results"]})
-    trainers = list(dict.fromkeys(row["trainer"] for row in result["results"]))
-    rows = [["", *(f"seed {seed}" for seed in seeds), "mean", "dead features, mean"]]
-    for trainer in trainers:
-        found = [row for row in result["results"] if row["trainer"] == trainer]
-        errors = [row["normalized_mse"] for row in found]
-        dead = statistics.mean(row["dead_fraction"] for row in found)
-        rows.append([trainer, *(f"{e:.4f}" for e in errors), f"{statistics.mean(errors):.4f}", f"{dead:.2%}"])
     return _table(rows)
 
 
@@ -357,7 +339,7 @@ TABLES = {
     make.__name__: (make, [make.__name__])
     for make in (
         control,
-        quality,
+        architectures,
         step,
         growth,
         end_to_end,
@@ -380,7 +362,9 @@ TABLES = {
     "edits": (edits, ["answers"]),
     "edits_by_concept": (edits_by_concept, ["answers"]),
     "features_steered": (features_steered, ["steering"]),
-    "peers": (peers, ["step", "end_to_end", "quality"]),
+    "peers": (peers, ["step", "end_to_end", "architectures"]),
+    "frontier": (frontier, ["architectures"]),
+    "absorption": (absorption, ["architectures"]),
 }
 
 

@@ -95,6 +95,7 @@ def no_json():
         ("config.json, index and weights", "model.safetensors.index.json"),
         ("autoencoder", "cfg.json"),
         ("evaluation.json and metrics.jsonl", "evaluation.json"),
+        ("analysis.json", "analysis.json"),
     ):
         for what, content in NO_JSON.items():
             yield reader, file, what, lambda _, content=content: content
@@ -130,6 +131,7 @@ def wrong_fields():
         ("explanations.jsonl", "explanations.jsonl", LABEL),
         ("evaluation.json and metrics.jsonl", "evaluation.json", {"l0": ["x", None, NAN, INFINITE, [1], {}, True]}),
         ("evaluation.json and metrics.jsonl", "metrics.jsonl", {"step": ["1", None, NAN, [1], 10**400, {}]}),
+        ("analysis.json", "analysis.json", {"limits": [None, 1], "monosemantic": [None, [], {"sentence": "a"}]}),
     ):
         for name, values in wrong.items():
             for value in values:

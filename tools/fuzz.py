@@ -40,12 +40,13 @@ from mistral_sae.data.activations import Stream
 from mistral_sae.data.documents import documents
 from mistral_sae.data.place import Place
 from mistral_sae.explain import cache, prompts
+from mistral_sae.explain.answers import Answers, shown
 from mistral_sae.explain.journal import Journal
 from mistral_sae.explain.labels import parse_select, read_labels, to_json, write_labels
 from mistral_sae.explain.replies import read_reply
 from mistral_sae.explain.report import read_figures
 from mistral_sae.explain.types import Completion, Judgement, Label, Request, Score
-from mistral_sae.files import header_of, load_state, save_state, write_text
+from mistral_sae.files import SAEError, header_of, load_state, save_state, write_text
 from mistral_sae.model.engines import MistralInference, Transformers
 from mistral_sae.model.folder import CONFIG, MISTRAL_INFERENCE, PARAMS, TRANSFORMERS, ModelFolder, read_folder
 from mistral_sae.model.language_model import STANDIN, inspect
@@ -59,6 +60,7 @@ from mistral_sae.sae.checkpoint import load_sae, save_sae
 from mistral_sae.sae.features import Statistics
 from mistral_sae.sae.resume import Point, read_points, write_points
 from mistral_sae.sae.trainer import TrainConfig, Trainer
+from mistral_sae.schema import read
 from tools.mutate import mutated
 from tools.weights import to_hf, write_gguf
 
@@ -137,6 +139,17 @@ def _read_labels(folder: Path) -> None:
 def _write_figures(folder: Path) -> None:
     (folder / "evaluation.json").write_text(json.dumps({"tokens": 3264, "l0": 32.0, "ce_loss_clean": 2.3}))
     (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 0.5}\n' * 3)
+
+
+def _write_answers(folder: Path) -> None:
+    concepts = [{"concept": "comma", "feature": 7}, {"concept": "self", "feature": 3}]
+    told = {"sentence": "Partly.", "concepts": concepts, "matrix": [[0.5, 0.1], [0.0, 0.9]]}
+    answers = {"autoencoder": "a", "limits": "One.", "monosemantic": told, "superposed": {"sentence": "Yes."}}
+    (folder / "analysis.json").write_text(json.dumps(answers))
+
+
+def _read_answers(folder: Path) -> None:
+    shown(read(Answers, folder / "analysis.json", "run analyse.py again", SAEError))
 
 
 def _write_sweep(folder: Path) -> None:
@@ -316,6 +329,7 @@ READERS = {
     "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 270),
     "explanations.jsonl": Reader(_write_labels, _read_labels, 220),
     "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),
+    "analysis.json": Reader(_write_answers, _read_answers, 180),
     "sweep.json": Reader(_write_sweep, read_points, 10),
     "activations": Reader(_write_cache, _read_cache, 28),
     "residuals": Reader(_write_residuals, _read_residuals, 10),

@@ -109,7 +109,19 @@ def monosemanticity(
     for name, code in codes.items():
         summaries[name] |= precise_directions(code, halves)._asdict()
     word, sentence = monosemantic(found, weights_SG, summaries)
-    return {"answer": word, "sentence": sentence, "codes": summaries, "concepts": rows}
+    f1_CC = overlaps(features, halves, found[FEATURES])
+    return {
+        "answer": word, "sentence": sentence, "codes": summaries, "concepts": rows,
+        "matrix": [[round(f1, 3) for f1 in row] for row in f1_CC.tolist()],
+    }  # fmt: skip
+
+
+def overlaps(features: Sparse, halves: Halves, best: Found) -> Tensor:
+    """F1 (C, C) with which the best feature of each concept (column) tells each concept (row), as `best` scored it."""
+    reading_NC = features.readings(best.direction[:, None]).squeeze(2)
+    called_nC = (reading_NC[halves.score] >= best.threshold).float()
+    labels_nC = halves.labels_NC[halves.score].float()
+    return 2 * (labels_nC.T @ called_nC) / (labels_nC.sum(dim=0)[:, None] + called_nC.sum(dim=0)).clamp_min(1)
 
 
 def _summary(found: Found, weights_SG: Tensor) -> dict[str, Any]:

@@ -315,6 +315,16 @@ class Cache:
             parts.append((*tokens, documents, shard.values[part].astype(np.float32)))
         return Passages(*map(np.concatenate, zip(*parts, strict=True)))
 
+    def stretches(self) -> dict[str, list[tuple[int, int]]]:
+        """By document the first and last token of each of its unbroken stretches in a row, in their order."""
+        found: dict[str, list[tuple[int, int]]] = {name: [] for name in self.names}
+        for number, shard in enumerate(self.shards):
+            begins = np.flatnonzero((shard.first == np.arange(len(shard.first))) & (shard.documents >= 0))
+            documents, start = self.documents[number][shard.documents[begins]], number * self.shard_tokens
+            for document, first, last in zip(documents, begins, shard.last[begins], strict=True):
+                found[self.names[document]].append((start + int(first), start + int(last)))
+        return found
+
     def ids(self, first: int, last: int) -> list[int]:
         """The token ids from one token to another in the same row."""
         number, position = divmod(first, self.shard_tokens)

@@ -11,7 +11,8 @@ Shapes: F features, D model width, M passages, W tokens of the longest passage.
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.random import Generator
@@ -198,6 +199,13 @@ class Sample:
 # ---- records ----
 
 
+class Concepts(Protocol):
+    """What is known of the tokens of a cache beside their text."""
+
+    def of(self, first: int, last: int) -> tuple[tuple[str, ...], ...]:
+        """The concepts of each token from one place to another; () where they are not known."""
+
+
 class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
@@ -207,10 +215,11 @@ class FeatureRecords:
     """
 
     def __init__(
-        self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings
-    ):
+        self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings,
+        concepts: Concepts | None = None,
+    ):  # fmt: skip
         self.features, self._settings = list(features), settings
-        self._cache, self._model, self._sae = cache, model, sae
+        self._cache, self._model, self._sae, self._concepts = cache, model, sae, concepts
         self._place = {feature: place for place, feature in enumerate(self.features)}
         self._bytes = lru_cache(2**17)(model.tokenizer.token_bytes)
         self._record = lru_cache(RECORDS)(self._make)
@@ -318,7 +327,9 @@ class FeatureRecords:
             *(array.tolist() for array in (passages.documents, passages.first, passages.last, values_MW)), strict=True
         ):
             texts, start = self._texts(self._cache.ids(first, last)), first % self._cache.row_tokens
-            examples.append(Example(self._cache.names[document], start, *without_empty(texts, values[: len(texts)])))
+            tokens, activations = without_empty(texts, values[: len(texts)])
+            concepts = tuple(compress(self._concepts.of(first, last), texts)) if self._concepts else ()
+            examples.append(Example(self._cache.names[document], start, tokens, activations, concepts))
         return tuple(examples)
 
     def _texts(self, ids: Sequence[int]) -> list[str]:

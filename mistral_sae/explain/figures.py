@@ -21,7 +21,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from mistral_sae.cli import rank
@@ -284,6 +284,7 @@ def plot_sweep(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
             x, y = ([each[name] for each in figures] for name in ("l0", key))
             into.plot(x, y, **look, markersize=5, linewidth=1.4, label=label or None)
         into.set(xlabel="active features a token")
+        into.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key == "ce_loss_recovered":
             into.yaxis.set_major_formatter(lambda value, _: percent(value))
 

@@ -5,9 +5,11 @@
 
 A rule is a target (what the token is) in a context (where it stands), each a pair of a kind and a value:
 
-    targets    any, core "self" (a token without the spaces around it), token " self" (as it is), class "numbers"
+    targets    any, core "self" (a token without the spaces around it), token " self" (as it is), class "numbers",
+               concept "keys of dictionaries" (what is known of a token beside its text)
     contexts   any, after "(" (the token before, or the two before), continuing "sel" (a word), line "import" (whose
-               first word that is), starting (a line), early (in a row of tokens), before "self"
+               first word that is), starting (a line), early (in a row of tokens), before "self",
+               where "in docstrings" (a concept, too); concepts are no part of the rules that `find` returns
 
 The rules that are found make the phrase, and the same rules make the predictor that is scored. They come from the
 explaining examples (`top` and `spread`) alone; negatives are the tokens of these on which the feature is silent.
@@ -16,7 +18,7 @@ Shapes: P passages, N tokens of all of them, R candidate rules, L pairs of a tok
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -24,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mistral_sae.explain import scoring
-from mistral_sae.explain.prompts import MAX_WORDS, NO_PATTERN
+from mistral_sae.explain.prompts import NO_PATTERN
 from mistral_sae.explain.types import (
     Example,
     Explanation,
@@ -40,12 +42,15 @@ EXPLAINER = "offline"
 SUPPORT = 2  # passages that a rule must add to those that are accounted for
 PRECISION = 0.5  # of the tokens on which a rule holds, the share on which the feature must fire
 LEAST_SHARE = 0.2  # of a feature's passages; rules that account for fewer are no pattern
+MOST_WORDS = 25  # of a phrase
+STRONG = 0.5  # of the strength of a feature's strongest rule, from which on another one counts as strong
 TRIED = 30  # rules that are looked at when the best ones do not fit into the phrase
 EARLY = 8  # positions of a row, its BOS not counted
 SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase can be counted
 
 Part = tuple[str, str]  # a target or a context: its kind and its value
 ANY: Part = ("any", "")
+UNKNOWN: Part = ("where", "")  # the context of tokens whose concepts are not known
 
 
 class Rule(NamedTuple):
@@ -95,9 +100,19 @@ def parts_of(passage: Example) -> list[Parts]:
         if i + 1 < len(tokens):
             contexts.append(("before", cores[i + 1]))
         targets = [ANY, ("core", cores[i]), ("token", token), ("class", class_of(token, continues))]
+        if passage.concepts:
+            contexts += [("where", place_of(concept)) for concept in passage.concepts[i]]
+            targets += [("concept", concept) for concept in passage.concepts[i] if place_of(concept) != concept]
+        else:
+            contexts.append(UNKNOWN)
         found.append(Parts(targets, contexts))
         line, is_whole = (line + token).rpartition("\n")[2], is_whole or "\n" in token
     return found
+
+
+def place_of(concept: str) -> str:
+    """Return where the tokens of a concept are, in words: concepts are things in plural, or places."""
+    return concept if concept.startswith(("in ", "inside ", "on ")) else f"in {concept}"
 
 
 def core(token: str) -> str:
@@ -148,7 +163,7 @@ def find(feature: Feature) -> Found:
     if candidates.share(rules) < LEAST_SHARE:
         reason = "no rule accounts for enough of its passages"
         return Found(Explanation(feature.feature, NO_PATTERN, reason=reason))
-    return Found(Explanation(feature.feature, "ok", phrase(rules, candidates.share)), rules)
+    return Found(Explanation(feature.feature, "ok", phrase(rules)), rules)
 
 
 def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
@@ -164,7 +179,8 @@ def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
     number: dict[tuple[Part, Part], int] = {}  # of each candidate
     for n in np.flatnonzero(activation_N):
         for pair in product(*parts_N[n]):
-            if pair[1][0] != "before" or pair[1][1] in promoted:
+            (kind, _), (context_kind, context) = pair
+            if kind != "concept" and context_kind != "where" and (context_kind != "before" or context in promoted):
                 number.setdefault(pair, len(number))
     targets = {target for target, _ in number}
     holds = [
@@ -200,7 +216,7 @@ def _choose(candidates: Candidates) -> list[Rule]:
     rules: list[Rule] = []
 
     def fits(r: int) -> bool:
-        return len(phrase([*rules, candidates.rules[r]], lambda _: 0).split()) <= MAX_WORDS
+        return len(phrase([*rules, candidates.rules[r]]).split()) <= MOST_WORDS
 
     while True:
         new_PR = hits_PR & ~covered_P[:, None]
@@ -217,14 +233,32 @@ def _choose(candidates: Candidates) -> list[Rule]:
 
 # ---- in words ----
 
+CONTEXTS = {  # as a phrase has them, after the target
+    "any": "",
+    "after": " after {}",
+    "continuing": " after {} in a word",
+    "line": " after {} in its line",
+    "starting": " at the start of a line",
+    "early": " near the start of the text",
+    "before": " before {}",
+    "where": " {}",
+}
+TOKENS = {"after": "what comes", "continuing": "what comes", "line": "what comes"}  # after something; else "tokens"
 
-def phrase(rules: Sequence[Rule], share: Callable[[Sequence[Rule]], float]) -> str:
-    """Return rules in words, with the share of the feature's passages that those named together account for.
+
+def phrase(rules: Sequence[Rule]) -> str:
+    """Return rules in words: what the feature is strong on, then what it is weak on.
 
     Rules are named together if they have the context in common, or the target and the kind of context: the phrase says
     what the rules say and no more.
     """
-    left, said = list(rules), []
+    strongest = max((rule.strength for rule in rules), default=0.0)
+    strong, weak = ([r for r in rules if (r.strength >= STRONG * strongest) == is_it] for is_it in (True, False))
+    return "; weakly ".join("; ".join(_in_words(some)) for some in (strong, weak) if some)
+
+
+def _in_words(rules: Sequence[Rule]) -> Iterator[str]:
+    left = list(rules)
     while left:
         (kind, value), (context_kind, _), _ = first = left[0]
         is_text = kind in ("core", "token")
@@ -232,11 +266,15 @@ def phrase(rules: Sequence[Rule], share: Callable[[Sequence[Rule]], float]) -> s
         same_target = [r for r in left if r.target == first.target and r.context[0] == context_kind]
         together = same_context if is_text and len(same_context) >= len(same_target) else same_target
         left = [r for r in left if r not in together]
-        what = ", ".join(dict.fromkeys(shown(r.target[1]) for r in together)) if is_text else value or "tokens"
-        listed = " or ".join(shown(value) for value in dict.fromkeys(r.context[1] for r in together))
-        special = {"any": "", "line": f" on {listed} lines", "starting": " starting lines", "early": " early"}
-        said.append(f"{what}{special.get(context_kind, f' {context_kind} {listed}')} ({share(together):.0%})")
-    return "; ".join(said)
+        what = _either(shown(r.target[1]) for r in together) if is_text else value or TOKENS.get(context_kind, "tokens")
+        context = _either((shown if context_kind != "where" else str)(r.context[1]) for r in together)
+        yield what + CONTEXTS[context_kind].format(context)
+
+
+def _either(said: Iterable[str]) -> str:
+    """Things in words, each once."""
+    *most, last = dict.fromkeys(said)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def shown(token: str) -> str:
@@ -250,11 +288,17 @@ def shown(token: str) -> str:
 
 
 def predict(rules: Sequence[Rule], parts_T: Sequence[Parts]) -> list[float]:
-    """Return the strength of the strongest rule that holds on each token; 0 where none does."""
-    return [
-        max((rule.strength for rule in rules if rule.target in targets and rule.context in contexts), default=0.0)
-        for targets, contexts in parts_T
-    ]
+    """Return the strength of the strongest rule that holds on each token; 0 where none does.
+
+    Where the concepts of a passage are not known, the target alone decides.
+    """
+    return [max((rule.strength for rule in rules if holds(rule, parts)), default=0.0) for parts in parts_T]
+
+
+def holds(rule: Rule, parts: Parts) -> bool:
+    """Return whether a rule holds on a token."""
+    is_unknown = rule.context[0] == "where" and rule.target != ANY and UNKNOWN in parts.contexts
+    return rule.target in parts.targets and (is_unknown or rule.context in parts.contexts)
 
 
 def score_all(found: Mapping[int, Found], load: Callable[[int], Feature], *, seed: int = 0) -> Iterator[Label]:

@@ -26,6 +26,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from mistral_sae.explain import figures
+from mistral_sae.explain.answers import Answers, read_answers, shown
 from mistral_sae.explain.cache import Cache
 from mistral_sae.explain.scoring import METHODS, summarize_scores
 from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Label
@@ -38,6 +39,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 CHUNK = 32  # features: a third of a megabyte compressed, which a browser unpacks in some 20 ms
 NAMED_TOKENS = 5  # that a feature is found by: the most frequent among those it peaks on, the first of its logit lens
 VIEWED = ("feature", "histogram", "promoted", "suppressed", "nearest", "coactive")  # as they are, of a Feature
+MARKS = "<!-- answers -->", "<!-- end of answers -->"  # around them in a report
 INPUT_SHARE, OUTPUT_SHARE = 0.5, 0.25  # TokenShares from which on a feature is an input, an output feature
 
 
@@ -51,12 +53,14 @@ class Run(NamedTuple):
     tokens: int  # of that corpus
     sae_path: str  # folder or hub name of the autoencoder
     demo: str  # the command that steers with it, but for the feature
+    analyse: str  # the command that answers both questions of it
     d_model: int  # D
     n_features: int  # F, of which the report may show only some
     evaluation: Mapping[str, float]  # evaluation.json
     metrics: Sequence[Mapping[str, float]]  # the records of metrics.jsonl
     density_F: Tensor | None  # share of the tokens on which each feature fires
     geometry: Geometry | None  # of the decoder rows
+    answers: Answers | None
 
 
 def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activations: Cache | None) -> Run:
@@ -70,20 +74,22 @@ def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activatio
         corpus=corpus,
         tokens=activations.tokens if activations else 0,
         sae_path=constants.SAE_PATH or str(Path(constants.RUN_DIR) / "sae"),
-        demo=demo_command(constants),
+        demo=command("demo.py", constants),
+        analyse=command("analyse.py", constants),
         d_model=sae.d_model,
         n_features=sae.n_features,
         evaluation=evaluation,
         metrics=metrics,
         density_F=counts_F.double() / activations.tokens if activations and counts_F is not None else None,
         geometry=None if counts_F is None else decoder_geometry(sae.W_dec, counts_F > 0),
+        answers=read_answers(Path(constants.RUN_DIR) / "analysis.json", sae),
     )
 
 
-def demo_command(constants: Any) -> str:
-    """The command that steers the model and the autoencoder that constants such as config.py's name."""
+def command(script: str, constants: Any) -> str:
+    """The command of a script for the model and the autoencoder that constants such as config.py's name."""
     named = ((name, getattr(constants, name)) for name in ("MISTRAL_MODEL_PATH", "SAE_PATH", "HOOK_NAME", "RUN_DIR"))
-    return shlex.join(["python", "demo.py", *(f"{name}={value}" for name, value in named if value is not None)])
+    return shlex.join(["python", script, *(f"{name}={value}" for name, value in named if value is not None)])
 
 
 class TextToken(NamedTuple):
@@ -107,6 +113,7 @@ def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapp
     shares = {"input_share": INPUT_SHARE, "output_share": OUTPUT_SHARE}
     context = {
         "run": run,
+        "answers": shown(run.answers),
         "scores": scores,
         "training_panels": figures.training_panels(run.metrics, run.evaluation, run.density_F),
         "score_panels": figures.score_panels(scores),
@@ -139,6 +146,19 @@ def write_text_page(
     }
     context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data)}
     _write(path, "text", context)
+
+
+def put_answers(report: Path, answers: Answers) -> bool:
+    """Put answers in a report in place of those that it has; False if there is no report."""
+    if not report.is_file():
+        return False
+    before, _, rest = report.read_text(encoding="utf-8").partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:  # of an older version
+        return False
+    page = _environment().get_template("answers.html").render(answers=shown(answers))
+    write_text(report, before + page[page.index(MARKS[0]) : page.index(MARKS[1])] + found + after)
+    return True
 
 
 _FIGURES = dict[str, Total | float]
@@ -258,8 +278,8 @@ def _rounded(value: Any) -> Any:
 # ---- templates ----
 
 
-def _write(path: Path, page: str, context: dict[str, Any]) -> None:
-    """Render a template with its style and script, and the policy that lets the page run these two and nothing else."""
+def _environment() -> Environment:
+    """What renders the templates."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -268,14 +288,21 @@ def _write(path: Path, page: str, context: dict[str, Any]) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": figures.percent, "fixed": _fixed, "svg": figures.svg}
+    return environment
+
+
+def _write(path: Path, page: str, context: dict[str, Any]) -> None:
+    """Render a template with its style and script, and the policy that lets the page run these two and nothing else."""
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", f"{page}.js"))
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    html = environment.get_template(f"{page}.html").render(
-        context, page=page, style=style, script=script, policy=policy
+    html = (
+        _environment()
+        .get_template(f"{page}.html")
+        .render(context, page=page, style=style, script=script, policy=policy)
     )
     write_text(path, html.encode("utf-8", "replace").decode())  # a path may hold bytes that are not UTF-8
 

@@ -44,6 +44,7 @@ class Example(NamedTuple):
     start: int  # position of the passage's first token in its row; never 0, where the BOS stands
     tokens: tuple[str, ...]  # none is empty; they join to the passage's text
     activations: tuple[float, ...]  # as many, >= 0, in units of the standardised residual
+    concepts: tuple[tuple[str, ...], ...] = ()  # of each token, those that it is of; empty where that is not known
 
     @property
     def peak(self) -> int:
@@ -156,7 +157,7 @@ class Label(NamedTuple):
     """One line of explanations.jsonl."""
 
     feature: int
-    explanation: str  # at most 20 words; "" unless the status is "ok"
+    explanation: str  # a model's has at most 20 words; "" unless the status is "ok"
     explainer: str  # "offline", "mistral" or the name of the model that was asked
     status: Status
     scores: dict[str, Score]  # by method: "detection", "fuzzing", "simulation"

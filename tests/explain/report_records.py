@@ -129,6 +129,8 @@ def make_run(n_features=1000, d_model=64):
         tokens=1_500_000,
         sae_path="runs/standin/sae",
         demo="python demo.py RUN_DIR=runs/standin",
+        analyse="python analyse.py RUN_DIR=runs/standin",
+        answers=None,
         d_model=d_model,
         n_features=n_features,
         evaluation=evaluation,

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import pytest
 from report_records import TOKENS, make_feature, make_label, make_run
 
+from mistral_sae.explain.answers import Answers
 from mistral_sae.explain.report import (
     CHUNK,
     TEMPLATES,
     TextToken,
+    command,
     compressed,
-    demo_command,
     main_score,
     pack,
+    put_answers,
     read_figures,
     token_shares,
     write_report,
@@ -248,10 +250,11 @@ def test_a_run_of_which_nothing_is_known_says_so(tmp_path):
 
 def test_the_command_that_steers_names_the_model_and_the_autoencoder_of_the_run():
     constants = SimpleNamespace(MISTRAL_MODEL_PATH=None, SAE_PATH=None, HOOK_NAME=None, RUN_DIR="runs/k 64")
-    assert demo_command(constants) == "python demo.py 'RUN_DIR=runs/k 64'"
+    assert command("demo.py", constants) == "python demo.py 'RUN_DIR=runs/k 64'"
     constants.MISTRAL_MODEL_PATH, constants.SAE_PATH = "/models/7B", "owner/sae"
     assert (
-        demo_command(constants) == "python demo.py MISTRAL_MODEL_PATH=/models/7B SAE_PATH=owner/sae 'RUN_DIR=runs/k 64'"
+        command("demo.py", constants)
+        == "python demo.py MISTRAL_MODEL_PATH=/models/7B SAE_PATH=owner/sae 'RUN_DIR=runs/k 64'"
     )
 
 
@@ -344,3 +347,52 @@ def test_text_can_be_read_on_what_is_behind_it(theme):
 def test_the_templates_are_part_of_the_package():
     pyproject = (Path(__file__).parent.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert '"templates/*"' in pyproject
+
+
+# ---- the answers of analyse.py ----
+
+ANSWERS = Answers.model_validate(
+    {
+        "autoencoder": "a hash",
+        "limits": "One model.",
+        "superposed": {"sentence": "Yes: <b>many</b> directions."},
+        "monosemantic": {
+            "sentence": "Partly: F1 0.5, at random 0.2.",
+            "concepts": [{"concept": "comma", "feature": 7}, {"concept": "self", "feature": 3}],
+            "matrix": [[0.5, 0.1], [0.0, 0.9]],
+        },
+    }
+)
+
+
+def test_a_report_without_answers_says_what_gives_them(tmp_path):
+    page = write(tmp_path, 2)
+    assert "python analyse.py RUN_DIR=runs/standin" in next(
+        e["text"] for e in page.all("section") if e["id"] == "answers"
+    )
+
+
+def test_the_answers_come_first_and_the_matrix_has_the_clearest_concept_at_its_top(tmp_path):
+    page = write(tmp_path, 2, make_run()._replace(answers=ANSWERS))
+    first = next(element for element in page.all("dl") if element.get("class") in ("answers", "facts"))
+    assert first["class"] == "answers"
+    assert first["text"].index("Partly") < first["text"].index("Yes: <b>many</b>")
+    svg = next(element for element in page.all("svg") if element.get("aria-label", "").startswith("F1"))
+    texts = [element["text"] for element in page.all("text") if element["text"] in svg["text"]]
+    assert [text for text in texts if text in ("self", "comma", "#3", "#7")] == ["self", "comma", "#3", "#7"]
+    shades = [float(rect["fill-opacity"]) for rect in page.all("rect") if "F1" in rect["text"]]
+    assert shades == [0.9, 0.1, 0.5]
+
+
+def test_answers_are_put_into_a_report_that_is_there_and_again_in_the_same_place(tmp_path):
+    path, run = tmp_path / "report.html", make_run()
+    assert not put_answers(path, ANSWERS)
+    assert not path.exists()
+    write(tmp_path, 2, run._replace(answers=ANSWERS))
+    whole = path.read_text(encoding="utf-8")
+    write(tmp_path, 2, run)
+    for _ in range(2):
+        assert put_answers(path, ANSWERS)
+        assert path.read_text(encoding="utf-8") == whole
+    path.write_text("a report of another version", encoding="utf-8")
+    assert not put_answers(path, ANSWERS)

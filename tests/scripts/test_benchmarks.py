@@ -1,5 +1,6 @@
 """The benchmarks' smoke runs: everything in tiny sizes, nothing saved."""
 
+import math
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import architectures, hierarchy
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -103,3 +106,28 @@ def test_training_from_disk_is_timed_beside_training_through_the_model():
 def test_the_cost_of_a_grid_is_measured_beside_one_autoencoder():
     printed = smoke("grid")
     assert re.search(r"^one autoencoder [\d.]+ s, four on the same pass [\d.]+ s: [\d.]+ times as long$", printed, re.M)
+
+
+def test_features_of_parents_are_absorbed_less_in_matryoshka_than_in_topk():
+    topk, matryoshka = (hierarchy.figures(name, seed=0, steps=300) for name in ("topk", "matryoshka"))
+    assert matryoshka["silent with a child"] < 0.1 < 0.5 < topk["silent with a child"]
+    assert matryoshka["f1 of parents"] > 0.9
+
+
+@pytest.mark.parametrize(("architecture", "best"), [("topk", 2e-3), ("relu", 16e-3)])
+def test_each_side_is_compared_at_its_best_learning_rate_and_where_k_features_are_active(architecture, best):
+    """L0 falls by a power of the coefficient; the error has its minimum over rates, and falls with L0."""
+    tried = []
+
+    def measure(cell):
+        tried.append(cell)
+        l0 = architectures.K if architecture == "topk" else 50 * cell.sparsity**-1.3
+        off = math.log2(cell.rate / best)
+        return {"l0": l0, "normalized_mse": 0.2 * (l0 / architectures.K) ** -0.5 * (1 + 0.1 * off**2)}
+
+    found = architectures.tuned("anyone", architecture, measure)
+    assert found.cell.rate == pytest.approx(best)
+    figures = measure(found.cell)
+    assert abs(math.log(figures["l0"] / architectures.K)) < architectures.NEAR
+    assert found.at_k(figures) == pytest.approx(0.2, rel=1e-3)
+    assert len(set(tried)) < 12

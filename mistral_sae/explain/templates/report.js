@@ -95,10 +95,16 @@ function clearFilters() {
 
 // ---- the list ----
 
-/** What to call a feature: its explanation, else the tokens it fires on. */
+/** An explanation: what the feature is strong on, and paler, what it is weak on. */
+function said(text) {
+  const [strong, weak] = text.split("; weakly ");
+  return [words(strong), weak && h("span", { class: "unnamed" }, "; weakly ", words(weak))];
+}
+
+/** What to call a feature: what its explanation says it is strong on, else the tokens it fires on. */
 function nameOf(i) {
   const { explanation, maximum, fires_on } = state.index;
-  if (explanation[i]) return h("span", { class: "name" }, words(explanation[i]));
+  if (explanation[i]) return h("span", { class: "name" }, said(explanation[i])[0]);
   const tokens = maximum[i] > 0 ? ["fires on ", chips(fires_on[i].slice(0, 3))] : "never fired";
   return h("span", { class: "name unnamed" }, tokens);
 }
@@ -155,7 +161,7 @@ function heading(record, i) {
   return h("header", {},
     h("div", { class: "above" }, h("p", { class: "eyebrow" }, `Feature ${record.feature}`), neighbours(i)),
     label?.explanation
-      ? h("h1", { tabindex: "-1" }, words(label.explanation))
+      ? h("h1", { tabindex: "-1" }, said(label.explanation))
       : h("h1", { tabindex: "-1", class: "unnamed" }, "Not explained"),
     label && label.status !== "ok" && h("p", { class: "notice" },
       label.meaning, label.reason !== label.meaning && label.reason && [": ", words(label.reason)]),
