@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -128,7 +129,9 @@ def joined(mesh: str | None, device_type: str, is_plan: bool = False) -> Iterato
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device_type == "cuda" else None
     if device:
         torch.cuda.set_device(device)
+    report = sys.excepthook
     dist.init_process_group("nccl" if device else "gloo")
+    sys.excepthook = report  # PyTorch's loses what a hook says that exits
     try:
         yield connect(mesh, device_type)._replace(device=device)
     except RuntimeError as error:

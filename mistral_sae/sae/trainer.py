@@ -167,7 +167,9 @@ class Trainer:
 
     def _set_dead(self, is_dead_F: Tensor) -> None:
         self.dead = is_dead_F.nonzero().squeeze(1)
-        of_shards = self.mesh.shards.gather(self.dead.new_tensor([len(self.dead)])).cpu()
+        of_shards, shards = torch.tensor([len(self.dead)]), self.mesh.shards
+        if shards.size > 1:  # another wait
+            of_shards = shards.gather(of_shards.to(self.dead.device)).cpu()
         self.n_dead = int(of_shards.sum())
         first = of_shards.cumsum(0).clamp(max=self.config.auxk_features).diff(prepend=of_shards.new_zeros(1))
         self.auxk_of_shards = tuple(first.tolist()) if len(first) > 1 else ()
