@@ -358,7 +358,9 @@ def main() -> None:
     torch.set_num_threads(1)
     bench, path = Bench(), FOLDER / "results.json"
     asked = [name for name in PARTS if name in sys.argv] or list(PARTS)
-    for architecture in [name for name in ARCHITECTURES if name in sys.argv] or ARCHITECTURES:
+    chosen = [name for name in ARCHITECTURES if name in sys.argv] or ARCHITECTURES
+    del sys.argv[1:]  # the result is of all parts, and says so
+    for architecture in chosen:
         for name in asked:
             if name in ("concepts", "hierarchies") and architecture in PENALIZED:
                 continue
