@@ -119,6 +119,8 @@ class Trainer:
     W_enc that this takes is kept up to date by `initialize`, `load` and each `step`.
     """
 
+    auxk_of_shards: tuple[int, ...] = ()  # dead features that AuxK looks at on each shard, where there are several
+
     def __init__(
         self, config: TrainConfig, device: torch.device | str = "cpu", bf16: bool | None = None, mesh: Mesh = ALONE
     ):
