@@ -22,15 +22,18 @@ def architectures(result: dict[str, Any]) -> str:
     parts = result["results"]
     columns = ["rate", "L0", "normalized MSE at L0 = 32", "cross-entropy recovered", "silent features", "ms a step"]
     rows = [["", *columns]]
-    for name, trainings in parts["quality"].items():
-        for trainer, each in by_trainer(trainings).items():
-            error = f"{statistics.mean(each['errors']):.3f} ({min(each['errors']):.3f} to {max(each['errors']):.3f})"
-            figures = f"{each['ce_loss_recovered']:.1%}", f"{each['silent_fraction']:.1%}"
-            ms = ""
-            if times := parts["times"].get(name):
-                slower = f" ({times['ratio']:.1f} times ours)" if trainer == "sae-lens" else ""
-                ms = f"{1000 * times['seconds'][trainer]:.0f}{slower}"
-            rows.append([f"{name}, {trainer}", f"{each['rate']:g}", f"{each['l0']:.1f}", error, *figures, ms])
+    for name, times in parts["times"].items():
+        found = by_trainer(parts["quality"].get(name, []))
+        for trainer, seconds in times["seconds"].items():
+            figures = [""] * 5  # where one side's trainings are not there
+            if each := found.get(trainer):
+                error = (
+                    f"{statistics.mean(each['errors']):.3f} ({min(each['errors']):.3f} to {max(each['errors']):.3f})"
+                )
+                figures = [f"{each['rate']:g}", f"{each['l0']:.1f}", error]
+                figures += [f"{each['ce_loss_recovered']:.1%}", f"{each['silent_fraction']:.1%}"]
+            slower = f" ({times['ratio']:.1f} times ours)" if trainer == "sae-lens" else ""
+            rows.append([f"{name}, {trainer}", *figures, f"{1000 * seconds:.0f}{slower}"])
     return table(rows)
 
 
