@@ -295,6 +295,23 @@ def edits_by_concept(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def twins(result: dict[str, Any]) -> str:
+    """The share of features with a twin, by where it is looked for."""
+    rows = [["a twin in", "share of features", "least and most of the pairs"]]
+    for name, each in result["results"]["twins"].items():
+        rows.append([name, f"{each['mean']:.1%}", f"{each['least']:.1%} to {each['most']:.1%}"])
+    return _table(rows)
+
+
+def explained_twice(result: dict[str, Any]) -> str:
+    """How far two explanations agree."""
+    found = result["results"]["explanations"]
+    rows = [["two explanations of", "agree on", "a quarter below", "median", "a quarter above"]]
+    for name in ("the same feature", "two features"):
+        rows.append([name, *(f"{value:.0%}" for value in found[name].values())])
+    return _table(rows)
+
+
 def toy_model(result: dict[str, Any]) -> str:
     """The share of planted features that each method finds, over seeds."""
     settings = result["results"]["settings"]
@@ -361,6 +378,8 @@ TABLES = {
     "unexplained": (unexplained, ["answers"]),
     "edits": (edits, ["answers"]),
     "edits_by_concept": (edits_by_concept, ["answers"]),
+    "twins": (twins, ["robustness"]),
+    "explained_twice": (explained_twice, ["robustness"]),
     "features_steered": (features_steered, ["steering"]),
     "peers": (peers, ["step", "end_to_end", "architectures"]),
     "frontier": (frontier, ["architectures"]),
