@@ -3,9 +3,10 @@
     python -m benchmarks.robustness
 
 Twins: of the features that fire, the share that has one in an autoencoder of another seed, which is a feature that
-fires as well and whose decoder row is at a cosine above 0.7; autoencoders of 2,048 features that are trained on 200,000
-tokens each, of the stand-in and of the same model without what it learned; and beside it the share that has one among
-the features of the other model, and among as many random directions.
+fires as well and whose decoder row is at a cosine above 0.7. The autoencoders are the tuned TopK ones of
+benchmarks.architectures, which trains them where that was not done (204,800 tokens each): this project's and SAE
+Lens's, and this project's of the same model without what it learned. Beside it the share that has one among the
+features of that model, and among as many random directions.
 
 Explanations: of features of runs/standin by the offline explainer, each made twice, from either half of a feature's
 passages. Two of them agree on the share of tokens on which both say that the feature fires, of those on which either
@@ -16,7 +17,6 @@ import itertools
 import random
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,36 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import config
+from benchmarks.architectures import (
+    BATCH,
+    CORPUS,
+    FOLDER,
+    LAYER,
+    OURS,
+    SEEDS,
+    STEPS,
+    THEIRS,
+    Bench,
+    Cell,
+    Data,
+    held_out_rows,
+    train_ours,
+    trained,
+)
 from benchmarks.machine import save
-from mistral_sae.analysis.sample import randomise, train_briefly
-from mistral_sae.data.activations import residuals_of
-from mistral_sae.data.tokens import Corpus, batches
+from mistral_sae.analysis.sample import randomise
+from mistral_sae.data.activations import residuals_of, shuffled_batches
+from mistral_sae.data.tokens import shuffle
 from mistral_sae.defaults import fill
 from mistral_sae.explain import cache
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.offline import Found, Rule, find, parts_of, predict
 from mistral_sae.explain.reading import Reading, read_corpus
 from mistral_sae.explain.types import Example, Feature
-from mistral_sae.model.language_model import LanguageModel, load_model
+from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import load_sae
-from mistral_sae.sae.trainer import TrainConfig
 
-SEEDS = (1, 2)
-WIDTH, TOKENS, HELD_OUT_ROWS = 2048, 200_000, 64
 TWIN = 0.7
 FEATURES = 300  # whose explanations are made twice
 SETTINGS = Settings(top=20, spread=6)  # twice as many passages as explain.py shows, half of them for each explanation
@@ -67,32 +80,47 @@ def rows_that_fire(sae: SparseAutoencoder, x_ND: Tensor) -> Tensor:
     return sae.W_dec.detach()[fires_F]
 
 
-def dictionaries(model: LanguageModel, layer: int) -> list[Tensor]:
-    """Decoder rows of an autoencoder of each seed."""
-    corpus, sizes = Corpus.of(config), replace(TrainConfig.of(config, model.d_model), d_hidden=WIDTH)
-    held_out = batches(itertools.islice(corpus.rows(model.tokenizer, held_out=True), HELD_OUT_ROWS), 16)
-    x_ND = torch.cat([residuals_of(model, rows, layer) for rows in held_out])
-    found = []
-    for seed in SEEDS:
-        sae = train_briefly(model, layer, corpus, replace(sizes, seed=seed), TOKENS, config.SHUFFLE_ROWS)
-        found.append(rows_that_fire(sae, x_ND))
-    return found
+def untrained_rows(bench: Bench, cell: Cell) -> list[Tensor]:
+    """Rows of autoencoders of the same model without what it learned, of each seed."""
+    model = load_model(None, last_layer=LAYER)
+    randomise(model, 0)
+    rows = shuffle(CORPUS.rows(model.tokenizer, held_out=False), config.SHUFFLE_ROWS, 0)
+    sizes = {"buffer_tokens": config.BUFFER_TOKENS, "rows_per_forward": config.ROWS_PER_FORWARD}
+    stream = shuffled_batches(rows, model, LAYER, batch_size=BATCH, seed=0, **sizes)
+    train_ND = torch.cat([x for x, _ in itertools.islice(stream, STEPS)])
+    held_out_ND = torch.cat([residuals_of(model, some, LAYER) for some in held_out_rows(model)])
+    cells = [cell._replace(trainer="untrained", seed=seed) for seed in SEEDS]
+    for each in cells:
+        if not (FOLDER / each.name).exists():
+            train_ours(each, Data(train_ND, held_out_ND))
+    return [rows_that_fire(trained(each), held_out_ND) for each in cells]
 
 
 def twins() -> dict[str, Any]:
-    """The shares, over pairs of autoencoders."""
-    model, layer = load_model(None), config.TARGET_LAYER
-    trained = dictionaries(model, layer)
-    randomise(model, 0)
-    untrained = dictionaries(model, layer)
-    chance = [torch.randn(rows.shape, generator=torch.Generator().manual_seed(i)) for i, rows in enumerate(trained)]
+    """The shares, over pairs of autoencoders of different seeds."""
+    bench, rows = Bench(), {}
+    for trainer in (OURS, THEIRS):
+        cells = [bench.best(trainer, "topk").cell._replace(seed=seed) for seed in SEEDS]
+        for each in cells:
+            bench.measure(each)
+        rows[trainer] = [rows_that_fire(trained(each), bench.data.held_out_ND) for each in cells]
+    untrained = untrained_rows(bench, cells[0]._replace(rate=bench.best(OURS, "topk").cell.rate))
+    chance = [
+        torch.randn(each.shape, generator=torch.Generator().manual_seed(100 + i)) for i, each in enumerate(untrained)
+    ]
     pairs = {
-        "another seed": itertools.permutations(trained, 2),
-        "another seed, both of the model without what it learned": itertools.permutations(untrained, 2),
-        "the model without what it learned": itertools.product(trained, untrained),
-        "random directions": itertools.product(trained, chance),
+        "another seed": (rows[OURS], rows[OURS]),
+        "another seed, trained by SAE Lens": (rows[THEIRS], rows[THEIRS]),
+        "another seed, both of the model without what it learned": (untrained, untrained),
+        "the model without what it learned": (rows[OURS], untrained),
+        "random directions": (rows[OURS], chance),
     }
-    return {name: summary(share_with_twin(*pair) for pair in some) for name, some in pairs.items()}
+    return {name: summary(_shares(*some)) for name, some in pairs.items()}
+
+
+def _shares(some: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
+    """Of pairs of different seeds: those of one seed start from the same random directions."""
+    return [share_with_twin(a, b) for i, a in enumerate(some) for j, b in enumerate(others) if i != j]
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
@@ -165,9 +193,7 @@ def main() -> None:
     """Measure and save."""
     fill(config)
     torch.set_num_threads(1)
-    result = {"explanations": explanations()}
-    print(result)
-    save("robustness", {"twins": twins()} | result)
+    save("robustness", {"twins": twins(), "explanations": explanations()})
 
 
 if __name__ == "__main__":

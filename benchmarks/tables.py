@@ -295,6 +295,43 @@ def edits_by_concept(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def twins(result: dict[str, Any]) -> str:
+    """The share of features with a twin, by where it is looked for."""
+    rows = [["a twin in", "share of features", "least and most of the pairs"]]
+    for name, each in result["results"]["twins"].items():
+        rows.append([name, f"{each['mean']:.1%}", f"{each['least']:.1%} to {each['most']:.1%}"])
+    return _table(rows)
+
+
+def explained_twice(result: dict[str, Any]) -> str:
+    """How far two explanations agree."""
+    found = result["results"]["explanations"]
+    rows = [["two explanations of", "agree on", "a quarter below", "median", "a quarter above"]]
+    for name in ("the same feature", "two features"):
+        rows.append([name, *(f"{value:.0%}" for value in found[name].values())])
+    return _table(rows)
+
+
+def saebench(result: dict[str, Any]) -> str:
+    """Metrics of SAEBench by trainer and K, means over seeds."""
+    names = {
+        "cross-entropy recovered": ("ce_loss_recovered", ".1%"), "normalized MSE": ("normalized_mse", ".3f"),
+        "probe on 1": ("top 1", ".1%"), "on 2": ("top 2", ".1%"), "on 5": ("top 5", ".1%"),
+        "absorbed fully": ("absorbed fully", ".1%"), "in part": ("absorbed part", ".1%"),
+        "features a concept": ("features a concept", ".1f"),
+    }  # fmt: skip
+    found = result["results"]["autoencoders"]
+    rows = [["", "K", *names]]
+    for trainer, k in dict.fromkeys((each["trainer"], each["sparsity"]) for each in found):
+        some = [each for each in found if (each["trainer"], each["sparsity"]) == (trainer, k)]
+        values = (format(statistics.mean(each[key] for each in some), form) for key, form in names.values())
+        rows.append([trainer, f"{k:g}", *values])
+    residual = result["results"]["residual"]
+    probes = (f"{residual[f'top {k}']:.1%}" for k in (1, 2, 5))
+    rows.append(["the residual's dimensions", "", "", "", *probes, "", "", ""])
+    return _table([*rows, ["a probe on all of the residual", "", "", "", f"{residual['all']:.1%}", "", "", "", "", ""]])
+
+
 def toy_model(result: dict[str, Any]) -> str:
     """The share of planted features that each method finds, over seeds."""
     settings = result["results"]["settings"]
@@ -361,6 +398,9 @@ TABLES = {
     "unexplained": (unexplained, ["answers"]),
     "edits": (edits, ["answers"]),
     "edits_by_concept": (edits_by_concept, ["answers"]),
+    "twins": (twins, ["robustness"]),
+    "explained_twice": (explained_twice, ["robustness"]),
+    "saebench": (saebench, ["saebench"]),
     "features_steered": (features_steered, ["steering"]),
     "peers": (peers, ["step", "end_to_end", "architectures"]),
     "frontier": (frontier, ["architectures"]),
