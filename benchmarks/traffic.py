@@ -9,6 +9,7 @@ rules. Nothing in here knows how a cache behaves, how well a kernel fills the de
 everywhere do to it.
 """
 
+import json
 from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.accounting import H100, Cost, Count, Speeds, pretended_gpu
-from benchmarks.machine import save
+from benchmarks.machine import RESULTS, save
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 
@@ -163,20 +164,21 @@ def main() -> None:
         "mistral-sae, 8,192 features dead": our_step(sizes._replace(dead=8192)),
         "mistral-sae, moments in float32": our_step(sizes._replace(moments="float32")),
     }
+    saved = {}
     if find_spec("sparsify") is not None:
         steps["sparsify"] = sparsifys_step(sizes)
     else:
-        print("sparsify is not installed: pip install -r benchmarks/requirements.txt")
+        print("sparsify is not installed (pip install -r benchmarks/requirements.txt): its step is as counted before")
+        saved = {"sparsify": json.loads((RESULTS / "traffic.json").read_text())["results"]["steps"]["sparsify"]}
     results = {"sizes": sizes._asdict(), "floor": floor(sizes)._asdict()}
-    results |= {"steps": {name: as_json(count) for name, count in steps.items()}}
+    results |= {"steps": {name: as_json(count) for name, count in steps.items()} | saved}
     for name, found in results["steps"].items():
         print(f"\n{name}: {shown(found['all'])}, peak memory {found['peak_bytes'] / 1e9:.1f} GB")
         print(f"  waits for the device: {len(found['waits'])}, operators on the host: {len(found['on_host'])}")
         for term, cost in found["terms"].items():
             print(f"  {term:48}{shown(cost)}")
     print(f"\nthe floor: {shown(results['floor'])}")
-    if "sparsify" in steps:
-        save("traffic", results)
+    save("traffic", results)
 
 
 def shown(cost: dict[str, float]) -> str:
