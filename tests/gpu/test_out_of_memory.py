@@ -44,7 +44,7 @@ STAGES = {
     ),
     "mistral_sae.sae.trainer.topk_step": (25, "a step: lower BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"),
     "mistral_sae.sae.evaluate.reconstruction": (1, "evaluating: lower ROWS_PER_FORWARD"),
-    "mistral_sae.sae.resume.save_state": (
+    "mistral_sae.sae.shards.save_state": (
         2,
         "this run: lower BATCH_SIZE, BUFFER_TOKENS, ROWS_PER_FORWARD or D_HIDDEN",
     ),

@@ -179,7 +179,7 @@ def test_the_run_dir_of_a_grid_is_no_autoencoder_and_the_line_names_those_in_it(
 KILLED_BETWEEN_TWO_SAVES = """
 import os, runpy, signal, sys
 from mistral_sae import files
-from mistral_sae.sae import resume
+from mistral_sae.sae import shards
 
 saves = []
 
@@ -189,7 +189,7 @@ def save_state(*args, save=files.save_state):
         os.kill(os.getpid(), signal.SIGKILL)
     save(*args)
 
-files.save_state = resume.save_state = save_state
+files.save_state = shards.save_state = save_state
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """
