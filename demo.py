@@ -40,7 +40,7 @@ from mistral_sae.steer.steering import Edit, Explanation, SteeringError, Subject
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
 SHOWN = 10  # tokens that a feature raises, or lowers
 # At most, at each strength, where features or coefficients are looked for; a larger model takes its time for a token
-TRIED_TEXTS, TRIED_TOKENS = 4, 64 if config.ON_STANDIN else 52
+TRIED_TEXTS, TRIED_TOKENS = 4, 64 if config.ON_STANDIN else 40
 
 
 def main() -> None:

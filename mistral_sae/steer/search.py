@@ -29,13 +29,13 @@ SHORTEST_STEM = 4  # letters from which on the beginning of a word stands for th
 CLASS = 5  # tokens by which a class of raised tokens is judged
 CANDIDATES = 24  # features by explanation, and as many by tokens, whose effect on the words' tokens is measured
 SCAN_ROWS, SCAN_AT_ONCE = 48, 16  # rows of text that are read to find features by their tokens
-LOOKED_AT = 96  # features among which one is looked for that shows in text
+LOOKED_AT = 64  # features among which one is looked for that shows in text
 RAISED = 20  # words that a feature raises most, whose share of a text shows it
 WORD = re.compile(r"[\s▁][^\W\d_]{3,}")  # a token that is one, or how one of several tokens begins
 TEXT_TOKENS = 8  # of the text on which it is measured what they raise, after the prompt
 TRIED, TRIED_BY_WORDS = 8, 8  # features of which short texts are made in a round, and by words
 ROUNDS = 3  # at most, of features with an explanation and of those without
-SHORT_TEXTS, SHORT_TOKENS = 32, 24  # of all of them together, and their length
+SHORT_TEXTS, SHORT_TOKENS = 32, 16  # of all of them together, and their length
 FINALISTS, FINAL_TEXTS = 3, 2  # of which so many are made in full length, at three strengths
 
 Rows = Callable[[int], Tensor]  # so many rows of text (R, T)
