@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mistral_sae.cli import Failed, UserError, one_line
 from mistral_sae.schema import parse
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
+PARTIAL = ".partial"  # how the name ends of what is not whole yet
 # Entries of a state file's header: its metadata, and checksums of them alone and of them with all tensors
 STATE_KEY, CHECKSUMS_KEY = "mistral_sae_state", "mistral_sae_checksums"
 
@@ -51,17 +53,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, sync it and rename it: no reader sees half of one. May raise Failed."""
     partial = write_beside(path, write)
     with writing(path):
-        os.replace(partial, path)
+        put_in_place(partial, path)
         sync_folder(path.parent)
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` make a synced file beside `path` and return where; nothing stays behind if it fails, as Failed."""
-    partial = path.with_name(path.name + ".partial")
+    """Let `write` make a synced file beside `path` and return where; nothing stays behind if it fails, as Failed.
+
+    It is made in a folder of its own, which the next writing of `path` removes with all that a kill has left in it:
+    safetensors writes to a file of another name first.
+    """
+    folder = path.with_name(path.name + PARTIAL)
+    partial = folder / path.name
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)
+            remove(folder)
+            folder.mkdir(parents=True)
             partial.touch()
             mode = partial.stat().st_mode
             write(partial)
@@ -70,9 +77,23 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> Path:
                 os.fsync(file.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            remove(folder)
         raise
     return partial
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename what `write_beside` made to `path`, and remove the folder that it was in."""
+    os.replace(partial, path)
+    shutil.rmtree(partial.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

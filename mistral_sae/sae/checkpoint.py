@@ -11,7 +11,6 @@ import glob
 import itertools
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_sae.cli import not_finite, one_line
-from mistral_sae.files import SAEError, hash_of, opened, sync_folder, write_beside
+from mistral_sae.files import SAEError, hash_of, opened, put_in_place, sync_folder, write_beside
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, Metadata, read_cfg, to_write
 from mistral_sae.sae.features import Statistics
@@ -117,7 +116,7 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistic
         (folder / CFG).unlink()
     sync_folder(folder)
     for name in reversed(new):
-        os.replace(new[name], folder / name)
+        put_in_place(new[name], folder / name)
         sync_folder(folder)
 
 

@@ -16,7 +16,17 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mistral_sae.cli import UserError, duration_of, printable, rank, size_of
-from mistral_sae.files import SAEError, holder, load_metadata, load_state, locked, sync_folder, write_text, writing
+from mistral_sae.files import (
+    SAEError,
+    holder,
+    load_metadata,
+    load_state,
+    locked,
+    remove,
+    sync_folder,
+    write_text,
+    writing,
+)
 from mistral_sae.sae.shards import load_trainer, save_trainer
 from mistral_sae.sae.trainer import Trainer
 from mistral_sae.schema import Schema, Total, Words, read
@@ -85,7 +95,7 @@ def remove_checkpoints(run_dir: Path, step: int, keep: int) -> None:
     for path in (run_dir / "checkpoints").glob("step-*"):
         whole = re.fullmatch(r"step-(\d+)(\.\d+-of-\d+)?\.safetensors", path.name)
         if not whole or int(whole[1]) not in kept:
-            path.unlink()
+            remove(path)
 
 
 def find_checkpoints(run_dir: Path, run: Run, resume: bool) -> list[Path]:

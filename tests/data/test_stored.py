@@ -243,7 +243,8 @@ def test_a_filling_that_was_cut_off_goes_on_and_ends_the_same(full, store_of, co
     cut = store_of(ACTIVATIONS_PATH=str(tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
         cut.fill(corpus, Echo(breaks_at=rows), 3)
-    (tmp_path / "cut/00009.arrow.partial").write_bytes(b"half of it")  # as kill -9 leaves it
+    (tmp_path / "cut/00009.arrow.partial").mkdir()
+    (tmp_path / "cut/00009.arrow.partial/00009.arrow").write_bytes(b"half of it")  # as kill -9 leaves it
     left, model = len(cut.missing()), Echo()
     cut.fill(corpus, model, 3)
     assert contents(full.folder) == contents(cut.folder)

@@ -30,7 +30,9 @@ from mistral_sae import files
 
 def save_state(path, tensors, metadata, save=files.save_state):
     if metadata["step"] == 20:
-        path.with_name(path.name + ".partial").write_bytes(b"half of it")
+        left = path.with_name(path.name + ".partial")
+        left.mkdir()
+        (left / ".tmp123").write_bytes(b"half of it")  # as safetensors names what it has not written whole
         os.kill(os.getpid(), signal.SIGKILL)
     save(path, tensors, metadata)
 
@@ -94,6 +96,7 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_as_an_uninterrupted_
     ran = here(arguments(run_dir))
     assert ran.code == 0, ran.err
     assert "continuing after step 10\n" in ran.out
+    assert not list(run_dir.rglob("*.partial"))
     assert_same_end(run_dir, finished[0])
 
 
