@@ -29,7 +29,7 @@ MAX_DOCUMENT_BYTES = 16_000_000  # of a line of a file, or the text of a record;
 NAMED = 10  # fields, where the one that is wanted is in no record
 
 # owner/name, owner/name:configuration, owner/name@revision or with both
-_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.,+-]+))?(?:@([\w./-]+))?")
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:[\w.,+-]+)?(@[\w./-]+)?")
 _PACKED_FOLDERS = {".zip", ".tar", ".gz", ".tgz"}
 _DESCRIPTIONS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # that `datasets` saves beside the text
 
@@ -147,8 +147,8 @@ def fingerprint(data_path: str) -> str:
     """
     files = _files(data_path)
     if files is None:
-        name, config, commit = _on_hub(data_path)
-        return name + (f":{config}" if config else "") + (f"@{commit}" if commit else "")
+        name, commit = _on_hub(data_path)
+        return f"{name}@{commit}" if commit else name
     digest, piece = hashlib.sha256(), max(2**12, IN_MEMORY // max(1, len(files)) // PIECES)
     for name, path in files:
         size = path.stat().st_size
@@ -214,11 +214,11 @@ def _files(data_path: str) -> list[tuple[str, Path]] | None:
     return sorted(files)
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Files of a folder and of all below it, linked ones too; of several links to one folder the first is followed."""
+def _files_below(root: Path, left_out: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files of a folder and of all below it but those whose names end so; of several links to one the first counts."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.endswith(left_out))
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
@@ -228,32 +228,30 @@ def _files_below(root: Path) -> Iterator[Path]:
 
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, folders, names in os.walk(root):
-        # Installed packages can live inside the library's folder, and are many
-        folders[:] = [name for name in folders if not name.endswith(("site-packages", "dist-packages"))]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return [(path.relative_to(root).as_posix(), path) for path in sorted(files)]
+    # Installed packages can live inside the library's folder, and are many
+    below = _files_below(root, ("site-packages", "dist-packages"))
+    return [(path.relative_to(root).as_posix(), path) for path in sorted(below) if path.suffix == ".py"]
 
 
 @cache
-def _on_hub(data_path: str) -> tuple[str, str | None, str | None]:
-    """Name, configuration and commit of a dataset: as the hub says, asked once, or as it was last read here.
+def _on_hub(data_path: str) -> tuple[str, str | None]:
+    """Name, with the configuration, and commit of a dataset: as the hub says, asked once, or as it was last read here.
 
     Where neither knows the commit it is the revision that was asked for, or None; reading then says what is wrong.
     """
     from httpx import HTTPError
     from huggingface_hub import dataset_info, try_to_load_from_cache
 
-    name, config, revision = re.fullmatch(_HUB_NAME, data_path).groups()  # type: ignore[union-attr]
-    if re.fullmatch("[0-9a-f]{40}", revision or ""):
-        return name, config, revision
+    name, _, words = data_path.partition("@")
+    revision, repo = words or None, name.partition(":")[0]
+    if re.fullmatch("[0-9a-f]{40}", words):
+        return name, revision
     with contextlib.suppress(OSError, HTTPError, ValueError):
-        return name, config, dataset_info(name, revision=revision, timeout=10).sha
+        return name, dataset_info(repo, revision=revision, timeout=10).sha
     with contextlib.suppress(OSError, ValueError):
-        read = try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision)
-        return name, config, Path(read).parent.name if isinstance(read, str) else revision
-    return name, config, revision
+        read = try_to_load_from_cache(repo, "README.md", repo_type="dataset", revision=revision)
+        return name, Path(read).parent.name if isinstance(read, str) else revision
+    return name, revision
 
 
 def _hub_records(data_path: str, wanted: Wanted, split: str, start: Place) -> Iterator[Document | Fault]:
@@ -265,10 +263,10 @@ def _hub_records(data_path: str, wanted: Wanted, split: str, start: Place) -> It
     datasets.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
 
-    what, (name, config, commit) = "cannot be opened", _on_hub(data_path)  # the same commit in every epoch
-    prefix = f"{name}:{config}" if config else name
+    what, (name, commit) = "cannot be opened", _on_hub(data_path)  # the same commit in every epoch
+    repo, _, config = name.partition(":")
     try:
-        dataset = datasets.load_dataset(name, name=config, split=split, streaming=True, revision=commit)
+        dataset = datasets.load_dataset(repo, name=config or None, split=split, streaming=True, revision=commit)
         if start.hub is not None:
             dataset.load_state_dict(start.hub)
         records = iter(dataset)
@@ -278,7 +276,7 @@ def _hub_records(data_path: str, wanted: Wanted, split: str, start: Place) -> It
             return
         state = dataset.state_dict()
         for number, record in enumerate(records, start.record):
-            yield document_of(f"{prefix}:{number}", record, wanted, Place(start.epoch, record=number, hub=state))
+            yield document_of(f"{name}:{number}", record, wanted, Place(start.epoch, record=number, hub=state))
             what, state = f"broke off after {number + 1:,} records", dataset.state_dict()
     except Exception as error:  # of many kinds: the library lets through those of httpx, fsspec and pyarrow
         why = f"{type(error).__name__}: {one_line(error)}"

@@ -92,22 +92,18 @@ def _txt(name: str, file: Any, wanted: Wanted, start: Place) -> Iterator[Documen
         yield too_long(name, len(raw), wanted)
         return
     try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        text, place = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"), Place(start.epoch, start.file)
+        yield Document(name, text, place) if text and not text.isspace() else Fault(name, "is empty")
     except UnicodeDecodeError:
         yield Fault(name, "not UTF-8")
-        return
-    yield (
-        Fault(name, "is empty") if not text or text.isspace() else Document(name, text, Place(start.epoch, start.file))
-    )
 
 
 def _json(name: str, file: Any, wanted: Wanted, start: Place) -> Iterator[Document | Fault]:
     """JSON lines, or the objects of an array, or objects over several lines each, by what the file begins with."""
-    begins = _beginning(file)
-    over_lines = begins.startswith(b"[") or begins.partition(b"\n")[0].strip() == b"{"
-    _enter(file, start.offset)
-    offset = start.offset
-    for number, (raw, size) in enumerate((_objects if over_lines else _lines)(file, wanted.max_bytes), start.record):
+    begins, offset = _beginning(file), start.offset
+    pieces = _objects if begins[:1] == b"[" or begins.partition(b"\n")[0].strip() == b"{" else _lines
+    _enter(file, offset)
+    for number, (raw, size) in enumerate(pieces(file, wanted.max_bytes), start.record):
         record_id, place = f"{name}:{number + 1}", Place(start.epoch, start.file, number, offset)
         offset += size
         if raw is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ CHUNK = 1 << 20  # bytes of a parquet file that are read at once
 PARQUET_ROWS = 32  # rows of it that are held at once
 PARQUET_TIMES = 500  # the size of a parquet file that a group of its rows unpacks to at most; text does to 20
 
-Values = Iterator[tuple[int, Any]]  # of the column, from a row on, each with its row
+Columns = Iterator[tuple[int, Any]]  # that of the text, batch by batch, each with the number of its first row
 
 
 class _NoColumn(LookupError):
@@ -23,29 +22,31 @@ class _NoColumn(LookupError):
 
 
 def table_records(
-    read: Callable[[Path, Wanted, int], Values], name: str, path: Path, wanted: Wanted, start: Place
+    read: Callable[[Path, Wanted, int], Columns], name: str, path: Path, wanted: Wanted, start: Place
 ) -> Iterator[Document | Fault]:
     """The documents of a file that `read` reads; ids are `name:row`. Raises OSError for one that is damaged."""
     import pyarrow
 
     field = wanted.text_field
     try:
-        for row, value in read(path, wanted, start.record):
-            record_id = f"{name}:{row}"
-            try:
-                yield document_of(record_id, {field: value.as_py()}, wanted, Place(start.epoch, start.file, row))
-            except UnicodeDecodeError:
-                yield Fault(record_id, "not UTF-8", [field])
-            except (ValueError, OverflowError) as error:  # of a column of dates, say
-                yield Fault(record_id, f"column {field!r} is no text ({one_line(error)})", [field])
+        for first, column in read(path, wanted, start.record):
+            for row in range(max(first, start.record), first + len(column)):
+                record_id = f"{name}:{row}"
+                try:
+                    record = {field: column[row - first].as_py()}
+                    yield document_of(record_id, record, wanted, Place(start.epoch, start.file, row))
+                except UnicodeDecodeError:
+                    yield Fault(record_id, "not UTF-8", [field])
+                except (ValueError, OverflowError) as error:  # of a column of dates, say
+                    yield Fault(record_id, f"column {field!r} is no text ({one_line(error)})", [field])
     except _NoColumn as error:
         yield Fault(name, f"no column {field!r}", error.args[0])
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
         raise OSError(f"damaged or truncated data of a table ({one_line(error)})") from error
 
 
-def parquet(path: Path, wanted: Wanted, start: int) -> Values:
-    """The values of a parquet file; groups of rows before `start` are not read.
+def parquet(path: Path, wanted: Wanted, start: int) -> Columns:
+    """The column of a parquet file; groups of rows before `start` are not read.
 
     Raises OSError for a group that unpacks to far more than text does: pyarrow holds a page, however large, whole.
     """
@@ -57,18 +58,18 @@ def parquet(path: Path, wanted: Wanted, start: int) -> Values:
             raise _NoColumn(file.schema_arrow.names)
         for group in range(file.num_row_groups):
             about = file.metadata.row_group(group)
-            end = first + about.num_rows
-            if end > start:
-                if about.total_byte_size > max(wanted.max_bytes, PARQUET_TIMES * size):
-                    raise OSError(f"{size_of(about.total_byte_size)} would be unpacked from a file of {size_of(size)}")
-                batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field])
-                values = enumerate((value for batch in batches for value in batch.column(0)), first)
-                yield from islice(values, max(0, start - first), None)
-            first = end
+            if first + about.num_rows <= start:
+                first += about.num_rows
+                continue
+            if about.total_byte_size > max(wanted.max_bytes, PARQUET_TIMES * size):
+                raise OSError(f"{size_of(about.total_byte_size)} would be unpacked from a file of {size_of(size)}")
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field]):
+                yield first, batch.column(0)
+                first += len(batch)
 
 
-def arrow(path: Path, wanted: Wanted, start: int) -> Values:
-    """The values of arrow's stream, which `datasets` saves, or of its file, which others call feather."""
+def arrow(path: Path, wanted: Wanted, start: int) -> Columns:
+    """The column of arrow's stream, which `datasets` saves, or of its file, which others call feather."""
     import pyarrow
 
     first, field = 0, wanted.text_field
@@ -86,7 +87,7 @@ def arrow(path: Path, wanted: Wanted, start: int) -> Values:
             if first + len(batch) > start:
                 column = batch.column(schema.names.index(field))
                 column.validate(full=True)  # pyarrow trusts the offsets in a file
-                yield from islice(enumerate(column, first), max(0, start - first), None)
+                yield first, column
             first += len(batch)
 
 
