@@ -38,7 +38,7 @@ MESH: str | None = None
 DATA_PATH: str = (
     "stdlib" if ON_STANDIN else "english" if MISTRAL_MODEL_PATH == "smollm2" else "monology/pile-uncopyrighted"
 )
-DATA_SPLIT: str = "train"  # of a hub data set
+DATA_SPLIT: str = "train"  # of a hub data set; this and the next may be "a + b", one for each source of a mixture
 TEXT_FIELD: str = "text"  # of a record, or the column of a table: text, chat messages, or token ids of this model
 MAX_DOCUMENT_BYTES: int = 16_000_000  # of a line or a text; a longer one, which would fill the memory, is skipped
 CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones

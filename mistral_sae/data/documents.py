@@ -31,7 +31,7 @@ NAMED = 10  # fields, where the one that is wanted is in no record
 # owner/name, owner/name:configuration, owner/name@revision or with both
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:[\w.,+-]+)?(@[\w./-]+)?")
 _PACKED_FOLDERS = {".zip", ".tar", ".gz", ".tgz"}
-_DESCRIPTIONS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # that `datasets` saves beside the text
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}  # of `datasets`, no text
 
 
 class Skipped:

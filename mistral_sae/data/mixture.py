@@ -28,6 +28,14 @@ def sources_of(data_path: str) -> list[tuple[str, float]]:
     return [(match[1].strip(), weight / sum(weights)) for match, weight in zip(found, weights, strict=True) if match]
 
 
+def one_for_each(words: str, sources: int) -> list[str]:
+    """What "a + b" says of each of two sources, or "a" of all. Raises TextError where it is neither."""
+    found = words.split(" + ")
+    if len(found) not in (1, sources):
+        raise TextError(f"found {words!r} for {sources} sources of text: expected one for all, or one for each")
+    return found if len(found) == sources else found * sources
+
+
 Stream = tuple[str, float, Callable[..., Iterator[Document]]]  # name, share, and its documents from `start` on
 
 

@@ -33,7 +33,7 @@ from mistral_sae.data.documents import (
     fits_in_memory,
     in_memory,
 )
-from mistral_sae.data.mixture import interleaved, sources_of
+from mistral_sae.data.mixture import interleaved, one_for_each, sources_of
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.records import Document, TextError
 from mistral_sae.model.source import ModelError
@@ -70,7 +70,7 @@ class Corpus:
     """A corpus, its split into a training and a held-out part, and the length of its rows of tokens."""
 
     data_path: str  # as `documents` takes it, or several of these, "a*0.7 + b*0.3": a share of the documents each
-    split: str = "train"  # of a dataset on the hub
+    split: str = "train"  # of a dataset on the hub; as the next, "a + b" is one for each source of a mixture
     text_field: str = "text"
     held_out_fraction: float = 0.05
     seed: int = 0
@@ -103,7 +103,14 @@ class Corpus:
         return fingerprint(self.data_path)
 
     def _sources(self) -> list[tuple[Corpus, float]]:
-        return [(replace(self, data_path=path), share) for path, share in sources_of(self.data_path)]
+        """The corpora of a mixture and their shares; [] if it is none."""
+        if not (found := sources_of(self.data_path)):
+            return []
+        splits, fields = (one_for_each(words, len(found)) for words in (self.split, self.text_field))
+        return [
+            (replace(self, data_path=path, split=split, text_field=field), share)
+            for (path, share), split, field in zip(found, splits, fields, strict=True)
+        ]
 
     def documents(
         self, *, held_out: bool, epochs: bool = True, start: Place = BEGINNING, skipped: Skipped | None = None

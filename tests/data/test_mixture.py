@@ -87,6 +87,18 @@ def test_a_mixture_is_described_and_known_again_by_its_sources_and_shares(mixtur
     assert Corpus(f"a/b@{'a' * 40} + c/d:en@{'b' * 40}").fingerprint() == f"a/b@{'a' * 40}*0.5 + c/d:en@{'b' * 40}*0.5"
 
 
+def test_each_source_may_have_its_own_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "of a"}\n' * 9)
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "of b"}]}\n' * 9)
+    mixture = f"{tmp_path}/a.jsonl + {tmp_path}/b.jsonl"
+    corpus = Corpus(mixture, held_out_fraction=0.0, text_field="text + messages")
+    assert {document.text for document in islice(corpus.documents(held_out=False), 40)} == {"of a", "of b"}
+    with pytest.raises(TextError, match=r"no field 'text' in .*b.jsonl'; found 'messages'"):
+        Corpus(mixture).check()
+    with pytest.raises(TextError, match=r"found 'a \+ b \+ c' for 2 sources of text"):
+        Corpus(mixture, split="a + b + c").check()
+
+
 def test_a_source_without_documents_is_one_line(mixture, tmp_path):
     (tmp_path / "b/x.jsonl").write_text("{}")
     with pytest.raises(TextError, match=r"no document in '.*/b'"):
