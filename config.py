@@ -32,13 +32,14 @@ DTYPE: str | None = None  # of the language model, "float32" or "bfloat16"; None
 MESH: str | None = None
 
 # ---- text ----
-# "stdlib" (Python's standard library), "english" (prose in installed packages and manuals), a file or folder of .jsonl,
-# .jsonl.zst, .jsonl.gz, .parquet or .txt, or a data set on the Hugging Face hub, which is streamed
+# "stdlib" (Python's standard library), "english" (prose in installed packages and manuals), a file or folder of JSON,
+# CSV, parquet, arrow or plain text, packed or not, or a data set on the Hugging Face hub, which is streamed:
+# "owner/name", "owner/name:configuration" or with @revision. Or several with weights: "stdlib*0.7 + english*0.3"
 DATA_PATH: str = (
     "stdlib" if ON_STANDIN else "english" if MISTRAL_MODEL_PATH == "smollm2" else "monology/pile-uncopyrighted"
 )
-DATA_SPLIT: str = "train"  # of a hub data set
-TEXT_FIELD: str = "text"  # of a JSON line or a parquet column
+DATA_SPLIT: str = "train"  # of a hub data set; this and the next may be "a + b", one for each source of a mixture
+TEXT_FIELD: str = "text"  # of a record, or the column of a table: text, chat messages, or token ids of this model
 MAX_DOCUMENT_BYTES: int = 16_000_000  # of a line or a text; a longer one, which would fill the memory, is skipped
 CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones
 # Share of the documents kept for evaluation. The stand-in was trained without the same twentieth

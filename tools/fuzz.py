@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import io
 import json
+import lzma
 import shutil
 import sys
 import tempfile
@@ -281,6 +282,8 @@ def _write_documents(folder: Path) -> None:
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
     (folder / "d.txt").write_bytes(b"some words")
+    (folder / "f.json.xz").write_bytes(lzma.compress(b"[" + lines.strip().replace(b"\n", b",") + b"]"))
+    (folder / "g.csv").write_bytes(b"n,text\n" + b'1,"some words"\n' * 4)
     parquet.write_table(pyarrow.table({"text": ["some words"] * 4}), folder / "e.parquet")
 
 

@@ -173,7 +173,7 @@ IN_WORDS = {
 
 def python_spans(text: str) -> Spans | None:
     """Where the concepts stand in Python source; None where it does not parse, or not on this Python."""
-    if "\r" in text or "\f" in text:  # lines that the parser and the text itself count in two ways
+    if not text or "\r" in text or "\f" in text:  # lines that the parser and the text itself count in two ways
         return None
     try:
         with warnings.catch_warnings():

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from mistral_sae.cli import one_line, printable, size_of
 from mistral_sae.data.english import english_file
+from mistral_sae.data.forms import KINDS, file_records, kind_of, text_size
 from mistral_sae.data.place import BEGINNING, Place
-from mistral_sae.data.records import KINDS, Document, Fault, TextError, Wanted, document_of, file_records, kind_of
+from mistral_sae.data.records import Document, Fault, TextError, Wanted, document_of
 
 IN_MEMORY = 256_000_000  # bytes of text; up to that a local corpus is held in memory and shuffled
 PIECES = 16  # of a file, that its fingerprint reads
@@ -27,8 +28,10 @@ GIVE_UP_AFTER = 10_000  # records without a document among them: a wrong field, 
 MAX_DOCUMENT_BYTES = 16_000_000  # of a line of a file, or the text of a record; a longer one is skipped
 NAMED = 10  # fields, where the one that is wanted is in no record
 
-_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # owner/name, owner/name@revision
-_FILE_SUFFIXES = {*KINDS, ".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".tar", ".xz", ".bz2", ".arrow"}
+# owner/name, owner/name:configuration, owner/name@revision or with both
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:[\w.,+-]+)?(@[\w./-]+)?")
+_PACKED_FOLDERS = {".zip", ".tar", ".gz", ".tgz"}
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}  # of `datasets`, no text
 
 
 class Skipped:
@@ -37,10 +40,6 @@ class Skipped:
     KEEP = 3
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin to count again."""
         self.count, self.first = 0, list[str]()
 
     def add(self, where: str, reason: str) -> None:
@@ -48,6 +47,11 @@ class Skipped:
         self.count += 1
         if len(self.first) < self.KEEP:
             self.first.append(printable(f"{where}: {reason}"))
+
+    def take(self, other: "Skipped") -> None:
+        """Count what another has counted, too."""
+        self.count += other.count
+        self.first += other.first[: self.KEEP - len(self.first)]
 
     def summary(self) -> str:
         """One line for people, or "" when nothing was skipped."""
@@ -70,9 +74,10 @@ def documents(
     """The documents of a corpus from `start` on, once each, in an order that depends on nothing but the corpus.
 
     `data_path` is "stdlib", "english" (see data/english.py), a local file of one of the KINDS, a folder of such files
-    (read in the order of their paths, hidden ones left out), or the name of a dataset on the Hugging Face hub, or
-    name@revision, whose `split` is streamed. Ids are `file:line` (from 1), `file:row` for parquet (from 0), the path of
-    a .txt, library or English file, and `name:index` on the hub; paths are relative to `data_path`.
+    (read in the order of their paths, linked folders too, hidden ones left out), or the name of a dataset on the
+    Hugging Face hub as owner/name, owner/name:configuration or with @revision, whose `split` is streamed. Ids are
+    `file:line` (from 1; of a JSON array `file:element`), `file:row` for parquet and arrow (from 0), the path of a .txt,
+    library or English file, and `name:index` on the hub; paths are relative to `data_path`.
 
     Records that hold no text, or more than `max_bytes` of it, are counted in `skipped`: of what is read from `start`
     on. Raises TextError where there is nothing to read, where no record is a document, and for a file that is truncated
@@ -98,7 +103,7 @@ def documents(
         names = ", ".join(one_line(repr(name)) for name in fields)
         raise TextError(f"no field {text_field!r} in {data_path!r}; found {names}: choose one of them as TEXT_FIELD")
     why = skipped.summary() or "it is empty"
-    raise TextError(f"no document in {data_path!r}: {why}. Point DATA_PATH at text")
+    raise TextError(f"no document in {data_path!r}: {why}. Point DATA_PATH at text: {KINDS}")
 
 
 def check(data_path: str, text_field: str = "text", max_bytes: int = MAX_DOCUMENT_BYTES) -> str:
@@ -112,7 +117,7 @@ def check(data_path: str, text_field: str = "text", max_bytes: int = MAX_DOCUMEN
     next(documents(data_path, text_field=text_field, max_bytes=max_bytes))
     if data_path == "english":
         return f"English in the packages and manuals of this machine, {size_of(files[0][1].stat().st_size)}"
-    kinds = " and ".join(sorted({kind_of(path) for _, path in files}))
+    kinds = " and ".join(sorted({"".join(kind_of(path)) or "text" for _, path in files}))
     size = size_of(sum(path.stat().st_size for _, path in files))
     return f"{len(files):,} file{'s' * (len(files) > 1)}, {size} of {kinds}"
 
@@ -122,7 +127,7 @@ def in_memory(documents: Iterable[Document]) -> list[Document] | None:
     found, size = [], 0
     for document in documents:
         found.append(document)
-        size += len(document.text)
+        size += len(document.text) + (0 if document.tokens is None else document.tokens.nbytes)
         if size > IN_MEMORY:
             return None
     return found
@@ -131,7 +136,7 @@ def in_memory(documents: Iterable[Document]) -> list[Document] | None:
 def fits_in_memory(data_path: str) -> bool:
     """True if a corpus may be held as a list, by the sizes of its files; one on the hub may not."""
     files = _files(data_path)
-    return files is not None and sum(p.stat().st_size * KINDS.get(kind_of(p), 1) for _, p in files) <= IN_MEMORY
+    return files is not None and sum(text_size(path) for _, path in files) <= IN_MEMORY
 
 
 def fingerprint(data_path: str) -> str:
@@ -187,37 +192,50 @@ def _files(data_path: str) -> list[tuple[str, Path]] | None:
         return [("english.jsonl", english_file())]
     root = Path(data_path).expanduser()
     if not data_path or not root.exists():
-        if _HUB_NAME.fullmatch(data_path) and kind_of(root) not in _FILE_SUFFIXES:
+        if _HUB_NAME.fullmatch(data_path) and not kind_of(root)[0] and root.suffix not in _PACKED_FOLDERS:
             return None
         raise TextError(
-            f"there is no file or folder {data_path!r}: DATA_PATH takes 'stdlib', 'english', a path "
-            "that exists, or a Hugging Face dataset as 'owner/name'"
+            f"there is no file or folder {data_path!r}: DATA_PATH takes 'stdlib', 'english', a path that exists, a "
+            "Hugging Face dataset as 'owner/name' or 'owner/name:configuration', or a mixture as 'a*0.7 + b*0.3'"
         )
+    if (root / "dataset_dict.json").is_file():
+        splits = sorted(path.name for path in root.iterdir() if path.is_dir())
+        raise TextError(f"{root} holds the splits {', '.join(splits)}: DATA_PATH takes one, as in {root / splits[0]}")
     files = []
-    for path in [root] if root.is_file() else root.rglob("*"):
+    for path in [root] if root.is_file() else _files_below(root):
         name = path.relative_to(root.parent if path == root else root).as_posix()
         hidden = "/." in f"/{name}" and path != root
-        if not hidden and kind_of(path) in KINDS and path.is_file():
+        is_text = path == root or (kind_of(path)[0] and path.name not in _DESCRIPTIONS)
+        if is_text and not hidden and path.is_file():
             # A name that is not UTF-8 would break whatever hashes or prints the id
             files.append((name.encode("utf-8", "replace").decode(), path))
     if not files:
-        raise TextError(f"{root} holds no text of a kind that is read: DATA_PATH takes {', '.join(KINDS)}")
+        raise TextError(f"{root} holds no text of a kind that is read: DATA_PATH takes {KINDS}")
     return sorted(files)
+
+
+def _files_below(root: Path, left_out: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files of a folder and of all below it but those whose names end so; of several links to one the first counts."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.endswith(left_out))
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in names)
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, folders, names in os.walk(root):
-        # Installed packages can live inside the library's folder, and are many
-        folders[:] = [name for name in folders if not name.endswith(("site-packages", "dist-packages"))]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return [(path.relative_to(root).as_posix(), path) for path in sorted(files)]
+    # Installed packages can live inside the library's folder, and are many
+    below = _files_below(root, ("site-packages", "dist-packages"))
+    return [(path.relative_to(root).as_posix(), path) for path in sorted(below) if path.suffix == ".py"]
 
 
 @cache
 def _on_hub(data_path: str) -> tuple[str, str | None]:
-    """Name and commit of a dataset: as the hub says, which is asked once, or as they were when it was last read here.
+    """Name, with the configuration, and commit of a dataset: as the hub says, asked once, or as it was last read here.
 
     Where neither knows the commit it is the revision that was asked for, or None; reading then says what is wrong.
     """
@@ -225,13 +243,13 @@ def _on_hub(data_path: str) -> tuple[str, str | None]:
     from huggingface_hub import dataset_info, try_to_load_from_cache
 
     name, _, words = data_path.partition("@")
-    revision = words or None
+    revision, repo = words or None, name.partition(":")[0]
     if re.fullmatch("[0-9a-f]{40}", words):
         return name, revision
     with contextlib.suppress(OSError, HTTPError, ValueError):
-        return name, dataset_info(name, revision=revision, timeout=10).sha
+        return name, dataset_info(repo, revision=revision, timeout=10).sha
     with contextlib.suppress(OSError, ValueError):
-        read = try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision)
+        read = try_to_load_from_cache(repo, "README.md", repo_type="dataset", revision=revision)
         return name, Path(read).parent.name if isinstance(read, str) else revision
     return name, revision
 
@@ -246,8 +264,9 @@ def _hub_records(data_path: str, wanted: Wanted, split: str, start: Place) -> It
     huggingface_hub.logging.set_verbosity_error()
 
     what, (name, commit) = "cannot be opened", _on_hub(data_path)  # the same commit in every epoch
+    repo, _, config = name.partition(":")
     try:
-        dataset = datasets.load_dataset(name, split=split, streaming=True, revision=commit)
+        dataset = datasets.load_dataset(repo, name=config or None, split=split, streaming=True, revision=commit)
         if start.hub is not None:
             dataset.load_state_dict(start.hub)
         records = iter(dataset)
@@ -262,6 +281,6 @@ def _hub_records(data_path: str, wanted: Wanted, split: str, start: Place) -> It
     except Exception as error:  # of many kinds: the library lets through those of httpx, fsspec and pyarrow
         why = f"{type(error).__name__}: {one_line(error)}"
         raise TextError(
-            f"the dataset {data_path!r} (split {split!r}) {what}: {why}. Check name, split and network, or use a local "
-            "copy"
+            f"the dataset {data_path!r} (split {split!r}) {what}: {why}. Check name, configuration (as in "
+            "'owner/name:configuration'), split and network, or use a local copy"
         ) from error

@@ -25,6 +25,7 @@ class Place(NamedTuple):
     record: Number = 0
     offset: Number = 0
     hub: dict[str, Any] | None = None  # of a dataset on the hub: its state_dict before the record
+    mixed: list[dict[str, Any]] | None = None  # of a mixture: for each source the place of its next document
     # The row: tokens of the document that are in rows before it
     tokens: Number = 0
     # The window of shuffled rows: its number, and those of its rows that are in earlier buffers

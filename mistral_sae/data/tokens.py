@@ -17,7 +17,8 @@ import queue
 import random
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,12 +33,15 @@ from mistral_sae.data.documents import (
     fits_in_memory,
     in_memory,
 )
+from mistral_sae.data.mixture import interleaved, one_for_each, sources_of
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.records import Document, TextError
+from mistral_sae.model.source import ModelError
 from mistral_sae.model.tokenizer import Tokenizer
 
 # Seconds to wait at the end for the item under way, which may hang on the network; the thread is a daemon
 JOIN = 1.0
+GIVE_UP_AFTER = 1000  # conversations that the chat format does not take, one after the other
 
 Item = TypeVar("Item")
 
@@ -65,8 +69,8 @@ def is_held_out(document_id: str, fraction: float) -> bool:
 class Corpus:
     """A corpus, its split into a training and a held-out part, and the length of its rows of tokens."""
 
-    data_path: str  # "stdlib", a file, a folder or the name of a dataset on the Hugging Face hub
-    split: str = "train"  # of a dataset on the hub
+    data_path: str  # as `documents` takes it, or several of these, "a*0.7 + b*0.3": a share of the documents each
+    split: str = "train"  # of a dataset on the hub; as the next, "a + b" is one for each source of a mixture
     text_field: str = "text"
     held_out_fraction: float = 0.05
     seed: int = 0
@@ -88,11 +92,25 @@ class Corpus:
 
     def check(self) -> str:
         """A short description; a local corpus is read up to its first document. Raises TextError if it has none."""
+        if sources := self._sources():
+            return "; ".join(f"{100 * share:.3g}% from {source.check()}" for source, share in sources)
         return check(self.data_path, self.text_field, self.max_document_bytes)
 
     def fingerprint(self) -> str:
         """A hash of the names, sizes and contents of the corpus's files; of a dataset on the hub name@commit."""
+        if sources := self._sources():
+            return " + ".join(f"{source.fingerprint()}*{share:.6g}" for source, share in sources)
         return fingerprint(self.data_path)
+
+    def _sources(self) -> list[tuple[Corpus, float]]:
+        """The corpora of a mixture and their shares; [] if it is none."""
+        if not (found := sources_of(self.data_path)):
+            return []
+        splits, fields = (one_for_each(words, len(found)) for words in (self.split, self.text_field))
+        return [
+            (replace(self, data_path=path, split=split, text_field=field), share)
+            for (path, share), split, field in zip(found, splits, fields, strict=True)
+        ]
 
     def documents(
         self, *, held_out: bool, epochs: bool = True, start: Place = BEGINNING, skipped: Skipped | None = None
@@ -106,10 +124,18 @@ class Corpus:
         They begin with the one at `start`, a place of this same stream. `skipped` counts what the first epoch that is
         read left out, from `start` on where the corpus is not kept in memory. Raises TextError where there is nothing
         to read, where the part has no document, and for damaged files.
+
+        Of a mixture each source is such a stream, and the mixture ends with the first of them that does.
         """
-        held = in_memory(self._part(held_out, BEGINNING, skipped)) if fits_in_memory(self.data_path) else None
-        if held is None and skipped is not None:
-            skipped.clear()
+        if sources := self._sources():
+            options: Any = {"held_out": held_out, "epochs": epochs, "skipped": skipped}
+            streams = [(each.data_path, share, partial(each.documents, **options)) for each, share in sources]
+            yield from interleaved(streams, "held out" if held_out else self.seed, start)
+            return
+        left_out = Skipped()
+        held = in_memory(self._part(held_out, BEGINNING, left_out)) if fits_in_memory(self.data_path) else None
+        if held is not None and skipped is not None:
+            skipped.take(left_out)
         for epoch in itertools.count(start.epoch):
             begin = start if epoch == start.epoch else Place(epoch)
             if held is None:
@@ -151,7 +177,7 @@ class Corpus:
     ) -> Iterator[Row]:
         """Rows of token ids of one part from `start` on, as `pack` makes them. Raises TextError as `documents` does."""
         documents = self.documents(held_out=held_out, epochs=epochs, start=start, skipped=skipped)
-        return pack(documents, tokenizer, self.context_length, start)
+        return pack(documents, tokenizer, self.context_length, start, skipped)
 
     def held_out_rows(self, tokenizer: Tokenizer, n_rows: int, stride: int = 1) -> torch.Tensor:
         """Every `stride`-th row of the held-out part, (R, T) with R up to `n_rows`. Raises TextError if it has none."""
@@ -163,8 +189,29 @@ class Corpus:
         return rows
 
 
+def tokens_of(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids (int32) of a document, without a BOS before them; messages in the model's own chat format.
+
+    Raises ModelError for messages that this format does not take, TextError for ids that the tokenizer does not have.
+    """
+    if document.tokens is not None:
+        if (largest := document.tokens.max()) >= tokenizer.vocab_size:
+            found = f"found token id {largest} in {document.id}, expected at most {tokenizer.vocab_size - 1}"
+            raise TextError(f"{found}: use tokens of this model's tokenizer, or text")
+        ids = document.tokens
+    elif document.messages is not None:
+        ids = np.asarray(tokenizer.chat(document.messages), np.int32)
+    else:
+        return np.asarray(tokenizer.encode(document.text), np.int32)
+    return ids[1:] if ids[0] == tokenizer.bos_id else ids
+
+
 def pack(
-    documents: Iterable[Document], tokenizer: Tokenizer, context_length: int, start: Place = BEGINNING
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    context_length: int,
+    start: Place = BEGINNING,
+    skipped: Skipped | None = None,
 ) -> Iterator[Row]:
     """Rows of token ids, T = `context_length` each: full, without padding.
 
@@ -172,8 +219,9 @@ def pack(
     A document that does not fit goes on in the next row, so no token is lost but those of the last row of a finite
     stream, where it is not full. A document is tokenized whole, because a cut could change its tokens.
 
-    Of the first document `start.tokens` tokens are left out, which earlier rows hold. Raises ValueError where a row has
-    no room for text.
+    Of the first document `start.tokens` tokens are left out, which earlier rows hold. Conversations that the chat
+    format does not take are counted in `skipped`; the ModelError is raised after many without another document. Raises
+    ValueError where a row has no room for text.
     """
     if context_length < 2:
         raise ValueError(f"a row of {context_length} tokens has no room for text after its BOS: use 2 or more")
@@ -182,9 +230,17 @@ def pack(
         no_document = np.full(context_length, -1, np.int32)
         return Row(np.full(context_length, tokenizer.bos_id, np.int32), no_document, [], place)
 
-    row, filled, used = empty(start), 1, start.tokens
+    row, filled, used, refused = empty(start), 1, start.tokens, 0
     for document in documents:
-        tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int32)[used:]
+        try:
+            tokens, refused = tokens_of(document, tokenizer)[used:], 0
+        except ModelError as error:
+            refused += 1
+            if refused == GIVE_UP_AFTER:
+                raise
+            if skipped is not None:
+                skipped.add(document.id, str(error))
+            continue
         if filled > 1 and len(tokens):
             filled += 1  # the BOS between two documents, which `empty` has put there
         while True:

@@ -7,6 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Tokenizer(ABC):
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids, BOS included, of {"role", "content"} messages in the model's own chat format.
 
-        Raises ModelError if the tokenizer has none or refuses the messages.
+        After a user's message they are the prompt of a reply, after an assistant's a whole conversation. Raises
+        ModelError if the tokenizer has no such format or refuses the messages.
         """
         try:
             return self._chat(messages)
@@ -176,7 +178,14 @@ class _MistralCommon(Tokenizer):
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
         request: Any = ChatCompletionRequest.model_validate({"messages": messages})
-        return self._instruct.encode_chat_completion(request).tokens
+        instruct = self._of_whole_conversations if messages[-1]["role"] == "assistant" else self._instruct
+        return instruct.encode_chat_completion(request).tokens
+
+    @cached_property
+    def _of_whole_conversations(self) -> Any:
+        from mistral_common.protocol.instruct.validator import ValidationMode
+
+        return type(self._instruct).from_file(self._base.file_path, mode=ValidationMode.finetuning)
 
 
 class _Transformers(Tokenizer):
@@ -212,7 +221,8 @@ class _Transformers(Tokenizer):
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
         if not self._hf.chat_template:
             raise ValueError("it has no chat template; use an instruct model")
-        return self._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        is_prompt = messages[-1]["role"] != "assistant"
+        return self._hf.apply_chat_template(messages, add_generation_prompt=is_prompt, return_dict=False)
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:

@@ -218,9 +218,9 @@ def test_a_path_that_is_not_there_is_an_error_that_lists_what_is_taken(path, tmp
 
 
 def test_a_file_or_folder_of_an_unknown_kind_is_an_error_that_lists_the_known_ones(tmp_path):
-    (tmp_path / "a.csv").write_text("text\nx\n")
-    for path in (tmp_path, tmp_path / "a.csv"):
-        with pytest.raises(TextError, match=r"\.jsonl, \.jsonl\.zst, \.jsonl\.gz, \.parquet, \.txt"):
+    (tmp_path / "a.pdf").write_text("%PDF-1.7\nx\n")
+    for path in (tmp_path, tmp_path / "a.pdf"):
+        with pytest.raises(TextError, match=r"\.jsonl, \.json, .*, \.arrow, also packed as \.gz, \.zst"):
             check(str(path), "text")
 
 
@@ -273,8 +273,8 @@ def hub(tmp_path, monkeypatch):
     load = datasets.load_dataset
     calls = []
 
-    def load_local(name, **options):
-        calls.append((name, options))
+    def load_local(path, **options):
+        calls.append((path, options))
         return load(str(tmp_path / "hub"), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
@@ -291,7 +291,7 @@ def test_a_dataset_of_the_hub_is_streamed(hub):
     assert found == [("owner/name:0", "one"), ("owner/name:2", "three")]
     assert skipped.first == ["owner/name:1: field 'text' is null"]
     assert texts("owner/name", split="test") == ["held"]
-    assert calls[0] == ("owner/name", {"split": "train", "streaming": True, "revision": None})
+    assert calls[0] == ("owner/name", {"name": None, "split": "train", "streaming": True, "revision": None})
 
 
 @pytest.fixture
@@ -345,6 +345,25 @@ def test_a_revision_that_is_named_is_streamed_and_ids_are_the_same_in_all(hub):
     (folder / "train.jsonl").write_text('{"text": "one"}\n')
     assert [document.id for document in documents("owner/name@v9")] == ["owner/name:0"]
     assert calls[0][1]["revision"] == "v9"
+
+
+def test_a_configuration_of_a_dataset_is_named_after_a_colon(hub):
+    folder, calls = hub
+    card = ["---", "configs:"]
+    for name in ("en", "realnewslike"):
+        (folder / name).mkdir()
+        (folder / name / "x.jsonl").write_bytes(lines(f"of {name}"))
+        card += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/*.jsonl"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+    assert [d[:2] for d in documents("owner/c4:en")] == [("owner/c4:en:0", "of en")]
+    assert [d.id for d in documents("owner/c4:realnewslike@v2")] == ["owner/c4:realnewslike:0"]
+    assert calls[1][1]["revision"] == "v2"
+    assert check("owner/c4:en") == "owner/c4:en, streamed from the hub"
+    assert fingerprint(f"owner/c4:en@{'a' * 40}") == f"owner/c4:en@{'a' * 40}"
+    with pytest.raises(TextError, match=r"configs: \['en', 'realnewslike'\].*as in 'owner/name:configuration'"):
+        texts("owner/c4")
+    with pytest.raises(TextError, match=r"no file or folder 'owner/c4/en'.*'owner/name:configuration'"):
+        texts("owner/c4/en")
 
 
 def test_a_wrong_field_of_a_hub_dataset_is_an_error_that_names_its_columns(hub):

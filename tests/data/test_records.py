@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import tracemalloc
 from contextlib import suppress
 
@@ -157,8 +158,14 @@ def small_files():
     lines = b"".join(record(f"document {i} of a few words") for i in range(30))
     table = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["some words"] * 30, "n": list(range(30))}), table)
+    stream = io.BytesIO()
+    with pyarrow.ipc.new_stream(stream, schema := pyarrow.schema({"text": pyarrow.string()})) as writer:
+        writer.write_table(pyarrow.table({"text": ["some words"] * 30}, schema), max_chunksize=9)
     packed = gzip.compress(lines[:500]) + gzip.compress(lines[500:])
-    return {".jsonl": lines, ".jsonl.gz": packed, ".jsonl.zst": zstandard.compress(lines), ".parquet": table.getvalue()}
+    packed_files = {".jsonl.gz": packed, ".jsonl.zst": zstandard.compress(lines), ".json.xz": lzma.compress(lines)}
+    array = json.dumps([{"text": "some words"}] * 30).encode()
+    tables = {".parquet": table.getvalue(), ".arrow": stream.getvalue(), ".csv": b"text,n\nsome words,3\n" * 9}
+    return {".jsonl": lines, ".json": array} | packed_files | tables
 
 
 FILES = small_files()

@@ -1,8 +1,11 @@
 """A stream that goes on from a place: the same batches, bit by bit, at a price that does not grow with the step."""
 
+import bz2
+import csv
 import gc
 import gzip
 import json
+import lzma
 import threading
 import tracemalloc
 from contextlib import contextmanager, suppress
@@ -15,20 +18,23 @@ import zstandard
 
 from mistral_sae.cli import UserError
 from mistral_sae.data import documents as documents_module
-from mistral_sae.data import records
+from mistral_sae.data import forms, tables
 from mistral_sae.data.activations import shuffled_batches
 from mistral_sae.data.documents import Skipped, documents
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
+from mistral_sae.model.source import ModelError
 
 T, WINDOW, BUFFER_ROWS, BATCH = 9, 40, 10, 24
+MIXED = ["mixture", "mixture in memory"]
 KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", "memory", "hub jsonl", "hub parquet"]
+KINDS += [".json", ".csv", ".arrow", ".jsonl.xz", "token ids", "messages", *MIXED]
 
 
 class Letters:
     """A tokenizer of one token a character that counts the texts it was given."""
 
-    bos_id = 0
+    bos_id, vocab_size = 0, 128
 
     def __init__(self):
         self.calls = 0
@@ -36,6 +42,11 @@ class Letters:
     def encode(self, text):
         self.calls += 1
         return [ord(letter) for letter in text]
+
+    def chat(self, messages):
+        if "7" in messages[0]["content"]:
+            raise ModelError("this chat format takes no seven")
+        return [self.bos_id, *self.encode("".join(f"<{each['role']}>{each['content']}" for each in messages))]
 
 
 class Echo:
@@ -87,15 +98,28 @@ def text_of(file, number):
     return f"{file} {number} " + "abcdefgh"[number % 8] * (5 + number * 7 % 90)
 
 
+def record_of(kind, text):
+    if text and kind == "token ids":
+        return [Letters.bos_id, *map(ord, text)]
+    if text and kind == "messages":
+        return [{"role": "user", "content": text[:4]}, {"role": "assistant", "content": text[4:]}]
+    return text
+
+
+PACK = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+
+
 def write_corpus(folder, kind, n_files=3, n_records=40):
     """Files whose records are documents, bad ones and, in JSON lines, empty lines."""
     import pyarrow
     import pyarrow.parquet
 
     folder.mkdir(parents=True)
+    if kind in MIXED:
+        return [write_corpus(folder / part, part, n_files, n_records) for part in (".jsonl", ".parquet")]
     for file in range(n_files):
         texts = [None if number % 11 == 3 else text_of(file, number) for number in range(n_records)]
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        lines = [json.dumps({"text": record_of(kind, text)}) + "\n" for text in texts]
         if "hub" not in kind:
             lines[::9] = ["\n" for _ in lines[::9]]
             lines[5] = "no json\n"
@@ -105,11 +129,17 @@ def write_corpus(folder, kind, n_files=3, n_records=40):
         elif kind == ".txt":
             for number, text in enumerate(texts):
                 (folder / f"{file}-{number:03}.txt").write_text(text or "")
-        elif kind == ".jsonl.gz":
-            (folder / f"{file}{kind}").write_bytes(gzip.compress(packed[:700]) + gzip.compress(packed[700:]))
-        elif kind == ".jsonl.zst":
-            frames = zstandard.compress(packed[:700]) + zstandard.compress(packed[700:])
-            (folder / f"{file}{kind}").write_bytes(frames)
+        elif kind == ".json":
+            (folder / f"{file}.json").write_text(json.dumps([{"text": text} for text in texts], indent=file))
+        elif kind == ".csv":
+            with open(folder / f"{file}.csv", "w", newline="") as table:
+                csv.writer(table).writerows([["text", "n"], *([f"{text}\n!", 1] for text in texts), ["bad"]])
+        elif kind == ".arrow":
+            table = pyarrow.table({"text": texts})
+            with pyarrow.ipc.new_stream(str(folder / f"{file}.arrow"), table.schema) as writer:
+                writer.write_table(table, max_chunksize=7)
+        elif pack := PACK.get(kind.removeprefix(".jsonl")):
+            (folder / f"{file}{kind}").write_bytes(pack(packed[:700]) + pack(packed[700:]))
         else:
             (folder / f"{file}.jsonl").write_bytes(packed)
 
@@ -121,12 +151,13 @@ def corpus_of(tmp_path, monkeypatch):
 
     load = datasets.load_dataset
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: load(str(tmp_path / "text"), **options))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: load(str(tmp_path / "text"), **options))
 
     def of(kind, **sizes):
-        monkeypatch.setattr(documents_module, "IN_MEMORY", 10**9 if kind == "memory" else 0)
+        monkeypatch.setattr(documents_module, "IN_MEMORY", 10**9 if kind.endswith("memory") else 0)
         write_corpus(tmp_path / "text", kind, **sizes)
-        return "owner/name" if "hub" in kind else str(tmp_path / "text")
+        mixture = " + ".join(f"{tmp_path}/text/{part}" for part in (".jsonl*0.7", ".parquet*0.3"))
+        return mixture if kind in MIXED else "owner/name" if "hub" in kind else str(tmp_path / "text")
 
     return of
 
@@ -141,10 +172,11 @@ def closing(run):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_goes_on_from_any_of_its_places_gets_the_same_batches(corpus_of, kind):
-    path = corpus_of(kind)
+    path = corpus_of(kind, n_files=2 if kind in MIXED else 3)
     with closing(Run(path)) as run:
         whole = run.take(500)
-    assert whole[-1].place.epoch >= 2
+    last = whole[-1].place
+    assert (last.mixed or [last._asdict()])[0]["epoch"] >= 2
     for step in [1, 2, 3, 4, 7, 12, 40, 41, 99, 200, 333, 450]:
         place = through_json(whole[step - 1].place)
         for again in range(step, min(step + 40, len(whole)), 9):  # and stopped again, and again
@@ -176,7 +208,7 @@ def test_going_on_costs_a_window_and_a_buffer_whatever_the_step(corpus_of, kind,
             place for step, (_, place) in enumerate(islice(run.batches, last_step), 1) if step in (100, last_step)
         ]
     parsed = []
-    for module in (records, documents_module):
+    for module in (forms, tables, documents_module):
         parse = module.document_of
         monkeypatch.setattr(module, "document_of", lambda *args, parse=parse: parsed.append(args[0]) or parse(*args))
     for place in places:

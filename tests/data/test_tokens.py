@@ -16,15 +16,21 @@ from mistral_sae.data import tokens
 from mistral_sae.data.documents import Skipped, documents
 from mistral_sae.data.records import Document, TextError
 from mistral_sae.data.tokens import Corpus, Row, batches, is_held_out, pack, prefetch, shuffle
+from mistral_sae.model.source import ModelError
 
 
 class Letters:
     """A tokenizer of one token a character, with the BOS that a test can see: 0."""
 
-    bos_id = 0
+    bos_id, vocab_size = 0, 128
 
     def encode(self, text):
         return [ord(letter) for letter in text]
+
+    def chat(self, messages):
+        if messages[0]["role"] != "user":
+            raise ModelError("the first message is of no user")
+        return [0, *self.encode("".join(f"<{each['content']}>" for each in messages))]
 
 
 def lines(*texts):
@@ -193,6 +199,38 @@ def test_every_token_of_a_row_is_of_the_document_it_came_from():
         last = max(found, key=int)
         assert contents[int(last)].startswith(found.pop(last))  # the corpus ends in a row that is not full
         assert found == {str(i): text for i, text in enumerate(contents[: int(last)]) if text}
+
+
+def test_token_ids_and_conversations_are_packed_like_text_and_their_own_bos_is_not_doubled():
+    def ids(*ids):
+        return Document(f"ids {ids}", "", tokens=np.array(ids, np.int32))
+
+    def messages(*roles):
+        return Document(f"messages {roles}", "hi", messages=[{"role": role, "content": "hi"} for role in roles])
+
+    documents = [
+        ids(97, 98),
+        ids(0, 99, 0, 100),
+        ids(0),
+        messages("user", "assistant"),
+        messages("system"),
+        *as_documents("x"),
+    ]
+    skipped = Skipped()
+    (row,) = pack(documents, Letters(), 18, skipped=skipped)
+    assert "".join(map(chr, row.tokens)).replace("\0", "^") == "^ab^c^d^<hi><hi>^x"
+    assert row.document_of.tolist() == [-1, 0, 0, -1, 1, 1, 1, -1, *[2] * 8, -1, 3]
+    assert skipped.first == ["messages ('system',): the first message is of no user"]
+    with pytest.raises(TextError, match=r"token id 128 in ids \(1, 128\), expected at most 127: use tokens of this"):
+        next(pack([ids(1, 128)], Letters(), 4))
+
+
+def test_a_chat_format_that_takes_no_conversation_is_an_error_and_no_endless_loop():
+    refused = Document("a.jsonl:1", "hi", messages=[{"role": "system", "content": "hi"}])
+    with pytest.raises(ModelError, match="is of no user"):
+        next(pack(itertools.repeat(refused), Letters(), 8))
+    mostly = (document for _ in range(3) for document in [*[refused] * 900, *as_documents("a")])
+    assert len(list(pack(mostly, Letters(), 2))) == 3
 
 
 def test_a_row_is_not_changed_by_those_after_it():

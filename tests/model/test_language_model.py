@@ -450,6 +450,18 @@ def test_a_chat_begins_with_bos_and_the_instruction_marker(tokenizer):
         tokenizer.chat([{"role": "nobody"}])
 
 
+def test_a_conversation_that_an_assistant_ends_is_whole_and_no_prompt(tokenizer):
+    reply = {"role": "assistant", "content": "hello"}
+    ids = tokenizer.chat([*MESSAGES, reply])
+    prompt = tokenizer.chat(MESSAGES)
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode(ids[len(prompt) :]).strip() == "hello"
+    assert ids[-1] == tokenizer.eos_id
+    again = tokenizer.chat([*MESSAGES, reply, *MESSAGES])
+    assert again[: len(ids)] == ids
+    assert tokenizer.token_bytes(again[-1]) == b"[/INST]"
+
+
 @pytest.mark.parametrize("engine", ["mistral-inference", "transformers"])
 def test_the_head_beside_the_first_layers_gives_logits_of_vectors_but_of_no_text(mistral_folder, tokens_BT, engine):
     whole = load_model(mistral_folder, engine=engine)
