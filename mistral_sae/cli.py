@@ -1,6 +1,7 @@
 """What the three scripts share with the shell: NAME=value arguments, progress, one-line errors and exit codes."""
 
 import ast
+import asyncio
 import difflib
 import inspect
 import json
@@ -8,8 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from itertools import product
 from pathlib import Path
 from types import FrameType, GenericAlias, ModuleType, TracebackType
@@ -344,7 +345,25 @@ class Progress(tqdm):
         if not sys.stderr.isatty():
             quiet = dict.fromkeys(("mininterval", "maxinterval", "delay"), QUIET_SECONDS)
             options |= {"file": _Lines(), "ncols": 100} | quiet
+        options.setdefault("miniters", 0)  # so that a bar that does not move may be drawn, with what it waits for
         super().__init__(*args, **options)
+
+    @asynccontextmanager
+    async def showing(self, words: Callable[[], str]) -> AsyncIterator[None]:
+        """Show words behind the bar that are asked for once a second, while the body waits for others."""
+
+        async def ask() -> None:
+            while True:
+                self.set_postfix_str(words())
+                self.update(0)
+                await asyncio.sleep(1)
+
+        asking = asyncio.create_task(ask())
+        try:
+            yield
+        finally:
+            asking.cancel()
+            self.set_postfix_str(words())
 
     def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
         """Set what stands behind the bar, shown with the next update."""

@@ -1,6 +1,7 @@
 """What servers say, and how they want to be asked."""
 
 import asyncio
+import json
 
 import pytest
 from asking import SCHEMA, ask, lines, opened, request, serve
@@ -194,6 +195,74 @@ def test_an_answer_among_the_thoughts_is_read(journal):
         body = {"choices": [{"message": {"content": None, field: '{"a": 1}'}, "finish_reason": "stop"}]}
         with serve(lambda asked, body=body: Raw(200, body)) as server:
             assert ask(server, journal, field)[0][0][:2] == ("ok", '{"a": 1}')
+
+
+def streamed(*deltas, end=("[DONE]",), finish="stop", **last):
+    """The body of a stream of chat completion chunks."""
+    choices = [{"delta": delta, "finish_reason": None} for delta in deltas] + [{"delta": {}, "finish_reason": finish}]
+    pieces = [json.dumps({"choices": [choice]}) for choice in choices] + [json.dumps({"choices": []} | last)]
+    return "".join(f"data: {piece}\n\n" for piece in (*pieces, *end))
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            streamed({"role": "assistant", "content": None}, {"content": "a\u2028"}, {"content": "b"}),
+            ("ok", "a\u2028b"),
+        ),
+        (": WAITING\n\n" + streamed({"content": "a"}), ("ok", "a")),
+        (streamed({"reasoning_content": '{"a"'}, {"reasoning_content": ": 1}"}), ("ok", '{"a": 1}')),
+        (streamed({"content": "[1, "}, {"content": "2"}, finish="length"), ("truncated", "[1, 2")),
+        (
+            streamed({"content": "a"}, end=(), finish=None),
+            ("failed", "2 attempts failed, the last with a reply that broke"),
+        ),
+        (
+            streamed({"content": "a"}, error={"message": "Overloaded"}),
+            ("failed", "2 attempts failed, the last with HTTP"),
+        ),
+        ({"success": True, "data": {"choices": [{"message": {"content": "a"}}]}}, ("ok", "a")),
+    ],
+)
+def test_an_answer_in_a_stream_or_an_envelope_is_read(journal, body, expected):
+    raw = Raw(200, body, {"Content-Type": "text/event-stream"} if isinstance(body, str) else {})
+    with serve(lambda asked: raw) as server:
+        (completion,), _ = ask(server, journal, "x", attempts=2, longest_reply=100)
+    assert completion.status == expected[0]
+    assert completion.text.startswith(expected[1])
+    assert len(server.log) == 1 + (completion.status == "failed")
+
+
+def test_the_tokens_of_a_stream_are_its_own_or_estimated(journal):
+    bodies = [
+        streamed({"content": "abcdefg"}),
+        streamed({"content": "a"}, usage={"prompt_tokens": 7, "completion_tokens": 9}),
+    ]
+    with serve(lambda asked: Raw(200, bodies[asked.content == "counted"])) as server:
+        (estimated, counted), _ = ask(server, journal, "estimated", "counted")
+    assert estimated[2:] == (3 + 3, 2)
+    assert counted[2:] == (7, 9)
+
+
+@pytest.mark.parametrize(
+    ("message", "loops"),
+    [
+        ({"content": '{"pattern": "' + "the token the and the " * 40}, True),
+        ({"content": "{" + "\n" * 200}, True),
+        ({"content": "", "reasoning": "Wait, let me look at it again. But then:\n" * 20}, True),
+        ({"content": "".join(f"passage {n} has it; " for n in range(60))}, False),
+        ({"content": "no no no no"}, False),
+    ],
+)
+def test_a_reply_that_repeats_the_same_until_it_is_cut_off_gets_no_more_room(journal, message, loops):
+    body = {"choices": [{"message": message, "finish_reason": "length"}]}
+    with serve(lambda asked: Raw(200, body)) as server:
+        (completion,), client = ask(server, journal, "x", longest_reply=400)
+        assert ask(server, journal, "x", longest_reply=400)[0] == [completion]
+    assert completion.status == "truncated"
+    assert len(server.log) == (1 if loops else 3)
+    assert ("too small" in client.notes.get("loops", "")) == loops
 
 
 # ---- how servers want to be asked ----

@@ -1,6 +1,7 @@
 """Constants from the command line, a script's first line and its end, progress."""
 
 import ast
+import asyncio
 import importlib.util
 import os
 import subprocess
@@ -435,6 +436,20 @@ def test_without_a_terminal_a_bar_within_another_leaves_plain_lines(capsys, monk
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith(("inner ", "outer: ")) for line in lines)
     assert len(lines) == len(set(lines))
+
+
+def test_a_bar_that_does_not_move_shows_what_it_waits_for(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "QUIET_SECONDS", 0)
+    words = iter(["asked", "nobody answers", "done"])
+
+    async def main():
+        with Progress(total=3, desc="asking") as progress:
+            async with progress.showing(lambda: next(words)):
+                await asyncio.sleep(1.5)
+
+    asyncio.run(main())
+    shown = [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert shown[1:] == ["asked]", "nobody answers]", "done]"]
 
 
 def test_the_rate_is_the_mean_of_the_run():
