@@ -31,7 +31,7 @@ from mistral_sae.explain.server import INSTEAD, NOTES, OPENAI, Server, then
 from mistral_sae.explain.types import Completion, Request, Status
 
 CONNECT_SECONDS = 10.0
-IN_A_ROW = 5  # requests in vain for the same reason, with no completion between, that end the run
+IN_A_ROW = 5  # requests in vain, with no completion between, that end the run
 PAUSE = 8.0  # seconds before a server that stays busy or away through all of openai's retries is asked again
 SILENCE = 5.0  # seconds without an answer that the progress bar keeps to itself
 
@@ -141,13 +141,14 @@ class Client:
         with call.scope:  # whose deadline is set when the first attempt goes out
             return await self._ask(call)
         last = call.reply.text or "none was finished"
-        return self._vain("late", f"no answer within {self.server.deadline:g} s; the last attempt: {last}")
+        text = f"no answer within {self.server.deadline:g} s; the last attempt: {last}"
+        return self._failed("late", text, ends=not self._served)
 
-    def _vain(self, kind: str, text: str) -> tuple[str, str]:
-        """The failure of a request for what all of them may have; the end of the run where it seems that they do."""
+    def _failed(self, kind: str, text: str, ends: bool = False) -> tuple[str, str]:
+        """The failure of a request; the end of the run where it is one of many, with no answer between."""
         self._in_vain += 1
-        if self._in_vain == IN_A_ROW or not self._served:
-            self._end(kind, f"{self._in_vain} requests in a row had {text}" if self._served else text)
+        if ends or self._in_vain == IN_A_ROW:
+            self._end(kind, f"{self._in_vain} requests in a row had {text}" if self._in_vain > 1 else text)
         return "failed", text
 
     async def _ask(self, call: "_Call") -> tuple[str, str]:
@@ -190,15 +191,14 @@ class Client:
             finally:
                 _CALL.reset(token)
             reply, follows = call.reply, then(call.reply.kind, self._served).follows
-            if reply.kind == "rejected" and (part := self._to_blame(call.body, reply.text)):
+            if part := self._to_blame(call.body, reply):
                 self.notes[part] = NOTES["part"].format(part=part, instead=INSTEAD.get(part, "without it"))
             elif follows == "pause":
                 await anyio.sleep(PAUSE)
             elif follows == "end":
                 self._end(reply.kind, reply.text)
             elif follows == "failed":
-                text = f"{call.kinds.total()} attempts failed, the last with {reply.text}"
-                return self._vain(reply.kind, text) if reply.kind == "unusable" else (follows, text)
+                return self._failed(reply.kind, f"{call.kinds.total()} attempts failed, the last with {reply.text}")
             else:
                 return reply.kind, reply.text
 
@@ -297,13 +297,18 @@ class Client:
             body["response_format"] = {"type": "json_object"}
         return body
 
-    def _to_blame(self, body: dict[str, Any], words: str) -> str:
-        """The part of a body that the server rejected with these words; "" for none that can be left out."""
+    def _to_blame(self, body: dict[str, Any], reply: Reply) -> str:
+        """The part of a body that the server rejected; "" for none that can be left out."""
+        is_system, words = body["messages"][0]["role"] == "system", reply.text
+        if reply.kind == "fault" and is_system and not self._served:  # `transformers serve` says no more
+            return "a system message"
+        if reply.kind != "rejected":
+            return ""
         if "max_tokens" in body and "max_completion_tokens" in words:
             return "max_tokens"
         if named := [name for name in body["extra_body"] if re.search(rf"\b{re.escape(name)}\b", words)]:
             return named[0]
-        if body["messages"][0]["role"] == "system" and re.search(SYSTEM_ROLE, words, re.IGNORECASE):
+        if is_system and re.search(SYSTEM_ROLE, words, re.IGNORECASE):
             return "a system message"
         form = body.get("response_format", {}).get("type", "")
         return form if form not in self._taken or re.search(FORMAT, words, re.IGNORECASE) else ""

@@ -47,7 +47,7 @@ RULES = {
         "thinks",
     ),
     "late": Rule(FAIL, FAIL, "does not answer ({words}): look whether it still runs, and start again to go on"),
-    "fault": Rule(FAIL, FAIL),
+    "fault": Rule(FAIL, FAIL, "fails ({words}): look at what it logs, and start again to go on"),
     "busy": Rule(PAUSE, PAUSE),
 }  # fmt: skip
 

@@ -7,6 +7,9 @@ import pytest
 from asking import SCHEMA, ask, lines, opened, request, serve
 from openai_server import Raw
 
+from mistral_sae.cli import UserError
+from mistral_sae.explain.client import IN_A_ROW
+
 CONTEXT = "This model's maximum context length is 8192 tokens"
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -228,10 +231,10 @@ def streamed(*deltas, end=("[DONE]",), finish="stop", **last):
 def test_an_answer_in_a_stream_or_an_envelope_is_read(journal, body, expected):
     raw = Raw(200, body, {"Content-Type": "text/event-stream"} if isinstance(body, str) else {})
     with serve(lambda asked: raw) as server:
-        (completion,), _ = ask(server, journal, "x", attempts=2, longest_reply=100)
+        (completion,), _ = ask(server, journal, "x", attempts=2, longest_reply=100, after_first=True)
     assert completion.status == expected[0]
     assert completion.text.startswith(expected[1])
-    assert len(server.log) == 1 + (completion.status == "failed")
+    assert len(server.outcomes("x")) == 1 + (completion.status == "failed")
 
 
 def test_the_tokens_of_a_stream_are_its_own_or_estimated(journal):
@@ -388,3 +391,17 @@ def test_a_server_without_a_system_role_gets_its_text_from_the_user(journal, wor
     assert [len(served.body["messages"]) for served in server.log].count(1) == 11
     assert server.log[-1].body["response_format"]["type"] == "json_schema"  # the format was not to blame
     assert len(client.notes) == 1
+
+
+def test_a_server_that_only_fails_is_asked_without_a_system_message_and_then_left(journal):
+    with serve(lambda asked: "500" if len(asked.messages) > 1 else None) as server:
+        results, client = ask(server, journal, "x", "y", attempts=2)
+    assert {result.status for result in results} == {"ok"}
+    assert list(client.notes) == ["a system message"]
+    assert [len(served.body["messages"]) for served in server.log] == [2, 2, 1, 1]  # attempts, requests
+
+    with serve(lambda asked: "500") as server:
+        results, client = ask(server, journal, *map(str, range(50)), attempts=2)
+    assert {type(result) for result in results[IN_A_ROW:]} == {UserError}
+    assert f"{IN_A_ROW} requests in a row had 2 attempts failed, the last with HTTP 500: Not now" in client.stopped
+    assert len(server.log) == 2 + 2 * IN_A_ROW
