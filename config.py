@@ -1,16 +1,18 @@
 """Every constant of train.py, explain.py and demo.py.
 
-Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`. Where a constant has
-two values, the first is for the bundled stand-in on two CPU cores, the second for any other model. Where that is None
-it is computed from the model's sizes and the device: mistral_sae/defaults.py has the rules, and train.py says what
-they give and why. What they give for Mistral 7B on a GPU stands in brackets.
+Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`; `python train.py --help`
+lists those that train.py reads. Where a constant has two values, the first is for the bundled stand-in on two CPU
+cores, the second for any other model. Where that is None it is computed from the model's sizes and the device:
+mistral_sae/defaults.py has the rules, and train.py says what they give and why. What they give for Mistral 7B on a GPU
+stands in brackets.
 """
 
 import math
 import os
 import re
 
-from mistral_sae.cli import OneOrMore, expect, is_json, path_of
+from mistral_sae.cli import expect
+from mistral_sae.constants import OneOrMore, is_json, path_of
 
 # ---- model ----
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; a name on the
@@ -65,7 +67,7 @@ SPARSITY_COEFFICIENT: float | None = None
 BANDWIDTH: float = 0.1  # of jumprelu: how near a threshold a pre-activation teaches it
 SEED: OneOrMore[int] = 0  # of the initialization and of the order of the residuals in a buffer
 
-# ---- training ----
+# ---- train.py: training ----
 BATCH_SIZE: int | None = 1024 if ON_STANDIN else None  # residuals a step (4096)
 # At most (7.1e-5); falls with the number of features (Gao et al. 2024, appendix A.3)
 LEARNING_RATE: OneOrMore[float | None] = (
@@ -98,7 +100,7 @@ RESUME: bool = True  # continue from RUN_DIR's newest checkpoint; False trains a
 STATUS: bool = False  # say how far the run in RUN_DIR is, and stop
 DRY_RUN: bool = False  # print the plan and stop
 
-# ---- explain.py and demo.py: which autoencoder ----
+# ---- explain.py, demo.py and analyse.py: which autoencoder ----
 SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae
 HOOK_NAME: str | None = None  # where it belongs, if its folder says something else: "blocks.16.hook_resid_post"
 

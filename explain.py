@@ -6,10 +6,10 @@ RUN_DIR/report.html. The constants are in config.py. No reply that a run has rec
 """
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 
 if __name__ == "__main__":
-    cli.start("explain", config)  # the first line, before the imports below take their seconds
+    constants.start("explain", config)  # the first line, before the imports below take their seconds
 
 import asyncio
 import atexit

@@ -6,10 +6,10 @@ model. A run that was stopped continues where it was when it is started again.
 """
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 
 if __name__ == "__main__":
-    cli.start("train", config)  # the first line, before the imports below take their seconds
+    constants.start("train", config)  # the first line, before the imports below take their seconds
 
 import gc
 import json
