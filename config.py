@@ -12,7 +12,7 @@ import os
 import re
 
 from mistral_sae.cli import expect
-from mistral_sae.constants import OneOrMore, is_json, path_of
+from mistral_sae.constants import OneOrMore, is_json, path_of, words_of
 
 # ---- model ----
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; a name on the
@@ -93,6 +93,8 @@ EVALUATION_ROWS: int | None = 128 if ON_STANDIN else None  # held-out rows (256)
 EVALUATION_STRIDE: int = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
 EVALUATIONS: int | None = 2 if ON_STANDIN else None  # times during the run; the last is at its end (4)
 LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
+# Beside metrics.jsonl, any of tensorboard (into RUN_DIR/tensorboard), wandb and trackio, once `pip install`ed
+LOG_TO: str = ""
 CHECKPOINT_EVERY: int | None = 500 if ON_STANDIN else None  # steps (5000)
 RUN_DIR: str | None = "runs/standin" if ON_STANDIN else None  # where everything is written: runs/ and the model's name
 KEEP_CHECKPOINTS: int = 2  # the newest, each 8.6 GB at 7B: where one is damaged, the run goes on from the one before
@@ -253,6 +255,8 @@ def check_training() -> None:
         expect(name, globals()[name], len(set(values)) == len(values), "each value once")
     for width in values_of("D_HIDDEN"):
         expect("K", K, all(1 <= k <= width for k in values_of("K")), f"1 to D_HIDDEN, {width}")
+    trackers = {"tensorboard", "wandb", "trackio"}
+    expect("LOG_TO", LOG_TO, trackers.issuperset(words_of(LOG_TO)), "any of tensorboard, wandb, trackio")
     enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
     expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
     expect("MESH", MESH, MESH is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", MESH), "replicas x shards: 2x4")
@@ -273,9 +277,8 @@ def check_explaining() -> None:
     expect("EXPLAIN_TOKENS", EXPLAIN_TOKENS, enough, "at least one row, CONTEXT_LENGTH")
     can_explain = not (EXPLAINER == "mistral" and ON_STANDIN)
     expect("EXPLAINER", EXPLAINER, can_explain, "another, as the stand-in cannot explain")
-    scorers = set(SCORERS.replace(",", " ").split())
     known = {"detection", "fuzzing", "simulation"}
-    expect("SCORERS", SCORERS, scorers <= known, "any of detection, fuzzing, simulation")
+    expect("SCORERS", SCORERS, known.issuperset(words_of(SCORERS)), "any of detection, fuzzing, simulation")
     priced = MAX_DOLLARS is None or None not in (PROMPT_DOLLARS, COMPLETION_DOLLARS)
     expect("MAX_DOLLARS", MAX_DOLLARS, priced, "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it")
     expect("SAMPLING", SAMPLING, is_json(SAMPLING), "fields of a request, as JSON can hold them")

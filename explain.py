@@ -195,7 +195,7 @@ async def ask(records: FeatureRecords, completer: Completer) -> dict[int, Label]
         async with progress.showing(shown):
             return await pipeline.score_all(
                 explanations, load, completer, explainer=EXPLAINER_NAME,
-                methods=list(dict.fromkeys(config.SCORERS.replace(",", " ").split())), seed=config.SEED,
+                methods=constants.words_of(config.SCORERS), seed=config.SEED,
                 in_flight=config.CONCURRENCY, after_each=progress.update,
             )  # fmt: skip
 

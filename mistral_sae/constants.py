@@ -79,6 +79,11 @@ def path_of(name: str, value: str | None) -> Any:
         raise UserError(f"{name} is {quoted(value)}: expected a user of this machine after ~") from None
 
 
+def words_of(text: str) -> list[str]:
+    """The distinct words of a constant that lists some, between spaces or commas."""
+    return list(dict.fromkeys(text.replace(",", " ").split()))
+
+
 def is_json(value: Any) -> bool:
     """Whether JSON can hold a value."""
     try:
