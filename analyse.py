@@ -8,10 +8,10 @@ all of the figures are in RUN_DIR/analysis.json. The constants are in config.py.
 """
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 
 if __name__ == "__main__":
-    cli.start("analyse", config)  # before the imports below take their seconds
+    constants.start("analyse", config)  # before the imports below take their seconds
 
 import json
 import random

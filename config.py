@@ -1,16 +1,18 @@
 """Every constant of train.py, explain.py and demo.py.
 
-Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`. Where a constant has
-two values, the first is for the bundled stand-in on two CPU cores, the second for any other model. Where that is None
-it is computed from the model's sizes and the device: mistral_sae/defaults.py has the rules, and train.py says what
-they give and why. What they give for Mistral 7B on a GPU stands in brackets.
+Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`; `python train.py --help`
+lists those that train.py reads. Where a constant has two values, the first is for the bundled stand-in on two CPU
+cores, the second for any other model. Where that is None it is computed from the model's sizes and the device:
+mistral_sae/defaults.py has the rules, and train.py says what they give and why. What they give for Mistral 7B on a GPU
+stands in brackets.
 """
 
 import math
 import os
 import re
 
-from mistral_sae.cli import OneOrMore, expect, is_json, path_of
+from mistral_sae.cli import expect
+from mistral_sae.constants import OneOrMore, is_json, path_of, words_of
 
 # ---- model ----
 # Folder of a Mistral: mistral-inference's (params.json) or Hugging Face's (config.json); a .gguf file; a name on the
@@ -66,7 +68,7 @@ SPARSITY_COEFFICIENT: float | None = None
 BANDWIDTH: float = 0.1  # of jumprelu: how near a threshold a pre-activation teaches it
 SEED: OneOrMore[int] = 0  # of the initialization and of the order of the residuals in a buffer
 
-# ---- training ----
+# ---- train.py: training ----
 BATCH_SIZE: int | None = 1024 if ON_STANDIN else None  # residuals a step (4096)
 # At most (7.1e-5); falls with the number of features (Gao et al. 2024, appendix A.3)
 LEARNING_RATE: OneOrMore[float | None] = (
@@ -92,6 +94,8 @@ EVALUATION_ROWS: int | None = 128 if ON_STANDIN else None  # held-out rows (256)
 EVALUATION_STRIDE: int = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
 EVALUATIONS: int | None = 2 if ON_STANDIN else None  # times during the run; the last is at its end (4)
 LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
+# Beside metrics.jsonl, any of tensorboard (into RUN_DIR/tensorboard), wandb and trackio, once `pip install`ed
+LOG_TO: str = ""
 CHECKPOINT_EVERY: int | None = 500 if ON_STANDIN else None  # steps (5000)
 RUN_DIR: str | None = "runs/standin" if ON_STANDIN else None  # where everything is written: runs/ and the model's name
 KEEP_CHECKPOINTS: int = 2  # the newest, each 8.6 GB at 7B: where one is damaged, the run goes on from the one before
@@ -99,7 +103,7 @@ RESUME: bool = True  # continue from RUN_DIR's newest checkpoint; False trains a
 STATUS: bool = False  # say how far the run in RUN_DIR is, and stop
 DRY_RUN: bool = False  # print the plan and stop
 
-# ---- explain.py and demo.py: which autoencoder ----
+# ---- explain.py, demo.py and analyse.py: which autoencoder ----
 SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae
 HOOK_NAME: str | None = None  # where it belongs, if its folder says something else: "blocks.16.hook_resid_post"
 
@@ -252,6 +256,8 @@ def check_training() -> None:
         expect(name, globals()[name], len(set(values)) == len(values), "each value once")
     for width in values_of("D_HIDDEN"):
         expect("K", K, all(1 <= k <= width for k in values_of("K")), f"1 to D_HIDDEN, {width}")
+    trackers = {"tensorboard", "wandb", "trackio"}
+    expect("LOG_TO", LOG_TO, trackers.issuperset(words_of(LOG_TO)), "any of tensorboard, wandb, trackio")
     enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
     expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
     expect("MESH", MESH, MESH is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", MESH), "replicas x shards: 2x4")
@@ -272,9 +278,8 @@ def check_explaining() -> None:
     expect("EXPLAIN_TOKENS", EXPLAIN_TOKENS, enough, "at least one row, CONTEXT_LENGTH")
     can_explain = not (EXPLAINER == "mistral" and ON_STANDIN)
     expect("EXPLAINER", EXPLAINER, can_explain, "another, as the stand-in cannot explain")
-    scorers = set(SCORERS.replace(",", " ").split())
     known = {"detection", "fuzzing", "simulation"}
-    expect("SCORERS", SCORERS, scorers <= known, "any of detection, fuzzing, simulation")
+    expect("SCORERS", SCORERS, known.issuperset(words_of(SCORERS)), "any of detection, fuzzing, simulation")
     priced = MAX_DOLLARS is None or None not in (PROMPT_DOLLARS, COMPLETION_DOLLARS)
     expect("MAX_DOLLARS", MAX_DOLLARS, priced, "PROMPT_DOLLARS and COMPLETION_DOLLARS beside it")
     expect("SAMPLING", SAMPLING, is_json(SAMPLING), "fields of a request, as JSON can hold them")

@@ -5,10 +5,10 @@ instead, CHAT=1 starts a conversation. The constants are in config.py.
 """
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 
 if __name__ == "__main__":
-    cli.start("demo", config)  # before the imports below take their seconds
+    constants.start("demo", config)  # before the imports below take their seconds
 
 import math
 from collections.abc import Callable

@@ -6,16 +6,15 @@ RUN_DIR/report.html. The constants are in config.py. No reply that a run has rec
 """
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 
 if __name__ == "__main__":
-    cli.start("explain", config)  # the first line, before the imports below take their seconds
+    constants.start("explain", config)  # the first line, before the imports below take their seconds
 
 import asyncio
 import atexit
 import gc
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +23,13 @@ from mistral_sae.analysis.naming import Names, read_names
 from mistral_sae.defaults import Filled, fill
 from mistral_sae.distributed import joined
 from mistral_sae.explain import cache, offline, pipeline, prompts, report
-from mistral_sae.explain.client import Client, Server
+from mistral_sae.explain.client import Client
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
 from mistral_sae.explain.local_client import MODEL_CONTEXT, LocalClient
 from mistral_sae.explain.reading import Reading, read_corpus
+from mistral_sae.explain.server import Server
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
@@ -185,25 +185,19 @@ async def ask_server(records: FeatureRecords, journal: Journal) -> tuple[dict[in
 
 async def ask(records: FeatureRecords, completer: Completer) -> dict[int, Label]:
     """Explain all, then score all. A budget that is reached ends it early: the features that were left say so."""
-    load, total = records.__getitem__, len(records)
-    with cli.Progress(desc="explaining", total=total, unit=" features") as progress:
-        explanations = await pipeline.explain_all(
-            records.features, load, completer, in_flight=config.CONCURRENCY,
-            after_each=partial(advance, progress, completer),
-        )  # fmt: skip
-    with cli.Progress(desc="scoring", total=total, unit=" features") as progress:
-        return await pipeline.score_all(
-            explanations, load, completer, explainer=EXPLAINER_NAME,
-            methods=list(dict.fromkeys(config.SCORERS.replace(",", " ").split())), seed=config.SEED,
-            in_flight=config.CONCURRENCY, after_each=partial(advance, progress, completer),
-        )  # fmt: skip
-
-
-def advance(progress: cli.Progress, completer: Completer) -> None:
-    """One feature further; with a server, what it has cost so far."""
-    progress.update()
-    if isinstance(completer, Client):
-        progress.set_postfix_str(completer.progress)
+    load, shown = records.__getitem__, (lambda: completer.progress) if isinstance(completer, Client) else str
+    with cli.Progress(desc="explaining", total=len(records), unit=" features") as progress:
+        async with progress.showing(shown):
+            explanations = await pipeline.explain_all(
+                records.features, load, completer, in_flight=config.CONCURRENCY, after_each=progress.update
+            )
+    with cli.Progress(desc="scoring", total=len(records), unit=" features") as progress:
+        async with progress.showing(shown):
+            return await pipeline.score_all(
+                explanations, load, completer, explainer=EXPLAINER_NAME,
+                methods=constants.words_of(config.SCORERS), seed=config.SEED,
+                in_flight=config.CONCURRENCY, after_each=progress.update,
+            )  # fmt: skip
 
 
 # ---- what comes of it ----

@@ -6,15 +6,15 @@ model. A run that was stopped continues where it was when it is started again.
 """
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 
 if __name__ == "__main__":
-    cli.start("train", config)  # the first line, before the imports below take their seconds
+    constants.start("train", config)  # the first line, before the imports below take their seconds
 
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -35,7 +35,7 @@ from mistral_sae.explain.figures import plot_sweep, plot_training
 from mistral_sae.files import locked, write_text
 from mistral_sae.loading import sae_device_of
 from mistral_sae.model.language_model import LanguageModel, device_and_dtype, load_model
-from mistral_sae.sae import resume
+from mistral_sae.sae import resume, trackers
 from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.evaluate import Evaluator, as_held_out, summary, table
 from mistral_sae.sae.grid import Grid, Member
@@ -188,6 +188,7 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None, Sto
         )
     if store := StoredResiduals.of(filled, corpus, layers, spec.d_model, dtype):
         print(f"stored    {store.plan(spec.layer_parameters, device)}")
+    trackers.check(config.LOG_TO)
     return grid, filled, last_layer, store
 
 
@@ -220,8 +221,7 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     shaping = ["EXCLUDE_TOKENS", "SHUFFLE_ROWS", "LOG_EVERY", "ACTIVATIONS_TOKENS"]
     free = [
         "MISTRAL_MODEL_PATH", "ENGINE", "ACTIVATIONS_PATH", "SAE_DEVICE", "CHECKPOINT_EVERY", "EVALUATIONS",
-        "EVALUATION_ROWS",
-        "EVALUATION_STRIDE",
+        "EVALUATION_ROWS", "EVALUATION_STRIDE",
     ]  # fmt: skip
     settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}
     settings |= {"target_layer": member.layer, "dtype": str(dtype).removeprefix("torch.")}
@@ -244,8 +244,9 @@ def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator]
     step, steps, size, model = grid.step, grid.steps, filled.BATCH_SIZE, next(iter(evaluators.values())).model
     evaluate_at = {steps * i // filled.EVALUATIONS for i in range(1, filled.EVALUATIONS)}
     started = time.monotonic() - grid.members[0].run.seconds
+    tracked = trackers.tracked(config.LOG_TO, grid.run_dir, {each.name: each.run for each in grid})
     bar = cli.Progress(desc="training", total=steps * size, initial=step * size, unit=" tokens", unit_scale=True)
-    with cli.stoppable() as stop, bar as progress:
+    with tracked as track, cli.stoppable() as stop, bar as progress:
         for x_SBD, place in islice(batches, steps - step):
             with cli.room_for("a step", "lower BATCH_SIZE, AUXK_FEATURES or D_HIDDEN"):
                 grid.train(x_SBD, step)
@@ -259,7 +260,7 @@ def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator]
             if log_now or save_now:
                 grid.measure(x_SBD, step, time.monotonic() - started, bool(save_now), model.check_finite)
             if log_now:
-                log(grid, step, evaluators if step in evaluate_at else {})
+                log(grid, step, evaluators if step in evaluate_at else {}, track)
                 progress.set_postfix_str(grid.progress())
             if save_now:
                 seconds = 0.0 if log_now else time.monotonic() - started
@@ -271,7 +272,7 @@ def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator]
                 started = time.monotonic()
 
 
-def log(grid: Grid, step: int, evaluators: dict[int, Evaluator]) -> None:
+def log(grid: Grid, step: int, evaluators: dict[int, Evaluator], track: Callable[[str, dict[str, Any]], None]) -> None:
     """Write each one's record, with held-out figures where there are evaluators."""
     for each in grid:
         if step % config.LOG_EVERY == 0:  # and at no other time: it shapes the result
@@ -281,6 +282,7 @@ def log(grid: Grid, step: int, evaluators: dict[int, Evaluator]) -> None:
             with room_for_evaluating():
                 each.record |= as_held_out(evaluators[each.layer](each.trainer.sae))
         each.log()
+        track(each.name, each.record)
 
 
 if __name__ == "__main__":

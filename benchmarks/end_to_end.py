@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 from benchmarks.machine import save
-from mistral_sae import cli
+from mistral_sae import constants
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.records import Document
 from mistral_sae.data.tokens import Corpus, batches, pack, prefetch
@@ -289,7 +289,7 @@ def main() -> None:
     """Export, run in turns, print, save."""
     assert config.ON_STANDIN, "unset MISTRAL_MODEL_PATH: this is a comparison on the stand-in"
     smoke = "--smoke" in sys.argv
-    cli.override(SMOKE + SETTINGS[:2] if smoke else SETTINGS, config)
+    constants.override(SMOKE + SETTINGS[:2] if smoke else SETTINGS, config)
     warnings.simplefilter("ignore")
     if not smoke:
         torch.set_num_threads(THREADS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import config
 from benchmarks.machine import save
-from mistral_sae import cli
+from mistral_sae import cli, constants
 from mistral_sae.data.tokens import Corpus, batches, shuffle
 from mistral_sae.defaults import fill
 from mistral_sae.model.hooks import read_residuals
@@ -113,7 +113,7 @@ def measured(model: LanguageModel, corpus: Corpus) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure and save."""
-    cli.override(["MISTRAL_MODEL_PATH=smollm2", *sys.argv[1:]], config)
+    constants.override(["MISTRAL_MODEL_PATH=smollm2", *sys.argv[1:]], config)
     filled, *_ = fill(config)
     model, results = load_model(config.MISTRAL_MODEL_PATH), []
     for found in measured(model, Corpus.of(config)):

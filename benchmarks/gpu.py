@@ -36,7 +36,7 @@ from benchmarks.machine import save
 from benchmarks.peers import sparsify_step
 from benchmarks.random_mistral import MISTRAL_7B, SMOKE_MISTRAL, random_model, random_rows, spec_of
 from benchmarks.stages import Stages, step_parts
-from mistral_sae import cli
+from mistral_sae import constants
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.tokens import Row, prefetch
 from mistral_sae.defaults import defaults
@@ -262,7 +262,7 @@ def main() -> None:
         print("benchmarks.gpu: found no CUDA GPU, nothing is measured (--smoke runs it in tiny sizes)")
         return
     warnings.simplefilter("ignore")
-    cli.override([RANDOM, *(SMOKE if smoke else [])], config)
+    constants.override([RANDOM, *(SMOKE if smoke else [])], config)
     params = SMOKE_MISTRAL if smoke else MISTRAL_7B
     for name, value, _ in defaults(config, spec_of(params), DEVICE, torch.bfloat16):
         setattr(config, name, value)

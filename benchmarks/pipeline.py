@@ -22,7 +22,7 @@ import config
 import train
 from benchmarks.machine import save
 from benchmarks.stages import REST, Part, Stages, step_parts
-from mistral_sae import cli
+from mistral_sae import constants
 from mistral_sae.data import activations
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.sae import grid
@@ -136,7 +136,7 @@ def main() -> None:
     """Profile, print, save."""
     assert config.ON_STANDIN, "unset MISTRAL_MODEL_PATH: the profile is of a run on the stand-in"
     smoke = sys.argv[1:] == ["--smoke"]
-    cli.override(SMOKE if smoke else [], config)
+    constants.override(SMOKE if smoke else [], config)
     found = profile()
     print(f"\n{table(found)}")
     if not smoke:

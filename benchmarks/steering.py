@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import config
 from benchmarks.machine import save
-from mistral_sae import cli
+from mistral_sae import constants
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
 from mistral_sae.loading import load_pair
@@ -212,7 +212,7 @@ def before(searched: Search, edit: Edit) -> dict[int, float]:
 def main() -> None:
     """Choose features and classes, steer, count."""
     warnings.simplefilter("ignore")
-    cli.override(sys.argv[1:], config)
+    constants.override(sys.argv[1:], config)
     filled, spec, _ = fill(config)
     if not Path(filled.RUN_DIR, "sae").exists():
         subprocess.run([sys.executable, "train.py", *sys.argv[1:]], check=True)

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import config
 import train
 from benchmarks.machine import save
-from mistral_sae import cli
+from mistral_sae import constants
 from mistral_sae.data.stored import SHARD_TOKENS, StoredResiduals
 
 # Short runs: little text to tokenize before the first batch, and nearly all of three buffers trained on
@@ -45,7 +45,7 @@ def run(folder: str, name: str, *arguments: str) -> dict[str, Any]:
     """Seconds of the loop and of writing, and the evaluation of a run of train.py."""
     loop: list[float] = []
     writing: list[float] = []
-    cli.override([f"RUN_DIR={folder}/{name}", "EVALUATIONS=1", "RESUME=False", *arguments], config)
+    constants.override([f"RUN_DIR={folder}/{name}", "EVALUATIONS=1", "RESUME=False", *arguments], config)
     with (
         patch.object(train, "train", timed(loop, train.train)),
         patch.object(StoredResiduals, "fill", timed(writing, StoredResiduals.fill)),

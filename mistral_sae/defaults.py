@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mistral_sae.cli import UserError, variants
+from mistral_sae.cli import UserError
+from mistral_sae.constants import variants
 from mistral_sae.model.language_model import STANDIN, ModelSpec, device_and_dtype, inspect, why_no_gpu
 
 TOKENS = 1_000_000_000  # trained on for FEATURES features

@@ -18,7 +18,7 @@ from small_models import (
 )
 
 import config
-from mistral_sae.cli import override
+from mistral_sae.constants import override
 
 
 @pytest.fixture(scope="session", params=KINDS)

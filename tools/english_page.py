@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
 from mistral_sae.explain import cache
@@ -33,7 +33,7 @@ TEXTS, TOKENS = 4, 32  # of each feature at each strength, the first of which is
 
 def main() -> None:
     """Load what `make english` left, and print."""
-    cli.override(["MISTRAL_MODEL_PATH=smollm2", *sys.argv[1:]], config)
+    constants.override(["MISTRAL_MODEL_PATH=smollm2", *sys.argv[1:]], config)
     filled, spec, _ = fill(config)
     loaded, model = load_pair(config, spec)
     run_dir = Path(filled.RUN_DIR)

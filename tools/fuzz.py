@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.machine import RESULTS, describe
-from mistral_sae.cli import UserError, one_line, override
+from mistral_sae.cli import UserError, one_line
+from mistral_sae.constants import override
 from mistral_sae.data import stored
 from mistral_sae.data.activations import Stream
 from mistral_sae.data.documents import documents

@@ -12,76 +12,28 @@ answered is worth keeping, and every further completion is "stopped", as it is w
 import logging
 import math
 import re
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import anyio  # what openai itself runs on; asyncio.timeout needs Python 3.11
 import httpx2
 import openai
 
 from mistral_sae.cli import UserError, one_line
-from mistral_sae.explain.journal import Budget, Journal, Tokens, estimate_tokens, most_tokens, request_key
+from mistral_sae.explain.journal import Budget, Journal, Tokens, estimate_tokens, most_tokens
 from mistral_sae.explain.prompts import fold_system
 from mistral_sae.explain.replies import ANSWERED, FORMAT, SYSTEM_ROLE, Reply, read_reply
+from mistral_sae.explain.server import INSTEAD, NOTES, OPENAI, Server, then
 from mistral_sae.explain.types import Completion, Request, Status
 
-OPENAI = "https://api.openai.com/v1"
 CONNECT_SECONDS = 10.0
-FIRST_CONNECTIONS = 3  # attempts to reach a server that has completed nothing yet
-LATE_IN_A_ROW = 5  # requests past their deadlines, with no completion between, that end the run
+IN_A_ROW = 5  # requests in vain, with no completion between, that end the run
 PAUSE = 8.0  # seconds before a server that stays busy or away through all of openai's retries is asked again
-
-FATAL = {  # what ends the run: "the server at ..."
-    "key": "wants a valid key ({words}): check OPENAI_API_KEY",
-    "model": "has no model {model!r} ({words}): correct OPENAI_MODEL, or load the model there",
-    "address": "has no chat completions for model {model!r} ({words}): check OPENAI_BASE_URL, which mostly ends in /v1",
-    "quota": "has no quota left for this key ({words}): add credit, or wait, and start again to go on",
-    "no server": "cannot be reached ({words}): start it, or correct OPENAI_BASE_URL",
-    "late": "does not answer ({words}): look whether it still runs, and start again to go on",
-    "unusable": "sends no chat completion with a text ({words}): check OPENAI_BASE_URL, and SAMPLING of a model that "
-    "only thinks",
-}
-INSTEAD = {"max_tokens": "with max_completion_tokens", "json_schema": "for json_object", "json_object": "for text"}
-
-
-@dataclass(frozen=True)
-class Server:
-    """An OpenAI-compatible server, and how to ask it. Raises UserError for a base URL or a key that cannot be one."""
-
-    model: str  # the server's name for it
-    base_url: str | None = None  # mostly ends in /v1; None for OpenAI's
-    key: str | None = field(default=None, repr=False)  # None for a server that wants none
-    sampling: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})  # more fields of a request's body
-    concurrency: int = 32  # requests at once, at most
-    timeout: float = 120.0  # seconds an attempt may take, however slowly it trickles in
-    deadline: float = 600.0  # seconds a request may take with all its attempts, while the server answers no other
-    attempts: int = 6  # of a request that fails; a server that is busy or away is asked until the deadline
-    longest_reply: int = 4096  # tokens; up to these, the max_tokens of a truncated reply are doubled
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[!-~]*", self.key or ""):
-            raise UserError("found a key with a space, a line break or a foreign letter in it: check OPENAI_API_KEY")
-        if not re.fullmatch(r"https?://([^/@]*@)?(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?([/?].*)?", self.base_url or OPENAI):
-            # It is not shown, as there may be a secret in it
-            raise UserError("found the base URL of no server, expected one like http://localhost:8000/v1: correct it")
-
-    @property
-    def address(self) -> str:
-        """The base URL as it may be shown: without user, password and query."""
-        parts = urlsplit(self.base_url or OPENAI)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
-
-    def keys(self, request: Request) -> tuple[str, str]:
-        """What the journal knows a request's completion by, and what it knows a reply by that stayed cut off."""
-        key = request_key(request, self.model, self.sampling)
-        return key, f"{key} cut off at {self.longest_reply}"
-
-    def without_key(self, text: str) -> str:
-        """A text of the server's without the key, which some servers repeat; "ollama" and the like are no secrets."""
-        return text.replace(self.key, "[key]") if self.key and len(self.key) > 6 else text
+SILENCE = 5.0  # seconds without an answer that the progress bar keeps to itself
 
 
 class Client:
@@ -107,8 +59,9 @@ class Client:
         self._turns = anyio.CapacityLimiter(1)  # of requests
         self._slots, self._width = anyio.CapacityLimiter(1), 1.0  # of attempts
         self._halved, self._answered = 0.0, -math.inf  # when these last were; when a request last was
+        self._began, self._trouble = math.inf, ""  # when the first went out; what is in the way of the next answer
         self._served = False  # whether any was
-        self._done = self._known = self._retries = self._slow = self._late = 0
+        self._done = self._known = self._retries = self._slow = self._in_vain = 0
         for name in ("openai", "httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         url, _, query = (server.base_url or OPENAI).partition("?")
@@ -130,10 +83,17 @@ class Client:
 
     @property
     def progress(self) -> str:
-        """What the run has used so far, in a few words."""
-        dollars = f"${self._budget.dollars(self._budget.spent):.3f}, " if self._budget.prices else ""
-        ending = ", stopping" if self.stopped else ""
-        return f"{dollars}{self._done} requests, {self._retries} retries, {self._slots.total_tokens:g} at once{ending}"
+        """What the run has used so far, and what it waits for, in a few words."""
+        silent = time.monotonic() - max(self._answered, self._began)
+        words = [
+            f"${self._budget.dollars(self._budget.spent):.3f}" if self._budget.prices else "",
+            f"{self._done} requests, {self._retries} retries",
+            f"{self._slow} late" if self._slow else "",
+            f"{self._slots.total_tokens:g} at once",
+            f"no answer for {silent:.0f} s{self._trouble}" if SILENCE < silent < math.inf else "",
+            "stopping" if self.stopped else "",
+        ]
+        return ", ".join(filter(None, words))
 
     @property
     def report(self) -> list[str]:
@@ -180,11 +140,15 @@ class Client:
         """A request's status, and its reply or the reason."""
         with call.scope:  # whose deadline is set when the first attempt goes out
             return await self._ask(call)
-        self._late += 1
         last = call.reply.text or "none was finished"
         text = f"no answer within {self.server.deadline:g} s; the last attempt: {last}"
-        if self._late == LATE_IN_A_ROW or not self._served:
-            self._end("late", f"{self._late} in a row had {text}" if self._served else text)
+        return self._failed("late", text, ends=not self._served)
+
+    def _failed(self, kind: str, text: str, ends: bool = False) -> tuple[str, str]:
+        """The failure of a request; the end of the run where it is one of many, with no answer between."""
+        self._in_vain += 1
+        if ends or self._in_vain == IN_A_ROW:
+            self._end(kind, f"{self._in_vain} requests in a row had {text}" if self._in_vain > 1 else text)
         return "failed", text
 
     async def _ask(self, call: "_Call") -> tuple[str, str]:
@@ -197,12 +161,12 @@ class Client:
             if status == "truncated":
                 cut_off = text or "the reply was cut off before it began"
                 if room == longest:
-                    self.notes["room"] = (
-                        f"replies did not fit into {longest:,} tokens: raise MAX_REPLY_TOKENS, or have a model that "
-                        "thinks do less of it (SAMPLING)"
-                    )
+                    self.notes["room"] = NOTES["room"].format(longest=longest)
                     return status, cut_off
                 room = min(max(2 * room, self._rooms.get(kind, 0)), longest)
+            elif status == "looping":
+                self.notes["loops"] = NOTES["loops"]
+                return "truncated", text
             elif status not in ("overflow", "rejected"):
                 if kind and cut_off:
                     self._rooms[kind] = max(room, self._rooms.get(kind, 0))
@@ -217,7 +181,8 @@ class Client:
     async def _answer(self, call: "_Call", room: int) -> tuple[str, str]:
         """Ask in the form that the server takes, when it has time."""
         while True:
-            call.body, call.most, call.attempts = self._body(call.request, room), most_tokens(call.request, room), 0
+            call.body, call.most = self._body(call.request, room), most_tokens(call.request, room)
+            call.kinds.clear()
             token = _CALL.set(call)
             try:
                 await self._openai.chat.completions.with_raw_response.create(**call.body)
@@ -225,15 +190,15 @@ class Client:
                 pass  # call.reply says what it was
             finally:
                 _CALL.reset(token)
-            reply = call.reply
-            if reply.kind == "rejected" and (part := self._to_blame(call.body, reply.text)):
-                self.notes[part] = f"the server does not take {part}: asking {INSTEAD.get(part, 'without it')}"
-            elif reply.kind in ("busy", "no server"):
+            reply, follows = call.reply, then(call.reply.kind, self._served).follows
+            if part := self._to_blame(call.body, reply):
+                self.notes[part] = NOTES["part"].format(part=part, instead=INSTEAD.get(part, "without it"))
+            elif follows == "pause":
                 await anyio.sleep(PAUSE)
-            elif reply.kind in FATAL and not (reply.kind == "unusable" and self._served):
+            elif follows == "end":
                 self._end(reply.kind, reply.text)
-            elif reply.kind in ("fault", "unusable"):
-                return "failed", f"{call.attempts} attempts failed, the last with {reply.text}"
+            elif follows == "failed":
+                return self._failed(reply.kind, f"{call.kinds.total()} attempts failed, the last with {reply.text}")
             else:
                 return reply.kind, reply.text
 
@@ -250,7 +215,7 @@ class Client:
                 self._retries += 1
             else:
                 call.scope.deadline = began + self.server.deadline
-            call.attempts += 1
+            self._began = min(self._began, began)
             try:
                 with anyio.fail_after(self.server.timeout):  # httpx's own timeout starts again with each byte
                     response = await send()
@@ -264,13 +229,22 @@ class Client:
                 call.spent = call.spent.plus(spent)
                 if reply:
                     call.reply = self._learn(call, reply, began)
-        again = call.reply.kind in ("fault", "busy")
-        if call.reply.kind == "unusable":
-            again = self._served or call.attempts < 2
+                    again = self._goes_again(call)
         response.headers["x-should-retry"] = str(again).lower()
         if again and response.is_success:
             response.status_code = 502  # which it should have had
         return response
+
+    def _goes_again(self, call: "_Call") -> bool:
+        """Whether a request may be sent once more after its last reply; the end of the run where the rule says so."""
+        kind = call.reply.kind
+        attempts, follows = then(kind, self._served)
+        call.kinds[kind] += 1
+        if call.kinds[kind] < attempts:
+            return True
+        if follows == "end":
+            self._end(kind, call.reply.text)
+        return False
 
     def _broken(self, error: Exception) -> Reply:
         """What an attempt without a response means."""
@@ -283,18 +257,16 @@ class Client:
     def _learn(self, call: "_Call", reply: Reply, began: float) -> Reply:
         """Note what the outcome of an attempt says of the server; the reply in the light of what is known of it."""
         kind, now = reply.kind, anyio.current_time()
+        self._trouble = "" if kind in ANSWERED else f" ({one_line(self.server.without_key(reply.text))[:60]})"
         if kind in ANSWERED:
-            self._served, self._late, self._answered = True, 0, now
+            self._served, self._in_vain, self._answered = True, 0, now
             self._turns.total_tokens = self.server.concurrency
             self._taken.add(call.body.get("response_format", {}).get("type", ""))
             self._width = min(self.server.concurrency, self._width + (1 / self._width if self._halved else 1))
             estimate = estimate_tokens(*(message["content"] for message in call.request.messages))
             # Ollama cuts long prompts without a word; estimates of those are better than that
             if reply.spent and estimate > 1000 and 0 < reply.spent.prompt < 0.75 * estimate:
-                self.notes["prompts"] = (
-                    f"the server read only {reply.spent.prompt:,} of about {round(estimate, -2):,} tokens of a prompt: "
-                    "raise its context length (Ollama: OLLAMA_CONTEXT_LENGTH)"
-                )
+                self.notes["prompts"] = NOTES["prompts"].format(read=reply.spent.prompt, sent=round(estimate, -2))
         elif kind == "late" and not self._served:  # this request may be to blame: let another one try
             self._width = self._turns.total_tokens = min(2, self.server.concurrency)
         elif kind in ("busy", "late") and began >= self._halved:  # else it was out with one that has halved them
@@ -304,16 +276,10 @@ class Client:
             call.scope.deadline = max(call.scope.deadline, self._answered + self.server.deadline)
         if kind == "late":
             self._slow += 1
-            self.notes["slow"] = (
-                f"{self._slow:,} attempts had {reply.text}: raise REQUEST_TIMEOUT, or lower CONCURRENCY for a server "
-                "that answers one after the other"
-            )
-        elif kind == "no server" and not self._served and call.attempts == FIRST_CONNECTIONS:
-            self._end(kind, reply.text)
+            self.notes["slow"] = NOTES["slow"].format(times=self._slow, text=reply.text)
         if kind == "forbidden":  # by a filter that does not like this request, if the key is good
             return reply._replace(kind="filtered" if self._served else "key")
-        passes = kind == "late" or (kind in ("model", "address") and self._served)  # the latter are a balancer's
-        return reply._replace(kind="fault") if passes else reply
+        return reply
 
     def _body(self, request: Request, room: int) -> dict[str, Any]:
         """The arguments of `chat.completions.create`, without what the server has rejected."""
@@ -331,13 +297,18 @@ class Client:
             body["response_format"] = {"type": "json_object"}
         return body
 
-    def _to_blame(self, body: dict[str, Any], words: str) -> str:
-        """The part of a body that the server rejected with these words; "" for none that can be left out."""
+    def _to_blame(self, body: dict[str, Any], reply: Reply) -> str:
+        """The part of a body that the server rejected; "" for none that can be left out."""
+        is_system, words = body["messages"][0]["role"] == "system", reply.text
+        if reply.kind == "fault" and is_system and not self._served:  # `transformers serve` says no more
+            return "a system message"
+        if reply.kind != "rejected":
+            return ""
         if "max_tokens" in body and "max_completion_tokens" in words:
             return "max_tokens"
         if named := [name for name in body["extra_body"] if re.search(rf"\b{re.escape(name)}\b", words)]:
             return named[0]
-        if body["messages"][0]["role"] == "system" and re.search(SYSTEM_ROLE, words, re.IGNORECASE):
+        if is_system and re.search(SYSTEM_ROLE, words, re.IGNORECASE):
             return "a system message"
         form = body.get("response_format", {}).get("type", "")
         return form if form not in self._taken or re.search(FORMAT, words, re.IGNORECASE) else ""
@@ -345,9 +316,7 @@ class Client:
     def _end(self, kind: str, words: str) -> NoReturn:
         """End the run: nothing more is asked; what is in flight may still be answered."""
         if not self.stopped:
-            words = one_line(self.server.without_key(words))
-            reason = FATAL[kind].format(model=self.server.model, words=words)
-            self.stopped, self.is_broken = f"the server at {self.server.address} {reason}", True
+            self.stopped, self.is_broken = self.server.ending(kind, words), True
         raise _Ended
 
 
@@ -357,7 +326,7 @@ class _Call:
     def __init__(self, request: Request):
         self.request, self.reply, self.spent, self.most = request, Reply(), Tokens(), Tokens()
         self.body: dict[str, Any] = {}
-        self.attempts = 0  # with this body
+        self.kinds = Counter[str]()  # of the replies to this body
         self.scope = anyio.CancelScope()
 
 

@@ -282,7 +282,8 @@ async def _ask(completer: Completer, request: Request, read: Callable[[str], Any
         if isinstance(problem, prompts.TooLong):
             return Answer("ok", problem.beginning, f"cut to {prompts.MAX_WORDS} words: {problem}")
     if completion.status == "ok":
-        return Answer("unparsed", reason=f"{problems[-1]}, in two attempts")
+        last = prompts.quoted(" ".join(completion.text.split())[:80])
+        return Answer("unparsed", reason=f"{problems[-1]}, in two attempts; the last reply is {last}")
     text = f"the reply does not end: {completion.text}" if completion.status == "truncated" else completion.text
     return Answer(completion.status, reason=" ".join(text.split())[:300])
 

@@ -4,10 +4,6 @@ A request is a function of its arguments alone, so that a run that starts again 
 data: every text taken from it, and every explanation, stands on one line as a JSON string, so that nothing in it can
 end a passage or begin a message; characters that are not printed, and the control tokens of chat formats, are escaped;
 and the marks around active tokens are characters that occur nowhere in the prompt's texts.
-
-Replies may come from servers that cannot enforce a JSON schema. Read are the JSON objects in a reply, whatever stands
-around them, and lines of the form "key: value". What stands before the last </think> is left out, and of several
-answers the last counts: models think first, and quote what they were shown while they do.
 """
 
 import itertools
@@ -17,6 +13,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from typing import Any, TypeVar
 
+from mistral_sae.explain.parsing import objects
 from mistral_sae.explain.types import Example, Feature, Question, Request, Status
 
 TOP, SPREAD = 10, 12  # passages an explainer is shown: the strongest, and from all over the feature's range
@@ -39,8 +36,6 @@ CONTROL = re.compile(
 )
 
 NONE_FOUND = re.compile(r"none|n/a|(there is )?no( clear| discernible)? pattern( found)?", re.IGNORECASE)
-THOUGHT_END = re.compile(r"</think>|\[/THINK\]")
-LINE = re.compile(r"^[^\w{\n]*(\w+)[^\w\n]*?:[*_\s]*(\S.*)$", re.MULTILINE)  # key: value, with or without emphasis
 QUOTED = re.compile(r"""["“]([^"“”]*)["”]|'([^']*)'|`([^`]*)`""")
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -141,7 +136,7 @@ def read_explanation(reply: str) -> str:
 
     Raises Unreadable if the reply holds no explanation, and TooLong for one that is too long.
     """
-    found = [each for each in _objects(reply) if isinstance(each.get("explanation"), str)]
+    found = [each for each in objects(reply) if isinstance(each.get("explanation"), str)]
     if not found:
         raise Unreadable('it has no JSON object with the keys "pattern", "pattern_found" and "explanation"')
     text, pattern_found = _unquoted(found[-1]["explanation"]), _boolean(found[-1].get("pattern_found"))
@@ -201,7 +196,7 @@ def read_verdicts(reply: str, ids: Collection[str]) -> dict[str, bool]:
 
     Raises Unreadable if the reply answers for none of them.
     """
-    answers = [(str(id).strip().lower(), _boolean(answer)) for each in _objects(reply) for id, answer in _answers(each)]
+    answers = [(str(id).strip().lower(), _boolean(answer)) for each in objects(reply) for id, answer in _answers(each)]
     verdicts = {id: verdict for id, verdict in answers if id in ids and verdict is not None}
     if not verdicts:
         raise Unreadable("it answers for none of the ids")
@@ -245,20 +240,20 @@ def read_activations(reply: str, n_tokens: int) -> list[int]:
     Raises Unreadable if it is no list of positions and activations, or if one of these is out of its range: a reply
     that lost count says nothing.
     """
-    objects = _objects(reply)
-    lists = [each["active"] for each in objects if isinstance(each.get("active"), list)]
-    entries = lists[-1] if lists else [each for each in objects if "activation" in each]  # or the list alone
+    found = objects(reply)
+    lists = [each["active"] for each in found if isinstance(each.get("active"), list)]
+    entries = lists[-1] if lists else [each for each in found if "activation" in each]  # or the list alone
     if not lists and not entries:
         raise Unreadable('it has no JSON object with the key "active"')
     try:
-        found = {int(entry["position"]): int(entry["activation"]) for entry in entries}
+        levels = {int(entry["position"]): int(entry["activation"]) for entry in entries}
     except (KeyError, TypeError, ValueError, OverflowError):
-        found = {-1: -1}
-    if not (found.keys() <= set(range(n_tokens)) and set(found.values()) <= set(range(LEVELS + 1))):
+        levels = {-1: -1}
+    if not (levels.keys() <= set(range(n_tokens)) and set(levels.values()) <= set(range(LEVELS + 1))):
         raise Unreadable(
             f'an entry of "active" is not a position from 0 to {n_tokens - 1} and an activation from 0 to {LEVELS}'
         )
-    return [found.get(position, 0) for position in range(n_tokens)]
+    return [levels.get(position, 0) for position in range(n_tokens)]
 
 
 # ---- any request ----
@@ -339,23 +334,7 @@ def _defused(text: str) -> str:
     return CONTROL.sub(lambda match: f"\\u{ord(match[0][0]):04x}{match[0][1:]}", text)
 
 
-# ---- what a reply holds ----
-
-
-def _objects(reply: str) -> list[dict[str, Any]]:
-    """What follows the thoughts of a reply: its lines of the form "key: value" as one object, then its JSON objects."""
-    decoder = json.JSONDecoder(strict=False)  # models break lines within strings
-    found, end = [], 0
-    while (start := reply.find("{", end)) >= 0:
-        try:
-            value, end = decoder.raw_decode(reply, start)
-            found.append((value, start, end))
-        except (ValueError, RecursionError):
-            end = start + 1
-    thoughts = [match.end() for match in THOUGHT_END.finditer(reply)]  # but for those inside a JSON value
-    said = max((at for at in thoughts if not any(start < at < end for _, start, end in found)), default=0)
-    lines = {key.lower(): value for key, value in LINE.findall(reply[said:])}
-    return [lines, *(value for value, start, _ in found if start >= said)]
+# ---- values ----
 
 
 def _boolean(value: Any) -> bool | None:

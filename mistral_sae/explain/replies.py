@@ -39,15 +39,17 @@ ERRORS = (  # kind, HTTP statuses, words of OpenAI, Azure, Mistral, vLLM, llama.
     ("fault", {408, 409, 425, *range(500, 600)}, ""),
     ("failed", range(1000), ""),
 )
+STREAM = re.compile(r"\s*(data|event): ")
 TELLING = ("error", "message", "detail", "msg", "code", "type", "param", "loc", "innererror")  # fields of error bodies
-ANSWERED = frozenset({"ok", "refused", "filtered", "truncated"})
+ANSWERED = frozenset({"ok", "refused", "filtered", "truncated", "looping"})
+LOOPS, LOOP_CHARACTERS = 4, 120  # a reply loops if it ends in as many copies of the same, of so many characters in all
 
 
 class Reply(NamedTuple):
     """What came of one attempt."""
 
-    # One of ANSWERED or FATAL, "overflow" or "failed"; or "rejected" (a part of the request may be at fault), "busy"
-    # (later, and less at once), "fault" (again), "forbidden"; "" before the first
+    # One of ANSWERED, "overflow" or "failed", which are final; "rejected" (a part of the request may be at fault);
+    # "forbidden"; or one that the client has a rule for; "" before the first
     kind: str = ""
     text: str = ""  # the reply, or the reason in the server's words
     spent: Tokens | None = Tokens()  # None where the server may have charged for a reply that was lost
@@ -55,10 +57,7 @@ class Reply(NamedTuple):
 
 def read_reply(response: httpx2.Response, request: Request) -> Reply:
     """The meaning of a server's response."""
-    try:
-        body = json.loads(response.content, strict=False)
-    except (ValueError, RecursionError):
-        body = response.text
+    body = _body(response)
     if not response.is_success:
         return _read_error(response.status_code, body, response.headers)
     try:
@@ -82,7 +81,7 @@ def read_reply(response: httpx2.Response, request: Request) -> Reply:
     if finish == "error":
         return Reply("fault", "a reply that broke off with an error", spent)
     if finish in ("length", "model_length") and not _is_json(text):  # else only white space is missing
-        return Reply("truncated", text, spent)
+        return Reply("looping" if _loops(text or thoughts) else "truncated", text, spent)
     if not text.strip():
         return Reply("unusable", f"an empty reply after the thoughts {one_line(thoughts)[:80]!r}", spent)
     return Reply("ok", text, spent)
@@ -97,6 +96,40 @@ def _read_error(status: int, body: Any, headers: httpx2.Headers) -> Reply:
         return Reply("quota", f"HTTP {status}, for {int(wait):,} s")
     # What comes with a 401 may show a part of the key
     return Reply(kind, f"HTTP {status}: {one_line(words)}" if words and status != 401 else f"HTTP {status}")
+
+
+def _body(response: httpx2.Response) -> Any:
+    """What a response holds: a completion, also one in an envelope or a stream, or something else."""
+    try:
+        if response.headers.get("content-type", "").startswith("text/event-stream") or STREAM.match(response.text):
+            return _joined(response.text)
+        body = json.loads(response.content, strict=False)
+    except (ValueError, RecursionError, TypeError, AttributeError):
+        return response.text
+    inside = [each for each in body.values() if isinstance(each, dict)] if isinstance(body, dict) else []
+    wrapped = [each for each in inside if "choices" in each]
+    return wrapped[0] if len(wrapped) == 1 and "choices" not in body else body
+
+
+def _joined(stream: str) -> dict[str, Any]:
+    """The chat completion whose pieces a server streams, although it is asked not to."""
+    events = [line[5:].strip() for line in stream.split("\n") if line.startswith("data:")]
+    message, finish, usage = dict[str, str](), None if "[DONE]" in events else "error", None
+    for piece in (json.loads(event, strict=False) for event in events if event != "[DONE]"):
+        if "error" in piece:
+            return piece
+        usage = piece.get("usage") or usage
+        for choice in (piece.get("choices") or [])[:1]:
+            finish = choice.get("finish_reason") or finish
+            for name, text in (choice.get("delta") or {}).items():
+                message[name] = message.get(name, "") + (text or "")
+    return {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
+
+
+def _loops(text: str) -> bool:
+    """Whether a text ends in the same again and again, as small models' do."""
+    lengths = range(1, len(text) // LOOPS + 1)
+    return any(text.endswith(text[-n:] * max(LOOPS, -(-LOOP_CHARACTERS // n))) for n in lengths)
 
 
 def _words(body: Any) -> str:

@@ -37,8 +37,9 @@ ANEW = "RESUME=False trains anew and sets them aside, or choose another RUN_DIR"
 LATEST = 20  # records of the log from which STATUS takes the rate
 # What belongs to a run, its explanations included: they name features of its autoencoder
 OF_A_RUN = (
-    "checkpoint*", "sae", "metrics.jsonl", "evaluation.json", "training.png", "activations", "explanations*.jsonl",
-    "completions*.jsonl", "statistics*", "report.html", "text.html", "chat.jsonl", "sweep.png", SWEEP,
+    "checkpoint*", "sae", "metrics.jsonl", "tensorboard", "wandb", "evaluation.json", "training.png", "activations",
+    "explanations*.jsonl", "completions*.jsonl", "statistics*", "report.html", "text.html", "chat.jsonl", "sweep.png",
+    SWEEP,
 )  # fmt: skip
 OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 

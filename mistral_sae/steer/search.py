@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mistral_sae.cli import Progress, literal
+from mistral_sae.cli import Progress
+from mistral_sae.constants import literal
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer

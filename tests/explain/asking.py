@@ -5,8 +5,9 @@ import json
 
 import openai_server as fake
 
-from mistral_sae.explain.client import Client, Server
+from mistral_sae.explain.client import Client
 from mistral_sae.explain.journal import Budget
+from mistral_sae.explain.server import Server
 from mistral_sae.explain.types import Request
 
 KEY = "sk-test-0123456789abcdef"

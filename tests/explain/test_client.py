@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -17,12 +18,21 @@ from asking import KEY, MODEL, ask, first, lines, opened, request, serve
 from openai_server import LASTING, TRANSIENT, TRUNCATED, Raw, random_faults
 
 from mistral_sae.cli import UserError
-from mistral_sae.explain.client import LATE_IN_A_ROW, Server
+from mistral_sae.explain.client import IN_A_ROW
 from mistral_sae.explain.journal import Budget, Journal, Prices, estimate_tokens, most_tokens, request_key
+from mistral_sae.explain.server import Server
 from mistral_sae.explain.types import STATUSES, Request
 
 ROOT = Path(__file__).parent.parent.parent
-WRONG = ("malformed", "html", "schema", "empty", "500", "cut", "drop")
+WRONG = {
+    "500": 3,
+    "cut": 3,
+    "drop": 3,
+    "malformed": 2,
+    "html": 2,
+    "schema": 2,
+    "empty": 2,
+}  # the latter may be paid for
 FINAL = {status for status, outcome in STATUSES.items() if not outcome.ask_again}
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -43,14 +53,14 @@ def test_a_fault_that_passes_is_retried(journal, fault, after_first):
     assert {line["status"] for line in lines(journal)} == {"ok"}
 
 
-@pytest.mark.parametrize("fault", WRONG)
-def test_a_fault_that_stays_is_a_failure_with_its_reason(journal, fault):
+@pytest.mark.parametrize(("fault", "attempts"), WRONG.items())
+def test_a_fault_that_stays_is_a_failure_with_its_reason(journal, fault, attempts):
     with serve(lambda asked: fault) as server:
         (completion,), _ = ask(server, journal, "x", attempts=3, after_first=True)
     assert completion.status == "failed"
-    assert completion.text.startswith("3 attempts failed, the last with")
+    assert completion.text.startswith(f"{attempts} attempts failed, the last with")
     assert "\n" not in completion.text
-    assert server.outcomes("x") == [fault] * 3
+    assert server.outcomes("x") == [fault] * attempts
 
 
 @pytest.mark.parametrize("fault", ["hang", "trickle"])
@@ -183,10 +193,7 @@ def test_what_no_request_can_survive_ends_the_run_at_once_and_costs_nothing(jour
         ("html", "no chat completion but '<html><body>Welcome"),
         ("malformed", 'no chat completion but \'{"choices": [{"message"'),
         ("empty", "an empty reply"),
-        (
-            Raw(200, 'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]'),
-            "no chat completion but 'data: {",
-        ),
+        (Raw(200, "data: {\n\ndata: [DONE]"), "no chat completion but 'data: { data: [DONE]'"),
         (Raw(200, {"success": True, "data": {"choices": []}}), 'no chat completion but \'{"success": true'),
         (Raw(200, {"choices": [{"message": {"content": "", "reasoning": "I think."}}]}), "the thoughts 'I think'"),
     ],
@@ -201,6 +208,46 @@ def test_a_server_of_useless_replies_is_asked_twice_and_its_words_are_quoted(jou
 
 
 @pytest.mark.parametrize(
+    "fault", ["html", "empty", Raw(200, {"choices": [{"message": {"content": None, "reasoning": "I think."}}]})]
+)
+def test_a_server_that_comes_to_send_nothing_useful_is_left_after_a_few_requests(journal, fault):
+    with serve(lambda asked: fault) as server:
+        results, client = ask(server, journal, *map(str, range(50)), after_first=True, concurrency=2)
+    assert {result.status for result in results} == {"failed", "stopped"}
+    assert f"{IN_A_ROW} requests in a row had 2 attempts failed" in client.stopped
+    assert client.is_broken
+    assert len(server.log) <= 1 + 2 * (IN_A_ROW + 1)
+
+
+def test_useless_replies_here_and_there_end_no_run(journal):
+    with serve(lambda asked: "empty" if int(asked.content) % 2 else None) as server:
+        results, client = ask(server, journal, *map(str, range(30)), after_first=True, concurrency=1)
+    assert [result.status for result in results] == ["ok", "failed"] * 15
+    assert client.stopped == ""
+
+
+def test_what_a_run_waits_for_stands_in_its_progress(journal, monkeypatch):
+    monkeypatch.setattr("mistral_sae.explain.client.SILENCE", 0.1)
+
+    async def main():
+        async with opened(server, journal, timeout=0.3) as client:
+            before, task = client.progress, asyncio.create_task(client.complete(request("x")))
+            await asyncio.sleep(0.2)
+            first = client.progress
+            await asyncio.sleep(0.4)
+            task.cancel()
+            return before, first, client.progress
+
+    with serve(lambda asked: "hang") as server:
+        before, first, second = asyncio.run(main())
+    assert before == "0 requests, 0 retries, 1 at once"
+    assert first == "0 requests, 0 retries, 1 at once, no answer for 0 s"
+    assert re.fullmatch(
+        r"0 requests, . retries, . late, . at once, no answer for . s \(no reply within 0.3 s\)", second
+    )
+
+
+@pytest.mark.parametrize(
     ("fault", "words"), [("401", "wants a valid key"), ("quota", "no quota left"), ("hang", "does not answer")]
 )
 def test_a_server_that_answers_no_more_stops_the_run_and_its_answers_are_kept(journal, fault, words):
@@ -210,7 +257,7 @@ def test_a_server_that_answers_no_more_stops_the_run_and_its_answers_are_kept(jo
         rest, client = ask(server, journal, *numbers, deadline=0.8, timeout=0.4, after_first=True)
     statuses = Counter(completion.status for completion in rest)
     assert set(statuses) == ({"failed", "stopped"} if fault == "hang" else {"stopped"})
-    assert statuses["failed"] < LATE_IN_A_ROW
+    assert statuses["failed"] < IN_A_ROW
     assert time.monotonic() - start < 8  # not 40 deadlines, one after the other
     assert client.is_broken
     assert client.report[0] == f"stopped: {client.stopped}"
@@ -463,8 +510,9 @@ RUN = """
 import asyncio, sys
 from pathlib import Path
 import openai._base_client
-from mistral_sae.explain.client import Client, Server
+from mistral_sae.explain.client import Client
 from mistral_sae.explain.journal import Budget, Journal
+from mistral_sae.explain.server import Server
 from mistral_sae.explain.types import Request
 from mistral_sae.files import locked
 

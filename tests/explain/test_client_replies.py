@@ -1,10 +1,14 @@
 """What servers say, and how they want to be asked."""
 
 import asyncio
+import json
 
 import pytest
 from asking import SCHEMA, ask, lines, opened, request, serve
 from openai_server import Raw
+
+from mistral_sae.cli import UserError
+from mistral_sae.explain.client import IN_A_ROW
 
 CONTEXT = "This model's maximum context length is 8192 tokens"
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -196,6 +200,74 @@ def test_an_answer_among_the_thoughts_is_read(journal):
             assert ask(server, journal, field)[0][0][:2] == ("ok", '{"a": 1}')
 
 
+def streamed(*deltas, end=("[DONE]",), finish="stop", **last):
+    """The body of a stream of chat completion chunks."""
+    choices = [{"delta": delta, "finish_reason": None} for delta in deltas] + [{"delta": {}, "finish_reason": finish}]
+    pieces = [json.dumps({"choices": [choice]}) for choice in choices] + [json.dumps({"choices": []} | last)]
+    return "".join(f"data: {piece}\n\n" for piece in (*pieces, *end))
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            streamed({"role": "assistant", "content": None}, {"content": "a\u2028"}, {"content": "b"}),
+            ("ok", "a\u2028b"),
+        ),
+        (": WAITING\n\n" + streamed({"content": "a"}), ("ok", "a")),
+        (streamed({"reasoning_content": '{"a"'}, {"reasoning_content": ": 1}"}), ("ok", '{"a": 1}')),
+        (streamed({"content": "[1, "}, {"content": "2"}, finish="length"), ("truncated", "[1, 2")),
+        (
+            streamed({"content": "a"}, end=(), finish=None),
+            ("failed", "2 attempts failed, the last with a reply that broke"),
+        ),
+        (
+            streamed({"content": "a"}, error={"message": "Overloaded"}),
+            ("failed", "2 attempts failed, the last with HTTP"),
+        ),
+        ({"success": True, "data": {"choices": [{"message": {"content": "a"}}]}}, ("ok", "a")),
+    ],
+)
+def test_an_answer_in_a_stream_or_an_envelope_is_read(journal, body, expected):
+    raw = Raw(200, body, {"Content-Type": "text/event-stream"} if isinstance(body, str) else {})
+    with serve(lambda asked: raw) as server:
+        (completion,), _ = ask(server, journal, "x", attempts=2, longest_reply=100, after_first=True)
+    assert completion.status == expected[0]
+    assert completion.text.startswith(expected[1])
+    assert len(server.outcomes("x")) == 1 + (completion.status == "failed")
+
+
+def test_the_tokens_of_a_stream_are_its_own_or_estimated(journal):
+    bodies = [
+        streamed({"content": "abcdefg"}),
+        streamed({"content": "a"}, usage={"prompt_tokens": 7, "completion_tokens": 9}),
+    ]
+    with serve(lambda asked: Raw(200, bodies[asked.content == "counted"])) as server:
+        (estimated, counted), _ = ask(server, journal, "estimated", "counted")
+    assert estimated[2:] == (3 + 3, 2)
+    assert counted[2:] == (7, 9)
+
+
+@pytest.mark.parametrize(
+    ("message", "loops"),
+    [
+        ({"content": '{"pattern": "' + "the token the and the " * 40}, True),
+        ({"content": "{" + "\n" * 200}, True),
+        ({"content": "", "reasoning": "Wait, let me look at it again. But then:\n" * 20}, True),
+        ({"content": "".join(f"passage {n} has it; " for n in range(60))}, False),
+        ({"content": "no no no no"}, False),
+    ],
+)
+def test_a_reply_that_repeats_the_same_until_it_is_cut_off_gets_no_more_room(journal, message, loops):
+    body = {"choices": [{"message": message, "finish_reason": "length"}]}
+    with serve(lambda asked: Raw(200, body)) as server:
+        (completion,), client = ask(server, journal, "x", longest_reply=400)
+        assert ask(server, journal, "x", longest_reply=400)[0] == [completion]
+    assert completion.status == "truncated"
+    assert len(server.log) == (1 if loops else 3)
+    assert ("too small" in client.notes.get("loops", "")) == loops
+
+
 # ---- how servers want to be asked ----
 
 
@@ -319,3 +391,17 @@ def test_a_server_without_a_system_role_gets_its_text_from_the_user(journal, wor
     assert [len(served.body["messages"]) for served in server.log].count(1) == 11
     assert server.log[-1].body["response_format"]["type"] == "json_schema"  # the format was not to blame
     assert len(client.notes) == 1
+
+
+def test_a_server_that_only_fails_is_asked_without_a_system_message_and_then_left(journal):
+    with serve(lambda asked: "500" if len(asked.messages) > 1 else None) as server:
+        results, client = ask(server, journal, "x", "y", attempts=2)
+    assert {result.status for result in results} == {"ok"}
+    assert list(client.notes) == ["a system message"]
+    assert [len(served.body["messages"]) for served in server.log] == [2, 2, 1, 1]  # attempts, requests
+
+    with serve(lambda asked: "500") as server:
+        results, client = ask(server, journal, *map(str, range(50)), attempts=2)
+    assert {type(result) for result in results[IN_A_ROW:]} == {UserError}
+    assert f"{IN_A_ROW} requests in a row had 2 attempts failed, the last with HTTP 500: Not now" in client.stopped
+    assert len(server.log) == 2 + 2 * IN_A_ROW

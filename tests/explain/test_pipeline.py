@@ -227,7 +227,7 @@ def test_what_cannot_be_read_twice_is_unparsed(features):
     fake = Fake(lambda request: "I think it is self.")
     explanation = explained(fake, features[0])
     assert (explanation.status, explanation.text) == ("unparsed", "")
-    assert "in two attempts" in explanation.reason
+    assert "in two attempts; the last reply is " in explanation.reason
     assert len(fake.requests) == 2
 
 

@@ -266,6 +266,15 @@ def test_explaining_and_scoring_need_neither_torch_nor_a_network_library():
         '[{"pattern": "p", "explanation": "the token self"}]',
         '{"explanation": "a first thought"}</think>Explanation: the token self',
         "Explanation: a thought\n</think>\n</think>\n**Explanation**: the token self",
+        "{'pattern': \"it's\", 'pattern_found': True, 'explanation': 'the token self'}",
+        "Of {x}: {'pattern': None, 'explanation': 'the token self'}\nDoes this help?",
+        "```python\n{'pattern': 'p', 'explanation': 'the token self',}\n```",
+        '{"pattern": "uses {a}", "explanation": "the token self",}',
+        '{"pattern": "p", "explanation": "the token self"',
+        '{"pattern": "p" "explanation": "the token self"}',
+        '{"explanation": "the token self", "pattern_found": true',
+        '{"reply": {"pattern": "p", "explanation": "the token self"}}',
+        '{"type": "object", "properties": {"pattern": "p", "explanation": "the token self"}, "required": ["pattern"]}',
         '[THINK]{"explanation": "a thought"}[/THINK]Explanation: the token self',
     ],
 )
@@ -286,6 +295,12 @@ def test_an_explanation_is_read_from_json_json_in_text_and_plain_text(reply):
         '{"pattern_found": true, "explanation": ""}',
         "[" * 100_000,
         '{"explanation": "the tok',
+        "{'explanation': 'the tok",
+        '{"explanation": "what is true',
+        "{'explanation': 'the token', 'explanation': 'another'}",
+        '{"explanation": "the token", self"}',
+        '{"type": "object", "properties": {"explanation": {"type": "string", "description": "the token self"}}}',
+        "{'" * 10_000,
         '<think>{"explanation": "a thought"}</think>',
     ],
 )
@@ -360,6 +375,9 @@ IDS = ["kfd", "mnb", "xyz"]
         ('{"note": "done"}\nkfd: yes', {"kfd": True}),
         ("<think>kfd: yes\nmnb: no\n</think>\nkfd: no\nxyz: yes", {"kfd": False, "xyz": True}),
         ("kfd: yes\nkfd: no\nxyz: yes", {"kfd": False, "xyz": True}),
+        ("{'answers': [{'id': 'kfd', 'answer': True}, {'id': 'mnb', 'answer': False}]}", {"kfd": True, "mnb": False}),
+        ('{"answers": [{"id": "kfd", "answer": true}, {"id": "mnb", "answer": false', {"kfd": True, "mnb": False}),
+        ('{"reply": {"kfd": true, "mnb": false}}', {"kfd": True, "mnb": False}),
         ('<think>{"kfd": true}</think>\nkfd: no', {"kfd": False}),
     ],
 )
@@ -380,6 +398,8 @@ def test_activations_that_are_left_out_are_zero():
     assert prompts.read_activations(reply, 4) == [10, 0, 7, 0]
     assert prompts.read_activations('{"active": []}', 2) == [0, 0]
     assert prompts.read_activations('[{"position": 1, "activation": 1}]', 2) == [0, 1]
+    assert prompts.read_activations("{'active': [{'position': 1, 'activation': 10},]}", 2) == [0, 10]
+    assert prompts.read_activations('{"reply": {"active": [{"position": 1, "activation": 10}]}}', 2) == [0, 10]
     assert prompts.read_activations('{"active": []}</think>{"active": [{"position": 1, "activation": 1}]}', 2) == [0, 1]
 
 
@@ -394,6 +414,7 @@ def test_activations_that_are_left_out_are_zero():
         '{"active": [{"position": 1, "activation": "many"}]}',
         '{"active": [{"position": [1], "activation": 1e999}]}',
         '{"active": [3]}',
+        "{'active': [{'position': 1, 'activation': 1",
         '{"active": []}</think>all of them',
     ],
 )

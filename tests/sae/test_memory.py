@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import config
-from mistral_sae.cli import override
+from mistral_sae.constants import override
 from mistral_sae.data.activations import Stream, shuffled_streams
 from mistral_sae.data.tokens import Row
 from mistral_sae.defaults import defaults

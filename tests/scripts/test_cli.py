@@ -1,8 +1,10 @@
 """Constants from the command line, a script's first line and its end, progress."""
 
 import ast
+import asyncio
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ import torch
 
 import config
 from mistral_sae import cli
-from mistral_sae.cli import Progress, UserError, override
+from mistral_sae.cli import Progress, UserError
+from mistral_sae.constants import described, override
 
 ROOT = Path(__file__).parent.parent.parent
 CONSTANTS = """
@@ -367,6 +370,35 @@ def test_the_stand_in_is_never_presented_as_mistral_7b(tmp_path):
     assert "not Mistral 7B" in ran.stdout
 
 
+@pytest.mark.parametrize("script", ["train", "explain", "demo", "analyse"])
+def test_help_lists_the_constants_that_a_script_reads(script):
+    lines = list(described(config, script))
+    listed = [line.strip().partition("=")[0] for line in lines if re.match("  [A-Z]", line)]
+    groups = [line.strip() for line in lines if line.startswith("\n")]
+    assert {"MISTRAL_MODEL_PATH", "SEED", "RUN_DIR"} <= set(listed) <= set(config.__annotations__)
+    assert len(listed) == len(set(listed))
+    assert len(groups) == len(set(groups)) > 4
+    assert not [each for each in groups if ".py" in each and f"{script}.py" not in each]
+    assert max(map(len, lines)) <= 120
+
+
+def test_help_lists_every_constant_of_some_script_with_its_comments():
+    texts = ["\n".join(described(config, script)) for script in ("train", "explain", "demo", "analyse")]
+    for name in config.__annotations__:
+        assert any(f"\n  {name}=" in text for text in texts), name
+    assert "\n  DECAY_FRACTION=0.2\n      last share of the steps, over which" in texts[0]
+    assert "\n  K=32\n      active features a token (128)" in texts[0]
+    assert "\n  OPENAI_MODEL='gpt-4o-mini'\n      The server's name for it\n" in texts[1]
+
+
+def test_help_ends_well_and_shows_what_other_arguments_set_but_no_key(tmp_path):
+    ran = train(tmp_path, "--help", "K=7", "OPENAI_API_KEY=sk-secret")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "\n  K=7\n" in ran.stdout
+    assert "sk-secret" not in ran.stdout + "".join(described(config, "explain"))
+    assert train(tmp_path, "-h", "K=none").returncode == 2
+
+
 def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistral_folder):
     ran = train(tmp_path, MISTRAL_MODEL_PATH=str(mistral_folder))
     assert ran.stdout.startswith(f"train: {mistral_folder}\n")
@@ -435,6 +467,20 @@ def test_without_a_terminal_a_bar_within_another_leaves_plain_lines(capsys, monk
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith(("inner ", "outer: ")) for line in lines)
     assert len(lines) == len(set(lines))
+
+
+def test_a_bar_that_does_not_move_shows_what_it_waits_for(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "QUIET_SECONDS", 0)
+    words = iter(["asked", "nobody answers", "done"])
+
+    async def main():
+        with Progress(total=3, desc="asking") as progress:
+            async with progress.showing(lambda: next(words)):
+                await asyncio.sleep(1.5)
+
+    asyncio.run(main())
+    shown = [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert shown[1:] == ["asked]", "nobody answers]", "done]"]
 
 
 def test_the_rate_is_the_mean_of_the_run():

@@ -8,7 +8,8 @@ import torch
 from small_models import PARAMS
 
 import config
-from mistral_sae.cli import UserError, override
+from mistral_sae.cli import UserError
+from mistral_sae.constants import override
 from mistral_sae.defaults import Filled, defaults, fill, shown
 from mistral_sae.model.language_model import ModelSpec
 from mistral_sae.sae.trainer import TrainConfig

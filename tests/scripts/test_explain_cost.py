@@ -8,7 +8,7 @@ from explain_runs import CHOSEN, ENVIRONMENT, assert_refused, contents_of, journ
 from openai_server import Server
 
 import config
-from mistral_sae.cli import override
+from mistral_sae.constants import override
 
 # ---- a dry run ----
 

@@ -265,8 +265,11 @@ def test_more_failures_than_allowed_fail_the_run_with_all_files_written(here, ar
         assert (ran.code, ran.problems) == (0, [])
 
 
-@pytest.mark.parametrize(("kind", "again"), [("refusal", False), ("500", True)])
-def test_explanations_of_which_none_could_be_scored_fail_the_run(here, arguments, run_dir, kind, again):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("refusal", "6 of 6 features have no label or no score"), ("500", "5 requests in a row had 6 attempts failed")],
+)
+def test_explanations_of_which_none_could_be_scored_fail_the_run(here, arguments, run_dir, kind, said):
     def all_but_explanations(asked):
         return None if '"pattern"' in asked.content else kind
 
@@ -275,8 +278,9 @@ def test_explanations_of_which_none_could_be_scored_fail_the_run(here, arguments
     labels = labels_of(run_dir)
     assert {label.status for label in labels} == {"ok"}
     assert {score.answered for label in labels for score in label.scores.values()} == {0}
-    assert_refused(ran, "6 of 6 features have no label or no score", code=1)
-    assert ("start again" in ran.problems[0]) == again
+    assert_refused(ran, "error: ", code=1)
+    assert said in ran.out + ran.err
+    assert ("start again" in ran.problems[0]) == (kind == "500")
 
 
 # ---- keys and addresses ----

@@ -10,7 +10,7 @@ import torch
 
 import config
 from benchmarks import tables
-from mistral_sae.cli import override
+from mistral_sae.constants import override
 from mistral_sae.data.place import BEGINNING
 from mistral_sae.data.stored import write_shard
 from mistral_sae.explain.types import STATUSES

@@ -7,7 +7,9 @@ imported), and else in this one, which spares it the imports.
 import gc
 import json
 import re
+import sys
 import warnings
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -405,3 +407,13 @@ def test_a_run_through_the_model_does_not_go_on_from_residuals_on_disk(here, arg
     ran = here(arguments(copied, ACTIVATIONS_PATH=tmp_path / "kept"))
     assert_refused(ran, "another ACTIVATIONS_TOKENS (None there, 2565 here)")
     assert not (tmp_path / "kept").exists()
+
+
+def test_every_record_reaches_the_trackers_as_it_is(here, arguments, tmp_path, monkeypatch):
+    given = []
+    tracker = SimpleNamespace(log=lambda figures, step: given.append({"step": step} | figures), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(__spec__=True, init=lambda **options: tracker))
+    ran = here(arguments(tmp_path / "run", TRAIN_TOKENS=10 * 64, EVALUATIONS=1, LOG_TO="trackio"))
+    assert ran.code == 0, ran.err
+    assert given == metrics_of(tmp_path / "run")
+    assert len(given) == 2
