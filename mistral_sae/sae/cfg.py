@@ -143,10 +143,11 @@ def read_cfg(folder: Path, known: dict[str, str], hook_name: str | None) -> Desc
     cfg: _Cfg = _read(_Cfg, path).model_copy(update=known)
     activation, tensors = _architecture(cfg, path)
     normalize, factor = _normalization(cfg, path)
+    k = (cfg.activation_fn_kwargs and cfg.activation_fn_kwargs.k) or cfg.k
     return Description(
         cfg.d_in,
         cfg.d_sae,
-        _k(cfg, path) if activation == "topk" else cfg.d_sae,
+        checked_k(k, cfg.d_sae, path) if activation == "topk" else cfg.d_sae,
         activation,
         tensors,
         _metadata(cfg, hook_name),
@@ -192,11 +193,11 @@ def _architecture(cfg: _Cfg, path: Path) -> tuple[str, Mapping[str, str]]:
     return found
 
 
-def _k(cfg: _Cfg, path: Path) -> int:
-    k = (cfg.activation_fn_kwargs and cfg.activation_fn_kwargs.k) or cfg.k
-    if k is None or not 1 <= k <= cfg.d_sae or k % 1:
+def checked_k(k: float | None, n_features: int, path: Path) -> int:
+    """K, unless it is none or not one of so many features. Raises SAEError."""
+    if k is None or not 1 <= k <= n_features or k % 1:
         shown = "no k" if k is None else f"k = {k:g}"
-        raise SAEError(f"found {shown} in {path}, expected 1 to {cfg.d_sae} (d_sae): copy the file again")
+        raise SAEError(f"found {shown} in {path}, expected 1 to {n_features} (features): copy the file again")
     return int(k)
 
 

@@ -12,7 +12,18 @@ from typing import NamedTuple
 
 from mistral_sae.cli import one_line
 from mistral_sae.files import SAEError
-from mistral_sae.sae.cfg import CFG, TENSORS, WEIGHTS, Description, Metadata, hook_name, layer_in, read_cfg
+from mistral_sae.sae.cfg import (
+    CFG,
+    NORMALIZATIONS,
+    TENSORS,
+    WEIGHTS,
+    Description,
+    Metadata,
+    checked_k,
+    hook_name,
+    layer_in,
+    read_cfg,
+)
 from mistral_sae.schema import Count, Index, Schema, Words, read
 
 CONFIG = "config.json"
@@ -67,13 +78,14 @@ class _SparseCoder(Schema):
     """A cfg.json of sparsify."""
 
     d_in: Count
-    k: Count
+    k: float
     num_latents: Index | None = None  # 0 is none, too
     expansion_factor: Count = 32
     activation: str = "topk"
     signed: bool = False
     transcode: bool = False
     skip_connection: bool = False
+    normalize_activations: str = "none"  # of what share.py wrote: sparsify itself does not normalize
 
 
 class _Run(Schema):
@@ -87,20 +99,25 @@ class _Run(Schema):
 def _sparsify(folder: Path, hook: str | None) -> Description:
     path = folder / CFG
     cfg: _SparseCoder = read(_SparseCoder, path, "get sparsify's folder again", SAEError)
+    if cfg.normalize_activations not in NORMALIZATIONS:
+        known = ", ".join(NORMALIZATIONS)
+        raise SAEError(f"found normalize_activations {cfg.normalize_activations!r} in {path}, expected one of {known}")
     for name, expected in {"activation": "topk", "signed": False, "transcode": False, "skip_connection": False}.items():
         if (found := getattr(cfg, name)) != expected:
             raise SAEError(f"found {name} = {found!r} in {path}, expected {expected!r}: use another checkpoint")
     above = folder.resolve().parent / CONFIG
     run = read(_Run, above, "get it again or remove it", SAEError) if above.exists() else _Run()
     name = hook or folder.name
+    n_features = cfg.num_latents or cfg.d_in * cfg.expansion_factor
     return Description(
         cfg.d_in,
-        cfg.num_latents or cfg.d_in * cfg.expansion_factor,
-        cfg.k,
+        n_features,
+        checked_k(cfg.k, n_features, path),
         "topk",
         TENSORS | {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias"},
         Metadata(run.model, name, layer_in(name), True, run.ctx_len, run.dataset),
         weights=SPARSIFY,
+        normalize=cfg.normalize_activations,
     )
 
 
@@ -133,7 +150,7 @@ class _Trainer(Schema):
     dict_class: str
     activation_dim: Count
     dict_size: Count
-    k: Count | None = None
+    k: float | None = None
     layer: Index | None = None
     lm_name: Words | None = None
     submodule_name: Words | None = None
@@ -159,14 +176,11 @@ def _dictionary(folder: Path, hook: str | None) -> Description:
     if kind is None:
         known = ", ".join(CLASSES)
         raise SAEError(f"found dict_class {one_line(trainer.dict_class)!r} in {path}, expected one of {known}")
-    k = trainer.k if kind.activation == "topk" else trainer.dict_size
-    if k is None or k > trainer.dict_size:
-        raise SAEError(f"found k = {k} in {path}, expected 1 to {trainer.dict_size} (dict_size): copy the file again")
     name = hook or _hook(trainer, buffer)
     return Description(
         trainer.activation_dim,
         trainer.dict_size,
-        k,
+        checked_k(trainer.k, trainer.dict_size, path) if kind.activation == "topk" else trainer.dict_size,
         kind.activation,
         kind.tensors,
         Metadata(trainer.lm_name, name, layer_in(name), True, buffer.ctx_len, None),
