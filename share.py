@@ -19,7 +19,7 @@ from mistral_sae.explain import cache
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.labels import parse_select, read_labels
 from mistral_sae.explain.reading import Reading
-from mistral_sae.loading import load_pair, sae_device_of, sae_source
+from mistral_sae.loading import load_pair, sae_source
 from mistral_sae.model.language_model import ModelSpec
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.share import forms, hub
@@ -39,10 +39,12 @@ def main() -> None:
         push(Path(filled.RUN_DIR), config.PUSH_TO)
     if config.FORM == "sparsify":
         to = target(filled, "")
-        loaded = load_sae(sae_source(config), hook_name=config.HOOK_NAME, device=sae_device_of(config))
+        loaded = load_sae(sae_source(config), hook_name=config.HOOK_NAME)
         print(f"folder    {forms.write_sparsify(to, loaded)}")
         if loaded.sae.normalize != "none":
-            print(f"note      sparsify does not normalize: give it residuals after {loaded.sae.normalize}")
+            print(
+                f"note      sparsify does not normalize: give it residuals after {loaded.sae.normalize} (docs/sharing.md)"
+            )
     elif config.FORM == "neuronpedia":
         write_features(filled, spec)
     elif config.FORM is not None:

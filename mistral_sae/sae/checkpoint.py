@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral_sae.cli import not_finite, one_line
+from mistral_sae.cli import Progress, not_finite, one_line
 from mistral_sae.files import SAEError, hash_of, opened, sync_folder, write_beside
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, WEIGHTS, Description, Metadata, to_write
@@ -230,7 +230,7 @@ def _find(source: str | Path) -> Path:
         folder = inner if inner.is_dir() and not (folder / CFG).exists() else folder
         names = [file.name for file in folder.iterdir()]
         check_readable(names, str(folder))
-        if not {CFG, CONFIG, *MARKS} & set(names):
+        if not {CFG, *MARKS} & set(names):
             below = [
                 file for depth in ("*", "*/*", "*/*/*") for mark in MARKS for file in folder.glob(f"{depth}/{mark}")
             ]
@@ -239,8 +239,8 @@ def _find(source: str | Path) -> Path:
     path, _, revision = str(source).rstrip("/").partition("@")
     parts = path.split("/")
     is_local = isinstance(source, Path) or Path(parts[0]).exists()  # runs/typo is no repository where runs/ exists
-    names_one = all(re.fullmatch(r"\w[\w.-]*", part) for part in (*parts, *(revision or "main").split("/")))
-    if is_local or len(parts) < 2 or not names_one:
+    are_names = all(re.fullmatch(r"\w[\w.-]*", part) for part in (*parts, *(revision or "main").split("/")))
+    if is_local or len(parts) < 2 or not are_names:
         known = "an SAE Lens directory, a RUN_DIR that holds one or a hub repository (owner/name)"
         raise SAEError(f"found no folder {str(source)!r}, expected {known}: check the path, or run train.py")
     return _download(str(source), "/".join(parts[:2]), "/".join(parts[2:]), revision or None)
@@ -255,7 +255,8 @@ def _download(source: str, repository: str, subfolder: str, revision: str | None
     wanted = (CFG, WEIGHTS, SPARSITY, SCALER, SPARSIFY, DICTIONARY, CONFIG)
     patterns = [glob.escape(name) for name in (*(prefix + each for each in wanted), f"{above}/{CONFIG}".lstrip("/"))]
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / subfolder
+        options: Any = {"revision": revision, "allow_patterns": patterns, "tqdm_class": Progress}
+        folder = Path(snapshot_download(repository, **options)) / subfolder
         if any((folder / name).exists() for name in (CFG, *MARKS)):
             return folder
         files = list_repo_files(repository, revision=revision)
@@ -281,7 +282,7 @@ def _check_shapes(file: Any, cfg: Description, shapes: dict[str, tuple[int, ...]
     passed_over = PASSED_OVER if cfg.weights == DICTIONARY else set()
     for name in (*expected, *(name for name in found if name not in passed_over)):
         if found.get(name) != expected.get(name):
-            seen = f"{name} of shape {found.get(name)} in {path}, expected {expected.get(name)} from {CFG}"
+            seen = f"{name} of shape {found.get(name)} in {path}, expected {expected.get(name)} by the file beside it"
             raise SAEError(f"found {seen}: copy both files from one checkpoint, or use another")
 
 

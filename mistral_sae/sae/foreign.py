@@ -42,16 +42,19 @@ def describe(folder: Path, known: dict[str, str], hook: str | None) -> Descripti
 
 
 def check_readable(names: Iterable[str], where: str) -> None:
-    """Raise SAEError where a folder with files of these names holds weights that are not read, and say why."""
-    if GEMMA_SCOPE in names:
+    """Raise SAEError where the only weights among files of these names are of a kind that is not read, and say why."""
+    found = set(names)
+    if found & {WEIGHTS, SPARSIFY, DICTIONARY}:
+        return
+    if GEMMA_SCOPE in found:
         raise SAEError(
             f"found {GEMMA_SCOPE} in {where}, as Gemma Scope has it, and Gemma is not run here: expected an SAE of a "
             "Mistral; if it is one, load it in SAE Lens, save it with its save_model and set SAE_PATH to that folder"
         )
-    if PICKLED in names and DICTIONARY not in names:
+    if PICKLED in found:
         raise SAEError(
             f"found {PICKLED} in {where}, a pickle, which could run anything: expected {DICTIONARY}; docs/sharing.md "
-            "has the line that makes it, for files that you trust"
+            "has the lines that make it, for files that you trust"
         )
 
 

@@ -428,7 +428,7 @@ def test_a_hub_repository_is_fetched_file_by_file(sae, tmp_path, monkeypatch, so
     save_sae(tmp_path / subfolder, sae, METADATA, statistics())
     asked = []
 
-    def snapshot_download(repo_id, *, revision, allow_patterns):
+    def snapshot_download(repo_id, *, revision, allow_patterns, **_):
         asked.append((repo_id, revision, set(allow_patterns)))
         return str(tmp_path)
 

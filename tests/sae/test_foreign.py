@@ -258,6 +258,7 @@ def test_what_dictionary_learning_has_and_we_have_not_is_named(tmp_path, trainer
 def test_a_folder_with_several_below_lists_them_by_number(tmp_path):
     for layer in (10, 2, 3):
         write_sparsify(tmp_path / f"layers.{layer}")
+    (tmp_path / "config.json").write_text("{}")  # sparsify's, of the run
     write(tmp_path / "lens/blocks.1.hook_resid_post")
     with refused(f"found 4 autoencoders below .*SAE_PATH={tmp_path}/layers.2, or so with layers.3, layers.10, lens"):
         load_sae(tmp_path)
