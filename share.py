@@ -43,7 +43,7 @@ def main() -> None:
         print(f"folder    {forms.write_sparsify(to, loaded)}")
         if loaded.sae.normalize != "none":
             print(
-                f"note      sparsify does not normalize: give it residuals after {loaded.sae.normalize} (docs/sharing.md)"
+                f"note      it is for residuals after {loaded.sae.normalize}, which sparsify has not (docs/sharing.md)"
             )
     elif config.FORM == "neuronpedia":
         write_features(filled, spec)

@@ -95,7 +95,7 @@ class _Training(Schema):
 class _Arguments(Schema):
     """Of an activation function, before version 6."""
 
-    k: float | None = None
+    k: Count | float | None = None
 
 
 class _Cfg(_Training):
@@ -103,7 +103,7 @@ class _Cfg(_Training):
 
     d_in: Count
     d_sae: Count
-    k: float | None = None
+    k: Count | float | None = None
     architecture: str | None = None
     activation_fn: str | None = None
     activation_fn_str: str | None = None
@@ -195,10 +195,10 @@ def _architecture(cfg: _Cfg, path: Path) -> tuple[str, Mapping[str, str]]:
 
 def checked_k(k: float | None, n_features: int, path: Path) -> int:
     """K, unless it is none or not one of so many features. Raises SAEError."""
-    if k is None or not 1 <= k <= n_features or k % 1:
-        shown = "no k" if k is None else f"k = {k:g}"
-        raise SAEError(f"found {shown} in {path}, expected 1 to {n_features} (features): copy the file again")
-    return int(k)
+    if not isinstance(k, int) or not 1 <= k <= n_features:
+        shown = "no k" if k is None else f"k = {k}"
+        raise SAEError(f"found {shown} in {path}, expected 1 to {n_features}, the features: copy the file again")
+    return k
 
 
 def _normalization(cfg: _Cfg, path: Path) -> tuple[str, float]:

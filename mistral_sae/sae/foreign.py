@@ -81,7 +81,7 @@ class _SparseCoder(Schema):
     """A cfg.json of sparsify."""
 
     d_in: Count
-    k: float
+    k: Count
     num_latents: Index | None = None  # 0 is none, too
     expansion_factor: Count = 32
     activation: str = "topk"
@@ -153,7 +153,7 @@ class _Trainer(Schema):
     dict_class: str
     activation_dim: Count
     dict_size: Count
-    k: float | None = None
+    k: Count | float | None = None
     layer: Index | None = None
     lm_name: Words | None = None
     submodule_name: Words | None = None

@@ -42,7 +42,7 @@ def test_features_that_are_explained_are_written_with_their_explanations(shared,
 def test_an_autoencoder_for_sparsify_is_written_below_the_run(shared):
     code, out, _ = shared(FORM="sparsify")
     assert code == 0
-    assert "note      sparsify does not normalize" in out
+    assert "note      it is for residuals after layer_norm" in out
     hook = load_sae(shared.run_dir / "sae").metadata.residual_layer
     assert load_sae(shared.run_dir / f"shared/sparsify/layers.{hook}").metadata.residual_layer == hook
 
