@@ -1,4 +1,4 @@
-"""Every constant of train.py, explain.py and demo.py.
+"""Every constant of train.py, explain.py, analyse.py, demo.py and share.py.
 
 Edit a constant here, or set it for one run on the command line: `python train.py K=64 SEED=1`; `python train.py --help`
 lists those that train.py reads. Where a constant has two values, the first is for the bundled stand-in on two CPU
@@ -179,9 +179,16 @@ SWEEP_SAMPLES: int = 8  # texts a coefficient
 CHAT: bool = False  # a conversation, with commands: /help lists them
 CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the model is given, at most
 
+# ---- share.py ----
+PUSH_TO: str | None = None  # owner/name on the Hugging Face hub, where the autoencoders of RUN_DIR are sent
+# "sparsify" (the autoencoder), "neuronpedia" (its features, for SAE Dashboard too), "control-vector" (llama.cpp's) or
+# "lm-eval", both of what FEATURE_INDEX at COEFFICIENT times its maximum adds
+FORM: str | None = None
+TO: str | None = None  # the folder or file that is written; None is below RUN_DIR
+
 # ---- what no run can use; what needs the model or the corpus is checked when they are there ----
 
-for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH", "ACTIVATIONS_PATH"):
+for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH", "ACTIVATIONS_PATH", "TO"):
     globals()[_path] = path_of(_path, globals()[_path])
 
 
@@ -243,6 +250,7 @@ def check_choices() -> None:
         "EXPLAINER": ("openai", "mistral", "offline"),
         "METHOD": ("clamp", "add", "ablate", "raw"),
         "POSITIONS": ("all", "generated"),
+        "FORM": ("sparsify", "neuronpedia", "control-vector", "lm-eval"),
     }.items():
         for value in values_of(name):
             expect(name, value, value in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "sae-lens", "eai-sparsify", "dictionary-learning", "transformers", "mistral-inference")
+PACKAGES = (
+    "torch",
+    "sae-lens",
+    "eai-sparsify",
+    "dictionary-learning",
+    "sae-bench",
+    "transformers",
+    "mistral-inference",
+)
 
 
 def describe() -> dict[str, Any]:

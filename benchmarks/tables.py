@@ -12,7 +12,7 @@ from benchmarks.markdown import table as _table
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-SHOWN_VERSIONS = ("torch", "sae-lens", "eai-sparsify")
+SHOWN_VERSIONS = ("torch", "sae-lens", "eai-sparsify", "sae-bench")
 
 
 def _source(*results: dict[str, Any]) -> str:
@@ -332,6 +332,20 @@ def saebench(result: dict[str, Any]) -> str:
     return _table([*rows, ["a probe on all of the residual", "", "", "", f"{residual['all']:.1%}", "", "", "", "", ""]])
 
 
+def saebench_core(result: dict[str, Any]) -> str:
+    """Figures that SAEBench and we have both, side by side."""
+    theirs, ours = result["results"]["SAEBench"], result["results"]["mistral-sae"]
+    losses, kinds = theirs["model_performance_preservation"], theirs["model_behavior_preservation"]
+    rows = [
+        ["active features a token", theirs["sparsity"]["l0"], ours["l0"]],
+        ["explained variance", theirs["reconstruction_quality"]["explained_variance"], ours["explained_variance"]],
+        ["cross-entropy", losses["ce_loss_without_sae"], ours["ce_loss_clean"]],
+        ["cross-entropy through the features", losses["ce_loss_with_sae"], ours["ce_loss_with_sae"]],
+        ["KL divergence", kinds["kl_div_with_sae"], ours["kl"]],
+    ]
+    return _table([["", "SAEBench", "mistral-sae"], *([name, *(f"{x:.3f}" for x in both)] for name, *both in rows)])
+
+
 def toy_model(result: dict[str, Any]) -> str:
     """The share of planted features that each method finds, over seeds."""
     settings = result["results"]["settings"]
@@ -401,6 +415,7 @@ TABLES = {
     "twins": (twins, ["robustness"]),
     "explained_twice": (explained_twice, ["robustness"]),
     "saebench": (saebench, ["saebench"]),
+    "saebench_core": (saebench_core, ["saebench_core"]),
     "features_steered": (features_steered, ["steering"]),
     "peers": (peers, ["step", "end_to_end", "architectures"]),
     "frontier": (frontier, ["architectures"]),

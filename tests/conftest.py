@@ -3,10 +3,12 @@
 import runpy
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import serve
 from small_models import (
     KINDS,
     PARAMS,
@@ -50,6 +52,27 @@ def hugging_face_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def tokens_BT() -> torch.Tensor:
     return torch.randint(20, 4096, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Play the hub with a folder, within a with-block."""
+    from huggingface_hub import constants, hf_api
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    @contextmanager
+    def play(folder, **options):
+        with serve(folder, **options) as (address, asked):
+            monkeypatch.setattr(constants, "ENDPOINT", address)
+            monkeypatch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            monkeypatch.setattr(hf_api.api, "endpoint", address)
+            yield asked
+
+    return play
 
 
 @pytest.fixture

@@ -118,6 +118,21 @@ def _write_sae(folder: Path) -> None:
     save_sae(folder, sae, metadata, Statistics(torch.ones(8), torch.full((8,), 0.1), None))
 
 
+def _write_sparsify(folder: Path) -> None:
+    weights = {"encoder.weight": torch.ones(8, 4), "encoder.bias": torch.ones(8), "W_dec": torch.ones(8, 4)}
+    save_file(weights | {"b_dec": torch.ones(4)}, folder / "sae.safetensors")
+    cfg = {"activation": "topk", "expansion_factor": 2, "num_latents": 0, "k": 2, "signed": False, "d_in": 4}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+
+
+def _write_dictionary(folder: Path) -> None:
+    weights = {"W_enc": torch.ones(4, 8), "W_dec": torch.ones(8, 4), "b_dec": torch.ones(4)}
+    scalars = {"threshold": torch.tensor(0.5), "k": torch.tensor(2)}
+    save_file(weights | scalars | {"b_enc": torch.ones(8)}, folder / "ae.safetensors")
+    trainer = {"dict_class": "MatryoshkaBatchTopKSAE", "activation_dim": 4, "dict_size": 8, "k": 2, "layer": 1}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 64, "io": "out"}}))
+
+
 def _write_journal(folder: Path) -> None:
     journal = Journal(folder / "completions.jsonl")
     for number in range(3):
@@ -329,7 +344,9 @@ READERS = {
         _write_config, lambda folder: read_folder(Source(folder), CONFIG, TRANSFORMERS), 10
     ),
     "config.json, run": Reader(_write_config, _run_config, 1),
-    "autoencoder": Reader(_write_sae, load_sae, 60),
+    "autoencoder": Reader(_write_sae, load_sae, 40),
+    "autoencoder of sparsify": Reader(_write_sparsify, load_sae, 10),
+    "autoencoder of dictionary_learning": Reader(_write_dictionary, load_sae, 10),
     "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 270),
     "explanations.jsonl": Reader(_write_labels, _read_labels, 220),
     "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),

@@ -1,6 +1,7 @@
 """What the cfg.json of an SAE Lens directory says, of version 6 and of before, in this project's terms."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -10,7 +11,7 @@ from mistral_sae.files import SAEError
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.schema import Count, Index, Schema, Words, read
 
-CFG = "cfg.json"
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SCALER = "activation_scaler.json"  # beside the weights of an unfinished training of SAE Lens
 SAE_LENS_VERSION = "6.54.12"  # whose format is written; below 6, SAE Lens would drop the metadata
 NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}  # ours: theirs
@@ -26,6 +27,16 @@ PUBLISHED = {
     },
 }
 SCALED_ONCE = "expected_average_only_in"  # normalization by one factor for all residuals, which folds into the weights
+TENSORS = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}  # ours: theirs
+# What each architecture is here, and where its tensors are. Those of an unfinished training are saved as they are
+ARCHITECTURES: dict[str | None, tuple[str, Mapping[str, str]]] = {
+    "topk": ("topk", TENSORS),
+    "relu": ("relu", TENSORS),
+    "jumprelu": ("jumprelu", TENSORS | {"threshold": "threshold"}),
+    "batchtopk": ("jumprelu", TENSORS | {"cutoff": "topk_threshold"}),
+    "matryoshka_batchtopk": ("jumprelu", TENSORS | {"cutoff": "topk_threshold"}),
+    "gated": ("jumprelu", TENSORS | {"b_enc": "b_mag", "b_gate": "b_gate", "r_mag": "r_mag"}),
+}
 
 
 class Metadata(NamedTuple):
@@ -43,7 +54,7 @@ class Metadata(NamedTuple):
     def residual_layer(self) -> int:
         """The layer whose output is read and written. Raises SAEError unless it is a residual stream's."""
         name, layer = self.hook_name or "no named hook", self.hook_layer
-        if layer is not None and name.endswith("hook_resid_post"):
+        if layer is not None and (name.endswith("hook_resid_post") or OF_TRANSFORMERS.fullmatch(name)):
             return layer
         if layer and name.endswith("hook_resid_pre"):  # what goes into a block comes out of the one before
             return layer - 1
@@ -51,6 +62,15 @@ class Metadata(NamedTuple):
             f"found an autoencoder of {name}: expected a residual stream; where the label is wrong, load it with "
             "hook_name, as in blocks.16.hook_resid_post"
         )
+
+
+OF_TRANSFORMERS = re.compile(r"(model\.)?layers\.\d+")  # a layer's output, by the module's name in transformers
+
+
+def layer_in(hook_name: str | None) -> int | None:
+    """The number of the layer in a hook's name."""
+    number = re.search(r"\.(\d+)(?:\.|$)", hook_name or "")
+    return int(number[1][:18]) if number else None  # no model has so many
 
 
 def hook_name(layer: int) -> str:
@@ -75,7 +95,7 @@ class _Training(Schema):
 class _Arguments(Schema):
     """Of an activation function, before version 6."""
 
-    k: Count | None = None
+    k: Count | float | None = None
 
 
 class _Cfg(_Training):
@@ -83,7 +103,7 @@ class _Cfg(_Training):
 
     d_in: Count
     d_sae: Count
-    k: Count | None = None
+    k: Count | float | None = None
     architecture: str | None = None
     activation_fn: str | None = None
     activation_fn_str: str | None = None
@@ -108,29 +128,33 @@ class Description(NamedTuple):
     n_features: int
     k: int  # n_features where every feature may be active
     activation: str
-    normalize: str
-    center: bool
-    factor: float  # by which all residuals are multiplied before anything else
-    rescale: bool  # features are scaled by the norm of their decoder rows
+    tensors: Mapping[str, str]  # ours: the file's name for it, with .T behind it where it is transposed
     metadata: Metadata
+    weights: str = WEIGHTS  # the file
+    normalize: str = "none"
+    center: bool = True
+    factor: float = 1.0  # by which all residuals are multiplied before anything else
+    rescale: bool = False  # features are scaled by the norm of their decoder rows
 
 
 def read_cfg(folder: Path, known: dict[str, str], hook_name: str | None) -> Description:
     """What a folder's cfg.json says, `known` and `hook_name` in place of some of it. Raises SAEError."""
     path = folder / CFG
     cfg: _Cfg = _read(_Cfg, path).model_copy(update=known)
-    activation, k = _activation(cfg, path)
+    activation, tensors = _architecture(cfg, path)
     normalize, factor = _normalization(cfg, path)
+    k = (cfg.activation_fn_kwargs and cfg.activation_fn_kwargs.k) or cfg.k
     return Description(
         cfg.d_in,
         cfg.d_sae,
-        k,
+        checked_k(k, cfg.d_sae, path) if activation == "topk" else cfg.d_sae,
         activation,
-        normalize,
+        tensors,
+        _metadata(cfg, hook_name),
+        normalize=normalize,
         factor=factor,
         center=cfg.apply_b_dec_to_input is not False,
-        rescale=activation == "topk" and cfg.rescale_acts_by_decoder_norm is True,
-        metadata=_metadata(cfg, hook_name),
+        rescale=(activation == "topk" or "cutoff" in tensors) and cfg.rescale_acts_by_decoder_norm is True,
     )
 
 
@@ -142,12 +166,12 @@ def _metadata(cfg: _Cfg, hook_name: str | None) -> Metadata:
     """Metadata of version 6, under `metadata`, or of before, at the top level, under two names in 2024."""
     found = cfg.model_copy(update=cfg.metadata.model_dump(exclude_none=True) if cfg.metadata else {})
     name = hook_name or found.hook_name or found.hook_point
-    number = re.search(r"\.(\d+)(?:\.|$)", name or "")
+    number = layer_in(name)
     layer = found.hook_point_layer if found.hook_layer is None else found.hook_layer
     return Metadata(
         model_name=found.model_name,
         hook_name=name,
-        hook_layer=int(number[1][:18]) if number else layer,  # no model has so many
+        hook_layer=layer if number is None else number,
         prepend_bos=found.prepend_bos is not False,  # SAE Lens's own default
         context_size=found.context_size,
         dataset_path=found.dataset_path,
@@ -155,23 +179,26 @@ def _metadata(cfg: _Cfg, hook_name: str | None) -> Metadata:
     )
 
 
-def _activation(cfg: _Cfg, path: Path) -> tuple[str, int]:
-    """The activation in SparseAutoencoder's terms, and K: F where every feature may be active."""
+def _architecture(cfg: _Cfg, path: Path) -> tuple[str, Mapping[str, str]]:
+    """The activation in SparseAutoencoder's terms, and where its tensors are."""
     # Before version 6, which brought `metadata`, TopK was called "standard" with the activation function "topk", and
     # the architecture could be left out
     architecture = cfg.architecture or (None if cfg.metadata else "standard")
     function = cfg.activation_fn_str or cfg.activation_fn or "relu"
-    activation = function if architecture == "standard" else architecture
-    if activation not in ("topk", "relu", "jumprelu"):
-        found = f"architecture {architecture!r} with activation {function!r}" if architecture else "no architecture"
-        raise SAEError(f"found {found} in {path}, expected topk, jumprelu or standard: use another checkpoint")
-    if activation != "topk":
-        return activation, cfg.d_sae
-    k = (cfg.activation_fn_kwargs and cfg.activation_fn_kwargs.k) or cfg.k
-    if k is None or k > cfg.d_sae:
+    found = ARCHITECTURES.get(function if architecture == "standard" else architecture)
+    if found is None:
+        shown = f"architecture {architecture!r} with activation {function!r}" if architecture else "no architecture"
+        known = ", ".join(("standard", *filter(None, ARCHITECTURES)))
+        raise SAEError(f"found {shown} in {path}, expected {known}: use another checkpoint")
+    return found
+
+
+def checked_k(k: float | None, n_features: int, path: Path) -> int:
+    """K, unless it is none or not one of so many features. Raises SAEError."""
+    if not isinstance(k, int) or not 1 <= k <= n_features:
         shown = "no k" if k is None else f"k = {k}"
-        raise SAEError(f"found {shown} in {path}, expected 1 to {cfg.d_sae} (d_sae): copy the file again")
-    return activation, k
+        raise SAEError(f"found {shown} in {path}, expected 1 to {n_features}, the features: copy the file again")
+    return k
 
 
 def _normalization(cfg: _Cfg, path: Path) -> tuple[str, float]:

@@ -2,7 +2,8 @@
 
 An SAE Lens directory holds cfg.json, sae_weights.safetensors with W_enc (D, F), b_enc (F), W_dec (F, D) and
 b_dec (D), and sparsity.safetensors with the log10 of each feature's density (F), beside which we keep its largest
-activation, `maximum` (F); SAE Lens passes over it. Nothing is ever unpickled.
+activation, `maximum` (F); SAE Lens passes over it. Folders of other libraries are read as well (foreign.py). Nothing is
+ever unpickled.
 
 Shapes: D model width, F features.
 """
@@ -13,7 +14,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral_sae.cli import not_finite, one_line
+from mistral_sae.cli import Progress, not_finite, one_line
 from mistral_sae.files import SAEError, hash_of, opened, put_in_place, sync_folder, write_beside
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, Metadata, read_cfg, to_write
+from mistral_sae.sae.cfg import CFG, PUBLISHED, SCALER, WEIGHTS, Description, Metadata, to_write
 from mistral_sae.sae.features import Statistics
+from mistral_sae.sae.foreign import CONFIG, DICTIONARY, MARKS, SPARSIFY, check_is_one, check_readable, describe
 
-WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
+SPARSITY = "sparsity.safetensors"
+AXES = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F", "b_gate": "F", "r_mag": "F"}
+PASSED_OVER = {"k", "threshold", "group_sizes"}  # of dictionary_learning, where they do not make the features
 WRITTEN_BYTES = 2**28  # of a matrix, gathered and written at a time
 NEVER_FIRED = 1e-10  # added to a density before its log10, as SAE Lens does
 
@@ -65,11 +69,10 @@ def hash_of_sae(sae: SparseAutoencoder) -> str:
     return hash_of(config, sae.state_dict())
 
 
-def _shapes(d_model: int, n_features: int, activation: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of an SAE Lens directory."""
-    F, D = n_features, d_model
-    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
-    return shapes | ({"threshold": (F,)} if activation == "jumprelu" else {})
+def _shapes(d_model: int, n_features: int, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of an autoencoder's tensors; of one that has no axes it is ()."""
+    sizes = {"D": d_model, "F": n_features}
+    return {name: tuple(sizes[axis] for axis in AXES.get(name, "")) for name in names}
 
 
 def _check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
@@ -88,7 +91,7 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistic
     than densities and maxima have.
     """
     folder = Path(folder)
-    shapes = _shapes(sae.d_model, sae.n_features, sae.activation)
+    shapes = _shapes(sae.d_model, sae.n_features, sae.state_dict())
     for name in shapes:
         _check_finite(name, getattr(sae, name), "the autoencoder to save")
     if statistics is not None:
@@ -167,29 +170,42 @@ def _check_statistic(name: str, values_F: Tensor, n_features: int, highest: floa
 
 @torch.no_grad()
 def load_sae(source: str | Path, *, hook_name: str | None = None, device: torch.device | str = "cpu") -> LoadedSAE:
-    """Load an SAE Lens directory, in float32: what sae-lens 6 saves for topk, jumprelu and standard, or that of 2024.
+    """Load an autoencoder, in float32: what sae-lens 6 saves, or that of 2024, sparsify or dictionary_learning.
 
     `source` is a folder, a RUN_DIR that holds one as `sae`, or a repository of the Hugging Face hub: "owner/name" or
-    "owner/name/folder/in/it"; what those in PUBLISHED leave out is known here. `hook_name` replaces what the checkpoint
-    says about where it was trained, for one whose label is wrong. Decoder rows keep their norm, unless the checkpoint
-    scales features by it: it then moves into the encoder. Raises SAEError, one line, where there is no checkpoint, or
-    it is damaged or of a kind that is not known.
+    "owner/name/folder/in/it", with "@revision" behind it for another than main; what those in PUBLISHED leave out is
+    known here. `hook_name` replaces what the checkpoint says about where it was trained, for one whose label is wrong.
+    Decoder rows keep their norm, unless the checkpoint scales features by it: it then moves into the encoder. Raises
+    SAEError, one line, where there is no checkpoint, there are several, or it is damaged or of a kind not known.
     """
     folder = _find(source)
-    path, known = folder / WEIGHTS, PUBLISHED.get("/".join(str(source).split("/")[:2]), {})
-    cfg = read_cfg(folder, known, hook_name)
-    d_model, n_features, activation = cfg.d_model, cfg.n_features, cfg.activation
-    shapes = _shapes(d_model, n_features, activation)
+    known = PUBLISHED.get("/".join(str(source).partition("@")[0].split("/")[:2]), {})
+    cfg = describe(folder, known, hook_name)
+    path, shapes = folder / cfg.weights, _shapes(cfg.d_model, cfg.n_features, cfg.tensors)
     with opened(path) as file:
-        _check_shapes(file, shapes, path)  # before any memory is taken
-        options: dict[str, Any] = {"activation": activation, "normalize": cfg.normalize, "center": cfg.center}
-        sae = SparseAutoencoder(d_model, n_features, cfg.k, device=device, **options)
-        for name in shapes:
-            stored, tensor = file.get_tensor(name), getattr(sae, name)
+        _check_shapes(file, cfg, shapes, path)  # before any memory is taken
+        options: dict[str, Any] = {"activation": cfg.activation, "normalize": cfg.normalize, "center": cfg.center}
+        sae = SparseAutoencoder(cfg.d_model, cfg.n_features, cfg.k, device=device, **options)
+        others = {name: torch.empty(shape, device=device) for name, shape in shapes.items() if not hasattr(sae, name)}
+        for name, theirs in cfg.tensors.items():
+            stored = file.get_tensor(theirs.removesuffix(".T"))
             if not stored.is_floating_point():
                 raise SAEError(f"found {name} as {stored.dtype} in {path}, expected floating point: use another copy")
-            tensor.copy_(stored)  # W_enc stays the transposed view of an (F, D) block, and nothing maps the file
+            # W_enc stays the transposed view of an (F, D) block, and nothing maps the file
+            tensor = others[name] if name in others else getattr(sae, name)
+            tensor.copy_(stored.T if theirs.endswith(".T") else stored)
             _check_finite(name, tensor, path)
+    _fold(sae, cfg, others)
+    return LoadedSAE(sae, cfg.metadata, *_densities_and_maxima(folder / SPARSITY, cfg.n_features))
+
+
+def _fold(sae: SparseAutoencoder, cfg: Description, others: dict[str, Tensor]) -> None:
+    """Bring weights that a file has in other terms into SparseAutoencoder's, in place; `others` it has no place for."""
+    if "b_gate" in others:
+        # Gated with shared weights is JumpReLU: x + b_gate > 0 where x e^r + b_mag > b_mag - b_gate e^r
+        scale_F = others["r_mag"].exp()
+        sae.threshold.copy_(sae.b_enc - scale_F * others["b_gate"])
+        sae.W_enc.mul_(scale_F)
     if cfg.factor != 1:
         sae.W_enc.mul_(cfg.factor)
         sae.W_dec.div_(cfg.factor)
@@ -199,49 +215,74 @@ def load_sae(source: str | Path, *, hook_name: str | None = None, device: torch.
         sae.W_enc.mul_(norm_F)
         sae.b_enc.mul_(norm_F)
         sae.W_dec.div_(norm_F.unsqueeze(1))
-    if activation == "jumprelu":
-        sae.threshold.clamp_(min=0)  # in SAE Lens a feature is never negative, wherever its threshold lies
-    return LoadedSAE(sae, cfg.metadata, *_densities_and_maxima(folder / SPARSITY, n_features))
+    if "cutoff" in others:  # one threshold for all features, as scaled
+        sae.threshold.copy_(others["cutoff"] / (cfg.factor if cfg.rescale else 1))
+    if cfg.activation == "jumprelu":
+        sae.threshold.clamp_(min=0)  # a feature is never negative, wherever its threshold lies
 
 
 def _find(source: str | Path) -> Path:
-    """The folder that holds cfg.json: here, in `sae` below, or downloaded."""
+    """The folder that holds an autoencoder: here, in `sae` below, or downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         inner = folder / "sae"
-        return inner if inner.is_dir() and not (folder / CFG).exists() else folder
-    parts = str(source).rstrip("/").split("/")
+        folder = inner if inner.is_dir() and not (folder / CFG).exists() else folder
+        names = [file.name for file in folder.iterdir()]
+        check_readable(names, str(folder))
+        if not {CFG, *MARKS} & set(names):
+            below = [
+                file for depth in ("*", "*/*", "*/*/*") for mark in MARKS for file in folder.glob(f"{depth}/{mark}")
+            ]
+            check_is_one([file.relative_to(folder).as_posix() for file in below], str(source))
+        return folder
+    path, _, revision = str(source).rstrip("/").partition("@")
+    parts = path.split("/")
     is_local = isinstance(source, Path) or Path(parts[0]).exists()  # runs/typo is no repository where runs/ exists
-    if is_local or len(parts) < 2 or not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts):
+    are_names = all(re.fullmatch(r"\w[\w.-]*", part) for part in (*parts, *(revision or "main").split("/")))
+    if is_local or len(parts) < 2 or not are_names:
         known = "an SAE Lens directory, a RUN_DIR that holds one or a hub repository (owner/name)"
         raise SAEError(f"found no folder {str(source)!r}, expected {known}: check the path, or run train.py")
-    return _download("/".join(parts[:2]), "/".join(parts[2:]))
+    return _download(str(source), "/".join(parts[:2]), "/".join(parts[2:]), revision or None)
 
 
-def _download(repository: str, subfolder: str) -> Path:
+def _download(source: str, repository: str, subfolder: str, revision: str | None) -> Path:
     """Fetch the files of a checkpoint from the hub, all of one revision, and return their folder."""
     from httpx import HTTPError  # both are slow to import, and of use here only
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
-    prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [glob.escape(prefix + name) for name in (CFG, WEIGHTS, SPARSITY, SCALER)]
+    prefix, above = (f"{subfolder}/", subfolder.rpartition("/")[0]) if subfolder else ("", "")
+    wanted = (CFG, WEIGHTS, SPARSITY, SCALER, SPARSIFY, DICTIONARY, CONFIG)
+    patterns = [glob.escape(name) for name in (*(prefix + each for each in wanted), f"{above}/{CONFIG}".lstrip("/"))]
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder
+        options: Any = {"revision": revision, "allow_patterns": patterns, "tqdm_class": Progress}
+        folder = Path(snapshot_download(repository, **options)) / subfolder
+        if any((folder / name).exists() for name in (CFG, *MARKS)):
+            return folder
+        files = list_repo_files(repository, revision=revision)
     except (HTTPError, OSError, ValueError) as error:
         found = f"neither such a folder nor {repository!r} on the Hugging Face hub ({one_line(error)})"
         do = "check the name and the network; for a private one set HF_TOKEN"
         raise SAEError(f"found {found}, expected an SAE Lens directory: {do}") from None
+    within = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    check_readable(within, source)
+    check_is_one(within, source)
+    return folder
 
 
-def _check_shapes(file: Any, expected: dict[str, tuple[int, ...]], path: Path) -> None:
+def _check_shapes(file: Any, cfg: Description, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Raise SAEError unless a file has all tensors, in their shapes, and no others."""
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    expected = {}
+    for name, theirs in cfg.tensors.items():
+        expected[theirs.removesuffix(".T")] = shapes[name][::-1] if theirs.endswith(".T") else shapes[name]
     # Early in 2024 SAE Lens wrote a scaling factor for each feature, all ones unless it had been tuned.
     if "scaling_factor" in found and bool((file.get_tensor("scaling_factor") == 1).all()):
         del found["scaling_factor"]
-    for name in (*expected, *found):
+    passed_over = PASSED_OVER if cfg.weights == DICTIONARY else set()
+    for name in (*expected, *(name for name in found if name not in passed_over)):
         if found.get(name) != expected.get(name):
-            shapes = f"{name} of shape {found.get(name)} in {path}, expected {expected.get(name)} from {CFG}"
-            raise SAEError(f"found {shapes}: copy both files from one checkpoint, or use another")
+            seen = f"{name} of shape {found.get(name)} in {path}, expected {expected.get(name)} by the file beside it"
+            raise SAEError(f"found {seen}: copy both files from one checkpoint, or use another")
 
 
 def _densities_and_maxima(path: Path, n_features: int) -> tuple[Tensor | None, Tensor | None]:

@@ -1,5 +1,6 @@
-"""A little Hugging Face hub of one folder, for tests: what it says of a model or dataset, files whole and in part."""
+"""A little Hugging Face hub of one folder, for tests: what it says of a model or dataset, files to read and write."""
 
+import base64
 import hashlib
 import json
 import re
@@ -28,13 +29,16 @@ class Hub(BaseHTTPRequestHandler):
         for key, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def do_GET(self):
         path = self.path.split("?")[0]
         if match := re.fullmatch(rf"/api/(?:models|datasets)/{self.name}(?:/revision/(.+))?", path):
             self.tell(match[1] or "main")
+        elif re.fullmatch(rf"/api/models/{self.name}/tree/(?:main|{self.commit})", path):
+            files = [{"type": "file", "oid": "0", "path": name, "size": size} for name, size in self.files().items()]
+            self.answer(200, json.dumps(files).encode(), Content_Type="application/json")
         elif match := re.fullmatch(rf"/{self.name}/resolve/(?:main|{self.commit})/(.+)", path):
             self.send(match[1])
         else:
@@ -42,10 +46,41 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.gated:
+            return self.answer(403, b'{"error": "you may not"}')
+        if self.path == "/api/repos/create":
+            self.asked.append(body.decode())
+            found = {"url": f"http://{self.headers['Host']}/{self.name}"}
+        elif self.path == "/api/validate-yaml":  # of a model card
+            found = {"errors": [], "warnings": []}
+        elif self.path == f"/api/models/{self.name}/preupload/main":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            found = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+        elif self.path == f"/api/models/{self.name}/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    path = self.folder / line["value"]["path"]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            address = f"http://{self.headers['Host']}/{self.name}/commit/{self.commit}"
+            found = {"success": True, "commitOid": self.commit, "commitUrl": address, "hookOutput": ""}
+        else:
+            return self.answer(404)
+        self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
+
+    def files(self) -> dict[str, int]:
+        return {
+            file.relative_to(self.folder).as_posix(): file.stat().st_size
+            for file in sorted(self.folder.rglob("*"))
+            if file.is_file()
+        }
+
     def tell(self, revision: str):
         if revision not in ("main", self.commit):
             return self.answer(404, X_Error_Code="RevisionNotFound")
-        files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
+        files = [{"rfilename": name} for name in self.files()]
         about = {"id": self.name, "modelId": self.name, "sha": self.commit, "siblings": files}
         self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
 

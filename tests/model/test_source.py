@@ -2,38 +2,16 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
-from hub_server import COMMIT, serve
+from hub_server import COMMIT
 
 from mistral_sae.model import source
 from mistral_sae.model.language_model import ModelError, inspect, load_model
 from tools.weights import write_gguf
 
 # The hub
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """Play the hub with a folder, within a with-block."""
-    from huggingface_hub import constants, hf_api
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-
-    @contextmanager
-    def play(folder, **options):
-        with serve(folder, **options) as (address, asked):
-            monkeypatch.setattr(constants, "ENDPOINT", address)
-            monkeypatch.setattr(
-                constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-            )
-            monkeypatch.setattr(hf_api.api, "endpoint", address)
-            yield asked
-
-    return play
 
 
 @pytest.fixture

@@ -421,21 +421,23 @@ def test_a_run_folder_stands_for_the_autoencoder_in_it(sae, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "repository", "subfolder"),
-    [("owner/name", "owner/name", ""), ("owner/name/a/b", "owner/name", "a/b/")],
+    ("source", "revision", "subfolder", "above"),
+    [("owner/name", None, "", ""), ("owner/name/a/b", None, "a/b/", "a/"), ("owner/name/a@v1", "v1", "a/", "")],
 )
-def test_a_hub_repository_is_fetched_file_by_file(sae, tmp_path, monkeypatch, source, repository, subfolder):
+def test_a_hub_repository_is_fetched_file_by_file(sae, tmp_path, monkeypatch, source, revision, subfolder, above):
     save_sae(tmp_path / subfolder, sae, METADATA, statistics())
     asked = []
 
-    def snapshot_download(repo_id, *, allow_patterns):
-        asked.append((repo_id, set(allow_patterns)))
+    def snapshot_download(repo_id, *, revision, allow_patterns, **_):
+        asked.append((repo_id, revision, set(allow_patterns)))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     loaded = load_sae(source)
     names = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json")
-    assert asked == [(repository, {subfolder + name for name in names})]
+    others = ("sae.safetensors", "ae.safetensors", "config.json")  # of other libraries
+    wanted = {above + "config.json", *(subfolder + name for name in (*names, *others))}
+    assert asked == [("owner/name", revision, wanted)]
     assert torch.equal(loaded.sae.W_dec, sae.W_dec)
     assert loaded.density_F is not None
 
@@ -541,7 +543,7 @@ def test_a_missing_key_is_named(tmp_path, key):
         ({"metadata": {**V6, "prepend_bos": "yes"}}, "prepend_bos"),
         ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input"),
         ({"activation_fn_kwargs": 3}, "activation_fn_kwargs"),
-        ({"architecture": "gated"}, "gated"),
+        ({"architecture": "temporal"}, "temporal"),
         ({"architecture": ["topk"]}, "architecture"),
         ({"architecture": "standard", "activation_fn": "tanh-relu"}, "tanh-relu"),
         ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),

@@ -38,13 +38,14 @@ def without_figures(text: str) -> str:
 
 @pytest.fixture
 def standin_run(tmp_path, monkeypatch):
-    """A folder with an untrained autoencoder in runs/standin and some residuals in acts, where the examples run."""
+    """A folder with an untrained autoencoder in runs/standin, residuals in acts, and ae.pt, where the examples run."""
     write_shard(tmp_path / "acts/00000.arrow", {2: torch.zeros(16_384, 256)}, BEGINNING)
     sae = SparseAutoencoder(256, 8192, 8)
     sae.initialize(torch.randn(100, 256), seed=0)
     metadata = Metadata("standin", "blocks.2.hook_resid_post", 2, True, 256, "stdlib")
     folder = tmp_path / "runs/standin/sae"
     save_sae(folder, sae, metadata, Statistics(torch.full((8192,), 9.0), torch.full((8192,), 0.01), None))
+    torch.save({"bias": torch.zeros(4)}, tmp_path / "ae.pt")
     monkeypatch.chdir(tmp_path)
 
 

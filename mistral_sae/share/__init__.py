@@ -1,0 +1,1 @@
+"""What leaves this project: an autoencoder and its features in the forms of other tools, and on the hub."""
