@@ -30,7 +30,7 @@ TOKENS = 10  # promoted and suppressed
 AROUND = 7  # tokens on either side of the peak by which two passages are the same
 SAMPLE_SHARDS = 8  # evenly spread: half a million tokens, where negatives come from and coactive features are counted
 DRAWN = 512  # passages of each kind among which hard ones are looked for
-AT_ONCE = 256  # features for which weights and shards are gone through together
+AT_ONCE = 256  # features for which weights and shards are gone through together, where all are wanted
 RECORDS = 512  # that are kept, at 100 KB
 
 
@@ -216,10 +216,11 @@ class FeatureRecords:
 
     def __init__(
         self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings,
-        concepts: Concepts | None = None,
+        concepts: Concepts | None = None, at_once: int = AT_ONCE,
     ):  # fmt: skip
         self.features, self._settings = list(features), settings
         self._cache, self._model, self._sae, self._concepts = cache, model, sae, concepts
+        self._at_once = at_once
         self._place = {feature: place for place, feature in enumerate(self.features)}
         self._bytes = lru_cache(2**17)(model.tokenizer.token_bytes)
         self._record = lru_cache(RECORDS)(self._make)
@@ -254,7 +255,7 @@ class FeatureRecords:
 
     def _make(self, feature: int) -> Feature:
         found, top, spread, held_out = self._select(feature)
-        related = self._related(self._place[feature] // AT_ONCE)[feature]
+        related = self._related(self._place[feature] // self._at_once)[feature]
         peak_ids = [self._cache.ids(token, token)[0] for part in (top, spread, held_out) for token in part.tokens]
         near = [other for other, _ in related["nearest"]]
         hard = self._sample.hard(feature, found.tokens, peak_ids, near, NEGATIVES)
@@ -289,8 +290,8 @@ class FeatureRecords:
         return Sample(self._cache, self._settings)
 
     def _relate(self, number: int) -> dict[int, dict[str, Any]]:
-        """Fields of the `number`th AT_ONCE features: what weights and other features say of each."""
-        some = self.features[number * AT_ONCE :][:AT_ONCE]
+        """Fields of the `number`th part of the features: what weights and other features say of each."""
+        some = self.features[number * self._at_once :][: self._at_once]
         W_dec_FD, tokenizer = self._sae.W_dec.detach(), self._model.tokenizer
         lens = logit_lens(self._model.unembed, W_dec_FD[some], TOKENS, tokenizer.vocab_size)
         promoted, suppressed = ([[(self._texts([id])[0], by) for id, by in row] for row in side] for side in lens)

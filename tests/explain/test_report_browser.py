@@ -366,10 +366,10 @@ def test_only_features_in_the_report_are_linked_and_opened(browser, report):
     browser.execute_script("document.querySelector('.columns a[href=\"#feature=26\"]').click()")
     wait(browser, "document.querySelector('.eyebrow').textContent === 'Feature 26'")
     open_feature(browser, report, N - 2)
-    assert f"#{N} not in this report" in text(browser)
+    assert f"#{N} not here" in text(browser)
     assert not find_all(browser, f"a[href='#feature={N}']")
     visit(browser, f"{report}#feature=99999")
-    assert text(browser, "#feature h1") == "Feature 99999 is not in this report"
+    assert text(browser, "#feature h1") == "There is no feature 99999 here"
 
 
 def test_a_feature_without_an_explanation_says_why(browser, report):
