@@ -14,6 +14,7 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.features import Statistics, logit_lens
 
+AT_ONCE = 4096  # decoder rows
 SHARDS = 16  # of the cache in which the strongest tokens are looked for, evenly spread
 
 
@@ -25,11 +26,14 @@ def index_of(
     without: Collection[int] = (),
 ) -> Index:
     """The columns of the list, INDEXED, for all features but some; None or "" for what only a record or a label has."""
-    features = [feature for feature in range(sae.n_features) if feature not in set(without)]
-    tokens, fires_on = model.tokenizer, strongest_tokens(cache) if cache else {}
-    lens = logit_lens(model.unembed, sae.W_dec.detach()[features], NAMED_TOKENS, tokens.vocab_size)
-    ids = {*chain.from_iterable(fires_on.values()), *(id for row in lens.promoted for id, _ in row)}
-    texts = {id: tokens.strings([id])[0] for id in ids}
+    features, tokenizer = sorted({*range(sae.n_features)} - {*without}), model.tokenizer
+    fires_on = strongest_tokens(cache) if cache else {}
+    lenses = (  # of some rows at a time: there is no second decoder
+        logit_lens(model.unembed, sae.W_dec.detach()[features[i : i + AT_ONCE]], NAMED_TOKENS, tokenizer.vocab_size)
+        for i in range(0, len(features), AT_ONCE)
+    )
+    raises = [[id for id, _ in row] for lens in lenses for row in lens.promoted]
+    texts = {id: tokenizer.strings([id])[0] for id in {*chain(*fires_on.values(), *raises)}}
     columns: Index = {name: [None] * len(features) for name in INDEXED}
     return columns | {
         "feature": features,
@@ -37,7 +41,7 @@ def index_of(
         "density": statistics.density_F[features].tolist(),
         "maximum": statistics.maximum_F[features].tolist(),
         "fires_on": [[texts[id] for id in fires_on.get(feature, [])] for feature in features],
-        "logit_lens": [[texts[id] for id, _ in row] for row in lens.promoted],
+        "logit_lens": [[texts[id] for id in ids] for ids in raises],
     }
 
 

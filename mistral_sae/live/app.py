@@ -36,11 +36,7 @@ def serve(known: Known, host: str, port: int) -> None:
 
     Where others can reach the address there is a token, which is printed.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise Failed(f"cannot listen on {host}, port {port} ({error.strerror}): set another PORT or HOST") from None
+    listening = listen(host, port)
     port, is_local = listening.getsockname()[1], host in LOOPBACK
     token = None if is_local else secrets.token_urlsafe(24)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -54,6 +50,15 @@ def serve(known: Known, host: str, port: int) -> None:
         )
     finally:
         engine.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address of this machine; port 0 is any that is free. Raises Failed for one that is not."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise Failed(f"cannot listen on {host}, port {port} ({error.strerror}): set another PORT or HOST") from None
 
 
 def hosts_of(port: int) -> set[str]:
