@@ -20,6 +20,8 @@ from small_models import (
 import config
 from mistral_sae.cli import override
 
+pytest_plugins = ["chromium"]  # the fixtures of tests in a browser
+
 
 @pytest.fixture(scope="session", params=KINDS)
 def folders(request, tmp_path_factory) -> Folders:

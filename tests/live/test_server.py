@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from live_runs import EXPLAINED, F, HOSTILE, K, serving
+from live_runs import EXPLAINED, HOSTILE, F, K, serving
 
 from mistral_sae.live import asked, looking, writing
 from mistral_sae.steer import steering

@@ -63,7 +63,11 @@ function keep() {
 async function route() {
   const wanted = new URLSearchParams(location.hash.slice(1)), feature = wanted.get("feature");
   for (const [name] of wanted) if (/^f\d+$/.test(name)) addEdit(Number(name.slice(1)), 1);
-  for (const field of kept()) if (wanted.has(field.name)) field.value = wanted.get(field.name);
+  for (const field of kept().filter(({ name }) => wanted.has(name))) {
+    const before = field.value;
+    field.value = wanted.get(field.name);
+    if (!field.value) field.value = before; // it was no number, or none of the choices
+  }
   drawEdits();
   if (/^\d+$/.test(feature ?? "")) await openFeature(Number(feature));
   else leaveFeature(wanted.has("features") ? "features" : wanted.get("view") ?? "look");

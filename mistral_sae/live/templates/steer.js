@@ -36,7 +36,7 @@ function drawEdits() {
     slider.hidden = number.hidden = reach === 0;
     line.querySelector(".unit").textContent = unit;
   }
-  const { features, method } = steering(), shown = Object.entries(features).map(([f, c]) => `${f} at ${c}`).join(", ");
+  const { features, method } = currentEdit(), shown = Object.entries(features).map(([f, c]) => `${f} at ${c}`).join(", ");
   $("steered").textContent = edits().length || "";
   $("command").textContent = commandOf();
   $("chat-edit").replaceChildren(shown ? `Steered: ${method}, feature ${shown}. ` : "Not steered. ",
@@ -44,7 +44,7 @@ function drawEdits() {
 }
 
 /** The edit, as the server and its API take it. */
-function steering() {
+function currentEdit() {
   const features = Object.fromEntries(edits().map(({ dataset }) => [dataset.feature, Number(field(`f${dataset.feature}`).value)]));
   return { features, method: field("method").value, positions: field("positions").value };
 }
@@ -53,7 +53,7 @@ const sampled = () => ({ temperature: Number(field("temperature").value), seed: 
 
 /** The constants that make demo.py do the same. */
 function commandOf() {
-  const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`, { features, method, positions } = steering();
+  const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`, { features, method, positions } = currentEdit();
   const named = Object.entries(features).map(([feature, strength]) => `${feature}: ${strength}`).join(", ");
   const edit = named ? [`FEATURE_INDEX=${quoted(`{${named}}`)}`, `METHOD=${method}`, `POSITIONS=${positions}`]
     : ["FEATURE_INDEX=0", "COEFFICIENT=1", "STEERING_ON=False"];
@@ -80,7 +80,7 @@ async function writeTexts(signal) {
   const lines = (name) => field(name).value.split("\n").filter((line) => line.trim());
   const [toward, away] = [lines("toward"), lines("away")], stop = field("stop").value;
   const wanted = {
-    prompt: field("prompt").value, steer: steering(), max_tokens: Number(field("tokens").value), ...sampled(),
+    prompt: field("prompt").value, steer: currentEdit(), max_tokens: Number(field("tokens").value), ...sampled(),
     stop: stop ? [stop] : [],
     ...(toward.length && away.length ? { rival: { toward, away, strength: Number(field("rival").value) } } : {}),
   };
@@ -136,7 +136,7 @@ function chart(rows) {
 }
 
 async function sweep(signal) {
-  const wanted = { prompt: field("prompt").value, steer: steering(), ...sampled() }, rows = [];
+  const wanted = { prompt: field("prompt").value, steer: currentEdit(), ...sampled() }, rows = [];
   $("texts").replaceChildren();
   $("swept").replaceChildren();
   for await (const item of stream("/sweep", wanted, signal)) {
@@ -187,7 +187,7 @@ async function say(signal) {
     return whole;
   };
   if ($("both").checked && edits().length) await reply("Without steering", {});
-  const content = await reply(edits().length ? "Steered" : "The model", steering());
+  const content = await reply(edits().length ? "Steered" : "The model", currentEdit());
   if (content.trim()) turns.push(messages.at(-1), { role: "assistant", content }); // chat formats take no empty turn
 }
 
