@@ -126,6 +126,7 @@ class Sample:
         self.passages = Passages(tokens, first, last, documents, np.zeros(len(tokens), dtype=np.float32))
         self._shuffled = np.random.default_rng(settings.seed).permutation(len(tokens))
         self._by_id = np.argsort(ids, kind="stable")
+        self._by_token = lru_cache(SAMPLE_SHARDS)(self._sort)
         self._ids = ids[self._by_id]
 
     def random(self, feature: int, fires: np.ndarray, count: int, without: np.ndarray) -> Passages:
@@ -166,11 +167,7 @@ class Sample:
         n_features = len(self.cache.counts_F)
         together = np.zeros((len(features), n_features), dtype=np.int32)
         for number in self.shards:
-            shard = self.cache.shards[number]
-            order = np.argsort(shard.positions, kind="stable")  # by token; a radix sort, as they have 16 bits
-            by_token = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(shard.offsets))[order]
-            lengths = np.bincount(shard.positions, minlength=len(shard.tokens))
-            begins = lengths.cumsum() - lengths
+            shard, (by_token, begins, lengths) = self.cache.shards[number], self._by_token(number)
             for counts, feature in zip(together, features, strict=True):
                 at = shard.positions[slice(*shard.offsets[feature : feature + 2])]
                 counts += np.bincount(by_token[_ranges(begins[at], lengths[at])], minlength=n_features)
@@ -181,6 +178,14 @@ class Sample:
             most = most[np.lexsort((most, -counts[most]))]
             found.append([(int(other), float(counts[other] / own)) for other in most if counts[other]])
         return found
+
+    def _sort(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The features of a shard's activations by token, and where those of each token begin and how many they are."""
+        shard = self.cache.shards[number]
+        order = np.argsort(shard.positions, kind="stable")  # a radix sort, as they have 16 bits
+        by_token = np.repeat(np.arange(len(self.cache.counts_F), dtype=np.int32), np.diff(shard.offsets))[order]
+        lengths = np.bincount(shard.positions, minlength=len(shard.tokens))
+        return by_token, lengths.cumsum() - lengths, lengths
 
     def _generator(self, feature: int, purpose: int) -> Generator:
         return np.random.default_rng([self._seed, feature, purpose])

@@ -43,6 +43,8 @@ def serve(known: Known, host: str, port: int) -> None:
     print(f"page      {address}/{f'?token={token}' if token else ''}")
     print(f"API       {address}/v1, {f'its key is {token}' if token else 'any key'}; Ctrl-C ends it")
     engine = Engine()
+    engine.prepare(looking.page(known, 0))
+    engine.prepare(writing.write(known, asked.Writing(prompt=".", steer=asked.Steer(features={"0": 0}, method="add"))))
     app = make_app(known, engine, hosts_of(port) if is_local else None, token)
     try:
         uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)).run(

@@ -64,6 +64,10 @@ class Engine:
             job.is_closed = True
             self.jobs -= 1
 
+    def prepare(self, steps: Iterator[Any]) -> None:
+        """Run a job whose items nobody waits for: what a first request would else wait for."""
+        self._new.put(_Job(steps, lambda *_: None))
+
     def close(self) -> None:
         """End the thread after the step that it is in."""
         self._is_closed = True

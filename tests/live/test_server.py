@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from live_runs import EXPLAINED, HOSTILE, F, K, serving
+from test_demo import Ran
 
 from mistral_sae.live import asked, looking, writing
 from mistral_sae.steer import steering
@@ -131,6 +132,17 @@ def test_texts_are_streamed_and_are_those_of_generate(client, known, steer):
         assert "".join(text["tokens"]) == joined(items, name)
         assert len(text["shares"]) == len(text["tokens"])
         assert text["figures"]["cross_entropy"] > 0
+
+
+def test_the_texts_are_those_of_demo_for_the_same_constants(client, live_run, run_script, steer):
+    ((feature, strength),) = steer["features"].items()
+    named = {"RUN_DIR": live_run[0], "PROMPT": PROMPT, "NEW_TOKENS": 12, "TEMPERATURE": 0.7, "SEED": 4, "DEVICE": "cpu"}
+    edit = {"FEATURE_INDEX": feature, "COEFFICIENT": strength, "METHOD": "clamp", "POSITIONS": "generated"}
+    ran = Ran(*run_script("demo.py", [f"{name}={value}" for name, value in (named | edit).items()]))
+    wanted = {"prompt": PROMPT, "steer": steer | {"positions": "generated"}, "max_tokens": 12, "seed": 4}
+    items = events(client.post("/texts", json=wanted))
+    assert ran.columns == ["".join(joined(items, name).split()) for name in ("own", "steered")]
+    assert ran.columns[0] != ran.columns[1]
 
 
 def test_a_strength_of_none_of_the_features_leaves_one_text(client):
