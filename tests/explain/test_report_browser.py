@@ -9,7 +9,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from mistral_sae.explain.report import TextToken, write_report, write_text_page
+from mistral_sae.explain.report import INDEXED, TextToken, write_report, write_text_page
 from mistral_sae.explain.types import Example
 from mistral_sae.model.tokenizer import texts_of
 
@@ -294,6 +294,23 @@ def test_only_features_in_the_report_are_linked_and_opened(browser, report):
     assert not find_all(browser, f"a[href='#feature={N}']")
     visit(browser, f"{report}#feature=99999")
     assert text(browser, "#feature h1") == "There is no feature 99999 here"
+
+
+def test_a_feature_that_is_not_in_the_report_has_a_small_page(browser, tmp_path):
+    others = {name: [None] for name in INDEXED}
+    others |= {"feature": [9], "explanation": [""], "density": [0.001], "maximum": [2.0]}
+    others |= {"fires_on": [[" raise"]], "logit_lens": [["Error"]]}
+    features = [make_feature(8)._replace(nearest=((9, 0.5),)), make_feature(1)]
+    write_report(tmp_path / "report.html", make_run(), features, {1: make_label(1)}, others)
+    open_feature(browser, (tmp_path / "report.html").as_uri(), 8)
+    assert listed(browser) == [1]  # those that are explained, to begin with
+    find(browser, "#feature a[href='#feature=9']").click()
+    wait(browser, "document.querySelector('.eyebrow').textContent === 'Feature 9'")
+    for words in ("Not explained", "0.1%", "Fires on raise", "RaisesError", "FEATURE_INDEX=9"):
+        assert words in text(browser), words
+    find(browser, "#search").send_keys("error")
+    choose(browser, "explained", "")
+    matches(browser, "1 of 3 ")
 
 
 def test_a_feature_without_an_explanation_says_why(browser, report):

@@ -1,5 +1,12 @@
 """What OpenAI's own client gets from the server."""
 
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
 import openai
 import pytest
 import torch
@@ -119,3 +126,28 @@ def test_stop_sequences_end_a_completion(api):
 def test_what_cannot_be_answered_is_an_error_of_the_client_s(api, body, words):
     with pytest.raises(openai.BadRequestError, match=words):
         api.completions.create(prompt=PROMPT, model="", extra_body=body)
+
+
+# ---- what docs/live.md shows ----
+
+PAGE = (Path(__file__).parent.parent.parent / "docs/live.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("line", "".join(re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S)).splitlines())
+def test_the_curl_lines_of_the_page_are_answered(live, line):
+    command = shlex.split(line.replace("http://127.0.0.1:8000", live.address))
+    answer = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=30).stdout)
+    assert "error" not in answer
+    assert {"choices", "feature", "shape"} & answer.keys()
+
+
+def test_the_lines_of_python_of_the_page_run(live):
+    (code,) = re.findall(r"^```py\n(.*?)^```$", PAGE, re.M | re.S)
+    exec(code.replace("http://127.0.0.1:8000", live.address), {"openai": openai})
+
+
+def test_the_page_names_the_columns_of_the_list(known):
+    named = re.findall(r"`(\w+)`", PAGE[PAGE.index("- `/features`: the columns") : PAGE.index("`/features/12` is")])
+    assert set(named) <= known.listed.keys()
+    assert len(named) == 7
