@@ -179,6 +179,11 @@ SWEEP_SAMPLES: int = 8  # texts a coefficient
 CHAT: bool = False  # a conversation, with commands: /help lists them
 CHAT_CONTEXT: int = CONTEXT_LENGTH if ON_STANDIN else 8192  # tokens of it the model is given, at most
 
+# A page to look into the model and to steer it, on this machine: http://127.0.0.1:8000 (docs/live.md)
+SERVE: bool = False
+HOST: str = "127.0.0.1"  # another address of this machine lets others in, who need the token that is printed
+PORT: int = 8000  # 0 takes any that is free
+
 # ---- share.py ----
 PUSH_TO: str | None = None  # owner/name on the Hugging Face hub, where the autoencoders of RUN_DIR are sent
 # "sparsify" (the autoencoder), "neuronpedia" (its features, for SAE Dashboard too), "control-vector" (llama.cpp's) or
@@ -228,6 +233,7 @@ def check_numbers() -> None:
         "CONCURRENCY": (1, 10_000), "MAX_REPLY_TOKENS": (1, 2**24), "MAX_FAILED_SHARE": (0, 1),
         "PROMPT_DOLLARS": (0, 1e6), "COMPLETION_DOLLARS": (0, 1e6), "NEW_TOKENS": (1, 2**20), "TEMPERATURE": (0, 1000),
         "SWEEP_SAMPLES": (1, 10_000), "CHAT_CONTEXT": (1, 2**24), "MAX_DOCUMENT_BYTES": (1, 2**30),
+        "PORT": (0, 65_535),
     }.items():  # fmt: skip
         for value in values_of(name):
             expected = f"at least {least}" if value < least else f"at most {most:,.0f}"

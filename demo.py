@@ -1,7 +1,7 @@
 """Steer a Mistral with a feature: `python demo.py [NAME=value ...]`.
 
 Prints the model's own continuation of a prompt beside the steered one. SWEEP=1 prints a table over coefficients
-instead, CHAT=1 starts a conversation. The constants are in config.py.
+instead, CHAT=1 starts a conversation, SERVE=1 a page in a browser. The constants are in config.py.
 """
 
 import config
@@ -20,22 +20,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mistral_sae import live
 from mistral_sae.cli import Progress
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
-from mistral_sae.explain import cache
-from mistral_sae.explain.labels import read_labels
-from mistral_sae.explain.types import Label
-from mistral_sae.loading import load_pair
+from mistral_sae.loading import load_pair, read_explanations
 from mistral_sae.model.language_model import ModelSpec
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.sae.evaluate import reconstruction
 from mistral_sae.sae.memory import Needs, steering_needs
 from mistral_sae.steer import chat, display, search, sweep
 from mistral_sae.steer.display import print_line
-from mistral_sae.steer.steering import Edit, Explanation, SteeringError, Subject, statistics_of
+from mistral_sae.steer.steering import Edit, SteeringError, Subject, statistics_of
 
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
 SHOWN = 10  # tokens that a feature raises, or lowers
@@ -51,7 +48,10 @@ def main() -> None:
     run_dir = Path(filled.RUN_DIR)
     kept_in = run_dir / "feature_statistics.safetensors"
     statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
-    subject = Subject(model, loaded, statistics, read_explanations(loaded, run_dir))
+    labels, explanations = read_explanations(loaded, run_dir)
+    subject = Subject(model, loaded, statistics, explanations)
+    if config.SERVE:
+        return live.serve(config, subject, labels)
     edit = Edit({}, config.METHOD, config.POSITIONS == "generated", config.EXACT)
     is_instruct = config.CHAT and not config.ON_STANDIN and chat.has_chat_format(model)
     searched = searching(subject, chat_format=is_instruct)
@@ -59,8 +59,7 @@ def main() -> None:
     edit = find(edit, config.FEATURE_INDEX, config.COEFFICIENT)
     edit.in_units_of_steer(subject)  # what cannot be steered is said before anything is generated
     if config.CHAT:
-        talk(subject, edit, find, run_dir, is_instruct)
-        return
+        return talk(subject, edit, find, run_dir, is_instruct)
     print_line("edit", edit.describe(subject) if config.STEERING_ON else "none: STEERING_ON is False")
     if config.SWEEP:
         show_sweep(subject, edit, searched.strengths)
@@ -77,24 +76,7 @@ def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.
     return steering_needs(sae, spec, dtype=dtype, tokens=made, read=read)
 
 
-# ---- what is known, and which feature ----
-
-
-def read_explanations(loaded: LoadedSAE, run_dir: Path) -> dict[int, Explanation]:
-    """Those of RUN_DIR, unless the cache that they were made from is of another autoencoder."""
-    labels = {f: label for f, label in read_labels(run_dir / "explanations.jsonl").items() if label.explanation}
-    if labels and not cache.is_of(run_dir / cache.FOLDER, hash_of_sae(loaded.sae)):
-        print(f"the explanations in {run_dir} are of another autoencoder: not used")
-        return {}
-    return {f: Explanation(label.explanation, source_of(label)) for f, label in labels.items()}
-
-
-def source_of(label: Label) -> str:
-    """Who explained a feature, and how well the explanation did."""
-    detection = label.scores.get("detection")
-    if detection is None or detection.value is None:
-        return label.explainer
-    return f"{label.explainer}, detection {detection.value:.2f}"
+# ---- which feature ----
 
 
 def searching(subject: Subject, *, chat_format: bool) -> search.Search:

@@ -25,10 +25,11 @@ from mistral_sae.distributed import joined
 from mistral_sae.explain import cache, offline, pipeline, prompts, report
 from mistral_sae.explain.client import Client
 from mistral_sae.explain.examples import FeatureRecords, Settings
+from mistral_sae.explain.index import index_of
 from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
 from mistral_sae.explain.local_client import MODEL_CONTEXT, LocalClient
-from mistral_sae.explain.reading import Reading, read_corpus
+from mistral_sae.explain.reading import Reading, read_corpus, strongest
 from mistral_sae.explain.server import Server
 from mistral_sae.explain.types import Completer, Label
 from mistral_sae.files import locked
@@ -84,8 +85,9 @@ def main() -> None:
         if list(every) != chosen:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
         run = report.run_of(config, model_name(model), loaded, reading.corpus.check(), activations)
+        others = index_of(model, loaded.sae, activations.statistics(), activations, without=every)
         with cli.Progress(records, "report", unit=" features") as features:
-            report.write_report(run_dir / "report.html", run, features, every)
+            report.write_report(run_dir / "report.html", run, features, every, others)
     print_results(labels, len(every), run_dir)
     if broken:
         raise cli.Failed(f"the run was not finished: {broken}")
@@ -208,13 +210,8 @@ def show_text(text: str, filled: Filled, spec: ModelSpec) -> None:
     run_dir = Path(filled.RUN_DIR)
     loaded, model = open_pair(filled, spec)
     layer, ids = loaded.metadata.residual_layer, model.encode(text)
-    encoded = loaded.sae.encode(model.residuals(torch.tensor([ids]), layer)[0, 1:])
-    strongest = encoded.values.topk(min(SHOWN_FEATURES, encoded.values.shape[1]), dim=1)
-    features = encoded.indices.gather(1, strongest.indices).tolist()
-    tokens = [
-        report.TextToken(string, [(f, v) for f, v in zip(*found, strict=True) if v > 0])
-        for string, *found in zip(model.tokenizer.strings(ids[1:]), features, strongest.values.tolist(), strict=True)
-    ]
+    features = strongest(model, loaded, ids, SHOWN_FEATURES)
+    tokens = [report.TextToken(*each) for each in zip(model.tokenizer.strings(ids[1:]), features, strict=True)]
     described = cache.made_from(model, loaded.sae, layer, Reading.of(config).described())
     are_ours = cache.is_of(run_dir / cache.FOLDER, described["autoencoder"])
     labels = read_labels(run_dir / "explanations.jsonl") if are_ours else {}

@@ -1,4 +1,4 @@
-"""What explain.py and demo.py begin with: an autoencoder, and the model that it was trained on."""
+"""What explain.py and demo.py begin with: an autoencoder, the model that it was trained on, and what is said of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 from mistral_sae.cli import UserError, room_for
+from mistral_sae.explain import cache
+from mistral_sae.explain.labels import read_labels
+from mistral_sae.explain.types import Label
 from mistral_sae.files import SAEError
 from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.checkpoint import LoadedSAE, check_model, load_sae
+from mistral_sae.sae.checkpoint import LoadedSAE, check_model, hash_of_sae, load_sae
 from mistral_sae.sae.memory import Needs, free_memory
 from mistral_sae.sae.resume import read_points
+from mistral_sae.steer.steering import Explanation
 
 # Told the autoencoder, the last layer of the model and its dtype: what a run with them needs
 Needed = Callable[[SparseAutoencoder, int | None, torch.dtype], Needs]
@@ -58,6 +62,27 @@ def load_pair(
     elif metadata.model_name and _last_part(named) != _last_part(spec.name):
         print(f"warning: the autoencoder was trained on {named}, by its label, and the model is {spec.name}")
     return loaded, model
+
+
+def read_explanations(loaded: LoadedSAE, run_dir: Path) -> tuple[dict[int, Label], dict[int, Explanation]]:
+    """The labels in RUN_DIR by feature, and what is said of those that have an explanation.
+
+    None if they are of another autoencoder, which is printed. Raises SAEError for a damaged file.
+    """
+    labels = read_labels(run_dir / "explanations.jsonl")
+    if labels and not cache.is_of(run_dir / cache.FOLDER, hash_of_sae(loaded.sae)):
+        print(f"the explanations in {run_dir} are of another autoencoder: not used")
+        return {}, {}
+    explained = {f: label for f, label in labels.items() if label.explanation}
+    return labels, {f: Explanation(label.explanation, _source_of(label)) for f, label in explained.items()}
+
+
+def _source_of(label: Label) -> str:
+    """Who explained a feature, and how well the explanation did."""
+    detection = label.scores.get("detection")
+    if detection is None or detection.value is None:
+        return label.explainer
+    return f"{label.explainer}, detection {detection.value:.2f}"
 
 
 def sae_device_of(constants: Any) -> torch.device:

@@ -22,6 +22,8 @@ from small_models import (
 import config
 from mistral_sae.constants import override
 
+pytest_plugins = ["chromium"]  # the fixtures of tests in a browser
+
 
 @pytest.fixture(scope="session", params=KINDS)
 def folders(request, tmp_path_factory) -> Folders:

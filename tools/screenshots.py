@@ -1,6 +1,7 @@
-"""The pictures of the report in the README: `python -m tools.screenshots RUN_DIR FEATURE` writes docs/report-*.png.
+"""The pictures in the README: `python -m tools.screenshots RUN_DIR FEATURE` writes docs/report-*.png.
 
-Needs chromium, its driver and selenium (requirements-dev.txt).
+With the address of the page of `demo.py SERVE=1` in place of RUN_DIR, docs/live*.png, steered with FEATURE. Needs
+chromium, its driver and selenium (requirements-dev.txt).
 """
 
 import base64
@@ -8,6 +9,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -17,18 +19,45 @@ DOCS = Path(__file__).parent.parent / "docs"
 SCALE = 1  # pixels of a picture for one of the page
 
 
-def main(run_dir: Path, feature: int) -> None:
+WRITTEN = "document.querySelectorAll('#texts section > .small').length"
+
+
+class Shot(NamedTuple):
+    """A picture."""
+
+    name: str
+    address: str
+    width: int
+    height: int
+    scheme: str
+    does: str = ""  # once it is ready
+
+
+def shots_of_page(address: str, feature: int) -> list[Shot]:
+    """The page: a steered text in the light and in the dark, and on a phone."""
+    steered = f"{address}#view=steer&f{feature}=1.4"
+    write = "document.getElementById('steer-form').requestSubmit()"
+    return [
+        Shot(name, steered, width, 860, scheme, does=write)
+        for name, width, scheme in (("live", 1280, "light"), ("live-dark", 1280, "dark"), ("live-phone", 390, "light"))
+    ]
+
+
+def shots_of_report(run_dir: str, feature: int) -> list[Shot]:
     """The run, a feature in the light, in the dark and on a phone, and a text if there is a page of one."""
-    report, text = run_dir.resolve() / "report.html", run_dir.resolve() / "text.html"
+    report, text = Path(run_dir, "report.html").resolve(), Path(run_dir, "text.html").resolve()
     opened = f"{report.as_uri()}#feature={feature}"
     shots = [
-        ("report-run", report.as_uri(), 1280, 860, "light"),
-        ("report-feature", opened, 1280, 860, "light"),
-        ("report-dark", opened, 1280, 860, "dark"),
-        ("report-phone", opened, 390, 860, "light"),
+        Shot("report-run", report.as_uri(), 1280, 860, "light"),
+        Shot("report-feature", opened, 1280, 860, "light"),
+        Shot("report-dark", opened, 1280, 860, "dark"),
+        Shot("report-phone", opened, 390, 860, "light"),
     ]
-    if text.exists():
-        shots.append(("report-text", text.as_uri(), 1280, 700, "light"))
+    return [*shots, Shot("report-text", text.as_uri(), 1280, 700, "light")] if text.exists() else shots
+
+
+def main(shots: list[Shot]) -> None:
+    """Take the pictures."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     for argument in ("--headless=new", "--disable-gpu", "--hide-scrollbars"):
@@ -37,7 +66,7 @@ def main(run_dir: Path, feature: int) -> None:
         options.add_argument("--no-sandbox")
     browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
-        for name, address, width, height, scheme in shots:
+        for name, address, width, height, scheme, does in shots:
             screen = {"width": width, "height": height, "deviceScaleFactor": SCALE, "mobile": False}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
             media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
@@ -47,6 +76,9 @@ def main(run_dir: Path, feature: int) -> None:
             WebDriverWait(browser, 10).until(
                 lambda it: it.execute_script("return performance.getEntriesByName('ready').length")
             )
+            if does:
+                browser.execute_script(does)
+                WebDriverWait(browser, 30).until(lambda it: it.execute_script(f"return {WRITTEN}") == 2)
             (DOCS / f"{name}.png").write_bytes(base64.b64decode(browser.get_screenshot_as_base64()))
             print(DOCS / f"{name}.png")
     finally:
@@ -54,4 +86,5 @@ def main(run_dir: Path, feature: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    of = shots_of_page if sys.argv[1].startswith("http") else shots_of_report
+    main(of(sys.argv[1], int(sys.argv[2])))

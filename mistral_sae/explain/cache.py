@@ -37,6 +37,7 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae import kernels
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import hash_of_sae
+from mistral_sae.sae.features import Statistics
 from mistral_sae.schema import Count, Schema, Total, parse, read
 
 FORMAT = 1  # of the files: raise it with any change of what is in them
@@ -315,6 +316,10 @@ class Cache:
             parts.append((*tokens, documents, shard.values[part].astype(np.float32)))
         return Passages(*map(np.concatenate, zip(*parts, strict=True)))
 
+    def statistics(self) -> Statistics:
+        """How strongly and how often each feature fires in it."""
+        return Statistics(self.maxima_F, self.counts_F / max(1, self.tokens), self.tokens)
+
     def stretches(self) -> dict[str, list[tuple[int, int]]]:
         """By document the first and last token of each of its unbroken stretches in a row, in their order."""
         found: dict[str, list[tuple[int, int]]] = {name: [] for name in self.names}
@@ -336,7 +341,7 @@ def open_cache(folder: Path, made_from: dict[str, Any]) -> tuple[Cache | None, s
     manifest, shards = _manifest(folder), _shards(folder)
     if manifest is None:
         return None, f"the cache in {folder} is damaged: made again" if shards else ""
-    other = [words for name, words in OTHER.items() if manifest.made_from.get(name) != made_from[name]]
+    other = [words for name, words in OTHER.items() if manifest.made_from.get(name) != made_from.get(name)]
     if other:
         return None, f"the cache in {folder} is of {' and '.join(other)}: made again"
     if manifest.tokens is None or manifest.row_tokens is None:
@@ -344,6 +349,12 @@ def open_cache(folder: Path, made_from: dict[str, Any]) -> tuple[Cache | None, s
     if not shards or manifest.tokens != sum(len(shard.tokens) for shard in shards):
         return None, f"the cache in {folder} is damaged: made again from shard {len(shards):,} on"
     return Cache(shards, manifest.row_tokens), ""
+
+
+def open_of(folder: Path, autoencoder: str) -> Cache | None:
+    """The cache in a folder, of whatever corpus, if it is complete and of the autoencoder with this hash."""
+    found = _manifest(folder)
+    return open_cache(folder, found.made_from)[0] if found and is_of(folder, autoencoder) else None
 
 
 def _shards(folder: Path) -> list[Shard]:

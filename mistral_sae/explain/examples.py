@@ -30,7 +30,7 @@ TOKENS = 10  # promoted and suppressed
 AROUND = 7  # tokens on either side of the peak by which two passages are the same
 SAMPLE_SHARDS = 8  # evenly spread: half a million tokens, where negatives come from and coactive features are counted
 DRAWN = 512  # passages of each kind among which hard ones are looked for
-AT_ONCE = 256  # features for which weights and shards are gone through together
+AT_ONCE = 256  # features for which weights and shards are gone through together, where all are wanted
 RECORDS = 512  # that are kept, at 100 KB
 
 
@@ -126,6 +126,7 @@ class Sample:
         self.passages = Passages(tokens, first, last, documents, np.zeros(len(tokens), dtype=np.float32))
         self._shuffled = np.random.default_rng(settings.seed).permutation(len(tokens))
         self._by_id = np.argsort(ids, kind="stable")
+        self._by_token = lru_cache(SAMPLE_SHARDS)(self._sort)
         self._ids = ids[self._by_id]
 
     def random(self, feature: int, fires: np.ndarray, count: int, without: np.ndarray) -> Passages:
@@ -166,11 +167,7 @@ class Sample:
         n_features = len(self.cache.counts_F)
         together = np.zeros((len(features), n_features), dtype=np.int32)
         for number in self.shards:
-            shard = self.cache.shards[number]
-            order = np.argsort(shard.positions, kind="stable")  # by token; a radix sort, as they have 16 bits
-            by_token = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(shard.offsets))[order]
-            lengths = np.bincount(shard.positions, minlength=len(shard.tokens))
-            begins = lengths.cumsum() - lengths
+            shard, (by_token, begins, lengths) = self.cache.shards[number], self._by_token(number)
             for counts, feature in zip(together, features, strict=True):
                 at = shard.positions[slice(*shard.offsets[feature : feature + 2])]
                 counts += np.bincount(by_token[_ranges(begins[at], lengths[at])], minlength=n_features)
@@ -181,6 +178,14 @@ class Sample:
             most = most[np.lexsort((most, -counts[most]))]
             found.append([(int(other), float(counts[other] / own)) for other in most if counts[other]])
         return found
+
+    def _sort(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The features of a shard's activations by token, and where those of each token begin and how many they are."""
+        shard = self.cache.shards[number]
+        order = np.argsort(shard.positions, kind="stable")  # a radix sort, as they have 16 bits
+        by_token = np.repeat(np.arange(len(self.cache.counts_F), dtype=np.int32), np.diff(shard.offsets))[order]
+        lengths = np.bincount(shard.positions, minlength=len(shard.tokens))
+        return by_token, lengths.cumsum() - lengths, lengths
 
     def _generator(self, feature: int, purpose: int) -> Generator:
         return np.random.default_rng([self._seed, feature, purpose])
@@ -216,10 +221,11 @@ class FeatureRecords:
 
     def __init__(
         self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings,
-        concepts: Concepts | None = None,
+        concepts: Concepts | None = None, at_once: int = AT_ONCE,
     ):  # fmt: skip
         self.features, self._settings = list(features), settings
         self._cache, self._model, self._sae, self._concepts = cache, model, sae, concepts
+        self._at_once = at_once
         self._place = {feature: place for place, feature in enumerate(self.features)}
         self._bytes = lru_cache(2**17)(model.tokenizer.token_bytes)
         self._record = lru_cache(RECORDS)(self._make)
@@ -254,7 +260,7 @@ class FeatureRecords:
 
     def _make(self, feature: int) -> Feature:
         found, top, spread, held_out = self._select(feature)
-        related = self._related(self._place[feature] // AT_ONCE)[feature]
+        related = self._related(self._place[feature] // self._at_once)[feature]
         peak_ids = [self._cache.ids(token, token)[0] for part in (top, spread, held_out) for token in part.tokens]
         near = [other for other, _ in related["nearest"]]
         hard = self._sample.hard(feature, found.tokens, peak_ids, near, NEGATIVES)
@@ -289,8 +295,8 @@ class FeatureRecords:
         return Sample(self._cache, self._settings)
 
     def _relate(self, number: int) -> dict[int, dict[str, Any]]:
-        """Fields of the `number`th AT_ONCE features: what weights and other features say of each."""
-        some = self.features[number * AT_ONCE :][:AT_ONCE]
+        """Fields of the `number`th part of the features: what weights and other features say of each."""
+        some = self.features[number * self._at_once :][: self._at_once]
         W_dec_FD, tokenizer = self._sae.W_dec.detach(), self._model.tokenizer
         lens = logit_lens(self._model.unembed, W_dec_FD[some], TOKENS, tokenizer.vocab_size)
         promoted, suppressed = ([[(self._texts([id])[0], by) for id, by in row] for row in side] for side in lens)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mistral_sae.cli import Failed, Progress, UserError
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus, prefetch
@@ -77,6 +79,16 @@ def read_corpus(
         _warn_of_few_documents(found, reading)
     print(f"cache     {folder}: {found.tokens:,} tokens of {len(found.names):,} documents")
     return found
+
+
+@torch.no_grad()
+def strongest(model: LanguageModel, loaded: LoadedSAE, ids: list[int], count: int) -> list[list[tuple[int, float]]]:
+    """The strongest features of each token but the first, the BOS: at most so many (feature, activation)."""
+    encoded = loaded.sae.encode(model.residuals(torch.tensor([ids]), loaded.metadata.residual_layer)[0, 1:])
+    found = encoded.values.topk(min(count, encoded.values.shape[1]), dim=1)
+    features = encoded.indices.gather(1, found.indices).tolist()
+    pairs = (zip(*each, strict=True) for each in zip(features, found.values.tolist(), strict=True))
+    return [[(feature, value) for feature, value in each if value > 0] for each in pairs]
 
 
 def _warn_of_few_documents(found: cache.Cache, reading: Reading) -> None:

@@ -10,11 +10,6 @@ to search, sort and filter in. All data is base64 of gzip of JSON.
 Shapes: F features, D model width.
 """
 
-import base64
-import gzip
-import hashlib
-import json
-import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from mistral_sae.explain import figures
+from mistral_sae.explain import figures, pages
 from mistral_sae.explain.answers import Answers, read_answers, shown
 from mistral_sae.explain.cache import Cache
+from mistral_sae.explain.pages import compressed
 from mistral_sae.explain.scoring import METHODS, summarize_scores
 from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Label
 from mistral_sae.files import SAEError, write_text
@@ -35,12 +30,19 @@ from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.sae.features import Geometry, decoder_geometry
 from mistral_sae.schema import Total, lines, parse, read
 
-TEMPLATES = Path(__file__).parent / "templates"
+# The style and the scripts of the two pages, in `pages.TEMPLATES`
+REPORT = ("report.css", "page.js", "features.js", "report.js")
+TEXT = ("report.css", "page.js", "tokens.js", "text.js")
 CHUNK = 32  # features: a third of a megabyte compressed, which a browser unpacks in some 20 ms
 NAMED_TOKENS = 5  # that a feature is found by: the most frequent among those it peaks on, the first of its logit lens
 VIEWED = ("feature", "histogram", "promoted", "suppressed", "nearest", "coactive")  # as they are, of a Feature
 MARKS = "<!-- answers -->", "<!-- end of answers -->"  # around them in a report
-INPUT_SHARE, OUTPUT_SHARE = 0.5, 0.25  # TokenShares from which on a feature is an input, an output feature
+SHARES = {
+    "input_share": 0.5,
+    "output_share": 0.25,
+}  # TokenShares from which on a feature is an input, an output feature
+
+Index = dict[str, list[Any]]  # a list for each column of the list of features
 
 
 class Run(NamedTuple):
@@ -102,15 +104,19 @@ class TextToken(NamedTuple):
 # ---- the two pages ----
 
 
-def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapping[int, Label]) -> None:
+def write_report(
+    path: Path, run: Run, features: Iterable[Feature], labels: Mapping[int, Label], others: Index | None = None
+) -> None:
     """Write the report of some features: the run, a list to search, and a view of each feature.
 
-    `features` is read once, one at a time, in any order; those without a label are shown as not explained. A feature is
-    addressed as report.html#feature=1234.
+    `features` is read once, one at a time, in any order; those without a label are shown as not explained. Of `others`
+    there is only what the list says. A feature is addressed as report.html#feature=1234.
     """
     scores = summarize_scores(label.scores for label in labels.values())
     index, chunks = pack(features, labels)
-    shares = {"input_share": INPUT_SHARE, "output_share": OUTPUT_SHARE}
+    n_shown, explained = len(index["feature"]), sum(map(bool, index["explanation"]))
+    if others is not None:
+        index = {name: column + others[name] for name, column in index.items()}
     context = {
         "run": run,
         "answers": shown(run.answers),
@@ -118,14 +124,16 @@ def write_report(path: Path, run: Run, features: Iterable[Feature], labels: Mapp
         "training_panels": figures.training_panels(run.metrics, run.evaluation, run.density_F),
         "score_panels": figures.score_panels(scores),
         "geometry_panels": figures.geometry_panels(run.geometry),
-        "shown": len(index["feature"]),
-        "explained": sum(map(bool, index["explanation"])),
+        "shown": n_shown,
+        "explained": explained,
         "trained_tokens": next((r["tokens"] for r in reversed(run.metrics) if "tokens" in r), None),
-        **shares,
-        "index": compressed(index | shares | {"chunk": CHUNK, "intervals": INTERVALS, "demo": run.demo}),
+        **SHARES,
+        "index": compressed(
+            {**index, **SHARES, "records": n_shown, "chunk": CHUNK, "intervals": INTERVALS, "demo": run.demo}
+        ),
         "chunks": chunks,
     }
-    _write(path, "report", context)
+    write_text(path, pages.render("report", REPORT, context))
 
 
 def write_text_page(
@@ -145,7 +153,7 @@ def write_text_page(
         "fires_on": {f: fires_on(feature) for f, feature in known.items()},
     }
     context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data)}
-    _write(path, "text", context)
+    write_text(path, pages.render("text", TEXT, context))
 
 
 def put_answers(report: Path, answers: Answers) -> bool:
@@ -156,7 +164,7 @@ def put_answers(report: Path, answers: Answers) -> bool:
     _, found, after = rest.partition(MARKS[1])
     if not found:  # of an older version
         return False
-    page = _environment().get_template("answers.html").render(answers=shown(answers))
+    page = pages.render("answers", (), {"answers": shown(answers)})
     write_text(report, before + page[page.index(MARKS[0]) : page.index(MARKS[1])] + found + after)
     return True
 
@@ -248,9 +256,9 @@ def passage(example: Example) -> list[Any]:
     return [example.document, example.start, example.tokens, active, [example.activations[i] for i in active]]
 
 
-def pack(features: Iterable[Feature], labels: Mapping[int, Label]) -> tuple[dict[str, list[Any]], list[str]]:
+def pack(features: Iterable[Feature], labels: Mapping[int, Label]) -> tuple[Index, list[str]]:
     """Return the index, a list for each column, and the chunks, compressed; `features` are held a chunk at a time."""
-    index: dict[str, list[Any]] = {name: [] for name in INDEXED}
+    index: Index = {name: [] for name in INDEXED}
     chunks: list[str] = []
     labelled = ((feature, labels.get(feature.feature)) for feature in features)
     while chunk := list(islice(labelled, CHUNK)):
@@ -258,60 +266,3 @@ def pack(features: Iterable[Feature], labels: Mapping[int, Label]) -> tuple[dict
             index[name] += [value(feature, label) for feature, label in chunk]
         chunks.append(compressed([feature_record(feature, label) for feature, label in chunk]))
     return index, chunks
-
-
-def compressed(value: Any) -> str:
-    """Return base64 of gzip of JSON: characters that need no escaping anywhere in HTML."""
-    text = json.dumps(_rounded(value), separators=(",", ":"), allow_nan=False)  # ASCII: lone surrogates pass too
-    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode()
-
-
-def _rounded(value: Any) -> Any:
-    """The same with the three significant digits that the page shows; None for what is not finite: JSON has no NaN."""
-    if isinstance(value, float):
-        return float(f"{value:.3g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-# ---- templates ----
-
-
-def _environment() -> Environment:
-    """What renders the templates."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": figures.percent, "fixed": _fixed, "svg": figures.svg}
-    return environment
-
-
-def _write(path: Path, page: str, context: dict[str, Any]) -> None:
-    """Render a template with its style and script, and the policy that lets the page run these two and nothing else."""
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", f"{page}.js"))
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
-    html = (
-        _environment()
-        .get_template(f"{page}.html")
-        .render(context, page=page, style=style, script=script, policy=policy)
-    )
-    write_text(path, html.encode("utf-8", "replace").decode())  # a path may hold bytes that are not UTF-8
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    """A number with so many decimals and with thousands separated."""
-    return "none" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}"  # not -0.00
-
-
-def _hash(content: str) -> str:
-    """What a Content-Security-Policy calls an inline script or style by."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -208,7 +208,7 @@ class LanguageModel:
         Temperature 0 takes the likeliest token; otherwise the same ones are drawn for the same seed. Hooks must be in
         place while the iterator is consumed. Raises ModelError for an empty prompt or a negative temperature.
         """
-        for (id,) in self._next_tokens(prompt_ids, [seed], max_tokens, temperature, use_cache):
+        for (id,) in self.next_tokens(prompt_ids, [seed], max_tokens, temperature, use_cache):
             yield id
 
     def sample(
@@ -223,19 +223,19 @@ class LanguageModel:
 
         `progress`, such as tqdm, is given the tokens of all rows as they come.
         """
-        steps = list(progress(self._next_tokens(prompt_ids, seeds, max_tokens, temperature, use_cache=True)))
+        steps = list(progress(self.next_tokens(prompt_ids, seeds, max_tokens, temperature)))
         ids_by_seed = ([ids[row] for ids in steps] for row in range(len(seeds)))
         return [list(itertools.takewhile(lambda id: id != self.tokenizer.eos_id, ids)) for ids in ids_by_seed]
 
-    def _next_tokens(
+    def next_tokens(
         self,
         prompt_ids: Sequence[int],
         seeds: Sequence[int],
         max_tokens: int,
         temperature: float,
-        use_cache: bool,
+        use_cache: bool = True,
     ) -> Iterator[list[int]]:
-        """The next token of each row, a step at a time, until all rows have had their EOS."""
+        """The next token of each seed's row, a step at a time, until all rows have had their EOS; as `generate`."""
         if not prompt_ids:
             raise ModelError("found an empty prompt: expected at least the BOS token")
         if temperature < 0:

@@ -153,10 +153,7 @@ class Conversation:
         """Token ids, BOS included, that a reply to `line` continues; turns that leave no room for it are forgotten."""
         while True:
             messages = [*self.messages, {"role": "user", "content": line}]
-            if self._is_instruct:
-                ids = self._subject.model.tokenizer.chat(messages)
-            else:
-                ids = self._subject.model.encode("".join(message["content"] + "\n" for message in messages))
+            ids = prompt_of(self._subject.model, messages, self._is_instruct)
             if len(ids) <= self._room:
                 return ids
             if not self.messages:
@@ -192,6 +189,13 @@ def coefficient_of(argument: str) -> float | None:
         return None if argument.lower() in ("auto", "none") else float(argument)
     except ValueError:
         raise UserError(f"found coefficient {argument!r}: expected a number or auto") from None
+
+
+def prompt_of(model: LanguageModel, messages: list[dict[str, str]], is_instruct: bool) -> list[int]:
+    """The token ids that a reply to {"role", "content"} messages continues; without a chat format they are one text."""
+    if is_instruct:
+        return model.tokenizer.chat(messages)
+    return model.encode("".join(message["content"] + "\n" for message in messages))
 
 
 def has_chat_format(model: LanguageModel) -> bool:

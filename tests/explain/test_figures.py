@@ -15,7 +15,7 @@ from mistral_sae.explain.figures import (
     svg,
     training_panels,
 )
-from mistral_sae.explain.report import TEMPLATES
+from mistral_sae.explain.pages import TEMPLATES
 from mistral_sae.explain.scoring import summarize_scores
 
 

@@ -12,12 +12,11 @@ import pytest
 from report_records import TOKENS, make_feature, make_label, make_run
 
 from mistral_sae.explain.answers import Answers
+from mistral_sae.explain.pages import TEMPLATES, compressed
 from mistral_sae.explain.report import (
     CHUNK,
-    TEMPLATES,
     TextToken,
     command,
-    compressed,
     main_score,
     pack,
     put_answers,

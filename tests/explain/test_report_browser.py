@@ -1,32 +1,22 @@
 """The report in a real browser. Needs chromium and its driver (apt-get install chromium chromium-driver)."""
 
-import os
-import shutil
 import time
-import warnings
 
 import pytest
+from chromium import NARROW, WIDE, assert_fits, find, find_all, press, resize, text, visit, wait
 from report_records import TOKENS, make_feature, make_label, make_run
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from mistral_sae.explain.report import TextToken, write_report, write_text_page
+from mistral_sae.explain.report import INDEXED, TextToken, write_report, write_text_page
 from mistral_sae.explain.types import Example
 from mistral_sae.model.tokenizer import texts_of
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-if not (CHROMIUM and DRIVER):
-    missing = "the report is not tested in a browser: apt-get install chromium chromium-driver"
-    warnings.warn(f"SKIPPED: {missing}", stacklevel=1)
-    pytest.skip(missing, allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("quiet_console")
 
 N = 120
 EXPLAINED = [index for index in range(N) if index % 7 and index % 10 < 8]
-WIDE, NARROW = 1280, 390
 HOSTILE = [
     "<script>window.pwned=1</script>",
     "</script><script>window.pwned=1</script>",
@@ -49,28 +39,6 @@ AS_SIGNS = {0: "", 0x202E: "", 0x202C: "", 0x2028: "", 0xD83D: "\ufffd"}
 
 
 @pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(argument)
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(autouse=True)
-def quiet_console(browser):
-    """Whatever a test does, nothing is written to the console."""
-    resize(browser, WIDE)
-    yield
-    assert [entry["message"] for entry in browser.get_log("browser")] == []
-
-
-@pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """The address of a report of N features, of which some are dead, unexplained or not labelled."""
     labels = {index: make_label(index) for index in range(N) if index % 7}
@@ -84,46 +52,6 @@ def page(browser, report):
     """The browser, with the report as it opens."""
     visit(browser, report)
     return browser
-
-
-def resize(browser, width):
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def assert_fits(browser, *widths):
-    """Nothing is wider than the screen, at any of some widths."""
-    for width in widths:
-        resize(browser, width)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-
-
-def visit(browser, address):
-    browser.get("about:blank")  # or an address that differs in its fragment only would not load again
-    browser.get(address)
-    wait(browser, "performance.getEntriesByName('ready').length === 1")
-
-
-def wait(browser, condition):
-    """Poll until an expression is true."""
-    deadline = time.monotonic() + 10
-    while not browser.execute_script(f"return {condition}"):
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.02)
-
-
-def find(browser, selector):
-    return browser.find_element(By.CSS_SELECTOR, selector)
-
-
-def find_all(browser, selector):
-    return browser.find_elements(By.CSS_SELECTOR, selector)
-
-
-def text(browser, selector="#feature"):
-    """The text inside an element, hidden parts too; spaces are what they are."""
-    script = "return document.querySelector(arguments[0]).textContent.toWellFormed()"  # WebDriver takes no half pairs
-    return browser.execute_script(script, selector)
 
 
 def listed(browser):
@@ -145,10 +73,6 @@ def search(browser, words, found):
     find(browser, "#search").clear()
     find(browser, "#search").send_keys(words)
     matches(browser, found)
-
-
-def press(browser, *keys):
-    ActionChains(browser).send_keys(*keys).perform()
 
 
 def choose(browser, identity, value):
@@ -366,10 +290,27 @@ def test_only_features_in_the_report_are_linked_and_opened(browser, report):
     browser.execute_script("document.querySelector('.columns a[href=\"#feature=26\"]').click()")
     wait(browser, "document.querySelector('.eyebrow').textContent === 'Feature 26'")
     open_feature(browser, report, N - 2)
-    assert f"#{N} not in this report" in text(browser)
+    assert f"#{N} not here" in text(browser)
     assert not find_all(browser, f"a[href='#feature={N}']")
     visit(browser, f"{report}#feature=99999")
-    assert text(browser, "#feature h1") == "Feature 99999 is not in this report"
+    assert text(browser, "#feature h1") == "There is no feature 99999 here"
+
+
+def test_a_feature_that_is_not_in_the_report_has_a_small_page(browser, tmp_path):
+    others = {name: [None] for name in INDEXED}
+    others |= {"feature": [9], "explanation": [""], "density": [0.001], "maximum": [2.0]}
+    others |= {"fires_on": [[" raise"]], "logit_lens": [["Error"]]}
+    features = [make_feature(8)._replace(nearest=((9, 0.5),)), make_feature(1)]
+    write_report(tmp_path / "report.html", make_run(), features, {1: make_label(1)}, others)
+    open_feature(browser, (tmp_path / "report.html").as_uri(), 8)
+    assert listed(browser) == [1]  # those that are explained, to begin with
+    find(browser, "#feature a[href='#feature=9']").click()
+    wait(browser, "document.querySelector('.eyebrow').textContent === 'Feature 9'")
+    for words in ("Not explained", "0.1%", "Fires on raise", "RaisesError", "FEATURE_INDEX=9"):
+        assert words in text(browser), words
+    find(browser, "#search").send_keys("error")
+    choose(browser, "explained", "")
+    matches(browser, "1 of 3 ")
 
 
 def test_a_feature_without_an_explanation_says_why(browser, report):

@@ -1,0 +1,120 @@
+"""OpenAI's completions of the steered model: what their clients send and read, with `steer` beside it.
+
+    client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    steer = {"features": {"6581": 1.5}, "method": "clamp"}
+    client.completions.create(model="", prompt="def load", extra_body={"steer": steer})
+
+Shapes: T positions, V vocabulary.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from mistral_sae.cli import UserError
+from mistral_sae.live import asked
+from mistral_sae.live.known import Known
+from mistral_sae.live.writing import Context, Growing, grow
+from mistral_sae.steer.chat import prompt_of
+
+DEFAULT_TOKENS, DEFAULT_REPLY = 16, 1024  # of a completion, as OpenAI has it, and of a reply, where there is room
+
+
+class Answer:
+    """The texts that answer a request, `n` of each prompt. Raises UserError for what cannot be answered."""
+
+    def __init__(self, known: Known, wanted: asked.Sampled, prompts: Sequence[list[int]], max_tokens: int):
+        for ids in prompts:
+            known.check_length(len(ids), max_tokens)
+        self.known, self.wanted, self.prompts, self.max_tokens = known, wanted, prompts, max_tokens
+        self.model, self.is_chat = known.subject.model, isinstance(wanted, asked.Chat)
+        self.edit = wanted.steer.edit()
+        self.edit.in_units_of_steer(known.subject)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        self.head = {"id": f"cmpl-{secrets.token_hex(8)}", "object": kind, "created": int(time.time())}
+        self.head["model"] = known.name
+
+    def context(self, prompt_length: int) -> Context:
+        """The edit, for one forward."""
+        return lambda: self.edit.context(self.known.subject, prompt_length) if self.edit.coefficients else nullcontext()
+
+    def pieces(self) -> Iterator[list[tuple[int, Growing, str]]]:
+        """Of each text its place among the choices and its next piece, prompt by prompt; those of one are a batch."""
+        wanted, n = self.wanted, self.wanted.n or 1
+        seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
+        temperature = 1.0 if wanted.temperature is None else wanted.temperature
+        for number, ids in enumerate(self.prompts):
+            texts = [Growing(self.model.tokenizer, wanted.stops) for _ in range(n)]
+            places, seeds, context = range(number * n, number * n + n), range(seed, seed + n), self.context(len(ids))
+            for step in grow(self.model, ids, texts, seeds, self.max_tokens, temperature, context):
+                yield list(zip(places, texts, step, strict=True))
+
+    def chunks(self) -> Iterator[list[dict[str, Any]]]:
+        """What a stream sends, a step at a time."""
+        head = self.head | ({"object": "chat.completion.chunk"} if self.is_chat else {})
+        for pieces in self.pieces():
+            yield [
+                head | {"choices": [self._choice(i, piece, text.finish, "delta")]}
+                for i, text, piece in pieces
+                if piece or text.finish
+            ]
+
+    def whole(self) -> Iterator[dict[str, Any]]:
+        """The answer in one, as the last item; those before are its steps."""
+        joined: dict[int, str] = {}
+        texts: dict[int, Growing] = {}
+        for pieces in self.pieces():
+            texts |= {i: text for i, text, _ in pieces}
+            joined |= {i: joined.get(i, "") + piece for i, _, piece in pieces}
+            yield {}
+        choices = [self._choice(i, joined[i], text.finish, "message") for i, text in texts.items()]
+        if isinstance(wanted := self.wanted, asked.Completion):
+            for choice, text in zip(choices, texts.values(), strict=True):
+                ids = self.prompts[choice["index"] // (wanted.n or 1)]
+                if wanted.echo:
+                    choice["text"] = self.model.tokenizer.decode(ids) + choice["text"]
+                if wanted.logprobs is not None:
+                    choice["logprobs"] = self._log_probabilities(ids, text.ids, bool(wanted.echo), wanted.logprobs)
+                    yield {}
+        read, written = sum(map(len, self.prompts)), sum(len(text.ids) for text in texts.values())
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        yield self.head | {"choices": choices, "usage": usage}
+
+    def _choice(self, index: int, text: str, finish: str | None, name: str) -> dict[str, Any]:
+        content = {name: {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return {"index": index, "finish_reason": finish, "logprobs": None, **content}
+
+    @torch.no_grad()
+    def _log_probabilities(self, prompt: list[int], ids: list[int], echo: bool, top: int) -> dict[str, Any]:
+        """Of each token after the BOS, or after the prompt, its log-probability and those of the likeliest there."""
+        every, first, strings = [*prompt, *ids], 1 if echo else len(prompt), self.model.tokenizer.strings
+        with self.context(len(prompt))():
+            found_TV = self.model.log_probabilities(torch.tensor([every]))[0, first - 1 :].cpu()
+        tokens, best = strings(every)[first:], found_TV.topk(max(1, top), dim=1)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return {
+            "tokens": tokens,
+            "token_logprobs": found_TV.gather(1, torch.tensor(every[first:])[:, None]).squeeze(1).tolist(),
+            "top_logprobs": [{strings([id])[0]: by for id, by in zip(*each, strict=True)} for each in pairs],
+            "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
+        }
+
+
+def completion(known: Known, wanted: asked.Completion) -> Answer:
+    """The answer to /v1/completions."""
+    if wanted.stream and (wanted.echo or wanted.logprobs is not None):
+        raise UserError("found stream with echo or logprobs: expected one or the other")
+    max_tokens = DEFAULT_TOKENS if wanted.max_tokens is None else wanted.max_tokens
+    return Answer(known, wanted, wanted.prompts(known.subject.model), max_tokens)
+
+
+def chat(known: Known, wanted: asked.Chat) -> Answer:
+    """The answer to /v1/chat/completions."""
+    messages = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in wanted.messages]
+    ids = prompt_of(known.subject.model, messages, known.is_instruct)
+    room = max(1, min(DEFAULT_REPLY, known.most_tokens - len(ids)))
+    return Answer(known, wanted, [ids], wanted.max_completion_tokens or wanted.max_tokens or room)

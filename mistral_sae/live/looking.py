@@ -1,0 +1,151 @@
+"""What the model and the autoencoder say of a text, of a feature and of an edit. Each is a job of the engine.
+
+Shapes: T positions, K active features of a token, F features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_sae.cli import UserError
+from mistral_sae.explain.examples import NEIGHBORS, TOKENS
+from mistral_sae.explain.pages import rounded
+from mistral_sae.explain.reading import strongest
+from mistral_sae.explain.report import feature_record
+from mistral_sae.explain.types import BINS, Example, Feature
+from mistral_sae.live import asked
+from mistral_sae.live.known import Known
+from mistral_sae.sae.features import logit_lens, nearest
+from mistral_sae.steer import sweep
+from mistral_sae.steer.effect import Effect, share_of
+from mistral_sae.steer.search import RAISED, Search, changes_of
+from mistral_sae.steer.steering import Edit, Subject
+
+CHANGED = 8  # tokens that a feature raises, and as many that it lowers
+
+
+def rows_of(known: Known, text: str) -> list[list[int]]:
+    """The token ids of a text in rows of the model's context, each with its BOS first. Raises UserError."""
+    bos, *ids = known.subject.model.encode(text)
+    if not 0 < len(ids) <= asked.TOKENS:
+        raise UserError(f"found a text of {len(ids):,} tokens: expected 1 to {asked.TOKENS:,}")
+    step = known.context - 1
+    return [[bos, *ids[i : i + step]] for i in range(0, len(ids), step)]
+
+
+def read(known: Known, wanted: asked.Reading) -> Iterator[dict[str, Any]]:
+    """The tokens of a text (T) and the features that are active on each, strongest first (T, K); 0 is none."""
+    subject, rows = known.subject, rows_of(known, wanted.text)
+    ids = [id for row in rows for id in row[1:]]
+    parts = [strongest(subject.model, subject.loaded, row, wanted.top) for row in rows]
+    features = [each for part in parts for each in part]
+    yield {
+        "shape": [len(ids), max(map(len, features))],
+        "ids": ids,
+        "tokens": subject.model.tokenizer.strings(ids),
+        "features": [[feature for feature, _ in each] for each in features],
+        "activations": [[value for _, value in each] for each in features],
+    }
+
+
+def effect(known: Known, wanted: asked.Effect) -> Iterator[dict[str, Any]]:
+    """The tokens after a position that a feature makes likelier and less likely: as it is, and held at 0."""
+    model, rows = known.subject.model, rows_of(known, wanted.text)
+    row, place = divmod(wanted.position, known.context - 1)
+    if row >= len(rows) or place + 1 >= len(rows[row]):
+        raise UserError(f"found position {wanted.position}: expected one of the text's")
+    ids = torch.tensor([rows[row][: place + 2]])
+    with Edit({wanted.feature: 0.0}, "ablate").alone_in(1, 2).context(known.subject, 1):
+        as_is_V, without_V = (
+            model.forward(ids.repeat(2, 1))[:, -1][:, : model.tokenizer.vocab_size].softmax(dim=-1).cpu()
+        )
+    change_V = as_is_V - without_V
+    found = {}
+    for name, sign in (("raised", 1), ("lowered", -1)):
+        best = (sign * change_V).topk(CHANGED)
+        some = [id for id, by in zip(best.indices.tolist(), best.values.tolist(), strict=True) if by > 1e-6]
+        found[name] = [[*model.tokenizer.strings([id]), float(as_is_V[id]), float(without_V[id])] for id in some]
+    yield found
+
+
+def page(known: Known, feature: int) -> Iterator[dict[str, Any]]:
+    """What the view of a feature shows, in the report's form."""
+    model, loaded, statistics, _ = known.subject
+    if known.records is not None:
+        found = known.records[feature]
+    else:  # what the weights say
+        row_1D, tokenizer = loaded.sae.W_dec.detach()[feature : feature + 1], model.tokenizer
+        lens = logit_lens(model.unembed, row_1D, TOKENS, tokenizer.vocab_size)
+        promoted, suppressed = (tuple((tokenizer.strings([id])[0], by) for id, by in side[0]) for side in lens)
+        (near,) = nearest(loaded.sae.W_dec, [feature], NEIGHBORS)
+        density, maximum = float(statistics.density_F[feature]), float(statistics.maximum_F[feature])
+        none: tuple[Example, ...] = ()
+        found = Feature(
+            feature, density, maximum, (0,) * BINS, promoted, suppressed, tuple(near), (), none, none, none, none, none
+        )
+    yield rounded(feature_record(found, known.labels.get(feature)))
+
+
+# ---- figures over strengths ----
+
+
+def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
+    """Figures of texts at no strength, then at one strength after another, and at last which is the strongest fluent.
+
+    Several features keep their proportions.
+    """
+    subject, edit = known.subject, wanted.steer.edit()
+    given = {feature: float(c) for feature, c in wanted.steer.coefficients.items() if c}
+    if edit.method == "ablate" or not given:
+        raise UserError(
+            "found nothing to sweep over: expected a strength that is not 0, and another method than ablate"
+        )
+    if len(given) == 1:
+        given = {feature: math.copysign(1.0, c) for feature, c in given.items()}
+    edit = replace(edit, coefficients=given)
+    features, ids = list(given), subject.model.encode(wanted.prompt)
+    seeds = range(wanted.seed, wanted.seed + wanted.texts)
+    trials = sweep.Trials(subject.model, subject.loaded, ids, seeds, wanted.max_tokens, wanted.temperature)
+    search = Search(subject, trials, lambda n: torch.empty(0))
+    own = trials.unsteered(features)
+    yield row_of(trials, 0.0, own)
+    found: dict[float, sweep.Trial] = {}
+
+    def context(scales_B: list[float]) -> AbstractContextManager[None]:
+        scaled = {feature: c * torch.tensor(scales_B) for feature, c in given.items()}
+        return replace(edit, coefficients=scaled).context(subject, len(ids))
+
+    (scales,) = search.strengths([edit])
+    for scale in scales:
+        (found[scale],) = trials.steered([scale], context, lambda _: features, with_kl=False)
+        yield row_of(trials, scale, found[scale])
+    yield verdict_of(subject, edit, search.text_1T, found, own)
+
+
+def row_of(trials: sweep.Trials, scale: float, trial: sweep.Trial) -> dict[str, Any]:
+    """A line of the table, with the first of the texts."""
+    return {"strength": scale, "text": trials.text_of(trial.texts[0]), **trial.pooled._asdict()}
+
+
+def verdict_of(
+    subject: Subject, edit: Edit, text_1T: Tensor, found: Mapping[float, sweep.Trial], own: sweep.Trial
+) -> dict[str, Any]:
+    """Which strength is the strongest fluent one, and whether a reader sees anything of it."""
+    fluent = sweep.strongest_fluent(list(found), list(found.values()), own)
+    scale = next(iter(found)) if fluent is None else fluent
+    maxima = {f: float(subject.statistics.maximum_F[f]) for f in edit.coefficients}
+    raised_NV = changes_of(subject.model, subject.loaded, maxima, text_1T).logits_NV
+    shown = set(raised_NV.topk(RAISED, dim=1).indices.flatten().tolist())
+    trial = found[scale]
+    seen = Effect(
+        next(iter(edit.coefficients)), scale, fluent is not None, trial.pooled, own.pooled,
+        share_of(trial.texts, shown), share_of(own.texts, shown), list(found),
+    )  # fmt: skip
+    return {"strongest": fluent, "why": seen.why(), "visible": seen.is_visible}
