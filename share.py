@@ -6,10 +6,10 @@ are in config.py.
 """
 
 import config
-from mistral_sae import cli
+from mistral_sae import cli, constants
 
 if __name__ == "__main__":
-    cli.start("share", config)  # before the imports below take their seconds
+    constants.start("share", config)  # before the imports below take their seconds
 
 from pathlib import Path
 
