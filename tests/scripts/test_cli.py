@@ -383,7 +383,7 @@ def test_help_lists_the_constants_that_a_script_reads(script):
 
 
 def test_help_lists_every_constant_of_some_script_with_its_comments():
-    texts = ["\n".join(described(config, script)) for script in ("train", "explain", "demo", "analyse")]
+    texts = ["\n".join(described(config, script)) for script in ("train", "explain", "demo", "analyse", "share")]
     for name in config.__annotations__:
         assert any(f"\n  {name}=" in text for text in texts), name
     assert "\n  DECAY_FRACTION=0.2\n      last share of the steps, over which" in texts[0]
