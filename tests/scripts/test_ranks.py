@@ -103,6 +103,19 @@ def test_two_ranks_one_process_and_two_ranks_end_a_run_as_one_process_does(argum
         assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-4)
 
 
+def test_two_ranks_train_a_grid_from_activations_on_disk_as_one_process_does(arguments, here, tmp_path):
+    def given(who):
+        kept = tmp_path / f"{who}-activations"
+        return arguments(tmp_path / who, K="[4, 8]", ACTIVATIONS_PATH=kept, MOMENTS_DTYPE="float32")
+
+    ran = on_two_ranks(given("two"))
+    assert ran.code == 0, ran.err
+    assert here(given("one")).code == 0
+    for folder in ("k4", "k8"):
+        found, expected = (load_file(tmp_path / who / folder / "sae/sae_weights.safetensors") for who in ("two", "one"))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_plan_for_a_mesh_needs_no_ranks_and_a_run_does(here, arguments, tmp_path):
     plan = here(arguments(tmp_path, MESH="2x4", DRY_RUN=True)).out
     assert "2 replicas of 4 shards" in plan
