@@ -3,6 +3,7 @@
 import runpy
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def hugging_face_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def tokens_BT() -> torch.Tensor:
     return torch.randint(20, 4096, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def sae_lens():
+    """SAE Lens, without what its imports warn of; the test is skipped where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("sae_lens")
 
 
 @pytest.fixture

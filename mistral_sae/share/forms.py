@@ -25,6 +25,12 @@ from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer.steering import Edit, Subject
 
 BATCH = 128  # features of a file of SAE Dashboard
+NOT_MEASURED = (  # of SAE Dashboard's fields of a feature
+    "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices",
+    "correlated_neurons_l1", "correlated_neurons_pearson", "correlated_features_indices", "correlated_features_l1",
+    "correlated_features_pearson", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
+    "decoder_weights_dist", "vector",
+)  # fmt: skip
 PARTS = 5  # of a feature's range, from which passages are shown: a whole number of the histogram's bins each
 
 
@@ -104,15 +110,9 @@ def write_dashboards(
 def dashboard(feature: Feature, corpus: str, rows: int, row_tokens: int) -> dict[str, Any]:
     """SAE Dashboard's record of a feature."""
     width = feature.maximum / BINS
-    empty = (
-        "neuron_alignment_indices neuron_alignment_values neuron_alignment_l1 correlated_neurons_indices "
-        "correlated_neurons_l1 correlated_neurons_pearson correlated_features_indices correlated_features_l1 "
-        "correlated_features_pearson logits_hist_data_bar_heights logits_hist_data_bar_values decoder_weights_dist "
-        "vector"
-    )
     return {
         "feature_index": feature.feature,
-        **{name: [] for name in empty.split()},
+        **{name: [] for name in NOT_MEASURED},
         "neg_str": [token for token, _ in feature.suppressed],
         "neg_values": [round(logit, 3) for _, logit in feature.suppressed],
         "pos_str": [token for token, _ in feature.promoted],

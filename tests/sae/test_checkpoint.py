@@ -1,7 +1,6 @@
 import contextlib
 import json
 import os
-import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -18,13 +17,6 @@ from mistral_sae.sae.features import Statistics
 D, F, K = 32, 256, 8
 METADATA = Metadata("mistral-7b", "blocks.16.hook_resid_post", 16, True, 512, "text/files", "0123456789abcdef")
 V6 = {"sae_lens_version": "6.54.12", "model_name": "mistral-7b", "hook_name": "blocks.3.hook_resid_post"}
-
-
-@pytest.fixture(scope="module")
-def sae_lens():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("sae_lens")
 
 
 @pytest.fixture

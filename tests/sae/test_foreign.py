@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_checkpoint import D, F, K, assert_same, refused, residuals, sae_lens, tensors, write  # noqa: F401
+from test_checkpoint import D, F, K, assert_same, refused, residuals, tensors, write
 
 from mistral_sae.sae.checkpoint import Metadata, load_sae
 
@@ -151,7 +151,7 @@ def test_sparsify_itself_gives_these_features(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
-def test_gated_means_the_same_to_us_as_to_sae_lens(sae_lens, tmp_path, normalize):  # noqa: F811
+def test_gated_means_the_same_to_us_as_to_sae_lens(sae_lens, tmp_path, normalize):
     theirs = sae_lens.GatedSAE(sae_lens.GatedSAEConfig(d_in=D, d_sae=F, normalize_activations=normalize))
     t, w = tensors(), dictionary_weights("GatedAutoEncoder")
     own = {"b_gate": w["gate_bias"], "b_mag": w["mag_bias"], "r_mag": w["r_mag"]}
@@ -163,7 +163,7 @@ def test_gated_means_the_same_to_us_as_to_sae_lens(sae_lens, tmp_path, normalize
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK"])
 @pytest.mark.parametrize("factor", [None, 2.5])
-def test_unfinished_batchtopk_is_what_sae_lens_would_save_of_it(sae_lens, tmp_path, kind, rescale, factor):  # noqa: F811
+def test_unfinished_batchtopk_is_what_sae_lens_would_save_of_it(sae_lens, tmp_path, kind, rescale, factor):
     config = getattr(sae_lens, f"{kind}TrainingSAEConfig")
     options = {"matryoshka_widths": [F // 2, F]} if kind.startswith("M") else {}
     normalize = "expected_average_only_in" if factor else "none"
@@ -179,6 +179,17 @@ def test_unfinished_batchtopk_is_what_sae_lens_would_save_of_it(sae_lens, tmp_pa
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "finished", device="cpu")
     for folder in ("unfinished", "finished"):
         assert_same(theirs, load_sae(tmp_path / folder).sae, residuals())
+
+
+def test_a_hookpoint_on_the_hub_is_named_by_its_folder(hub, tmp_path):
+    for layer in (3, 10):
+        write_sparsify(tmp_path / f"layers.{layer}")
+    (tmp_path / "config.json").write_text(json.dumps({"model": "owner/base"}))
+    with hub(tmp_path) as asked:
+        with refused("found 2 autoencoders below owner/model, .*SAE_PATH=owner/model/layers.3, or so with layers.10"):
+            load_sae("owner/model")
+        assert load_sae("owner/model/layers.3").metadata == Metadata("owner/base", "layers.3", 3, True, None, None)
+        assert "layers.10/sae.safetensors+" not in asked
 
 
 # Where it belongs

@@ -1,7 +1,6 @@
 """A run goes to a local stand-in of the hub, and comes back to us and to SAE Lens."""
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -58,11 +57,8 @@ def test_what_was_pushed_is_loaded_by_its_name_on_the_hub(pushed, run_dir):
         assert torch.equal(loaded.maximum_F, mine.maximum_F)
 
 
-def test_sae_lens_loads_it_as_the_card_says(pushed, run_dir):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sae_lens = pytest.importorskip("sae_lens")
-        theirs = sae_lens.SAE.from_pretrained("me/mine", HOOK)
+def test_sae_lens_loads_it_as_the_card_says(sae_lens, pushed, run_dir):
+    theirs = sae_lens.SAE.from_pretrained("me/mine", HOOK)
     assert f'SAE.from_pretrained("me/mine", "{HOOK}")' in (pushed[0] / "README.md").read_text()
     x = torch.randn(30, D)
     mine = load_sae(run_dir).sae
