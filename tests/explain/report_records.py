@@ -41,7 +41,7 @@ WINDOW = 64
 EXPLANATIONS = (
     "exceptions being raised",
     "loops over a range",
-    "attributes of self",
+    "attributes of self; weakly names; calls",
     "imports of modules",
     "ends of lines",
 )

@@ -3,6 +3,7 @@
 // The page that uses it has `recordOf`, i -> what the view of a feature shows beyond the index or null, and `route`.
 
 const ROW = 76; // height of a line of the list, in px, as in the style
+const PART = 0.05; // of the score, that each further part of an explanation costs where the clearest come first
 
 // The index has a list for each column; a feature's place in them is `i`, its place in the list of those found `place`
 const state = {
@@ -438,7 +439,8 @@ function onKey(event) {
 
 /** Begin with an index, the columns of the list. */
 async function startList(index) {
-  state.index = index;
+  const parts = index.explanation.map((text) => text.split("; ").length); // "a; b; weakly c" are three
+  state.index = { ...index, clear: index.score.map((score, i) => score === null ? null : score - PART * (parts[i] - 1)) };
   state.position = new Map(index.feature.map((feature, i) => [feature, i]));
   if (index.feature.length > index.records) $("explained").value = "yes"; // the others are found when they are looked for
   find();
