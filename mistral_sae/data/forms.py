@@ -28,8 +28,7 @@ from mistral_sae.data.records import Document, Fault, TextError, Wanted, documen
 CHUNK = 1 << 20  # bytes of what is passed over that are held at once
 ZSTD_CHUNK = 1 << 9  # bytes of a .zst file that are unpacked at once: of a hostile one they make 16 MB
 
-BOM = b"\xef\xbb\xbf"
-BLANK = BOM + b" \t\r\n"
+BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark among them
 JSON_SIGN = re.compile(rb'\\.?|["{}]', re.DOTALL)  # an escaped byte of a string, or what begins and ends objects
 
 
@@ -162,25 +161,26 @@ def _csv(name: str, file: Any, wanted: Wanted, start: Place) -> Iterator[Documen
     """The rows of a table whose first row has the names; what separates those separates all."""
     csv.field_size_limit(wanted.max_bytes)
     heading = _beginning(file).partition(b"\n")[0]
-    lines = iter(lambda: file.readline(wanted.max_bytes + 1).decode("utf-8-sig", "surrogateescape"), "")
-    rows = csv.reader(lines, delimiter=max(",\t;", key=lambda sign: heading.count(sign.encode())))
-    names = next(rows, [])
+    too_much = b"x" * (wanted.max_bytes + 1)  # which no field may hold
+    lines = (too_much if line is None else line for line, _ in _lines(file, wanted.max_bytes))
+    texts = (line.decode("utf-8-sig", "surrogateescape") for line in lines)
+    rows = csv.reader(texts, delimiter=max(",\t;", key=lambda sign: heading.count(sign.encode())))
+    names = next(filter(None, rows), [])
     while True:
-        line, values = rows.line_num, ["what is no row"]
-        reason, place = "", Place(start.epoch, start.file, line)
+        line, reason = rows.line_num, ""
         try:
             values = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            reason = f"not CSV ({one_line(error)})"
-        if line < start.record or not values:
+            values, reason = names, f"not CSV ({one_line(error)})"
+        if len(values) != len(names):
+            reason = f"{len(values)} values, but {len(names)} names in the first row"
+        if line < start.record or not values:  # before the place, or an empty line
             continue
-        if len(values) == len(names) and not reason:
-            yield document_of(f"{name}:{line + 1}", dict(zip(names, values, strict=True)), wanted, place)
-        else:
-            reason = reason or f"{len(values)} values, but {len(names)} names in the first row"
-            yield Fault(f"{name}:{line + 1}", reason, names)
+        record_id, place = f"{name}:{line + 1}", Place(start.epoch, start.file, line)
+        record = dict(zip(names, values, strict=not reason))
+        yield Fault(record_id, reason, names) if reason else document_of(record_id, record, wanted, place)
 
 
 # ---- packed files ----

@@ -11,21 +11,24 @@ from pathlib import Path
 from mistral_sae.data.place import Place
 from mistral_sae.data.records import Document, TextError
 
-_SOURCE = re.compile(r"(.*?)\s*(?:\*\s*(\d+\.?\d*|\.\d+))?\s*")
+_WEIGHT = re.compile(r"\s*(\d{1,9}\.?\d*|\.\d+)\s*")
 
 
 def sources_of(data_path: str) -> list[tuple[str, float]]:
     """The corpora of a mixture such as "a*0.7 + b*0.3", with their shares; [] for a DATA_PATH that is none.
 
-    A weight that is left out is 1. Raises TextError for weights of nothing.
+    A weight that is left out is 1. Raises TextError for a weight of 0.
     """
     if " + " not in data_path or Path(data_path).exists():
         return []
-    found = [_SOURCE.fullmatch(part) for part in data_path.split(" + ")]
-    weights = [float(match[2] or 1) for match in found if match]
-    if min(weights) <= 0:
+    weighted = []
+    for part in data_path.split(" + "):
+        path, _, weight = part.rpartition("*")
+        weighted.append((path.strip(), float(weight)) if _WEIGHT.fullmatch(weight) and path else (part.strip(), 1.0))
+    if not all(weight for _, weight in weighted):
         raise TextError(f"found a weight of 0 in {data_path!r}: expected more, as in 'a*0.7 + b*0.3'")
-    return [(match[1].strip(), weight / sum(weights)) for match, weight in zip(found, weights, strict=True) if match]
+    total = sum(weight for _, weight in weighted)
+    return [(path, weight / total) for path, weight in weighted]
 
 
 def one_for_each(words: str, sources: int) -> list[str]:

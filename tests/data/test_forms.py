@@ -138,15 +138,27 @@ def test_linked_folders_are_followed_once_and_round_in_no_circle(tmp_path):
 
 
 def test_a_bad_row_of_csv_is_counted_with_its_line_and_the_next_is_read(tmp_path):
-    rows = ["id,text", '1,"two\nlines"', "2,a, comma", "3", "", "4,fine", '5,"never closed', "6,lost"]
-    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n" + "x" * 200 + "\n")
-    texts, skipped = read(tmp_path, max_bytes=100)
-    assert texts == ["two\nlines", "fine"]
-    assert skipped.first[:2] == [
-        "a.csv:4: 3 values, but 2 names in the first row",
-        "a.csv:5: 1 values, but 2 names in the first row",
+    rows = [
+        "",
+        "id,text",
+        '1,"two\nlines"',
+        "2,a, comma",
+        "3",
+        "",
+        "4," + "z" * 400,
+        "5,fine",
+        '6,"not closed',
+        "7,lost",
     ]
-    assert skipped.first[2].startswith("a.csv:8: not CSV (field larger than field limit")
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n" + "x" * 200 + "\n8,last\n")
+    texts, skipped = read(tmp_path, max_bytes=100)
+    assert texts == ["two\nlines", "fine", "last"]
+    assert skipped.first == [
+        "a.csv:5: 3 values, but 2 names in the first row",
+        "a.csv:6: 1 values, but 2 names in the first row",
+        "a.csv:8: not CSV (field larger than field limit (100))",
+    ]
+    assert skipped.count == 4
     with pytest.raises(TextError, match=r"no field 'body' in .*; found 'id', 'text'"):
         read(tmp_path, text_field="body")
 
