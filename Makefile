@@ -49,7 +49,7 @@ gpu-check: .venv/installed-dev .venv/installed-bench  ## with a GPU: its tests a
 	@$(BIN)/python -m benchmarks.gpu --check
 
 # torch first, from its own line: the packages after it accept the one that is there
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("mistral-sae needs Python 3.10 or newer: found " + sys.version.split()[0] + "; set PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
 	@echo 'making .venv, installing torch, then the other packages: this can take some minutes'
 	@$(PYTHON) -m venv .venv

@@ -53,13 +53,13 @@ def write_gguf(path: Path) -> None:
     writer.add_rope_freq_base(1e4)
     writer.add_rope_dimension_count(8)
     writer.add_layer_norm_rms_eps(1e-5)
-    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "Ġa"]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "Ġa", "Ġb"]
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges(["Ġ a"])
+    writer.add_token_merges(["Ġ a", "Ġ b"])  # of one alone transformers before 5.20 cannot read
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

@@ -239,8 +239,8 @@ def _on_hub(data_path: str) -> tuple[str, str | None]:
 
     Where neither knows the commit it is the revision that was asked for, or None; reading then says what is wrong.
     """
-    from httpx import HTTPError
     from huggingface_hub import dataset_info, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
 
     name, _, words = data_path.partition("@")
     revision, repo = words or None, name.partition(":")[0]

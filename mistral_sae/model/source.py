@@ -168,7 +168,6 @@ class Unreachable(ModelError):
 @contextmanager
 def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     """Say in one line what the hub says in many. Raises ModelError."""
-    from httpx import HTTPError
     from huggingface_hub import errors
 
     try:
@@ -185,7 +184,7 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         known = "neither a folder here nor a model that the hub shows you"
         raise ModelError(f"{name} is {known}: check the name, or log in where it is private (hf auth login)") from None
-    except (OSError, HTTPError, errors.SafetensorsParsingError) as error:
+    except (OSError, errors.HTTPError, errors.SafetensorsParsingError) as error:
         told = f"{name} is no folder here, and the hub cannot be asked for it ({one_line(error)})"
         raise Unreachable(f"{told}: get a copy elsewhere and set MISTRAL_MODEL_PATH to its folder") from None
 

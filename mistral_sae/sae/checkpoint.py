@@ -247,8 +247,8 @@ def _find(source: str | Path) -> Path:
 
 def _download(source: str, repository: str, subfolder: str, revision: str | None) -> Path:
     """Fetch the files of a checkpoint from the hub, all of one revision, and return their folder."""
-    from httpx import HTTPError  # both are slow to import, and of use here only
     from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HTTPError  # slow to import, too, and of use here only
 
     prefix, above = (f"{subfolder}/", subfolder.rpartition("/")[0]) if subfolder else ("", "")
     wanted = (CFG, WEIGHTS, SPARSITY, SCALER, SPARSIFY, DICTIONARY, CONFIG)

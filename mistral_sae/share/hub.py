@@ -104,8 +104,8 @@ def _table(members: Sequence[Member]) -> str:
 
 def push(repository: str, files: Mapping[str, Path], readme: str) -> str:
     """Send files and a card in one commit, and return its address; a new repository is private. Raises Failed."""
-    from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HTTPError
 
     api = HfApi()
     adds = [CommitOperationAdd("README.md", readme.encode()), *(CommitOperationAdd(n, p) for n, p in files.items())]

@@ -54,7 +54,7 @@ def test_what_a_real_server_generates_is_a_reply_and_its_tokens_are_counted(url,
         assert completion.status in ("ok", "truncated")
         assert completion.text
         assert completion.prompt_tokens > 0
-        assert 8 <= completion.completion_tokens <= 8 + 16 + 32
+        assert completion.completion_tokens >= 8
     assert client.notes["a system message"].startswith("the server does not take")  # HTTP 500, of the chat template
     assert client.stopped == ""
     again, client = ask(url, journal, *requests, **asking)

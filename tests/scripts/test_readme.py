@@ -1,5 +1,6 @@
 """What README.md, docs/ and the other pages show works, and names what is there."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from benchmarks import tables
 from mistral_sae.constants import override
 from mistral_sae.data.place import BEGINNING
 from mistral_sae.data.stored import write_shard
-from mistral_sae.explain.types import STATUSES
+from mistral_sae.explain.labels import write_labels
+from mistral_sae.explain.types import STATUSES, Label, Score
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, save_sae
 from mistral_sae.sae.evaluate import summary
@@ -96,6 +98,24 @@ def test_the_examples_of_a_page_run(name, standin_run, capsys):
     for code in blocks(PAGES[name], "python"):
         exec(code, {})
         assert capsys.readouterr().out
+
+
+def test_the_tour_runs_from_its_first_cell_to_its_last(standin_run, capsys):
+    cells = json.loads((ROOT / "docs/tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    scores = {"detection": Score(0.7, top_token=0.6)}
+    labels = [Label(feature, f"about {feature}", "offline", "ok", scores) for feature in range(8192)]
+    write_labels(Path("runs/standin/explanations.jsonl"), labels)
+    Path("runs/standin/evaluation.json").write_text('{"l0": 8.0, "normalized_mse": 0.5}')
+    names: dict = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+        assert cell["execution_count"]
+        assert {output["output_type"] for output in cell["outputs"]} <= {"execute_result", "stream"}
+    assert len(names["active"]) == len(names["explained"]) == 8 * (len(names["ids"]) - 1)
+    assert set(names["table"].columns) == {"explanation", "detection", "its top token", "density", "maximum"}
+    own, steered = capsys.readouterr().out.removeprefix("the model's own:\n").split("\nwith feature ")
+    assert f": {own}" != steered[steered.index(":") :]
 
 
 # ---- commands ----
