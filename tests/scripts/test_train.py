@@ -222,7 +222,7 @@ def test_every_constant_is_known_to_shape_a_run_or_not_to(finished):
     constants = {name for name in vars(config) if name.isupper()} - {"ON_STANDIN"}
     source = (ROOT / "config.py").read_text()
     of_others = set(re.findall(r"^([A-Z_]+)\b", source[source.index("# ---- explain.py") :], re.MULTILINE))
-    free = {"RUN_DIR", "RESUME", "DRY_RUN", "STATUS", "KEEP_CHECKPOINTS", "MESH"}
+    free = {"RUN_DIR", "RESUME", "DRY_RUN", "STATUS", "KEEP_CHECKPOINTS", "LOG_TO", "MESH"}
     assert "OPENAI_API_KEY" in of_others
     assert constants == shaping | free | of_others
     assert not shaping & (free | of_others)
