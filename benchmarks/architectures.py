@@ -192,7 +192,9 @@ class Tuned(NamedTuple):
     slope: float
 
     def at_k(self, figures: dict[str, Any]) -> float:
-        """The normalized MSE that figures near K features a token stand for at K."""
+        """The normalized MSE that figures near K features a token stand for at K; infinity for those far from it."""
+        if not K / 2 <= figures["l0"] <= 2 * K:  # a rate at which no coefficient leaves about K
+            return math.inf
         return figures["normalized_mse"] * (K / figures["l0"]) ** self.slope
 
 
