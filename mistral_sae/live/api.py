@@ -48,7 +48,8 @@ class Answer:
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
         temperature = 1.0 if wanted.temperature is None else wanted.temperature
         for number, ids in enumerate(self.prompts):
-            texts = [Growing(self.model.tokenizer, wanted.stops) for _ in range(n)]
+            is_reply = self.is_chat and self.known.is_instruct
+            texts = [Growing(self.model.tokenizer, wanted.stops, is_reply) for _ in range(n)]
             places, seeds, context = range(number * n, number * n + n), range(seed, seed + n), self.context(len(ids))
             for step in grow(self.model, ids, texts, seeds, self.max_tokens, temperature, context):
                 yield list(zip(places, texts, step, strict=True))

@@ -44,8 +44,10 @@ def read(known: Known, wanted: asked.Reading) -> Iterator[dict[str, Any]]:
     """The tokens of a text (T) and the features that are active on each, strongest first (T, K); 0 is none."""
     subject, rows = known.subject, rows_of(known, wanted.text)
     ids = [id for row in rows for id in row[1:]]
-    parts = [strongest(subject.model, subject.loaded, row, wanted.top) for row in rows]
-    features = [each for part in parts for each in part]
+    features = []
+    for row in rows:
+        features += strongest(subject.model, subject.loaded, row, wanted.top)
+        yield {}  # others may run
     yield {
         "shape": [len(ids), max(map(len, features))],
         "ids": ids,

@@ -27,8 +27,10 @@ Context = Callable[[], AbstractContextManager[object]]  # the edit, for one forw
 class Growing:
     """A text that grows by tokens until its end: the EOS, a stop sequence, or the length that was asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), is_reply: bool = False):
+        """A reply begins without the space that sentencepiece puts before a text."""
         self.ids: list[int] = []
+        self._is_bare = is_reply  # nothing of it is shown yet
         self.finish: Finish | None = None  # why it ended
         self._tokenizer, self._stops, self._held = tokenizer, [stop for stop in stops if stop], ""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -55,6 +57,8 @@ class Growing:
 
     def _take(self, count: int, finish: Finish | None = None) -> str:
         shown, self._held = self._held[:count], self._held[count:]
+        if self._is_bare and (shown := shown.lstrip(" ")):
+            self._is_bare = False
         self.finish = self.finish or finish
         return shown
 

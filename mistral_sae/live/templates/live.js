@@ -81,7 +81,7 @@ const linked = (feature) => [h("a", { href: `#feature=${feature}` }, `#${feature
 
 /** Read a text: its tokens, each with [feature, activation] pairs, strongest first. */
 async function read(text) {
-  const { tokens, features, activations } = await (await ask("/activations", { text, top: 1024 })).json();
+  const { tokens, features, activations } = await (await ask("/activations", { text, top: 256 })).json();
   return tokens.map((token, i) => [token, features[i].map((feature, k) => [feature, activations[i][k]])]);
 }
 
