@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import socket
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -49,10 +50,9 @@ def serve(known: Known, host: str, port: int) -> None:
     edit = asked.Steer(features={"0": 0}, method="add")
     engine.prepare(writing.write(known, asked.Writing(prompt=".", steer=edit, max_tokens=1)))
     app = make_app(known, engine, hosts_of(port) if is_local else None, token)
+    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     try:
-        uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)).run(
-            [listening]
-        )
+        uvicorn.Server(config).run([listening])
     finally:
         engine.close()
 
@@ -161,6 +161,7 @@ def status_of(error: Exception) -> tuple[int, str]:
             return 400, str(error)
     if is_out_of_memory(error):
         return 503, "the device is out of memory for this request: ask for less"
+    traceback.print_exception(error)  # a fault of ours, for whoever runs the server
     return 500, f"{type(error).__name__}: {one_line(error)}"
 
 
