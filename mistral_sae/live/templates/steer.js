@@ -136,7 +136,8 @@ function chart(rows) {
 }
 
 async function sweep(signal) {
-  const wanted = { prompt: field("prompt").value, steer: currentEdit(), ...sampled() }, rows = [];
+  const length = Math.max(4, Math.min(32, Number(field("tokens").value))), rows = [];
+  const wanted = { prompt: field("prompt").value, steer: currentEdit(), max_tokens: length, ...sampled() };
   $("texts").replaceChildren();
   $("swept").replaceChildren();
   for await (const item of stream("/sweep", wanted, signal)) {
