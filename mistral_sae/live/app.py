@@ -95,7 +95,7 @@ def page_of(known: Known) -> str:
     """The page, which fetches from this server and from nowhere else."""
     layer, n_features = known.subject.loaded.metadata.residual_layer, known.subject.loaded.sae.n_features
     context = {"model": known.name, "layer": layer, "shown": n_features}
-    context |= {**known.start, "start": pages.compressed(known.start)}
+    context |= {"form": known.form, "is_instruct": known.is_instruct}
     folder = Path(__file__).parent / "templates"
     return pages.render("live", FILES, context, folder, "connect-src 'self'; ")
 

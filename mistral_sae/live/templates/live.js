@@ -140,8 +140,7 @@ function contrast(here, there) {
 const recordOf = async (i) => (await ask(`/features/${state.index.feature[i]}`)).json();
 
 async function startLive() {
-  const [start, index] = [await unpack($("start").textContent), await (await ask("/features")).json()];
-  state.demo = start.demo;
+  const index = await (await ask("/features")).json();
   state.actions = (feature) => h("button", { type: "button", class: "main", onclick: () => {
     addEdit(feature, 1);
     location.hash = "view=steer";

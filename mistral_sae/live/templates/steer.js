@@ -61,7 +61,7 @@ function commandOf() {
   const edit = named ? [`FEATURE_INDEX=${quoted(`{${named}}`)}`, `METHOD=${method}`, `POSITIONS=${positions}`]
     : ["FEATURE_INDEX=0", "COEFFICIENT=1", "STEERING_ON=False"];
   const { temperature, seed } = sampled();
-  return [state.demo, ...edit, `PROMPT=${quoted(field("prompt").value)}`, `NEW_TOKENS=${field("tokens").value}`,
+  return [state.index.demo, ...edit, `PROMPT=${quoted(field("prompt").value)}`, `NEW_TOKENS=${field("tokens").value}`,
     `TEMPERATURE=${temperature}`, `SEED=${seed}`].join(" ");
 }
 
