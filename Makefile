@@ -12,7 +12,7 @@ quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in
 	@echo
 	@$(BIN)/python demo.py
 	@echo
-	@echo 'open runs/standin/report.html in a browser'
+	@echo 'open runs/standin/report.html in a browser; demo.py SERVE=1 serves a page to look and steer in'
 
 # The same on a small model of English: `make english ENGLISH="MISTRAL_MODEL_PATH=smollm2 DATA_PATH=owner/name"` takes
 # its text from the hub

@@ -72,7 +72,8 @@ def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.
     length, texts = len(config.PROMPT) + 1 + config.NEW_TOKENS, max(TRIED_TEXTS, config.SWEEP_SAMPLES)
     made = texts * sweep.settings_at_once(texts) * length
     read = texts * sweep.settings_read_at_once(texts, length, spec.vocab_size) * length
-    made = max(made, config.CHAT_CONTEXT if config.CHAT else 0)
+    conversations = 2 if config.SERVE else int(config.CHAT)
+    made = max(made, conversations * config.CHAT_CONTEXT)
     return steering_needs(sae, spec, dtype=dtype, tokens=made, read=read)
 
 

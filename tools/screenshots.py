@@ -8,18 +8,19 @@ import base64
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.wait import WebDriverWait
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCALE = 1  # pixels of a picture for one of the page
-
-
-WRITTEN = "document.querySelectorAll('#texts section > .small').length"
+WRITTEN = "document.querySelectorAll('#texts section > .small').length === 2"
 
 
 class Shot(NamedTuple):
@@ -56,8 +57,9 @@ def shots_of_report(run_dir: str, feature: int) -> list[Shot]:
     return [*shots, Shot("report-text", text.as_uri(), 1280, 700, "light")] if text.exists() else shots
 
 
-def main(shots: list[Shot]) -> None:
-    """Take the pictures."""
+@contextmanager
+def chromium() -> Iterator[WebDriver]:
+    """A browser without a window."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     for argument in ("--headless=new", "--disable-gpu", "--hide-scrollbars"):
@@ -66,23 +68,42 @@ def main(shots: list[Shot]) -> None:
         options.add_argument("--no-sandbox")
     browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
-        for name, address, width, height, scheme, does in shots:
-            screen = {"width": width, "height": height, "deviceScaleFactor": SCALE, "mobile": False}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            browser.get("about:blank")
-            browser.get(address)
-            WebDriverWait(browser, 10).until(
-                lambda it: it.execute_script("return performance.getEntriesByName('ready').length")
-            )
-            if does:
-                browser.execute_script(does)
-                WebDriverWait(browser, 30).until(lambda it: it.execute_script(f"return {WRITTEN}") == 2)
-            (DOCS / f"{name}.png").write_bytes(base64.b64decode(browser.get_screenshot_as_base64()))
-            print(DOCS / f"{name}.png")
+        yield browser
     finally:
         browser.quit()
+
+
+def visit(browser: WebDriver, address: str, width: int, height: int, scheme: str = "light") -> None:
+    """Open a page anew on a screen of a size, and wait until it is ready."""
+    screen = {"width": width, "height": height, "deviceScaleFactor": SCALE, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get("about:blank")
+    browser.get(address)
+    wait(browser, "performance.getEntriesByName('ready').length")
+
+
+def wait(browser: WebDriver, condition: str) -> None:
+    """Wait until an expression is true."""
+    WebDriverWait(browser, 30, 0.05).until(lambda it: it.execute_script(f"return {condition}"))
+
+
+def picture(browser: WebDriver) -> bytes:
+    """What is seen, as a PNG."""
+    return base64.b64decode(browser.get_screenshot_as_base64())
+
+
+def main(shots: list[Shot]) -> None:
+    """Take the pictures."""
+    with chromium() as browser:
+        for name, address, width, height, scheme, does in shots:
+            visit(browser, address, width, height, scheme)
+            if does:
+                browser.execute_script(does)
+                wait(browser, WRITTEN)
+            (DOCS / f"{name}.png").write_bytes(picture(browser))
+            print(DOCS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -297,14 +297,9 @@ class FeatureRecords:
     def _relate(self, number: int) -> dict[int, dict[str, Any]]:
         """Fields of the `number`th part of the features: what weights and other features say of each."""
         some = self.features[number * self._at_once :][: self._at_once]
-        W_dec_FD, tokenizer = self._sae.W_dec.detach(), self._model.tokenizer
-        lens = logit_lens(self._model.unembed, W_dec_FD[some], TOKENS, tokenizer.vocab_size)
-        promoted, suppressed = ([[(self._texts([id])[0], by) for id, by in row] for row in side] for side in lens)
-        near, coactive = nearest(W_dec_FD, some, NEIGHBORS), self._sample.coactive(some, NEIGHBORS)
-        return {
-            feature: {"promoted": tuple(up), "suppressed": tuple(down), "nearest": tuple(n), "coactive": tuple(c)}
-            for feature, up, down, n, c in zip(some, promoted, suppressed, near, coactive, strict=True)
-        }
+        coactive = self._sample.coactive(some, NEIGHBORS)
+        related = related_by_weights(self._model, self._sae, some)
+        return {f: related[f] | {"coactive": tuple(c)} for f, c in zip(some, coactive, strict=True)}
 
     def _shortened(self, passages: Passages, generator: Generator) -> Passages:
         """The passages after each end has lost a random number of tokens.
@@ -341,6 +336,20 @@ class FeatureRecords:
     def _texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, as `Tokenizer.strings` gives it."""
         return texts_of(map(self._bytes, ids))
+
+
+def related_by_weights(
+    model: LanguageModel, sae: SparseAutoencoder, features: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """The tokens that each of some features promotes and suppresses, and its nearest features: fields of a Feature."""
+    W_dec_FD, strings = sae.W_dec.detach(), model.tokenizer.strings
+    lens = logit_lens(model.unembed, W_dec_FD[features], TOKENS, model.tokenizer.vocab_size)
+    near = nearest(W_dec_FD, features, NEIGHBORS)
+    sides = ([tuple((strings([id])[0], by) for id, by in row) for row in side] for side in lens)
+    return {
+        feature: {"promoted": up, "suppressed": down, "nearest": tuple(n)}
+        for feature, up, down, n in zip(features, *sides, near, strict=True)
+    }
 
 
 def without_empty(texts: Sequence[str], values: Sequence[float]) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from mistral_sae.cli import Progress
 from mistral_sae.explain.cache import Cache
 from mistral_sae.explain.report import INDEXED, NAMED_TOKENS, Index
 from mistral_sae.model.language_model import LanguageModel
@@ -30,7 +31,7 @@ def index_of(
     fires_on = strongest_tokens(cache) if cache else {}
     lenses = (  # of some rows at a time: there is no second decoder
         logit_lens(model.unembed, sae.W_dec.detach()[features[i : i + AT_ONCE]], NAMED_TOKENS, tokenizer.vocab_size)
-        for i in range(0, len(features), AT_ONCE)
+        for i in Progress(range(0, len(features), AT_ONCE), "listing", unit=" parts", leave=False)
     )
     raises = [[id for id, _ in row] for lens in lenses for row in lens.promoted]
     texts = {id: tokenizer.strings([id])[0] for id in {*chain(*fires_on.values(), *raises)}}

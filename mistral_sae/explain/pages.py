@@ -63,7 +63,7 @@ def rounded(value: Any) -> Any:
     """Return the same with the three digits that a page shows, and None for what is not finite: JSON has no NaN."""
     if isinstance(value, float):
         return float(f"{value:.3g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     return [rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
 

@@ -25,12 +25,17 @@ DEFAULT_TOKENS, DEFAULT_REPLY = 16, 1024  # of a completion, as OpenAI has it, a
 
 
 class Answer:
-    """The texts that answer a request, `n` of each prompt. Raises UserError for what cannot be answered."""
+    """The texts that answer a request, `n` of each prompt. Raises UserError for what cannot be answered.
 
-    def __init__(self, known: Known, wanted: asked.Sampled, prompts: Sequence[list[int]], max_tokens: int):
+    Prompts may come with a BOS or without; it is put before those that have none.
+    """
+
+    def __init__(self, known: Known, wanted: asked.Sampled, sent: Sequence[list[int]], max_tokens: int):
+        bos = [known.subject.model.tokenizer.bos_id]
+        prompts = [ids if ids[:1] == bos else bos + ids for ids in sent]
         for ids in prompts:
             known.check_length(len(ids), max_tokens)
-        self.known, self.wanted, self.prompts, self.max_tokens = known, wanted, prompts, max_tokens
+        self.known, self.wanted, self.sent, self.prompts, self.max_tokens = known, wanted, sent, prompts, max_tokens
         self.model, self.is_chat = known.subject.model, isinstance(wanted, asked.Chat)
         self.edit = wanted.steer.edit()
         self.edit.in_units_of_steer(known.subject)
@@ -48,7 +53,8 @@ class Answer:
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
         temperature = 1.0 if wanted.temperature is None else wanted.temperature
         for number, ids in enumerate(self.prompts):
-            texts = [Growing(self.model.tokenizer, wanted.stops) for _ in range(n)]
+            is_reply = self.is_chat and self.known.is_instruct
+            texts = [Growing(self.model.tokenizer, wanted.stops, is_reply) for _ in range(n)]
             places, seeds, context = range(number * n, number * n + n), range(seed, seed + n), self.context(len(ids))
             for step in grow(self.model, ids, texts, seeds, self.max_tokens, temperature, context):
                 yield list(zip(places, texts, step, strict=True))
@@ -74,11 +80,12 @@ class Answer:
         choices = [self._choice(i, joined[i], text.finish, "message") for i, text in texts.items()]
         if isinstance(wanted := self.wanted, asked.Completion):
             for choice, text in zip(choices, texts.values(), strict=True):
-                ids = self.prompts[choice["index"] // (wanted.n or 1)]
+                number = choice["index"] // (wanted.n or 1)
                 if wanted.echo:
-                    choice["text"] = self.model.tokenizer.decode(ids) + choice["text"]
+                    choice["text"] = self.model.tokenizer.decode(self.sent[number]) + choice["text"]
                 if wanted.logprobs is not None:
-                    choice["logprobs"] = self._log_probabilities(ids, text.ids, bool(wanted.echo), wanted.logprobs)
+                    shown = len(text.ids) + (len(self.sent[number]) if wanted.echo else 0)
+                    choice["logprobs"] = self._log_probabilities(self.prompts[number], text.ids, shown, wanted.logprobs)
                     yield {}
         read, written = sum(map(len, self.prompts)), sum(len(text.ids) for text in texts.values())
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
@@ -89,17 +96,20 @@ class Answer:
         return {"index": index, "finish_reason": finish, "logprobs": None, **content}
 
     @torch.no_grad()
-    def _log_probabilities(self, prompt: list[int], ids: list[int], echo: bool, top: int) -> dict[str, Any]:
-        """Of each token after the BOS, or after the prompt, its log-probability and those of the likeliest there."""
-        every, first, strings = [*prompt, *ids], 1 if echo else len(prompt), self.model.tokenizer.strings
+    def _log_probabilities(self, prompt: list[int], ids: list[int], shown: int, top: int) -> dict[str, Any]:
+        """Of the last tokens, so many, the log-probability of each and those of the likeliest there; None for a BOS."""
+        every, strings = [*prompt, *ids], self.model.tokenizer.strings
         with self.context(len(prompt))():
-            found_TV = self.model.log_probabilities(torch.tensor([every]))[0, first - 1 :].cpu()
-        tokens, best = strings(every)[first:], found_TV.topk(max(1, top), dim=1)
+            found_TV = self.model.log_probabilities(torch.tensor([every]))[0].cpu()
+        own, best = found_TV.gather(1, torch.tensor(every[1:])[:, None]).squeeze(1), found_TV.topk(max(1, top), dim=1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        likeliest = [{strings([id])[0]: by for id, by in zip(*each, strict=True)} for each in pairs]
+        first = len(every) - shown
+        tokens = strings(every)[first:]
         return {
             "tokens": tokens,
-            "token_logprobs": found_TV.gather(1, torch.tensor(every[first:])[:, None]).squeeze(1).tolist(),
-            "top_logprobs": [{strings([id])[0]: by for id, by in zip(*each, strict=True)} for each in pairs],
+            "token_logprobs": [None, *own.tolist()][first:],
+            "top_logprobs": [None, *likeliest][first:],
             "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
         }
 

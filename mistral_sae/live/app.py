@@ -1,8 +1,10 @@
 """The server: the page, its requests and OpenAI's, each answered by a job of one engine."""
 
 import json
+import os
 import secrets
 import socket
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -24,7 +26,7 @@ from mistral_sae.live.guard import Guard, error_of, json_of
 from mistral_sae.live.known import Known
 from mistral_sae.schema import parse
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK, EVERYWHERE = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
 FILES = ("report.css", "live.css", "page.js", "features.js", "tokens.js", "live.js", "steer.js")
 
 K = TypeVar("K", bound=asked.Schema)
@@ -39,17 +41,18 @@ def serve(known: Known, host: str, port: int) -> None:
     listening = listen(host, port)
     port, is_local = listening.getsockname()[1], host in LOOPBACK
     token = None if is_local else secrets.token_urlsafe(24)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    named = socket.gethostname() if host in EVERYWHERE else f"[{host}]" if ":" in host else host
+    address = f"http://{named}:{port}"
     print(f"page      {address}/{f'?token={token}' if token else ''}")
     print(f"API       {address}/v1, {f'its key is {token}' if token else 'any key'}; Ctrl-C ends it")
     engine = Engine()
     engine.prepare(looking.page(known, 0))
-    engine.prepare(writing.write(known, asked.Writing(prompt=".", steer=asked.Steer(features={"0": 0}, method="add"))))
+    edit = asked.Steer(features={"0": 0}, method="add")
+    engine.prepare(writing.write(known, asked.Writing(prompt=".", steer=edit, max_tokens=1)))
     app = make_app(known, engine, hosts_of(port) if is_local else None, token)
+    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     try:
-        uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)).run(
-            [listening]
-        )
+        uvicorn.Server(config).run([listening])
     finally:
         engine.close()
 
@@ -60,7 +63,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise Failed(f"cannot listen on {host}, port {port} ({error.strerror}): set another PORT or HOST") from None
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise Failed(f"cannot listen on {host}, port {port} ({why}): set another PORT or HOST") from None
 
 
 def hosts_of(port: int) -> set[str]:
@@ -91,7 +95,7 @@ def page_of(known: Known) -> str:
     """The page, which fetches from this server and from nowhere else."""
     layer, n_features = known.subject.loaded.metadata.residual_layer, known.subject.loaded.sae.n_features
     context = {"model": known.name, "layer": layer, "shown": n_features}
-    context |= {**known.start, "start": pages.compressed(known.start)}
+    context |= {"form": known.form, "is_instruct": known.is_instruct}
     folder = Path(__file__).parent / "templates"
     return pages.render("live", FILES, context, folder, "connect-src 'self'; ")
 
@@ -157,6 +161,7 @@ def status_of(error: Exception) -> tuple[int, str]:
             return 400, str(error)
     if is_out_of_memory(error):
         return 503, "the device is out of memory for this request: ask for less"
+    traceback.print_exception(error)  # a fault of ours, for whoever runs the server
     return 500, f"{type(error).__name__}: {one_line(error)}"
 
 

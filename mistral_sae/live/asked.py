@@ -126,11 +126,10 @@ class Completion(Sampled):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def prompts(self, model: LanguageModel) -> list[list[int]]:
-        """The token ids of each prompt, BOS first."""
+        """The token ids of each prompt as they were sent: those of a text have no BOS."""
         given: Any = self.prompt
         some = [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
-        bos = model.tokenizer.bos_id
-        return [model.encode(p) if isinstance(p, str) else p if p[:1] == [bos] else [bos, *p] for p in some]
+        return [model.tokenizer.encode(each) if isinstance(each, str) else each for each in some]
 
 
 class Part(Schema):

@@ -30,7 +30,7 @@ class Known(NamedTuple):
     listed: Mapping[str, Any]  # the columns of the list, of all features, and what the page needs beside them
     context: int  # tokens of a row in which a text is read
     most_tokens: int  # of a prompt with what continues it
-    start: Mapping[str, Any]  # what the page begins with
+    form: Mapping[str, Any]  # what the page's form begins with, by FORM
     is_instruct: bool
 
     def check_length(self, prompt: int, more: int) -> None:
@@ -55,17 +55,15 @@ def known_of(constants: Any, subject: Subject, labels: Mapping[int, Label]) -> K
     labels = {feature: label for feature, label in labels.items() if feature < loaded.sae.n_features}
     for feature, label in labels.items():
         index["explanation"][feature], index["score"][feature] = label.explanation, main_score(label)
-    is_instruct = not constants.ON_STANDIN and has_chat_format(model)
-    demo = command("demo.py", constants)
-    start = {"form": {name: getattr(constants, name) for name in FORM}, "is_instruct": is_instruct, "demo": demo}
+    demo, is_instruct = command("demo.py", constants), not constants.ON_STANDIN and has_chat_format(model)
     return Known(
         subject=subject,
         name=STANDIN if constants.ON_STANDIN else model.name,
         labels=labels,
         records=records,
-        listed={**index, **SHARES, "records": loaded.sae.n_features, "intervals": INTERVALS, "demo": demo},
+        listed={**index, **SHARES, "records": len(index["feature"]), "intervals": INTERVALS, "demo": demo},
         context=constants.CONTEXT_LENGTH,
         most_tokens=constants.CHAT_CONTEXT,
-        start=start,
+        form={name: getattr(constants, name) for name in FORM},
         is_instruct=is_instruct,
     )

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from mistral_sae.cli import UserError
-from mistral_sae.explain.examples import NEIGHBORS, TOKENS
+from mistral_sae.explain.examples import related_by_weights
 from mistral_sae.explain.pages import rounded
 from mistral_sae.explain.reading import strongest
 from mistral_sae.explain.report import feature_record
-from mistral_sae.explain.types import BINS, Example, Feature
+from mistral_sae.explain.types import BINS, Feature
 from mistral_sae.live import asked
 from mistral_sae.live.known import Known
-from mistral_sae.sae.features import logit_lens, nearest
 from mistral_sae.steer import sweep
 from mistral_sae.steer.effect import Effect, share_of
 from mistral_sae.steer.search import RAISED, Search, changes_of
@@ -44,8 +43,10 @@ def read(known: Known, wanted: asked.Reading) -> Iterator[dict[str, Any]]:
     """The tokens of a text (T) and the features that are active on each, strongest first (T, K); 0 is none."""
     subject, rows = known.subject, rows_of(known, wanted.text)
     ids = [id for row in rows for id in row[1:]]
-    parts = [strongest(subject.model, subject.loaded, row, wanted.top) for row in rows]
-    features = [each for part in parts for each in part]
+    features = []
+    for row in rows:
+        features += strongest(subject.model, subject.loaded, row, wanted.top)
+        yield {}  # others may run
     yield {
         "shape": [len(ids), max(map(len, features))],
         "ids": ids,
@@ -61,11 +62,10 @@ def effect(known: Known, wanted: asked.Effect) -> Iterator[dict[str, Any]]:
     row, place = divmod(wanted.position, known.context - 1)
     if row >= len(rows) or place + 1 >= len(rows[row]):
         raise UserError(f"found position {wanted.position}: expected one of the text's")
-    ids = torch.tensor([rows[row][: place + 2]])
+    ids = torch.tensor([rows[row][: place + 2]] * 2)
     with Edit({wanted.feature: 0.0}, "ablate").alone_in(1, 2).context(known.subject, 1):
-        as_is_V, without_V = (
-            model.forward(ids.repeat(2, 1))[:, -1][:, : model.tokenizer.vocab_size].softmax(dim=-1).cpu()
-        )
+        logits_2V = model.forward(ids)[:, -1, : model.tokenizer.vocab_size]
+    as_is_V, without_V = logits_2V.softmax(dim=-1).cpu()
     change_V = as_is_V - without_V
     found = {}
     for name, sign in (("raised", 1), ("lowered", -1)):
@@ -80,16 +80,12 @@ def page(known: Known, feature: int) -> Iterator[dict[str, Any]]:
     model, loaded, statistics, _ = known.subject
     if known.records is not None:
         found = known.records[feature]
-    else:  # what the weights say
-        row_1D, tokenizer = loaded.sae.W_dec.detach()[feature : feature + 1], model.tokenizer
-        lens = logit_lens(model.unembed, row_1D, TOKENS, tokenizer.vocab_size)
-        promoted, suppressed = (tuple((tokenizer.strings([id])[0], by) for id, by in side[0]) for side in lens)
-        (near,) = nearest(loaded.sae.W_dec, [feature], NEIGHBORS)
+    else:
         density, maximum = float(statistics.density_F[feature]), float(statistics.maximum_F[feature])
-        none: tuple[Example, ...] = ()
         found = Feature(
-            feature, density, maximum, (0,) * BINS, promoted, suppressed, tuple(near), (), none, none, none, none, none
-        )
+            feature, density, maximum, (0,) * BINS, **related_by_weights(model, loaded.sae, [feature])[feature],
+            coactive=(), top=(), spread=(), held_out=(), random=(), hard=(),
+        )  # fmt: skip
     yield rounded(feature_record(found, known.labels.get(feature)))
 
 
@@ -111,6 +107,7 @@ def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
         given = {feature: math.copysign(1.0, c) for feature, c in given.items()}
     edit = replace(edit, coefficients=given)
     features, ids = list(given), subject.model.encode(wanted.prompt)
+    known.check_length(len(ids), wanted.max_tokens)
     seeds = range(wanted.seed, wanted.seed + wanted.texts)
     trials = sweep.Trials(subject.model, subject.loaded, ids, seeds, wanted.max_tokens, wanted.temperature)
     search = Search(subject, trials, lambda n: torch.empty(0))

@@ -25,11 +25,19 @@ Context = Callable[[], AbstractContextManager[object]]  # the edit, for one forw
 
 
 class Growing:
-    """A text that grows by tokens until its end: the EOS, a stop sequence, or the length that was asked for."""
+    """A text that grows by tokens until its end: the EOS, a stop sequence, or the length that was asked for.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    A reply begins without the space that sentencepiece puts before a text.
+
+    Attributes:
+        ids: its tokens so far.
+        finish: why it ended; None while it grows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), is_reply: bool = False):
         self.ids: list[int] = []
-        self.finish: Finish | None = None  # why it ended
+        self.finish: Finish | None = None
+        self._drops_space = is_reply
         self._tokenizer, self._stops, self._held = tokenizer, [stop for stop in stops if stop], ""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -55,6 +63,8 @@ class Growing:
 
     def _take(self, count: int, finish: Finish | None = None) -> str:
         shown, self._held = self._held[:count], self._held[count:]
+        if self._drops_space and (shown := shown.lstrip(" ")):
+            self._drops_space = False
         self.finish = self.finish or finish
         return shown
 
@@ -113,12 +123,8 @@ def write(known: Known, wanted: asked.Writing) -> Iterator[dict[str, Any]]:
     seeds = [wanted.seed] * rows
     for step in grow(subject.model, ids, texts, seeds, wanted.max_tokens, wanted.temperature, context):
         yield {"pieces": dict(zip(names, step, strict=True))}
-    yield {
-        "texts": {
-            name: figures(subject, list(edit.coefficients), ids, text.ids)
-            for name, text in zip(names, texts, strict=True)
-        }
-    }
+    features = list(edit.coefficients)
+    yield {"texts": {name: figures(subject, features, ids, text.ids) for name, text in zip(names, texts, strict=True)}}
 
 
 def figures(subject: Subject, features: list[int], prompt_ids: list[int], ids: list[int]) -> dict[str, Any]:

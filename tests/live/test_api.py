@@ -94,6 +94,9 @@ def test_log_probabilities_of_a_prompt_are_the_edited_model_s(api, known, edit, 
     greedy = [max(each, key=each.get) == token for each, token in zip(found.top_logprobs, found.tokens, strict=True)]
     assert greedy[:-1] == (log_TV.argmax(dim=1) == torch.tensor(ids[1:])).tolist()
     assert greedy[-1]
+    (choice,) = api.completions.create(extra_body=steer, **options | {"prompt": [ids]}).choices  # with its BOS
+    assert choice.logprobs.token_logprobs == [None, *found.token_logprobs]
+    assert choice.logprobs.tokens[1:] == found.tokens
 
 
 def test_a_chat_of_a_model_without_a_format_continues_the_lines(api, known):

@@ -208,9 +208,10 @@ def test_logits_that_are_not_finite_are_an_error_of_their_own_request(client, st
 
 
 def test_a_closed_stream_frees_its_place(client, live):
-    wanted = {"prompt": PROMPT, "steer": {"features": {str(FIRING): 1}}, "texts": 16, "max_tokens": 100}
+    wanted = {"prompt": PROMPT, "steer": {"features": {str(FIRING): 1}}, "texts": 8, "max_tokens": 64}
     with client.stream("POST", "/sweep", json=wanted) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        assert "strength" in next(lines)
         assert live.engine.jobs == 1
     deadline = time.monotonic() + 5
     while live.engine.jobs:

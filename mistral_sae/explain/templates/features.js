@@ -342,7 +342,8 @@ function briefView(i) {
     heading({ feature: feature[i], label: null }, i),
     h("div", { class: "split" }, h("div", {}, facts(i), steering(feature[i])),
       h("dl", { class: "plain" }, row("Fires on", maximum[i] > 0 ? fires_on[i] : []), row("Raises", logit_lens[i]))),
-    h("p", { class: "small" }, `Its passages are not here: explain.py SELECT="[${feature[i]}]" adds them, and an explanation.`),
+    h("p", { class: "small" },
+      `Its passages are not here: explain.py SELECT="[${feature[i]}]" adds them, and an explanation.`),
   ];
 }
 

@@ -18,6 +18,9 @@ function showText(tokens, about, chosen = () => {}) {
   let at = null, by = null; // the place of a token, and a feature
   const inAll = [...strongest].sort((a, b) => b[1] - a[1]).slice(0, MOST);
 
+  const tipOf = ([feature, value]) =>
+    `feature ${feature} at ${figure(value)}: ${h("span", {}, about.name(feature) ?? "not explained").textContent}`;
+
   /** Shade the text by one feature, or each token by its strongest. */
   function shade(feature = null) {
     by = feature;
@@ -28,7 +31,7 @@ function showText(tokens, about, chosen = () => {}) {
     const text = passageText(tokens.map(([token]) => token), shares, 1, 0, tokens.length);
     text.querySelectorAll(".t").forEach((element, i) => {
       element.dataset.place = i;
-      element.dataset.tip = shown[i] ? `feature ${shown[i][0]}: ${figure(shown[i][1])}` : "0: does not fire";
+      element.dataset.tip = shown[i] ? tipOf(shown[i]) : "0: does not fire";
       element.classList.toggle("chosen", i === at);
     });
     for (const name of ["click", "focusin"]) text.addEventListener(name, choose);

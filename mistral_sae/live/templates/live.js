@@ -4,7 +4,8 @@ const GONE = "The server does not answer: start demo.py again, then try once mor
 
 /** A request; raises what the server says, in a sentence. */
 async function ask(path, body, signal) {
-  const asked = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const headers = { "Content-Type": "application/json" };
+  const asked = body === undefined ? {} : { method: "POST", headers, body: JSON.stringify(body) };
   let response;
   try {
     response = await fetch(path, { ...asked, signal });
@@ -77,11 +78,12 @@ async function route() {
 // ---- look: a text, and what fires on it ----
 
 const maximumOf = (feature) => state.index.maximum[state.position.get(feature)];
-const linked = (feature) => [h("a", { href: `#feature=${feature}` }, `#${feature}`), " ", nameOf(state.position.get(feature))];
+const linked = (feature) =>
+  [h("a", { href: `#feature=${feature}` }, `#${feature}`), " ", nameOf(state.position.get(feature))];
 
 /** Read a text: its tokens, each with [feature, activation] pairs, strongest first. */
 async function read(text) {
-  const { tokens, features, activations } = await (await ask("/activations", { text, top: 1024 })).json();
+  const { tokens, features, activations } = await (await ask("/activations", { text, top: 256 })).json();
   return tokens.map((token, i) => [token, features[i].map((feature, k) => [feature, activations[i][k]])]);
 }
 
@@ -126,7 +128,8 @@ function contrast(here, there) {
     return of;
   };
   const sorted = [...mean(there, mean(here, new Map(), 1), -1)].sort((a, b) => b[1] - a[1]);
-  const rows = (some) => some.map(([feature, by]) => [linked(feature), by, `${by > 0 ? "+" : "−"}${percent(Math.abs(by))}`]);
+  const signed = (by) => `${by > 0 ? "+" : "−"}${percent(Math.abs(by))}`;
+  const rows = (some) => some.map(([feature, by]) => [linked(feature), by, signed(by)]);
   const meaning = "features by the difference of their mean activations, in shares of the maximum";
   return [ranked("More on this text", meaning, rows(sorted.slice(0, 15).filter(([, by]) => by > 0))),
     ranked("More on the other", meaning, rows(sorted.slice(-15).reverse().filter(([, by]) => by < 0)))];
@@ -137,8 +140,7 @@ function contrast(here, there) {
 const recordOf = async (i) => (await ask(`/features/${state.index.feature[i]}`)).json();
 
 async function startLive() {
-  const [start, index] = [await unpack($("start").textContent), await (await ask("/features")).json()];
-  state.demo = start.demo;
+  const index = await (await ask("/features")).json();
   state.actions = (feature) => h("button", { type: "button", class: "main", onclick: () => {
     addEdit(feature, 1);
     location.hash = "view=steer";

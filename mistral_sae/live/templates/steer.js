@@ -1,7 +1,9 @@
 // ---- steer: sliders, texts side by side as they come, a sweep, a conversation ----
 
 // By method: the reach of a slider, its step, and the unit; any other strength can be typed
-const REACH = { clamp: [4, 0.1, "× its maximum"], add: [1, 0.02, "norms"], raw: [20, 0.5, "rows"], ablate: [0, 1, "held at 0"] };
+const REACH = {
+  clamp: [4, 0.1, "× its maximum"], add: [1, 0.02, "norms"], raw: [20, 0.5, "rows"], ablate: [0, 1, "held at 0"],
+};
 const TITLES = { own: "Without steering", steered: "Steered", rival: "Difference of means" };
 
 const field = (name) => document.querySelector(`#steer-form [name="${name}"]`);
@@ -10,8 +12,9 @@ const edits = () => [...document.querySelectorAll("#edits li")];
 /** A slider for one more feature. */
 function addEdit(feature, strength) {
   if (field(`f${feature}`) || state.position.get(feature) === undefined) return;
-  const number = h("input", { type: "number", step: "any", name: `f${feature}`, value: strength, required: true, "aria-label": `Strength of feature ${feature}` });
-  const slider = h("input", { type: "range", "aria-label": `Strength of feature ${feature}, slider` });
+  const label = `Strength of feature ${feature}`, name = `f${feature}`;
+  const number = h("input", { type: "number", step: "any", name, value: strength, required: true, "aria-label": label });
+  const slider = h("input", { type: "range", "aria-label": `${label}, slider` });
   const remove = h("button", { type: "button", "aria-label": `Remove feature ${feature}` }, "✕");
   const line = h("li", { "data-feature": feature },
     h("span", { class: "what" }, linked(feature)), slider, number, h("span", { class: "unit" }), remove);
@@ -45,8 +48,8 @@ function drawEdits() {
 
 /** The edit, as the server and its API take it. */
 function currentEdit() {
-  const features = Object.fromEntries(edits().map(({ dataset }) => [dataset.feature, Number(field(`f${dataset.feature}`).value)]));
-  return { features, method: field("method").value, positions: field("positions").value };
+  const strengths = edits().map(({ dataset: { feature } }) => [feature, Number(field(`f${feature}`).value)]);
+  return { features: Object.fromEntries(strengths), method: field("method").value, positions: field("positions").value };
 }
 
 const sampled = () => ({ temperature: Number(field("temperature").value), seed: Number(field("seed").value) });
@@ -58,7 +61,7 @@ function commandOf() {
   const edit = named ? [`FEATURE_INDEX=${quoted(`{${named}}`)}`, `METHOD=${method}`, `POSITIONS=${positions}`]
     : ["FEATURE_INDEX=0", "COEFFICIENT=1", "STEERING_ON=False"];
   const { temperature, seed } = sampled();
-  return [state.demo, ...edit, `PROMPT=${quoted(field("prompt").value)}`, `NEW_TOKENS=${field("tokens").value}`,
+  return [state.index.demo, ...edit, `PROMPT=${quoted(field("prompt").value)}`, `NEW_TOKENS=${field("tokens").value}`,
     `TEMPERATURE=${temperature}`, `SEED=${seed}`].join(" ");
 }
 
@@ -124,31 +127,39 @@ function svg(tag, attributes, ...children) {
 
 /** Two curves over the strength: how often the feature fires, and nats a token more than the model's own text. */
 function chart(rows) {
-  const [own, ...rest] = rows, width = 320, height = 120, most = Math.max(...rest.map((row) => row.strength), 1e-9);
+  const [own, ...rest] = rows, width = 320, height = 120;
+  const most = Math.max(...rest.map((row) => row.strength), 1e-9);
   const curve = (name, value, top) => svg("polyline", { class: name, points: rows.map((row) =>
     `${36 + width * row.strength / most},${height - (height - 8) * Math.max(0, Math.min(1, value(row) / top))}`).join(" ") });
   const label = (x, y, text, anchor = "start") => svg("text", { x, y, "text-anchor": anchor }, text);
-  return svg("svg", { class: "chart", viewBox: "0 0 440 150", role: "img", "aria-label": "Share of tokens it fires on, and nats more, by strength" },
+  const name = "Share of tokens it fires on, and nats more, by strength";
+  return svg("svg", { class: "chart", viewBox: "0 0 440 150", role: "img", "aria-label": name },
     svg("line", { x1: 36, x2: 36 + width, y1: height, y2: height, stroke: "currentColor", "stroke-width": 0.5 }),
     curve("rate", (row) => row.rate, 1), curve("nats", (row) => row.cross_entropy - own.cross_entropy, 3),
     label(32, 14, "100%", "end"), label(32, height, "0", "end"), label(362, 14, "3 nats"), label(362, height, "0"),
     label(36, 140, "0"), label(36 + width, 140, figure(most), "end"), label(130, 140, "— fires on   - - nats more"));
 }
 
+const COLUMNS = ["Strength", "Nats a token", "Repeated", "Fires on", "A text"];
+
 async function sweep(signal) {
-  const wanted = { prompt: field("prompt").value, steer: currentEdit(), ...sampled() }, rows = [];
+  const length = Math.max(4, Math.min(32, Number(field("tokens").value))), rows = [];
+  const wanted = { prompt: field("prompt").value, steer: currentEdit(), max_tokens: length, ...sampled() };
   $("texts").replaceChildren();
   $("swept").replaceChildren();
   for await (const item of stream("/sweep", wanted, signal)) {
     if ("strength" in item) rows.push(item);
     else $("steer-status").replaceChildren(item.visible ? "" : h("strong", {}, "No visible effect. "), item.why);
     const best = item.strongest ?? null;
-    const row = ({ strength, cross_entropy, rate, repetition, text }) => h("tr", { class: strength === best ? "best" : null },
-      h("th", { scope: "row" }, strength === 0 ? "none" : h("button", { type: "button", title: "Steer as strongly", onclick: () => use(strength) }, figure(strength))),
-      h("td", {}, two(cross_entropy)), h("td", {}, percent(repetition)), h("td", {}, percent(rate)), h("td", {}, visible(text, { most: 160 })));
+    const take = (strength) => h("button", { type: "button", title: "Steer as strongly", onclick: () => use(strength) },
+      figure(strength));
+    const row = ({ strength, cross_entropy, rate, repetition, text }) =>
+      h("tr", { class: strength === best ? "best" : null },
+        h("th", { scope: "row" }, strength === 0 ? "none" : take(strength)),
+        [two(cross_entropy), percent(repetition), percent(rate), visible(text, { most: 160 })].map((one) => h("td", {}, one)));
     $("swept").replaceChildren(h("h2", {}, "Over the strength"), rows.length > 1 ? chart(rows) : "",
       h("div", { class: "scroll" }, h("table", {},
-        h("thead", {}, h("tr", {}, ["Strength", "Nats a token", "Repeated", "Fires on", "A text"].map((title) => h("th", { scope: "col" }, title)))),
+        h("thead", {}, h("tr", {}, COLUMNS.map((title) => h("th", { scope: "col" }, title)))),
         h("tbody", {}, rows.map(row)))));
   }
 }
@@ -156,7 +167,9 @@ async function sweep(signal) {
 /** Take a strength of the sweep; several features keep their proportions, one its sign. */
 function use(strength) {
   const numbers = edits().map(({ dataset }) => field(`f${dataset.feature}`));
-  for (const number of numbers) number.value = strength * (numbers.length > 1 ? Number(number.value) : Math.sign(number.value) || 1);
+  for (const number of numbers) {
+    number.value = strength * (numbers.length > 1 ? Number(number.value) : Math.sign(number.value) || 1);
+  }
   drawEdits();
   keep();
 }
