@@ -41,7 +41,7 @@ WINDOW = 64
 EXPLANATIONS = (
     "exceptions being raised",
     "loops over a range",
-    "attributes of self; weakly names; calls",
+    "attributes of self; calls; weakly names",
     "imports of modules",
     "ends of lines",
 )

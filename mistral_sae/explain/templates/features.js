@@ -440,7 +440,7 @@ function onKey(event) {
 
 /** Begin with an index, the columns of the list. */
 async function startList(index) {
-  const parts = index.explanation.map((text) => text.split("; ").length); // "a; b; weakly c" are three
+  const parts = index.explanation.map((text) => text.split("; weakly ")[0].split("; ").length); // "a; b; weakly c": 2
   state.index = { ...index, clear: index.score.map((score, i) => score === null ? null : score - PART * (parts[i] - 1)) };
   state.position = new Map(index.feature.map((feature, i) => [feature, i]));
   if (index.feature.length > index.records) $("explained").value = "yes"; // the others are found when they are looked for
