@@ -2,15 +2,17 @@
 
 The first pass measures the norm of the gradient without its component along each decoder row. The second removes that
 component, clips, updates and renormalises. Both make the gradient of a feature when they come to it, so that it need
-never all exist, and neither waits for the device (`kernels.Operations`).
+never all exist, and neither waits for the device (`kernels.Operations`). A CPU goes without the first where a bound
+says that there is nothing to clip, which is the rule.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.kernels import Rates, RowState, Step, operations
-from mistral_sae.sae.kernels.portable import adam_
+from mistral_sae.sae.kernels import Rates, RowState, Step, operations, portable
 
 
 class SAEAdam:
@@ -49,22 +51,26 @@ class SAEAdam:
         if gradients.threshold is not None:
             biases["threshold"] = gradients.threshold
         here = {name: bias for name, bias in biases.items() if name != "b_dec" or self.shards.rank == 0}  # all have it
-        squares = [gradient.square().sum() for gradient in here.values()]
-        squares += [kernels.squares(gradient) for gradient in matrices.values()]
-        norm = self.shards.total(torch.stack(squares).sum()).clamp_min(0.0).sqrt()
-        divisor = (norm / max_norm).clamp_min(1.0)  # Adam's kernels divide by it while they read the gradient
+        of_biases = [gradient.square().sum() for gradient in here.values()]
+
+        def norm_of(squares: Iterable[Tensor]) -> Tensor:
+            return self.shards.total(torch.stack([*of_biases, *squares]).sum()).clamp_min(0.0).sqrt()
+
+        divisor, norm = torch.ones_like(self.steps), None  # Adam's kernels divide by it while they read the gradient
+        if self.steps.device.type != "cpu" or not norm_of(map(portable.most_squares, matrices.values())) <= max_norm:
+            norm = norm_of(map(kernels.squares, matrices.values()))
+            divisor = (norm / max_norm).clamp_min(1.0)
 
         rates = Rates(learning_rate, divisor, self.steps)
         for name, bias in biases.items():
             # A threshold is of the order of 1, an entry of a matrix that of a unit vector: it is to move as freely
             rate = learning_rate * self.parameters["b_dec"].numel() ** 0.5 if name == "threshold" else learning_rate
-            adam_(self._state(name), bias, rates._replace(learning_rate=rate))
+            portable.adam_(self._state(name), bias, rates._replace(learning_rate=rate))
         if "threshold" in biases:
             self.parameters["threshold"].clamp_(min=0.0)
-        for name, matrix in matrices.items():
-            kernels.adam_rows(self._state(name), matrix, rates)
+        squares = [kernels.adam_rows(self._state(name), matrix, rates) for name, matrix in matrices.items()]
         self.steps += 1
-        return norm
+        return norm_of(each for each in squares if each is not None) if norm is None else norm
 
     def _state(self, name: str) -> RowState:
         return RowState(self.parameters[name], self.first[name], self.second[name], self.copies.get(name))

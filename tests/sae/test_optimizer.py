@@ -1,10 +1,12 @@
 """Adam with projection, clipping and unit rows, against torch's own pieces."""
 
+import math
+
 import pytest
 import torch
 
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.kernels import portable, topk_step
+from mistral_sae.sae.kernels import AuxK, portable, topk_step
 from mistral_sae.sae.kernels.types import BETAS, EPSILON
 from mistral_sae.sae.optimizer import SAEAdam
 
@@ -60,6 +62,22 @@ def test_a_small_gradient_is_not_clipped():
     SAEAdam(clipped).step(gradients_of(clipped, z), 1e-2, 1e3)
     SAEAdam(free).step(gradients_of(free, z), 1e-2, 1e6)
     assert torch.equal(clipped.W_dec, free.W_dec)
+
+
+@pytest.mark.parametrize("of_dead", [False, True], ids=["sparse", "with gradients of dead features"])
+def test_one_pass_of_a_small_gradient_equals_two(of_dead, blocks, monkeypatch):
+    """Where a bound says that nothing is clipped the norm is had on the way; all else is the same, bit for bit."""
+    z = batches()[0]
+    one, two = made(z), made(z)
+    aux = AuxK(torch.arange(0, F, 5), K, 1 / 32) if of_dead else None
+    step = topk_step(z, one.weights, K, aux)
+    bounds = [portable.most_squares(gradient) for gradient in (step.W_enc, step.W_dec)]
+    assert all(portable.squares(g) < bound for g, bound in zip((step.W_enc, step.W_dec), bounds, strict=True))
+    clipping = math.sqrt(sum(bounds) + step.b_enc.square().sum() + step.b_dec.square().sum()) * 1.01
+    norm = SAEAdam(one).step(step, 1e-2, clipping)
+    monkeypatch.setattr(portable, "most_squares", lambda gradient: torch.tensor(math.inf))
+    assert norm == SAEAdam(two).step(topk_step(z, two.weights, K, aux), 1e-2, clipping)
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
 
 
 def test_bfloat16_moments_take_half_the_memory_and_stay_close():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mistral_sae.distributed import Group
 from mistral_sae.sae.kernels.devices import operations
-from mistral_sae.sae.kernels.portable import decode, squared_norm, topk
+from mistral_sae.sae.kernels.portable import decode, run_sums, squared_norm, topk
 from mistral_sae.sae.kernels.types import AuxK, Dense, MatrixGradient, Step, Used, Weights
 
 # Dead features to one that a token uses, up to which AuxK takes dense products. On a CPU both ways take as long at
@@ -297,12 +297,6 @@ def _owners(used: list[Used], n_tokens: int) -> Iterator[Tensor]:
         rows = rows.expand_as(each.features) if each.part is None else rows + n_tokens * each.part
         yield rows.flatten()
         above += len(each.error)
-
-
-def run_sums(terms: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of runs of terms, (F)."""
-    places = torch.arange(len(terms), device=terms.device)
-    return F.embedding_bag(places, terms.unsqueeze(1), offsets, mode="sum", include_last_offset=True).squeeze(1)
 
 
 def variation(x: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ class Operations(Protocol):
     def squares(self, gradient: MatrixGradient) -> Tensor:
         """The squared norm of a gradient, without its part along the matrix's rows, which have unit norm; a scalar."""
 
-    def adam_rows(self, state: RowState, gradient: MatrixGradient, rates: Rates) -> None:
-        """One step of Adam on a matrix.
+    def adam_rows(self, state: RowState, gradient: MatrixGradient, rates: Rates) -> Tensor | None:
+        """One step of Adam on a matrix. Returns `squares` where they are had on the way.
 
         Where the gradient says what lies along the matrix's rows, that part is removed and the rows, which have unit
         norm before, have it again afterwards.
