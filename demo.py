@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from mistral_sae import live
-from mistral_sae.analysis import concepts
+from mistral_sae.analysis.naming import shares_of
 from mistral_sae.cli import Progress
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus
@@ -84,10 +84,7 @@ def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.
 
 
 def searching(subject: Subject, labels: Mapping[int, Label], *, chat_format: bool) -> search.Search:
-    """What features and coefficients are found with: a few texts that continue the prompt, or reply to it.
-
-    With the features that stand for a concept which Python's tokens tell, those that tell theirs best first.
-    """
+    """What features and coefficients are found with: a few texts that continue the prompt, or reply to it."""
 
     def rows(n: int) -> torch.Tensor:
         return Corpus.of(config).held_out_rows(subject.model.tokenizer, n, config.EVALUATION_STRIDE)
@@ -96,12 +93,7 @@ def searching(subject: Subject, labels: Mapping[int, Label], *, chat_format: boo
     if chat_format:
         ids = subject.model.tokenizer.chat([{"role": "user", "content": config.PROMPT}])
         tried = tried._replace(prompt_ids=ids)
-    told, best = concepts.told_by_tokens(), [(f, label.concept) for f, label in labels.items() if label.concept]
-    shares = {
-        f: partial(concepts.share_of, concept.name, subject.model.tokenizer, tried.prompt_ids)
-        for f, concept in sorted(best, key=lambda each: -each[1].f1)
-        if concept.name in told
-    }
+    shares = shares_of(labels, subject.model.tokenizer, tried.prompt_ids)
     return search.Search(subject, tried, rows, config.SWEEP_COEFFICIENTS, shares)
 
 

@@ -16,15 +16,14 @@ import atexit
 import gc
 from collections.abc import Mapping
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 
 import torch
 
-from mistral_sae.analysis.naming import Named, read_names
+from mistral_sae.analysis.naming import Named, labels_of, read_names
 from mistral_sae.defaults import Filled, fill
 from mistral_sae.distributed import joined
-from mistral_sae.explain import cache, offline, pipeline, prompts, report
+from mistral_sae.explain import cache, pipeline, prompts, report
 from mistral_sae.explain.client import Client
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.index import index_of
@@ -147,18 +146,13 @@ def label(
 
 
 def label_offline(records: FeatureRecords, best: Mapping[int, Named]) -> dict[int, Label]:
-    """Labels by counting, without a model: by its concept of a feature that tells one best, by tokens of others."""
+    """Labels by counting, without a model."""
     why = "" if config.EXPLAINER else ", since neither OPENAI_API_KEY nor OPENAI_BASE_URL is set"
     print(f"explainer offline: counting, without a model{why}")
     if config.DRY_RUN:
         print(f"{len(records):,} features would be explained without a request")
         return {}
-    by_tokens = [f for f in records.features if f not in best]
-    found = {f: offline.find(records[f]) for f in cli.Progress(by_tokens, "explaining", unit=" features")}
-    named = {f: best[f].found for f in records.features if f in best}
-    scored = chain(*(offline.score_all(some, records.__getitem__, seed=config.SEED) for some in (found, named)))
-    labels = {each.feature: each for each in cli.Progress(scored, "scoring", len(records), unit=" features")}
-    return {f: labels[f]._replace(concept=best[f].concept if f in best else None) for f in records.features}
+    return labels_of(records, best, config.SEED)
 
 
 def server() -> Server:

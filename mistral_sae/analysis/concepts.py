@@ -118,12 +118,11 @@ OPERATORS: dict[str, Iterable[str]] = {
     "closing bracket": (")", "]", "}"),
 }
 
-# Python's tokens but white space: labelling takes half as long as with the standard library's tokenizer (measured).
-# A text of three quotes may end unclosed, as models leave it
+# Python's tokens but white space: labelling takes half as long as with the standard library's tokenizer (measured)
 TOKEN = re.compile(
     r"""(?P<comment>\#[^\n]*)
     |(?P<f_string>(?:f|rf|fr)(?=["']))?(?P<string>(?:u|b|r|rb|br)?(?:
-        \"{3}[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*(?:\"{3}|\Z) | \'{3}[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*(?:\'{3}|\Z)
+        \"{3}[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*\"{3} | \'{3}[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*\'{3}
         | "[^"\\\n]*(?:\\.[^"\\\n]*)*" | '[^'\\\n]*(?:\\.[^'\\\n]*)*'))
     |(?P<name>[^\W\d]\w*)
     |(?P<number>0[xob][\da-f_]+|(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[-+]?\d[\d_]*)?j?)
@@ -340,7 +339,8 @@ def share_of(concept: str, tokenizer: Tokenizer, prompt: Sequence[int], texts: S
     for ids in texts:
         strings = tokenizer.strings([*prompt, *ids])
         text, ends = "".join(strings), np.cumsum([0, *map(len, strings)])
-        inside.append(tokens_inside(token_spans(text), [concept], text, ends)[len(prompt) :, 0])
+        spans = token_spans(text + '"""')  # which closes a docstring that the text leaves open
+        inside.append(tokens_inside(spans, [concept], text, ends)[len(prompt) :, 0])
     return float(np.concatenate(inside).mean()) if any(texts) else 0.0
 
 

@@ -1,25 +1,29 @@
 """The features that tell concepts best: the tokens of a cache get the concepts of the Python that they are of.
 
     names = read_names(cache, corpus, tokenizer)
-    for feature, (concept, found) in names.best().items(): ...
+    labels = labels_of(records, names.best(), seed)
 
 Shapes: N tokens of a cache, S of a shard, F features, C concepts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
-from mistral_sae.analysis.concepts import IN_WORDS, python_spans, tokens_inside
+from mistral_sae.analysis.concepts import IN_WORDS, python_spans, share_of, tokens_inside, told_by_tokens
 from mistral_sae.cli import Progress
 from mistral_sae.data.documents import Document
 from mistral_sae.data.tokens import Corpus
+from mistral_sae.explain import offline
 from mistral_sae.explain.cache import Cache
+from mistral_sae.explain.examples import FeatureRecords
 from mistral_sae.explain.offline import ANY, Found, Rule
-from mistral_sae.explain.types import Concept, Explanation
+from mistral_sae.explain.types import Concept, Explanation, Label
 from mistral_sae.model.tokenizer import Tokenizer
 
 LONGEST = 40_000  # characters of a document that is parsed; on the stand-in's corpus five of six are shorter
@@ -144,3 +148,25 @@ class Names:
         strength = float(fires.values[is_inside].sum() / held / self.cache.maxima_F[feature])
         words = IN_WORDS[CONCEPTS[c]]
         return Found(Explanation(feature, "ok", words), [Rule(("concept", words), ANY, strength)])
+
+
+def labels_of(records: FeatureRecords, best: Mapping[int, Named], seed: int) -> dict[int, Label]:
+    """Labels by counting: those of `best` by their concept, others by tokens. The records need the concepts."""
+    by_tokens = [feature for feature in records.features if feature not in best]
+    found = {f: offline.find(records[f]) for f in Progress(by_tokens, "explaining", unit=" features")}
+    named = {f: best[f].found for f in records.features if f in best}
+    scored = chain(*(offline.score_all(some, records.__getitem__, seed=seed) for some in (found, named)))
+    labels = {each.feature: each for each in Progress(scored, "scoring", len(records), unit=" features")}
+    return {f: labels[f]._replace(concept=best[f].concept if f in best else None) for f in records.features}
+
+
+def shares_of(
+    labels: Mapping[int, Label], tokenizer: Tokenizer, prompt: Sequence[int]
+) -> dict[int, Callable[[Sequence[Sequence[int]]], float]]:
+    """What gives the share of a feature's concept among the tokens of texts that continue a prompt.
+
+    By feature, those that tell their concept best first; of concepts that Python's tokens tell.
+    """
+    named = [(label.feature, label.concept) for label in labels.values() if label.concept]
+    named.sort(key=lambda each: each[1].f1, reverse=True)
+    return {f: partial(share_of, each.name, tokenizer, prompt) for f, each in named if each.name in told_by_tokens()}
