@@ -29,7 +29,7 @@ from mistral_sae.model.tokenizer import Tokenizer
 LONGEST = 40_000  # characters of a document that is parsed; on the stand-in's corpus five of six are shorter
 MOST_TOKENS = 500_000  # whose concepts are read
 TRIED = 20  # documents, after which text of which less than half parses is not taken for Python
-LEAST_F1 = 0.35  # of firing as a prediction of a concept; what a feature of a lower one stands for is something else
+LEAST_F1 = 0.4  # of firing as a prediction of a concept; a feature of a lower one stands for something else
 LEAST_LIFT = 5  # of a concept that is so wide, as class bodies are, most features are of it
 CONCEPTS = list(IN_WORDS)
 
