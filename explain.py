@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mistral_sae.analysis.naming import Named, labels_of, read_names
+from mistral_sae.analysis.naming import Named, labels_of, read_concepts
 from mistral_sae.defaults import Filled, fill
 from mistral_sae.distributed import joined
 from mistral_sae.explain import cache, pipeline, prompts, report
@@ -72,11 +72,11 @@ def main() -> None:
             return
         chosen = selected.choose(activations.counts_F, config.SEED)
         counts = WHO == "offline" and not config.DRY_RUN
-        names = read_names(activations, reading.corpus, model.tokenizer) if counts else None
-        best = names.best() if names else {}
+        concepts = read_concepts(activations, reading.corpus, model.tokenizer) if counts else None
+        best = concepts.best() if concepts else {}
         beside = best.keys() - chosen if selected.how == "random" else ()
         labelled = sorted({*chosen, *beside})
-        records = FeatureRecords(activations, labelled, model, loaded.sae, settings, names)
+        records = FeatureRecords(activations, labelled, model, loaded.sae, settings, concepts)
         labels, broken = label(records, model, run_dir, best)
         labels = {f: each._replace(is_beside=f in beside) for f, each in labels.items()}
         if config.DRY_RUN:

@@ -1,7 +1,7 @@
 """The features that tell concepts best: the tokens of a cache get the concepts of the Python that they are of.
 
-    names = read_names(cache, corpus, tokenizer)
-    labels = labels_of(records, names.best(), seed)
+    concepts = read_concepts(cache, corpus, tokenizer)
+    labels = labels_of(records, concepts.best(), seed)
 
 Shapes: N tokens of a cache, S of a shard, F features, C concepts.
 """
@@ -30,16 +30,16 @@ LONGEST = 40_000  # characters of a document that is parsed; on the stand-in's c
 MOST_TOKENS = 500_000  # whose concepts are read
 TRIED = 20  # documents, after which text of which less than half parses is not taken for Python
 LEAST_F1 = 0.4  # of firing as a prediction of a concept; a feature of a lower one stands for something else
-LEAST_LIFT = 5  # of a concept that is so wide, as class bodies are, most features are of it
+LEAST_LIFT = 5  # times as many as by chance; by F1 alone many a feature would tell a wide concept such as class bodies
 CONCEPTS = list(IN_WORDS)
 
 
-def read_names(cache: Cache, corpus: Corpus, tokenizer: Tokenizer) -> "Names | None":
-    """The names that the documents of a cache give; None where they are no Python. Prints how much is known."""
-    names = Names(cache, corpus.documents(held_out=False, epochs=False), tokenizer)
-    if names.known:
-        print(f"concepts  {names.known:,} of these tokens are of files that were parsed as Python")
-    return names if names.known else None
+def read_concepts(cache: Cache, corpus: Corpus, tokenizer: Tokenizer) -> "PythonConcepts | None":
+    """The concepts of the tokens of a cache; None where its documents are no Python. Prints how much is known."""
+    concepts = PythonConcepts(cache, corpus.documents(held_out=False, epochs=False), tokenizer)
+    if concepts.known:
+        print(f"concepts  {concepts.known:,} of these tokens are of files that were parsed as Python")
+    return concepts if concepts.known else None
 
 
 class Named(NamedTuple):
@@ -58,7 +58,7 @@ class Counts(NamedTuple):
     both_2FC: np.ndarray
 
 
-class Names:
+class PythonConcepts:
     """The concepts of a cache's tokens, and the features that tell them."""
 
     def __init__(self, cache: Cache, documents: Iterable[Document], tokenizer: Tokenizer):
@@ -127,18 +127,21 @@ class Names:
         return found
 
     def _counts(self) -> Counts:
-        F, parts, begin = len(self.cache.counts_F), [], 0
+        F, begin = len(self.cache.counts_F), 0
+        sums = torch.zeros(F + 1, 2 * (1 + len(CONCEPTS)))  # the last row is of all tokens
         for numbers, shard in zip(self.cache.documents, self.cache.shards, strict=True):
             some = slice(begin, begin := begin + len(shard.tokens))
             documents_S = numbers[shard.documents]
             counts_S = self.known_N[some] & (documents_S >= 0)
+            if not counts_S.any():
+                continue
             labels = np.column_stack((counts_S, self.labels_NC[some]))  # (S, 1 + C), the first one for anything
             halves = [counts_S & (self.cache.for_scoring[documents_S] == is_it) for is_it in (False, True)]
             weight = torch.from_numpy(np.concatenate([labels & half[:, None] for half in halves], axis=1)).float()
             positions, offsets = (torch.from_numpy(a.astype(np.int64)) for a in (shard.positions, shard.offsets[:-1]))
-            sums = embedding_bag(positions, weight, offsets, mode="sum")  # over the tokens on which a feature fires
-            parts.append(torch.cat((sums, weight.sum(dim=0, keepdim=True))))
-        of_2F1C1 = torch.stack(parts).sum(dim=0).view(F + 1, 2, -1).transpose(0, 1).numpy()
+            sums[:F] += embedding_bag(positions, weight, offsets, mode="sum")  # where a feature fires
+            sums[F] += weight.sum(dim=0)
+        of_2F1C1 = sums.view(F + 1, 2, -1).transpose(0, 1).numpy()
         return Counts(of_2F1C1[:, F, 0], of_2F1C1[:, F, 1:], of_2F1C1[:, :F, 0], of_2F1C1[:, :F, 1:])
 
     def _found(self, feature: int, c: int, held: float) -> Found:

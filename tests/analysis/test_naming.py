@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mistral_sae.analysis.naming import Names
+from mistral_sae.analysis.naming import PythonConcepts
 from mistral_sae.data.documents import Document
 from mistral_sae.explain.cache import Cache, Shard, is_for_scoring
 from mistral_sae.explain.offline import ANY, Rule
@@ -23,7 +23,7 @@ class Characters:
 
 
 def made(*features, source=SOURCE):
-    """Names of a cache in which a source is the text of all documents, and of features that fire with 2.0.
+    """The concepts of a cache in which a source is the text of all documents, and of features that fire with 2.0.
 
     Each is told by whether it fires, given whether the document is one to score on and the place in it.
     """
@@ -46,7 +46,7 @@ def made(*features, source=SOURCE):
     )
     nothing = shard._replace(documents=np.full_like(shard.documents, -1), names=np.frombuffer(b"[]", dtype=np.uint8))
     cache = Cache([shard, nothing], length)
-    return Names(cache, [Document(name, source) for name in names], Characters())
+    return PythonConcepts(cache, [Document(name, source) for name in names], Characters())
 
 
 def on_numbers(_, i):
@@ -54,12 +54,12 @@ def on_numbers(_, i):
 
 
 def test_tokens_of_python_get_the_concepts_of_their_documents_in_words():
-    names = made(on_numbers)
-    assert names.known == DOCUMENTS * len(SOURCE)
+    concepts = made(on_numbers)
+    assert concepts.known == DOCUMENTS * len(SOURCE)
     at = SOURCE.index("1 of x")
-    assert names.of(at, at) == (("tokens in docstrings",),)
+    assert concepts.of(at, at) == (("tokens in docstrings",),)
     at = SOURCE.index("1):")
-    assert set(names.of(at, at)[0]) == {
+    assert set(concepts.of(at, at)[0]) == {
         "default values",
         "numbers",
         "tokens inside round brackets",
@@ -68,10 +68,10 @@ def test_tokens_of_python_get_the_concepts_of_their_documents_in_words():
 
 
 def test_text_that_is_no_python_has_no_concepts_and_no_feature_that_tells_one():
-    names = made(on_numbers, source="No Python, but English: a cat.")
-    assert names.known == 0
-    assert names.of(0, 3) == ()
-    assert names.best() == {}
+    concepts = made(on_numbers, source="No Python, but English: a cat.")
+    assert concepts.known == 0
+    assert concepts.of(0, 3) == ()
+    assert concepts.best() == {}
 
 
 def test_a_concept_has_the_feature_that_tells_it_best_and_is_its_explanation():
@@ -87,8 +87,8 @@ def test_a_concept_has_the_feature_that_tells_it_best_and_is_its_explanation():
 
 def test_the_figures_are_those_of_documents_that_it_was_not_chosen_on():
     others = [i for i in range(len(SOURCE)) if i not in NUMBERS and SOURCE[i] == "x"][: len(NUMBERS)]
-    names = made(lambda scored, i: i in NUMBERS or (scored and i in others))
-    concept = names.best()[0].concept
+    concepts = made(lambda scored, i: i in NUMBERS or (scored and i in others))
+    concept = concepts.best()[0].concept
     assert (concept.name, concept.precision, concept.recall) == ("number", 0.5, 1.0)
 
 
