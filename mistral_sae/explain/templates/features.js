@@ -250,6 +250,7 @@ function scores(label) {
   const notes = [
     recall.length > 0 && `Detection finds ${recall.map(percent).join(", ")} of the passages, from weakest to strongest.`,
     r2 != null && `The simulation explains ${percent(r2)} of the variance.`,
+    label.concept && "A concept gives no answer for passages of files that were not parsed.",
   ].filter(Boolean);
   return h("section", {}, h("h2", {}, "Does the explanation hold?"),
     h("div", { class: "scroll" }, h("table", {},
