@@ -108,7 +108,8 @@ SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens'
 HOOK_NAME: str | None = None  # where it belongs, if its folder says something else: "blocks.16.hook_resid_post"
 
 # ---- explain.py: what to look at ----
-# Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]"
+# Features to explain: "all", "random 200" (of those that fire), "densest 50", "1000-1999", "12" or "[3, 17, 42]".
+# Beside random ones stand those that tell a concept of Python best, where the explainer is offline
 SELECT: str | int | list = "random 200"
 # Of the corpus, read once (10,000,000). What all features do on them is kept in RUN_DIR: 0.08 GB, at 7B 5
 EXPLAIN_TOKENS: int | None = 600_000 if ON_STANDIN else None
@@ -153,7 +154,8 @@ CONTROL_TOKENS: int = 200_000  # that the control's autoencoder, of a model with
 
 # ---- demo.py: what to steer ----
 # A feature's number; words such as "exception", for the feature whose steered text shows most of them; several features
-# as {number: coefficient}; or None for one whose effect is seen in text, of the explained ones if there are any
+# as {number: coefficient}; or None for one whose effect is seen in text: of those that tell a concept, then of those
+# with another explanation, if there are any
 FEATURE_INDEX: int | str | dict | None = None
 STEERING_ON: bool = True  # False: both columns are the model's own
 METHOD: str = "clamp"  # "clamp", "add", "ablate" or "raw"

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     constants.start("demo", config)  # before the imports below take their seconds
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,10 +21,12 @@ import torch
 from rich.console import Console
 
 from mistral_sae import live
+from mistral_sae.analysis.naming import shares_of
 from mistral_sae.cli import Progress
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
+from mistral_sae.explain.types import Label
 from mistral_sae.loading import load_pair, read_explanations
 from mistral_sae.model.language_model import ModelSpec
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -32,6 +34,7 @@ from mistral_sae.sae.evaluate import reconstruction
 from mistral_sae.sae.memory import Needs, steering_needs
 from mistral_sae.steer import chat, display, search, sweep
 from mistral_sae.steer.display import print_line
+from mistral_sae.steer.effect import Class, share_of
 from mistral_sae.steer.steering import Edit, SteeringError, Subject, statistics_of
 
 POOR_FIT = 0.5  # explained variance below which an autoencoder is not one of this model's
@@ -54,7 +57,7 @@ def main() -> None:
         return live.serve(config, subject, labels)
     edit = Edit({}, config.METHOD, config.POSITIONS == "generated", config.EXACT)
     is_instruct = config.CHAT and not config.ON_STANDIN and chat.has_chat_format(model)
-    searched = searching(subject, chat_format=is_instruct)
+    searched = searching(subject, labels, chat_format=is_instruct)
     find = partial(search.choose, searched)
     edit = find(edit, config.FEATURE_INDEX, config.COEFFICIENT)
     edit.in_units_of_steer(subject)  # what cannot be steered is said before anything is generated
@@ -64,7 +67,7 @@ def main() -> None:
     if config.SWEEP:
         show_sweep(subject, edit, searched.strengths)
     else:
-        show_texts(subject, edit)
+        show_texts(subject, edit, searched.concepts)
 
 
 def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.dtype) -> Needs:
@@ -80,7 +83,7 @@ def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.
 # ---- which feature ----
 
 
-def searching(subject: Subject, *, chat_format: bool) -> search.Search:
+def searching(subject: Subject, labels: Mapping[int, Label], *, chat_format: bool) -> search.Search:
     """What features and coefficients are found with: a few texts that continue the prompt, or reply to it."""
 
     def rows(n: int) -> torch.Tensor:
@@ -90,7 +93,8 @@ def searching(subject: Subject, *, chat_format: bool) -> search.Search:
     if chat_format:
         ids = subject.model.tokenizer.chat([{"role": "user", "content": config.PROMPT}])
         tried = tried._replace(prompt_ids=ids)
-    return search.Search(subject, tried, rows, config.SWEEP_COEFFICIENTS)
+    shares = shares_of(labels, subject.model.tokenizer, tried.prompt_ids)
+    return search.Search(subject, tried, rows, config.SWEEP_COEFFICIENTS, shares)
 
 
 def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
@@ -103,7 +107,7 @@ def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
 # ---- side by side ----
 
 
-def show_texts(subject: Subject, edit: Edit) -> None:
+def show_texts(subject: Subject, edit: Edit, shares: Mapping[int, Class]) -> None:
     """The model's own continuation beside the steered one, and what they are."""
     model, console = subject.model, Console(highlight=False)
     prompt_ids, names = model.encode(config.PROMPT), ("without steering", "with steering")
@@ -129,6 +133,9 @@ def show_texts(subject: Subject, edit: Edit) -> None:
             f"{name:<17} {found.cross_entropy:.2f} nats a token unsteered, {fires} on {found.rate:.0%}, "
             f"{found.repetition:.0%} repeated"
         )
+    for feature in edit.coefficients.keys() & shares:
+        counted = " → ".join(f"{share_of([ids], shares[feature]):.0%}" for ids in generated.values())
+        print(f"{subject.explanations[feature].text}: {counted} of the tokens, read as Python")
 
 
 def print_fit(subject: Subject, own: torch.Tensor) -> None:

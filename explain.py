@@ -14,15 +14,16 @@ if __name__ == "__main__":
 import asyncio
 import atexit
 import gc
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from mistral_sae.analysis.naming import Names, read_names
+from mistral_sae.analysis.naming import Named, labels_of, read_concepts
 from mistral_sae.defaults import Filled, fill
 from mistral_sae.distributed import joined
-from mistral_sae.explain import cache, offline, pipeline, prompts, report
+from mistral_sae.explain import cache, pipeline, prompts, report
 from mistral_sae.explain.client import Client
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.index import index_of
@@ -71,9 +72,13 @@ def main() -> None:
             return
         chosen = selected.choose(activations.counts_F, config.SEED)
         counts = WHO == "offline" and not config.DRY_RUN
-        names = read_names(activations, reading.corpus, model.tokenizer) if counts else None
-        records = FeatureRecords(activations, chosen, model, loaded.sae, settings, names)
-        labels, broken = label(records, model, run_dir, names)
+        concepts = read_concepts(activations, reading.corpus, model.tokenizer) if counts else None
+        best = concepts.best() if concepts else {}
+        beside = best.keys() - chosen if selected.how == "random" else ()
+        labelled = sorted({*chosen, *beside})
+        records = FeatureRecords(activations, labelled, model, loaded.sae, settings, concepts)
+        labels, broken = label(records, model, run_dir, best)
+        labels = {f: each._replace(is_beside=f in beside) for f, each in labels.items()}
         if config.DRY_RUN:
             return
         are_new = cache.noted(folder) != settings._asdict()
@@ -82,7 +87,7 @@ def main() -> None:
             print(f"the explanations of earlier runs are in {moved_to}")
         cache.note(folder, settings._asdict())  # now that labels of other examples are away, and before there are new
         write_labels(run_dir / "explanations.jsonl", every.values())
-        if list(every) != chosen:
+        if list(every) != labelled:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
         run = report.run_of(config, model_name(model), loaded, reading.corpus.check(), activations)
         others = index_of(model, loaded.sae, activations.statistics(), activations, without=every)
@@ -116,11 +121,11 @@ def model_name(model: LanguageModel) -> str:
 
 
 def label(
-    records: FeatureRecords, model: LanguageModel, run_dir: Path, names: Names | None
+    records: FeatureRecords, model: LanguageModel, run_dir: Path, best: Mapping[int, Named]
 ) -> tuple[dict[int, Label], str]:
     """A label for each of the features, none with DRY_RUN; and why the server answers no more, if that is so."""
     if WHO == "offline":
-        return label_offline(records, names), ""
+        return label_offline(records, best), ""
     # The completions of the loaded model are kept apart, as they count towards no budget
     journal = Journal(run_dir / ("completions.jsonl" if WHO == "openai" else "completions-mistral.jsonl"))
     known = f", {len(journal):,} replies are in {journal.path}" if len(journal) else ""
@@ -140,18 +145,14 @@ def label(
     return asyncio.run(ask_server(records, journal))
 
 
-def label_offline(records: FeatureRecords, names: Names | None) -> dict[int, Label]:
+def label_offline(records: FeatureRecords, best: Mapping[int, Named]) -> dict[int, Label]:
     """Labels by counting, without a model."""
     why = "" if config.EXPLAINER else ", since neither OPENAI_API_KEY nor OPENAI_BASE_URL is set"
     print(f"explainer offline: counting, without a model{why}")
     if config.DRY_RUN:
         print(f"{len(records):,} features would be explained without a request")
         return {}
-    found = {each.feature: offline.find(each) for each in cli.Progress(records, "explaining", unit=" features")}
-    if names:
-        found = {index: names.name(each, records[index]) for index, each in found.items()}
-    scored = offline.score_all(found, records.__getitem__, seed=config.SEED)
-    return {each.feature: each for each in cli.Progress(scored, "scoring", len(found), unit=" features")}
+    return labels_of(records, best, config.SEED)
 
 
 def server() -> Server:

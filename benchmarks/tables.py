@@ -169,7 +169,8 @@ def steering(result: dict[str, Any]) -> str:
         for each in picks:
             prompt = repr(each["prompt"]).replace("|", "\\|")
             picked.append([rule, f"`{prompt}`", str(each["feature"]), *_shares(each)])
-    return f"{_table(rows)}\n\nWhat demo.py takes without FEATURE_INDEX:\n\n{_table(picked)}"
+    title = "What demo.py takes without FEATURE_INDEX, where no feature tells a concept:"
+    return f"{_table(rows)}\n\n{title}\n\n{_table(picked)}"
 
 
 def _shares(each: dict[str, float]) -> list[str]:

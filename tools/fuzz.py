@@ -47,7 +47,7 @@ from mistral_sae.explain.journal import Journal
 from mistral_sae.explain.labels import parse_select, read_labels, to_json, write_labels
 from mistral_sae.explain.replies import read_reply
 from mistral_sae.explain.report import read_figures
-from mistral_sae.explain.types import Completion, Judgement, Label, Request, Score
+from mistral_sae.explain.types import Completion, Concept, Judgement, Label, Request, Score
 from mistral_sae.files import SAEError, header_of, load_state, save_state, write_text
 from mistral_sae.model.engines import MistralInference, Transformers
 from mistral_sae.model.folder import CONFIG, MISTRAL_INFERENCE, PARAMS, TRANSFORMERS, ModelFolder, read_folder
@@ -141,10 +141,10 @@ def _write_journal(folder: Path) -> None:
 
 def _write_labels(folder: Path) -> None:
     score = Score(0.8, 0.7, 0.9, 0.5, None, 9, 1, (0.5, None), 0.1, (("ok", 3),))
-    judgements = (Judgement("detection", "hard", 2, False, None),)
+    judgements, concept = (Judgement("detection", "hard", 2, False, None),), Concept("number", 0.7, 9.0, 0.4)
     write_labels(
         folder / "explanations.jsonl",
-        [Label(number, "words", "m", "ok", {"detection": score}, judgements) for number in range(3)],
+        [Label(number, "words", "m", "ok", {"detection": score}, judgements, concept=concept) for number in range(3)],
     )
 
 

@@ -9,7 +9,7 @@ import ast
 import keyword
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
@@ -144,30 +144,33 @@ TEXT = {
 }
 
 
-# Concepts in words: things in plural, or places. "self" and what is much the same as another are left out
+# Concepts in words, as the tokens that are of them. What is much the same as another is left out
 IN_WORDS = {
-    "import": "in import statements", "imported name": "imported names", "docstring": "in docstrings",
-    "f-string": "in f-strings", "decorator": "in decorators", "base class": "base classes",
-    "class body": "in class bodies", "function within a function": "in functions inside functions",
+    "import": "tokens in import statements", "imported name": "imported names", "docstring": "tokens in docstrings",
+    "f-string": "tokens in f-strings", "decorator": "tokens in decorators", "base class": "base classes",
+    "class body": "tokens in class bodies", "function within a function": "tokens in functions inside functions",
     "parameter": "parameters", "argument's default": "default values", "annotation": "annotations",
-    "raise": "in raise statements", "return": "in return statements", "assert": "in assert statements",
-    "yield": "in yield expressions", "except clause": "in except clauses", "with's context": "in with statements",
-    "condition": "in conditions", "loop's variable": "loop variables", "comprehension": "in comprehensions",
-    "lambda": "in lambdas", "call's arguments": "in arguments of calls", "function called": "names of called functions",
-    "subscript": "in subscripts", "dictionary's key": "keys of dictionaries", "comparison": "in comparisons",
+    "raise": "tokens in raise statements", "return": "tokens in return statements",
+    "assert": "tokens in assert statements", "yield": "tokens in yield expressions",
+    "except clause": "tokens in except clauses", "with's context": "tokens in with statements",
+    "condition": "tokens in conditions", "loop's variable": "loop variables", "lambda": "tokens in lambdas",
+    "comprehension": "tokens in comprehensions", "call's arguments": "tokens in arguments of calls",
+    "function called": "names of called functions", "subscript": "tokens in subscripts",
+    "dictionary's key": "keys of dictionaries", "comparison": "tokens in comparisons",
     "assigned variable": "variables being assigned", "negative number": "negative numbers", "keyword": "keywords",
-    "None, True, False": "None, True or False", "function's name, defined": "names of functions being defined",
+    "None, True, False": "None, True or False", "self": 'the name "self"',
+    "function's name, defined": "names of functions being defined",
     "class's name, defined": "names of classes being defined", "attribute": "attributes",
     "exception's name": "names of exceptions", "dunder name": "names like __init__",
     "private name": "names with a leading underscore", "constant's name": "names of constants",
     "class's name in use": "names of classes", "comparing operator": "comparing operators",
     "arithmetic operator": "arithmetic operators", "equals sign": "equals signs", "comma": "commas", "colon": "colons",
-    "opening bracket": "opening brackets", "closing bracket": "closing brackets", "comment": "in comments",
-    "number": "numbers", "string": "in strings", "inside round brackets": "inside round brackets",
-    "inside square brackets": "inside square brackets", "inside curly brackets": "inside curly brackets",
-    "inside two brackets or more": "inside nested brackets", "web address": "in web addresses",
-    "indentation": "indentation", "line indented by 12 or more": "on deeply indented lines",
-    "line not indented": "on lines without indentation",
+    "opening bracket": "opening brackets", "closing bracket": "closing brackets", "comment": "tokens in comments",
+    "number": "numbers", "string": "tokens in strings", "inside round brackets": "tokens inside round brackets",
+    "inside square brackets": "tokens inside square brackets", "inside curly brackets": "tokens inside curly brackets",
+    "inside two brackets or more": "tokens inside nested brackets", "web address": "tokens in web addresses",
+    "indentation": "indentation", "line indented by 12 or more": "tokens on deeply indented lines",
+    "line not indented": "tokens on lines without indentation",
 }  # fmt: skip
 
 
@@ -328,6 +331,17 @@ def tokens_inside(spans: Spans, concepts: list[str], text: str, ends: np.ndarray
         for some in (visible_L, inside_CL, inside_CL & visible_L)
     )
     return np.where(seen_N > 0, 2 * among_visible_CN > seen_N, 2 * among_all_CN > np.diff(ends)).T
+
+
+def share_of(concept: str, tokenizer: Tokenizer, prompt: Sequence[int], texts: Sequence[Sequence[int]]) -> float:
+    """Share of the tokens of texts, each of which continues a prompt, that are of a concept of `told_by_tokens`."""
+    inside = [np.zeros(0, dtype=bool)]
+    for ids in texts:
+        strings = tokenizer.strings([*prompt, *ids])
+        text, ends = "".join(strings), np.cumsum([0, *map(len, strings)])
+        spans = token_spans(text + '"""')  # which closes a docstring that the text leaves open
+        inside.append(tokens_inside(spans, [concept], text, ends)[len(prompt) :, 0])
+    return float(np.concatenate(inside).mean()) if any(texts) else 0.0
 
 
 def names_in(labelled: Iterable[Labelled]) -> list[str]:

@@ -1,102 +1,72 @@
-"""Concepts name features: "ED" inside round brackets, numbers in subscripts.
+"""The features that tell concepts best: the tokens of a cache get the concepts of the Python that they are of.
 
-    names = read_names(cache, corpus, tokenizer)
-    found = names.name(offline.find(feature), feature)
+    concepts = read_concepts(cache, corpus, tokenizer)
+    labels = labels_of(records, concepts.best(), seed)
 
-The tokens of a cache get the concepts of the documents they are of, as far as these are Python. The concepts are found
-on one half of the documents to explain from and must hold on the other; those to score on are not looked at.
-
-Shapes: N tokens of a cache, n of those to choose on, C concepts, and one more column for "anything".
+Shapes: N tokens of a cache, S of a shard, F features, C concepts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch.nn.functional import embedding_bag
 
-from mistral_sae.analysis.concepts import IN_WORDS, OPERATORS, python_spans, tokens_inside
+from mistral_sae.analysis.concepts import IN_WORDS, python_spans, share_of, tokens_inside, told_by_tokens
 from mistral_sae.cli import Progress
 from mistral_sae.data.documents import Document
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.explain import offline
 from mistral_sae.explain.cache import Cache
-from mistral_sae.explain.offline import ANY, STRONG, Found, Part, Parts, Rule, place_of
-from mistral_sae.explain.types import Example, Feature
+from mistral_sae.explain.examples import FeatureRecords
+from mistral_sae.explain.offline import ANY, Found, Rule
+from mistral_sae.explain.types import Concept, Explanation, Label
 from mistral_sae.model.tokenizer import Tokenizer
 
 LONGEST = 40_000  # characters of a document that is parsed; on the stand-in's corpus five of six are shorter
 MOST_TOKENS = 500_000  # whose concepts are read
 TRIED = 20  # documents, after which text of which less than half parses is not taken for Python
-ENOUGH = 10  # tokens on which a feature fires, for its concept to be counted
-GAIN, LEAST_F1 = 0.02, 0.15  # of F1: by which it rises with a place; of a concept by itself
+LEAST_F1 = 0.4  # of firing as a prediction of a concept; a feature of a lower one stands for something else
+LEAST_LIFT = 5  # times as many as by chance; by F1 alone many a feature would tell a wide concept such as class bodies
 CONCEPTS = list(IN_WORDS)
-NO_PLACES = {*OPERATORS, "keyword", "None, True, False", "number", "negative number", "indentation"}  # but things
-IS_THING = np.array([True, *(place_of(words) != words for words in IN_WORDS.values())])  # (1 + C), "anything" first
-IS_PLACE = np.array([True, *(concept not in NO_PLACES for concept in CONCEPTS)])
-CAN_BE_SAID = IS_THING[:, None] & IS_PLACE & ~np.eye(1 + len(CONCEPTS), dtype=bool)  # a thing, and where it stands
-CAN_BE_SAID[0] = IS_PLACE & ~IS_THING
 
 
-def read_names(cache: Cache, corpus: Corpus, tokenizer: Tokenizer) -> "Names | None":
-    """The names that the documents of a cache give; None where they are no Python. Prints how much is known."""
-    names = Names(cache, corpus.documents(held_out=False, epochs=False), tokenizer)
-    if names.known:
-        print(f"concepts  {names.known:,} of these tokens are of files that were parsed as Python")
-    return names if names.known else None
+def read_concepts(cache: Cache, corpus: Corpus, tokenizer: Tokenizer) -> "PythonConcepts | None":
+    """The concepts of the tokens of a cache; None where its documents are no Python. Prints how much is known."""
+    concepts = PythonConcepts(cache, corpus.documents(held_out=False, epochs=False), tokenizer)
+    if concepts.known:
+        print(f"concepts  {concepts.known:,} of these tokens are of files that were parsed as Python")
+    return concepts if concepts.known else None
 
 
-class Half(NamedTuple):
-    """The tokens of some documents whose concepts are known."""
+class Named(NamedTuple):
+    """The concept that a feature tells best of all features, and the explanation that says so."""
 
-    places: np.ndarray  # (n) of the tokens in the cache, ascending
-    ids: np.ndarray  # (n) of the tokens in the vocabulary
-    labels: np.ndarray  # (n, 1 + C) float32; the first column is 1
-    together: np.ndarray  # (1 + C, 1 + C) on how many of the tokens two labels hold
-
-    def firings(self, cache: Cache, feature: int) -> tuple[np.ndarray, np.ndarray]:
-        """At which of its tokens a feature fires, and how strongly."""
-        found = cache.activations(feature)
-        at = np.searchsorted(self.places, found.tokens)
-        is_mine = (at < len(self.places)) & (self.places[np.minimum(at, len(self.places) - 1)] == found.tokens)
-        return at[is_mine], found.values[is_mine]
+    concept: Concept
+    found: Found
 
 
 class Counts(NamedTuple):
-    """How well some descriptions tell where a feature fires, on one half: arrays of one shape."""
+    """On how many tokens of some documents: two arrays, of those to explain from and those to score on."""
 
-    hits: np.ndarray  # tokens that they hold on, on which it fires
-    mass: np.ndarray  # the share of its activation that is on these
-    held: np.ndarray  # tokens that they hold on
-
-    @property
-    def f1(self) -> np.ndarray:
-        """Of the share of those tokens on which it fires, and the share of its activation."""
-        precision = self.hits / np.maximum(self.held, 1)
-        return np.where(self.hits < ENOUGH, 0.0, 2 * precision * self.mass / np.maximum(precision + self.mass, 1e-9))
+    known_2: np.ndarray  # whose concepts are known
+    held_2C: np.ndarray  # of each concept
+    fires_2F: np.ndarray  # on which each feature fires
+    both_2FC: np.ndarray
 
 
-class Names:
-    """The concepts of a cache's tokens, and the features' names made of them."""
+class PythonConcepts:
+    """The concepts of a cache's tokens, and the features that tell them."""
 
     def __init__(self, cache: Cache, documents: Iterable[Document], tokenizer: Tokenizer):
         self.cache = cache
         n_tokens = sum(len(shard.tokens) for shard in cache.shards)
         self.labels_NC, self.known_N = np.zeros((n_tokens, len(CONCEPTS)), dtype=bool), np.zeros(n_tokens, dtype=bool)
-        self._read(documents, tokenizer)
         self._words: dict[bytes, tuple[str, ...]] = {}
-        ids = np.concatenate([shard.tokens for shard in cache.shards])
-        documents_N = np.concatenate([of[s.documents] for of, s in zip(cache.documents, cache.shards, strict=True)])
-        chosen_N = self.known_N & (documents_N >= 0) & ~cache.for_scoring[documents_N]
-        self._halves = []
-        for half in range(2):
-            (places,) = (chosen_N & (documents_N % 2 == half)).nonzero()
-            labels = np.column_stack((np.ones(len(places)), self.labels_NC[places])).astype(np.float32)
-            self._halves.append(Half(places, ids[places], labels, labels.T @ labels))
-        self._ids: dict[Part, list[int]] = {}  # of the tokens that each target stands for
-        for i in np.unique(ids).tolist():
-            text = tokenizer.token_bytes(i).decode(errors="replace")
-            for target in (("token", text), ("core", offline.core(text))):
-                self._ids.setdefault(target, []).append(i)
+        self._read(documents, tokenizer)
 
     def _read(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
         """Fill in what is known of the cache's tokens, until enough is or what is read is no Python."""
@@ -135,62 +105,71 @@ class Names:
             self._words[key] = tuple(IN_WORDS[CONCEPTS[c]] for c in label_C.nonzero()[0])
         return self._words[key]
 
-    # ---- names ----
+    def best(self) -> dict[int, Named]:
+        """The feature that tells each concept best, by F1 of firing on its tokens, those that tell one best first.
 
-    def name(self, found: Found, feature: Feature) -> Found:
-        """The rules of a feature with a concept where that tells better where it fires, on either half.
-
-        A rule of a token gets the place that the feature distinguishes; all rules give way to a concept, or two that
-        hold together, which simulates the passages that the rules were made from better than these do.
+        It is chosen on the documents to explain from, and must tell the concept on those to score on, too, of which the
+        figures are. A feature that is the best for several concepts has the one that it tells best; concepts that no
+        feature tells have none.
         """
-        if found.explanation.status != "ok" or not all(len(half.places) for half in self._halves):
-            return found
-        fires = [half.firings(self.cache, feature.feature) for half in self._halves]
-        if min(len(at) for at, _ in fires) < ENOUGH:
-            return found
-        least = STRONG * max(rule.strength for rule in found.rules)
-        rules = [self._placed(rule, fires) if rule.strength >= least else rule for rule in found.rules]
-        concept = self._concept(fires, feature.maximum)
-        if concept:
-            passages = (*feature.top, *feature.spread)
-            parts = [offline.parts_of(passage) for passage in passages]
-            rules = max(rules, [concept], key=lambda some: correlation(some, passages, parts))
-        return Found(found.explanation._replace(text=offline.phrase(rules)), rules)
+        known_2, held_2C, fires_2F, both_2FC = self._counts()
+        f1_2FC = 2 * both_2FC / np.maximum(fires_2F[:, :, None] + held_2C[:, None], 1)
+        precision_2FC = both_2FC / np.maximum(fires_2F[:, :, None], 1)
+        lift_2FC = precision_2FC * (known_2[:, None] / np.maximum(held_2C, 1))[:, None]
+        tells_FC = ((f1_2FC >= LEAST_F1) & (lift_2FC >= LEAST_LIFT)).all(axis=0)
+        found: dict[int, Named] = {}
+        for c in np.argsort(-f1_2FC[0].max(axis=0)).tolist():
+            f = int(f1_2FC[0, :, c].argmax())
+            if tells_FC[f, c] and f not in found:
+                recall = both_2FC[1, f, c] / held_2C[1, c]
+                concept = Concept(CONCEPTS[c], float(precision_2FC[1, f, c]), float(lift_2FC[1, f, c]), float(recall))
+                found[f] = Named(concept, self._found(f, c, float(held_2C[0, c])))
+        return found
 
-    def _placed(self, rule: Rule, fires: list[tuple[np.ndarray, np.ndarray]]) -> Rule:
-        """A rule of a token, with the place where the feature fires on it if F1 is higher so on both halves."""
-        if rule.context != ANY or rule.target not in self._ids:
-            return rule
-        ids, counted = self._ids[rule.target], []
-        for half, (at, values) in zip(self._halves, fires, strict=True):
-            is_it, held = np.isin(half.ids[at], ids), half.labels[np.isin(half.ids, ids)].sum(axis=0)
-            labels, weights = half.labels[at[is_it]], values[is_it]
-            counted.append(Counts(labels.sum(axis=0), weights @ labels / max(weights.sum(), 1e-9), held))
-        tells = np.all([each.f1 >= each.f1[0] + GAIN for each in counted], axis=0) & IS_PLACE
-        if not tells.any():
-            return rule
-        best = int(np.where(tells, counted[0].f1, -1).argmax())
-        return rule._replace(context=("where", place_of(IN_WORDS[CONCEPTS[best - 1]])))
+    def _counts(self) -> Counts:
+        F, begin = len(self.cache.counts_F), 0
+        sums = torch.zeros(F + 1, 2 * (1 + len(CONCEPTS)))  # the last row is of all tokens
+        for numbers, shard in zip(self.cache.documents, self.cache.shards, strict=True):
+            some = slice(begin, begin := begin + len(shard.tokens))
+            documents_S = numbers[shard.documents]
+            counts_S = self.known_N[some] & (documents_S >= 0)
+            if not counts_S.any():
+                continue
+            labels = np.column_stack((counts_S, self.labels_NC[some]))  # (S, 1 + C), the first one for anything
+            halves = [counts_S & (self.cache.for_scoring[documents_S] == is_it) for is_it in (False, True)]
+            weight = torch.from_numpy(np.concatenate([labels & half[:, None] for half in halves], axis=1)).float()
+            positions, offsets = (torch.from_numpy(a.astype(np.int64)) for a in (shard.positions, shard.offsets[:-1]))
+            sums[:F] += embedding_bag(positions, weight, offsets, mode="sum")  # where a feature fires
+            sums[F] += weight.sum(dim=0)
+        of_2F1C1 = sums.view(F + 1, 2, -1).transpose(0, 1).numpy()
+        return Counts(of_2F1C1[:, F, 0], of_2F1C1[:, F, 1:], of_2F1C1[:, :F, 0], of_2F1C1[:, :F, 1:])
 
-    def _concept(self, fires: list[tuple[np.ndarray, np.ndarray]], maximum: float) -> Rule | None:
-        """The concept, or two, whose tokens are those on which a feature fires, as far as there are such."""
-        counted = []
-        for half, (at, values) in zip(self._halves, fires, strict=True):
-            labels = half.labels[at]
-            mass = (labels * values[:, None]).T @ labels
-            counted.append(Counts(labels.T @ labels, mass / values.sum(), half.together))
-        f1 = np.where(CAN_BE_SAID, counted[0].f1, 0)
-        thing, place = map(int, np.unravel_index(f1.argmax(), f1.shape))
-        if min(each.f1[thing, place] for each in counted) < LEAST_F1:
-            return None
-        mass, held = counted[0].mass[thing, place], counted[0].held[thing, place]
-        target = ("concept", IN_WORDS[CONCEPTS[thing - 1]]) if thing else ANY
-        context = ("where", place_of(IN_WORDS[CONCEPTS[place - 1]])) if place else ANY
-        return Rule(target, context, float(mass * fires[0][1].sum() / held / maximum))
+    def _found(self, feature: int, c: int, held: float) -> Found:
+        """The explanation by a concept that `held` tokens to explain from are of."""
+        fires = self.cache.activations(feature)
+        is_inside = self.labels_NC[fires.tokens, c] & ~self.cache.for_scoring[fires.documents]
+        strength = float(fires.values[is_inside].sum() / held / self.cache.maxima_F[feature])
+        words = IN_WORDS[CONCEPTS[c]]
+        return Found(Explanation(feature, "ok", words), [Rule(("concept", words), ANY, strength)])
 
 
-def correlation(rules: Sequence[Rule], passages: Sequence[Example], parts: Sequence[Sequence[Parts]]) -> float:
-    """Of what rules predict with a feature's activations, over the tokens of passages with these parts."""
-    true = np.concatenate([passage.activations for passage in passages])
-    predicted = np.concatenate([offline.predict(rules, parts_T) for parts_T in parts])
-    return float(np.corrcoef(true, predicted)[0, 1]) if predicted.std() > 0 else 0.0
+def labels_of(records: FeatureRecords, best: Mapping[int, Named], seed: int) -> dict[int, Label]:
+    """Labels by counting: those of `best` by their concept, others by tokens. The records need the concepts."""
+    by_tokens = [feature for feature in records.features if feature not in best]
+    found = {f: offline.find(records[f]) for f in Progress(by_tokens, "explaining", unit=" features")}
+    named = {f: best[f].found for f in records.features if f in best}
+    scored = chain(*(offline.score_all(some, records.__getitem__, seed=seed) for some in (found, named)))
+    labels = {each.feature: each for each in Progress(scored, "scoring", len(records), unit=" features")}
+    return {f: labels[f]._replace(concept=best[f].concept if f in best else None) for f in records.features}
+
+
+def shares_of(
+    labels: Mapping[int, Label], tokenizer: Tokenizer, prompt: Sequence[int]
+) -> dict[int, Callable[[Sequence[Sequence[int]]], float]]:
+    """What gives the share of a feature's concept among the tokens of texts that continue a prompt.
+
+    By feature, those that tell their concept best first; of concepts that Python's tokens tell.
+    """
+    named = [(label.feature, label.concept) for label in labels.values() if label.concept]
+    named.sort(key=lambda each: each[1].f1, reverse=True)
+    return {f: partial(share_of, each.name, tokenizer, prompt) for f, each in named if each.name in told_by_tokens()}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mistral_sae.cli import UserError, quoted
-from mistral_sae.explain.types import STATUSES, Label, Score
+from mistral_sae.explain.types import STATUSES, Concept, Label, Score
 from mistral_sae.files import SAEError, write_text
 from mistral_sae.schema import Index, Total, Words, lines, parse, schema_of
 
@@ -71,7 +71,10 @@ def parse_select(select: str | int | list[Any]) -> Selection:
 # ---- explanations.jsonl ----
 
 _SCORES: Any = dict[Words, schema_of(Score, answered=Total, unanswered=Total)]  # type: ignore[misc]
-_LABEL = schema_of(Label, feature=Index, explanation=Words, explainer=Words, reason=Words, scores=_SCORES)
+_CONCEPT: Any = schema_of(Concept, name=Words) | None
+_LABEL = schema_of(
+    Label, feature=Index, explanation=Words, explainer=Words, reason=Words, scores=_SCORES, concept=_CONCEPT
+)
 
 
 def write_labels(path: Path, labels: Iterable[Label]) -> None:
@@ -93,8 +96,13 @@ def read_labels(path: Path) -> dict[int, Label]:
 
 def to_json(label: Label) -> str:
     """Return a line of explanations.jsonl, without the line break."""
+    return json.dumps(as_dict(label), allow_nan=False)
+
+
+def as_dict(label: Label) -> dict[str, Any]:
+    """Return a label with its scores and its concept as dictionaries."""
     scores = {method: score._asdict() for method, score in label.scores.items()}
-    return json.dumps(label._asdict() | {"scores": scores}, allow_nan=False)
+    return label._asdict() | {"scores": scores, "concept": label.concept and label.concept._asdict()}
 
 
 def merge_labels(

@@ -6,10 +6,9 @@
 A rule is a target (what the token is) in a context (where it stands), each a pair of a kind and a value:
 
     targets    any, core "self" (a token without the spaces around it), token " self" (as it is), class "numbers",
-               concept "keys of dictionaries" (what is known of a token beside its text)
+               concept "keys of dictionaries" (what is known of a token beside its text; `find` does not look at it)
     contexts   any, after "(" (the token before, or the two before), continuing "sel" (a word), line "import" (whose
-               first word that is), starting (a line), early (in a row of tokens), before "self",
-               where "in docstrings" (a concept, too); concepts are no part of the rules that `find` returns
+               first word that is), starting (a line), early (in a row of tokens), before "self"
 
 The rules that are found make the phrase, and the same rules make the predictor that is scored. They come from the
 explaining examples (`top` and `spread`) alone; negatives are the tokens of these on which the feature is silent.
@@ -50,7 +49,6 @@ SPACE = "\u2423"  # shown for a space in a token, so that the words of a phrase 
 
 Part = tuple[str, str]  # a target or a context: its kind and its value
 ANY: Part = ("any", "")
-UNKNOWN: Part = ("where", "")  # the context of tokens whose concepts are not known
 
 
 class Rule(NamedTuple):
@@ -100,19 +98,10 @@ def parts_of(passage: Example) -> list[Parts]:
         if i + 1 < len(tokens):
             contexts.append(("before", cores[i + 1]))
         targets = [ANY, ("core", cores[i]), ("token", token), ("class", class_of(token, continues))]
-        if passage.concepts:
-            contexts += [("where", place_of(concept)) for concept in passage.concepts[i]]
-            targets += [("concept", concept) for concept in passage.concepts[i] if place_of(concept) != concept]
-        else:
-            contexts.append(UNKNOWN)
+        targets += [("concept", concept) for concept in (passage.concepts[i] if passage.concepts else ())]
         found.append(Parts(targets, contexts))
         line, is_whole = (line + token).rpartition("\n")[2], is_whole or "\n" in token
     return found
-
-
-def place_of(concept: str) -> str:
-    """Return where the tokens of a concept are, in words: concepts are things in plural, or places."""
-    return concept if concept.startswith(("in ", "inside ", "on ")) else f"in {concept}"
 
 
 def core(token: str) -> str:
@@ -180,7 +169,7 @@ def tabulate(passages: Sequence[Example], feature: Feature) -> Candidates:
     for n in np.flatnonzero(activation_N):
         for pair in product(*parts_N[n]):
             (kind, _), (context_kind, context) = pair
-            if kind != "concept" and context_kind != "where" and (context_kind != "before" or context in promoted):
+            if kind != "concept" and (context_kind != "before" or context in promoted):
                 number.setdefault(pair, len(number))
     targets = {target for target, _ in number}
     holds = [
@@ -241,7 +230,6 @@ CONTEXTS = {  # as a phrase has them, after the target
     "starting": " at the start of a line",
     "early": " near the start of the text",
     "before": " before {}",
-    "where": " {}",
 }
 TOKENS = {"after": "what comes", "continuing": "what comes", "line": "what comes"}  # after something; else "tokens"
 
@@ -267,7 +255,7 @@ def _in_words(rules: Sequence[Rule]) -> Iterator[str]:
         together = same_context if is_text and len(same_context) >= len(same_target) else same_target
         left = [r for r in left if r not in together]
         what = _either(shown(r.target[1]) for r in together) if is_text else value or TOKENS.get(context_kind, "tokens")
-        context = _either((shown if context_kind != "where" else str)(r.context[1]) for r in together)
+        context = _either(shown(r.context[1]) for r in together)
         yield what + CONTEXTS[context_kind].format(context)
 
 
@@ -288,17 +276,13 @@ def shown(token: str) -> str:
 
 
 def predict(rules: Sequence[Rule], parts_T: Sequence[Parts]) -> list[float]:
-    """Return the strength of the strongest rule that holds on each token; 0 where none does.
-
-    Where the concepts of a passage are not known, the target alone decides.
-    """
+    """Return the strength of the strongest rule that holds on each token; 0 where none does."""
     return [max((rule.strength for rule in rules if holds(rule, parts)), default=0.0) for parts in parts_T]
 
 
 def holds(rule: Rule, parts: Parts) -> bool:
     """Return whether a rule holds on a token."""
-    is_unknown = rule.context[0] == "where" and rule.target != ANY and UNKNOWN in parts.contexts
-    return rule.target in parts.targets and (is_unknown or rule.context in parts.contexts)
+    return rule.target in parts.targets and rule.context in parts.contexts
 
 
 def score_all(found: Mapping[int, Found], load: Callable[[int], Feature], *, seed: int = 0) -> Iterator[Label]:
@@ -312,11 +296,14 @@ def score_all(found: Mapping[int, Found], load: Callable[[int], Feature], *, see
 def label(feature: Feature, found: Found, other: Found | None, *, seed: int = 0) -> Label:
     """Return the label of a feature, scored by detection and by simulation on the passages that detection asks for.
 
-    As a detector, the predictor says that a feature fires in a passage if one of its rules holds there.
+    As a detector, the predictor says that a feature fires in a passage if one of its rules holds there. A concept
+    gives no answer for passages of which concepts are not known.
     """
     if found.explanation.status != "ok":
         return unexplained(found.explanation, EXPLAINER)
-    questions = scoring.detection_questions(feature, seed)
+    asked = scoring.detection_questions(feature, seed)
+    is_concept = found.rules[0].target[0] == "concept"
+    questions = [question for question in asked if question.passage.concepts or not is_concept]
     parts = [parts_of(question.passage) for question in questions]
 
     def run(rules: Sequence[Rule]) -> tuple[list[Judgement], dict[str, Score]]:
@@ -324,8 +311,11 @@ def label(feature: Feature, found: Found, other: Found | None, *, seed: int = 0)
         judgements = [Judgement("detection", q.kind, q.index, q.truth, any(values)) for q, values in pairs]
         unit = feature.maximum
         simulated = [scoring.Simulated(q.passage.activations, [unit * v for v in values]) for q, values in pairs]
-        simulation = scoring.simulation_score(simulated, len(questions), seed)
-        return judgements, {"detection": scoring.verdict_score(judgements, seed), "simulation": simulation}
+        detection = scoring.verdict_score(judgements, seed)._replace(unanswered=len(asked) - len(questions))
+        return judgements, {
+            "detection": detection,
+            "simulation": scoring.simulation_score(simulated, len(asked), seed),
+        }
 
     top_token = Rule(("core", core(scoring.strongest_token(feature))), ANY, 1.0)
     (judgements, own), (_, of_token) = run(found.rules), run([top_token])

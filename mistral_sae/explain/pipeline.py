@@ -181,7 +181,12 @@ def is_worth_asking_again(label: Label) -> bool:
 
 
 def summary(labels: Collection[Label]) -> list[str]:
-    """Return lines for people: labels by status, requests for scores that got no answer, and mean scores."""
+    """Return lines for people: labels by status, requests for scores that got no answer, and mean scores.
+
+    All but the last are of the features that were asked for; that is of those explained beside them.
+    """
+    beside = [label for label in labels if label.is_beside]
+    labels = [label for label in labels if not label.is_beside]
     statuses = Counter(label.status for label in labels)
     asked: Counter[Status] = Counter()
     unscored = 0
@@ -202,6 +207,9 @@ def summary(labels: Collection[Label]) -> list[str]:
         over = f" (over {each.features:,} features)" if each.features < statuses["ok"] else ""
         baselines = f"another feature's explanation {other_feature}, its top token {top_token}"
         lines.append(f"  {each.method:10} {value}   {baselines}{over}")
+    if beside:
+        means = [f"{each.method} {each.value:.2f}" for each in scoring.summarize_scores(b.scores for b in beside)]
+        lines.append(f"beside them {len(beside):,} that tell a concept best of all: {', '.join(means)}")
     return lines
 
 

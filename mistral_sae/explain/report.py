@@ -22,6 +22,7 @@ from torch import Tensor
 from mistral_sae.explain import figures, pages
 from mistral_sae.explain.answers import Answers, read_answers, shown
 from mistral_sae.explain.cache import Cache
+from mistral_sae.explain.labels import as_dict
 from mistral_sae.explain.pages import compressed
 from mistral_sae.explain.scoring import METHODS, summarize_scores
 from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Label
@@ -112,7 +113,7 @@ def write_report(
     `features` is read once, one at a time, in any order; those without a label are shown as not explained. Of `others`
     there is only what the list says. A feature is addressed as report.html#feature=1234.
     """
-    scores = summarize_scores(label.scores for label in labels.values())
+    scores = summarize_scores(label.scores for label in labels.values() if not label.is_beside)
     index, chunks = pack(features, labels)
     n_shown, explained = len(index["feature"]), sum(map(bool, index["explanation"]))
     if others is not None:
@@ -126,6 +127,7 @@ def write_report(
         "geometry_panels": figures.geometry_panels(run.geometry),
         "shown": n_shown,
         "explained": explained,
+        "beside": sum(label.is_beside for label in labels.values()),
         "trained_tokens": next((r["tokens"] for r in reversed(run.metrics) if "tokens" in r), None),
         **SHARES,
         "index": compressed(
@@ -224,6 +226,7 @@ INDEXED: dict[str, Callable[[Feature, Label | None], Any]] = {
     "density": lambda feature, label: feature.density,
     "maximum": lambda feature, label: feature.maximum,
     "score": lambda feature, label: main_score(label),
+    "concept": lambda feature, label: label and label.concept and label.concept.f1,
     "same_token": lambda feature, label: token_shares(feature).same_token,
     "predicted_next": lambda feature, label: token_shares(feature).predicted_next,
     "fires_on": lambda feature, label: fires_on(feature),
@@ -246,8 +249,7 @@ def feature_record(feature: Feature, label: Label | None) -> dict[str, Any]:
 
 def label_record(label: Label) -> dict[str, Any]:
     """Return a label without its judgements, and what its status means."""
-    scores = {method: score._asdict() for method, score in label.scores.items()}
-    return label._asdict() | {"scores": scores, "judgements": None, "meaning": STATUSES[label.status].meaning}
+    return as_dict(label) | {"judgements": None, "meaning": STATUSES[label.status].meaning}
 
 
 def passage(example: Example) -> list[Any]:

@@ -153,6 +153,20 @@ class Score(NamedTuple):
     requests: tuple[tuple[Status, int], ...] = ()  # made for `value`, counted by status
 
 
+class Concept(NamedTuple):
+    """What a feature tells best of all features, and how well, in documents that it was not chosen on."""
+
+    name: str  # such as "number"
+    precision: float  # share of the tokens on which it fires that are of the concept
+    lift: float  # the same beside the concept's share of all tokens: how many times as many as by chance
+    recall: float  # share of the concept's tokens on which it fires
+
+    @property
+    def f1(self) -> float:
+        """How well firing tells the concept's tokens."""
+        return 2 * self.precision * self.recall / max(self.precision + self.recall, 1e-9)
+
+
 class Label(NamedTuple):
     """One line of explanations.jsonl."""
 
@@ -163,6 +177,8 @@ class Label(NamedTuple):
     scores: dict[str, Score]  # by method: "detection", "fuzzing", "simulation"
     judgements: tuple[Judgement, ...] = ()
     reason: str = ""  # one line: why the status is not "ok", or what went wrong although it is
+    concept: Concept | None = None  # that the explanation says in words
+    is_beside: bool = False  # it was explained for its concept, beside those that SELECT draws: it counts in no mean
 
 
 def without_passages(feature: Feature) -> Explanation:

@@ -55,6 +55,7 @@ def known_of(constants: Any, subject: Subject, labels: Mapping[int, Label]) -> K
     labels = {feature: label for feature, label in labels.items() if feature < loaded.sae.n_features}
     for feature, label in labels.items():
         index["explanation"][feature], index["score"][feature] = label.explanation, main_score(label)
+        index["concept"][feature] = label.concept and label.concept.f1
     demo, is_instruct = command("demo.py", constants), not constants.ON_STANDIN and has_chat_format(model)
     return Known(
         subject=subject,

@@ -7,7 +7,7 @@ Shapes: R rows, T positions, D model width, S features.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple
@@ -24,6 +24,9 @@ from mistral_sae.steer.sweep import MOST_NATS, MOST_REPETITION, Measured, Trials
 SIZES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 CHANCE = 0.05  # by which a few texts repeat themselves more or less than a few others
 VISIBLE, ENOUGH = 0.02, 0.15  # of the tokens: from where on a reader sees an effect, and where more of it is not better
+
+# What shows a feature: tokens, or what gives the share of the tokens of texts that do
+Class = Collection[int] | Callable[[Sequence[Sequence[int]]], float]
 
 
 def strengths_of(subject: Subject, unit: Edit, x_TD: Tensor) -> list[float]:
@@ -107,7 +110,7 @@ def effects_of(
     subject: Subject,
     edit: Edit,
     strengths: Mapping[int, Sequence[float]],
-    classes: Mapping[int, Collection[int]],
+    classes: Mapping[int, Class],
     trials: Trials,
     directions: Mapping[int, Tensor] | None = None,
 ) -> list[Effect]:
@@ -116,7 +119,7 @@ def effects_of(
     Args:
         edit: how; its coefficients are not used.
         strengths: by feature, from weak to strong.
-        classes: by feature, the tokens that show it.
+        classes: by feature, what shows it.
         directions: by feature, what to write along (D) in place of its decoder row, as a control.
     """
     features, ids = list(strengths), trials.prompt_ids
@@ -155,7 +158,9 @@ def each_alone(of_row: Sequence[tuple[int, float]]) -> dict[int, Tensor]:
     }
 
 
-def share_of(texts: Sequence[Sequence[int]], ids: Collection[int]) -> float:
-    """Share of the tokens of texts that are among `ids`."""
-    found = [id in ids for text in texts for id in text]
+def share_of(texts: Sequence[Sequence[int]], shows: Class) -> float:
+    """Share of the tokens of texts that are of a class."""
+    if callable(shows):
+        return shows(texts)
+    found = [id in shows for text in texts for id in text]
     return sum(found) / max(1, len(found))

@@ -7,8 +7,8 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.steer.display import print_line
-from mistral_sae.steer.effect import VISIBLE, Effect, each_alone, effects_of, strengths_of
+from mistral_sae.steer.effect import VISIBLE, Class, Effect, each_alone, effects_of, strengths_of
 from mistral_sae.steer.steering import Coefficient, Edit, SteeringError, Subject, steer
 from mistral_sae.steer.sweep import LOGITS_BYTES, Trials
 
@@ -50,6 +50,7 @@ class Search:
     trials: Trials  # texts in which they are tried
     rows: Rows  # of held-out text
     grid: Sequence[float] | None = None  # strengths to try, in the method's unit; None are those of `strengths_of`
+    concepts: Mapping[int, Class] = field(default_factory=dict)  # features that stand for one, which shows in text
 
     @cached_property
     def text_1T(self) -> Tensor:
@@ -112,12 +113,12 @@ def parse(words: str) -> int | str | dict[int, Coefficient]:
 
 
 def _tried(
-    search: Search, edit: Edit, classes: Mapping[int, Collection[int]], given: float | None
+    search: Search, edit: Edit, classes: Mapping[int, Class], given: float | None
 ) -> tuple[list[Effect], list[Effect]]:
     """What the finalists among features do to text, the most visible first, and what the others do.
 
     Each makes a few short texts at a middle strength; the best FINALISTS, which come first, make FINAL_TEXTS of full
-    length at one strength below it and two above. `classes` are the tokens that show each feature.
+    length at one strength below it and two above. `classes` are what shows each feature.
     """
     subject, trials = search.subject, search.trials
     units = [replace(edit, coefficients={feature: 1.0}) for feature in classes]
@@ -321,8 +322,8 @@ def _explained(subject: Subject, feature: int) -> str:
 def _most_visible(search: Search, edit: Edit, given: float | None) -> Effect:
     """A feature whose effect on text shows, from a ranked list that is printed.
 
-    They are tried in rounds until the effect of one is visible; else the best is taken. Raises SteeringError if no
-    feature ever fired.
+    They are tried in rounds, of those that stand for a concept first, until the effect of one is visible; else the best
+    is taken. Raises SteeringError if no feature ever fired.
     """
     tried: list[Effect] = []
     for classes in _rounds(search):
@@ -333,18 +334,23 @@ def _most_visible(search: Search, edit: Edit, given: float | None) -> Effect:
     return tried[0]
 
 
-def _rounds(search: Search) -> Iterator[dict[int, list[int]]]:
-    """Features to try together and the words that each raises: explained ones first, then others, clearest first."""
-    for kind, among in _pools(search.subject):
-        looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-        ranked = list(_most_promising(search, looked_at).items())[: ROUNDS * TRIED]
+def _rounds(search: Search) -> Iterator[Mapping[int, Class]]:
+    """Features to try together, and what shows each."""
+    for kind, classes in _ranked(search):
+        ranked = list(classes.items())[: ROUNDS * TRIED]
         for start in range(0, len(ranked), TRIED):
             some = dict(ranked[start : start + TRIED])
-            print(
-                f"choosing a feature: of {len(looked_at)} {kind}, by the words that they raise, "
-                f"numbers {start + 1} to {start + len(some)} are tried in text"
-            )
+            print(f"choosing a feature: {kind}, numbers {start + 1} to {start + len(some)} are tried in text")
             yield some
+
+
+def _ranked(search: Search) -> Iterator[tuple[str, Mapping[int, Class]]]:
+    """Features and what shows each, with what they are: those of a concept, explained ones by their words, others."""
+    if search.concepts:
+        yield f"of {len(search.concepts)} that stand for a concept", search.concepts
+    for kind, among in _pools(search.subject):
+        looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
+        yield f"of {len(looked_at)} {kind}, by the words that they raise", _most_promising(search, looked_at)
 
 
 def _pools(subject: Subject) -> list[tuple[str, list[int]]]:

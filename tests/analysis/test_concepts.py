@@ -7,6 +7,7 @@ from mistral_sae.analysis.concepts import (
     concepts_of_python,
     python_spans,
     read_spans,
+    share_of,
     token_labels,
     token_spans,
     told_by_tokens,
@@ -105,3 +106,14 @@ def test_tokens_are_told_in_text_that_does_not_parse():
     assert found["comment"] == ["# why"]
     assert set(found) - {"string"} <= set(concepts_of_python())
     assert told_by_tokens() <= set(concepts_of_python())
+
+
+def test_the_share_of_a_concept_is_of_the_tokens_after_the_prompt_read_along_with_it():
+    class Characters:
+        def strings(self, ids):
+            return [chr(id) for id in ids]
+
+    texts = [list(b'2"""+3'), list(b"456")]
+    assert share_of("number", Characters(), list(b'x = """1'), texts) == 1 / 9  # the second never leaves the string
+    assert share_of("number", Characters(), list(b"x = 1"), texts) == 4 / 9
+    assert share_of("number", Characters(), list(b"x = 1"), []) == 0

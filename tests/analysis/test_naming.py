@@ -1,18 +1,18 @@
-"""Concepts that name features: where the token alone says less than the token and where it stands."""
+"""Which features tell concepts of Python best, by a cache of what they fire on."""
 
-import random
-from types import SimpleNamespace
+import json
 
 import numpy as np
 import pytest
 
-from mistral_sae.analysis.naming import Names
+from mistral_sae.analysis.naming import PythonConcepts
 from mistral_sae.data.documents import Document
-from mistral_sae.explain.cache import Passages
-from mistral_sae.explain.offline import ANY, Found, Rule
-from mistral_sae.explain.types import Example, Explanation, Feature
+from mistral_sae.explain.cache import Cache, Shard, is_for_scoring
+from mistral_sae.explain.offline import ANY, Rule
 
 SOURCE = 'def f(x=1):\n    """Return 1 of x."""\n    return x + 1  # x\n\n\ndata = {1: "x", 2: "y"}\n'
+NUMBERS = [SOURCE.index(f"{at}") for at in ("1):", "1  #", "1: ", "2: ")]
+DOCUMENTS = 20
 
 
 class Characters:
@@ -21,96 +21,82 @@ class Characters:
     def strings(self, ids):
         return [chr(id) for id in ids]
 
-    def token_bytes(self, id):
-        return chr(id).encode()
 
+def made(*features, source=SOURCE):
+    """The concepts of a cache in which a source is the text of all documents, and of features that fire with 2.0.
 
-def made(texts, fires):
-    """Names of a cache of some documents, a row each; feature 0 fires with 2.0 where `fires`, given text and place."""
-    tokens = np.array([ord(c) for text in texts for c in text], dtype=np.int32)
-    ends = np.cumsum([0, *map(len, texts)]).tolist()
-    names = [f"{i}.py" for i in range(len(texts))]
-    where = [start + i for start, text in zip(ends, texts, strict=False) for i in range(len(text)) if fires(text, i)]
-    at, zeros = np.array(where), np.zeros(len(where), dtype=np.int64)
-    cache = SimpleNamespace(
-        names=names,
-        shards=[SimpleNamespace(tokens=tokens, documents=np.repeat(np.arange(len(texts)), np.diff(ends)))],
-        documents=[np.append(np.arange(len(texts)), -1)],
-        for_scoring=np.zeros(len(texts) + 1, dtype=bool),
-        stretches=lambda: {name: [(ends[i], ends[i + 1] - 1)] for i, name in enumerate(names)},
-        ids=lambda first, last: tokens[first : last + 1].tolist(),
-        activations=lambda feature: Passages(at, at, at, zeros, np.full(len(at), 2.0, dtype=np.float32)),
+    Each is told by whether it fires, given whether the document is one to score on and the place in it.
+    """
+    length, names = len(source), [f"{i}.py" for i in range(DOCUMENTS)]
+    starts = np.arange(0, DOCUMENTS * length, length)
+    fires = [
+        [start + i for name, start in zip(names, starts, strict=True) for i in range(length) if each(name, i)]
+        for each in ((lambda name, i, of=of: of(is_for_scoring(name), i)) for of in features)
+    ]
+    shard = Shard(
+        tokens=np.tile([ord(character) for character in source], DOCUMENTS).astype(np.int32),
+        documents=np.repeat(np.arange(DOCUMENTS, dtype=np.int32), length),
+        first=np.repeat(starts, length),
+        last=np.repeat(starts + length - 1, length),
+        positions=np.concatenate(fires).astype(np.int64),
+        values=np.full(sum(map(len, fires)), 2.0, dtype=np.float16),
+        offsets=np.cumsum([0, *map(len, fires)]),
+        maxima=np.full(len(fires), 4.0, dtype=np.float16),
+        names=np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
     )
-    documents = [Document(name, text) for name, text in zip(names, texts, strict=True)]
-    return Names(cache, documents, Characters())
+    nothing = shard._replace(documents=np.full_like(shard.documents, -1), names=np.frombuffer(b"[]", dtype=np.uint8))
+    cache = Cache([shard, nothing], length)
+    return PythonConcepts(cache, [Document(name, source) for name in names], Characters())
 
 
-def feature(names, texts, fires):
-    passages, start = [], 0
-    for i, text in enumerate(texts):
-        values = tuple(2.0 if fires(text, at) else 0.0 for at in range(len(text)))
-        passages.append(Example(f"{i}.py", 1, tuple(text), values, names.of(start, start + len(text) - 1)))
-        start += len(text)
-    return Feature(0, 0.1, 2.0, (), (), (), (), (), tuple(passages[:8]), (), (), (), ())
-
-
-def named(fires, rules, texts=(SOURCE,) * 20):
-    names = made(texts, fires)
-    found = Found(Explanation(0, "ok", "before"), rules)
-    return names, names.name(found, feature(names, texts, fires))
+def on_numbers(_, i):
+    return i in NUMBERS
 
 
 def test_tokens_of_python_get_the_concepts_of_their_documents_in_words():
-    names = made([SOURCE], lambda text, i: i == 0)
-    assert names.known == len(SOURCE)
+    concepts = made(on_numbers)
+    assert concepts.known == DOCUMENTS * len(SOURCE)
     at = SOURCE.index("1 of x")
-    assert names.of(at, at) == (("in docstrings",),)
+    assert concepts.of(at, at) == (("tokens in docstrings",),)
     at = SOURCE.index("1):")
-    assert set(names.of(at, at)[0]) == {
+    assert set(concepts.of(at, at)[0]) == {
         "default values",
         "numbers",
-        "inside round brackets",
-        "on lines without indentation",
+        "tokens inside round brackets",
+        "tokens on lines without indentation",
     }
 
 
-def test_text_that_is_no_python_has_no_concepts_and_its_rules_stay():
-    texts = ["No Python, but English: a cat."] * 30
-    rules = [Rule(("core", "a"), ANY, 1.0)]
-    names, found = named(lambda text, i: text[i] == "a", rules, texts)
-    assert names.known == 0
-    assert names.of(0, 3) == ()
-    assert (found.rules, found.explanation.text) == (rules, "before")
+def test_text_that_is_no_python_has_no_concepts_and_no_feature_that_tells_one():
+    concepts = made(on_numbers, source="No Python, but English: a cat.")
+    assert concepts.known == 0
+    assert concepts.of(0, 3) == ()
+    assert concepts.best() == {}
 
 
-def test_a_token_gets_the_place_that_the_feature_fires_in():
-    start, end = SOURCE.index('"""'), SOURCE.rindex('"""')
-
-    def fires(text, i):
-        return text[i] == "1" and start < i < end
-
-    _, found = named(fires, [Rule(("core", "1"), ANY, 0.5)])
-    assert found.explanation.text == '"1" in docstrings'
-    assert [rule[:2] for rule in found.rules] == [(("core", "1"), ("where", "in docstrings"))]
-
-
-def test_a_token_on_which_it_fires_anywhere_stays_as_it_is():
-    _, found = named(lambda text, i: text[i] == "x", [Rule(("core", "x"), ANY, 1.0)])
-    assert found.explanation.text == '"x"'
+def test_a_concept_has_the_feature_that_tells_it_best_and_is_its_explanation():
+    best = made(lambda _, i: i in NUMBERS[:3], on_numbers, lambda _, i: i in NUMBERS or i % 5 == 0).best()
+    assert next(iter(best)) == 1
+    assert len({each.concept.name for each in best.values()}) == len(best)
+    concept, found = best[1]
+    assert (concept.name, concept.precision, concept.recall, concept.f1) == ("number", 1.0, 1.0, 1.0)
+    assert concept.lift == pytest.approx(len(SOURCE) / len(NUMBERS))
+    assert (found.explanation.feature, found.explanation.status, found.explanation.text) == (1, "ok", "numbers")
+    assert found.rules == [Rule(("concept", "numbers"), ANY, 0.5)]  # 2.0 of 4.0
 
 
-def test_a_concept_takes_the_place_of_rules_that_tell_less():
-    keys = {SOURCE.index("1: "), SOURCE.index("2: ")}
-    _, found = named(lambda text, i: i in keys, [Rule(("core", "2"), ANY, 1.0)])
-    assert found.explanation.text == "keys of dictionaries"
-    assert found.rules[0].strength == pytest.approx(1.0)
+def test_the_figures_are_those_of_documents_that_it_was_not_chosen_on():
+    others = [i for i in range(len(SOURCE)) if i not in NUMBERS and SOURCE[i] == "x"][: len(NUMBERS)]
+    concepts = made(lambda scored, i: i in NUMBERS or (scored and i in others))
+    concept = concepts.best()[0].concept
+    assert (concept.name, concept.precision, concept.recall) == ("number", 0.5, 1.0)
 
 
-def test_what_holds_on_one_half_of_the_documents_only_is_no_name():
-    generator = random.Random(0)
-    chosen = {(i, at) for i in range(0, 20, 2) for at, c in enumerate(SOURCE) if c == "1" and generator.random() < 0.5}
-    texts = [f"{SOURCE}# {i}\n" for i in range(20)]
-    fires_in = {text: {at for j, at in chosen if j == i} for i, text in enumerate(texts)}
-    rules = [Rule(("core", "1"), ANY, 0.5)]
-    _, found = named(lambda text, i: i in fires_in[text], rules, texts)
-    assert found.rules == rules
+def test_what_holds_on_the_documents_it_was_chosen_on_alone_is_told_by_no_feature():
+    assert made(lambda scored, i: not scored and i in NUMBERS).best() == {}
+
+
+def test_a_concept_that_most_tokens_are_of_is_told_by_no_feature():
+    body = range(SOURCE.index("def"), SOURCE.index("\n\n\n"))
+    wide = "class A:\n    " + SOURCE[body.start : body.stop].replace("\n", "\n    ")
+    assert made(lambda _, i: i > len("class A:\n"), source=wide).best() == {}

@@ -7,7 +7,7 @@ import torch
 
 from mistral_sae.cli import UserError
 from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, to_json, write_labels
-from mistral_sae.explain.types import Judgement, Label, Score
+from mistral_sae.explain.types import Concept, Judgement, Label, Score
 from mistral_sae.files import SAEError
 
 SCORE = Score(0.8, 0.7, 0.9, 0.5, None, 9, 1, recall=(0.5, None, 1.0, 1.0), r2=0.1, requests=(("ok", 3), ("failed", 1)))
@@ -22,7 +22,10 @@ def read_back(folder, line):
     return label
 
 
-@pytest.mark.parametrize("label", [SCORED, Label(7, "", "m", "dead", {}, (), "never \U0001f525 fired")])
+TOLD = SCORED._replace(concept=Concept("number", 0.76, 11.0, 0.4), is_beside=True)
+
+
+@pytest.mark.parametrize("label", [SCORED, TOLD, Label(7, "", "m", "dead", {}, (), "never \U0001f525 fired")])
 def test_a_label_reads_back_from_its_line(tmp_path, label):
     line = to_json(label)
     assert "\n" not in line

@@ -7,7 +7,7 @@ from synthetic_features import WORDS, make_feature, on
 
 from mistral_sae.explain import offline
 from mistral_sae.explain.offline import ANY, Rule
-from mistral_sae.explain.types import Example
+from mistral_sae.explain.types import Example, Explanation
 
 
 def fires_on_self_after_parenthesis(tokens, i):
@@ -189,12 +189,19 @@ def test_what_a_feature_is_weak_on_is_said_last_and_called_weak():
     assert offline.phrase(rules) == '"b" or "c"; weakly "a"'
 
 
-def test_a_rule_of_a_place_holds_there_and_where_concepts_are_not_known_its_token_decides():
-    rules = [Rule(("core", "x"), ("where", "in docstrings"), 0.5), Rule(("concept", "numbers"), ANY, 0.25)]
-    of = passage(["x", "x", "1"])._replace(concepts=(("in docstrings",), (), ("numbers",)))
-    assert offline.predict(rules, offline.parts_of(of)) == [0.5, 0, 0.25]
-    assert offline.predict(rules, offline.parts_of(of._replace(concepts=()))) == [0.5, 0.5, 0]
-    assert offline.phrase(rules) == '"x" in docstrings; numbers'
+def test_a_concept_is_what_is_known_of_a_token_and_gives_no_answer_where_nothing_is():
+    rules = [Rule(("concept", "numbers"), ANY, 0.25)]
+    assert offline.phrase(rules) == "numbers"
+    known = passage(["x", "1"])._replace(concepts=((), ("tokens in strings", "numbers")))
+    assert offline.predict(rules, offline.parts_of(known)) == [0, 0.25]
+    feature = make_feature(1, on(" 1"))
+    (first, *rest) = feature.held_out
+    first = first._replace(concepts=tuple(("numbers",) if value else () for value in first.activations))
+    found = offline.Found(Explanation(1, "ok", "numbers"), rules)
+    (label,) = offline.score_all({1: found}, lambda _: feature._replace(held_out=(first, *rest)))
+    assert [(j.kind, j.index, j.verdict) for j in label.judgements] == [("held_out", 0, True)]
+    for score in label.scores.values():
+        assert (score.answered, score.unanswered) == (1, 2 * len(feature.held_out) - 1)
 
 
 def test_rules_of_one_target_share_their_contexts_and_no_other_rule_is_implied():

@@ -529,3 +529,6 @@ def test_the_summary_counts_statuses_requests_without_an_answer_and_means_of_sco
         "  detection  0.75   another feature's explanation 0.50, its top token 0.00 (over 1 features)",
     ]
     assert pipeline.summary([labels[2]]) == ["1 features: 1 dead"]
+    beside = labels[0]._replace(feature=4, is_beside=True)
+    said = "beside them 1 that tell a concept best of all: detection 0.75"
+    assert pipeline.summary([beside, *labels]) == [*pipeline.summary(labels), said]

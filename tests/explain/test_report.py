@@ -237,6 +237,17 @@ def test_the_run_is_shown_with_its_figures_and_what_they_mean(tmp_path):
     assert f"with another feature's explanation in its place it is {detection.other_feature:.2f}" in text
 
 
+def test_features_explained_for_their_concept_count_in_no_mean_and_the_run_says_how_many_there_are(tmp_path):
+    low = {"detection": Score(0.1)}
+    beside = {50 + i: Label(50 + i, "numbers", "offline", "ok", low, is_beside=True) for i in range(3)}
+    labels = {index: make_label(index) for index in range(40)}
+    write_report(tmp_path / "report.html", make_run(), map(make_feature, [*labels, *beside]), labels | beside)
+    text = " ".join(Page(tmp_path / "report.html").all("main")[0]["text"].split())
+    (detection, *_) = summarize_scores(label.scores for label in labels.values())
+    assert f"the mean detection score is {detection.value:.2f}" in text
+    assert "; 3 tell a concept of Python best of all" in text
+
+
 def test_a_run_of_which_nothing_is_known_says_so(tmp_path):
     run = make_run()._replace(evaluation={}, metrics=[], density_F=None, geometry=None, layer=None, hook_name=None)
     page = write(tmp_path, n=3, run=run, labelled=False)

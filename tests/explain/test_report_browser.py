@@ -10,13 +10,14 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from mistral_sae.explain.report import INDEXED, TextToken, write_report, write_text_page
-from mistral_sae.explain.types import Example
+from mistral_sae.explain.types import Concept, Example
 from mistral_sae.model.tokenizer import texts_of
 
 pytestmark = pytest.mark.usefixtures("quiet_console")
 
 N = 120
 EXPLAINED = [index for index in range(N) if index % 7 and index % 10 < 8]
+TOLD = EXPLAINED[20]  # which tells a concept
 HOSTILE = [
     "<script>window.pwned=1</script>",
     "</script><script>window.pwned=1</script>",
@@ -42,6 +43,7 @@ AS_SIGNS = {0: "", 0x202E: "", 0x202C: "", 0x2028: "", 0xD83D: "\ufffd"}
 def report(tmp_path_factory):
     """The address of a report of N features, of which some are dead, unexplained or not labelled."""
     labels = {index: make_label(index) for index in range(N) if index % 7}
+    labels[TOLD] = labels[TOLD]._replace(concept=Concept("number", 0.765, 11.2, 0.4), is_beside=True)
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, make_run(N + 5), (make_feature(index, N + 5) for index in range(N)), labels)
     return path.as_uri()
@@ -98,7 +100,13 @@ def test_the_report_opens_on_the_run_beside_the_list(page):
     assert f"What {N + 5} features see" in find(page, "h1").text
     assert text(page, "#matches") == f"{N} features"
     assert len(find_all(page, "#run svg")) == 9
-    assert listed(page)[:9] == sorted(EXPLAINED, key=clearness, reverse=True)[:9]
+    assert listed(page)[:9] == sorted(EXPLAINED, key=lambda f: (f == TOLD, clearness(f)), reverse=True)[:9]
+
+
+def test_a_feature_that_tells_a_concept_says_how_well_in_words(browser, report):
+    open_feature(browser, report, TOLD)
+    said = f"76.5% of the tokens where it fires are {make_label(TOLD).explanation}, 11.2 times as many as by chance"
+    assert said in text(browser, "#feature header")
 
 
 def test_searching_words_narrows_the_list(page):

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from test_steering import LAYER, D, F, autoencoder
 
+from mistral_sae.explain.labels import write_labels
+from mistral_sae.explain.types import Concept, Label
 from mistral_sae.model.language_model import STANDIN, load_model
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
@@ -268,6 +270,17 @@ def test_without_a_feature_one_that_shows_is_taken_of_the_explained_if_there_are
     ran = demo(FEATURE_INDEX=None)
     assert re.findall(r"^  [→ ] +(\d+) ", ran.out, re.M) == ["7"]
     assert "brackets (offline)" in ran.out
+
+
+def test_a_feature_that_stands_for_a_concept_is_taken_first_and_the_text_is_counted(demo, run_dir, monkeypatch):
+    monkeypatch.setattr(effect, "VISIBLE", -1.0)
+    monkeypatch.setattr(sweep, "MOST_NATS", 99.0)
+    concept = Concept("keyword", 0.75, 24.0, 0.4)
+    write_labels(run_dir / "explanations.jsonl", [Label(7, "keywords", "offline", "ok", {}, concept=concept)])
+    ran = demo(FEATURE_INDEX=None)
+    assert ran.code == 0, ran.err
+    assert "choosing a feature: of 1 that stand for a concept, numbers 1 to 1 are tried" in ran.out
+    assert re.search(r"^keywords: \d+% → \d+% of the tokens, read as Python$", ran.out, re.M)
 
 
 @pytest.mark.parametrize("method", ["clamp", "add", "raw"])

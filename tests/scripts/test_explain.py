@@ -10,6 +10,8 @@ from openai_server import Server
 from safetensors.torch import load_file
 from small_models import PARAMS, random_weights, write_hugging_face_folder
 
+from mistral_sae.analysis import naming
+from mistral_sae.analysis.concepts import IN_WORDS
 from mistral_sae.files import locked
 from mistral_sae.model.language_model import LanguageModel
 
@@ -49,6 +51,30 @@ def test_the_output_says_what_runs_and_where_the_results_are(finished, mistral_f
     ):
         assert line in lines
     assert any(line.startswith("6 features: ") for line in lines)
+
+
+def test_features_that_tell_a_concept_of_python_are_explained_beside_those_that_are_drawn(
+    here, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(naming, "LEAST_F1", 0.05)
+    monkeypatch.setattr(naming, "LEAST_LIFT", 0)
+    source = "def f{i}(x):\n    raise Exception({i})\n\n\nimport os\nerror = f{i}({i}, 2)\n"
+    documents = [{"text": source.format(i=i) * 3} for i in range(60)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))
+    write_sae(tmp_path / "run/sae")
+    of = {"DATA_PATH": tmp_path / "code.jsonl"}
+    ran = here(arguments(tmp_path / "run", SELECT="random 5", **of))
+    assert ran.code == 0, ran.err
+    labels = labels_of(tmp_path / "run")
+    beside = [label for label in labels if label.is_beside]
+    assert len(labels) - len(beside) == 5
+    assert beside
+    assert all(label.concept and label.explanation in IN_WORDS.values() for label in beside)
+    assert re.search(rf"^5 features: .*^beside them {len(beside)} that tell a concept", ran.out, re.M | re.S)
+    assert here(arguments(tmp_path / "run", SELECT=beside[0].feature, **of)).code == 0  # now it is asked for
+    again = labels_of(tmp_path / "run")
+    assert [label.concept for label in again] == [label.concept for label in labels]
+    assert [label for label in again if label.is_beside] == beside[1:]
 
 
 @pytest.mark.parametrize(

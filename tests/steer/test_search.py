@@ -359,6 +359,26 @@ def test_explained_features_are_looked_among_first(loaded, search_of, density, f
     assert [(kind, len(among)) for kind, among in pools] == expected
 
 
+@pytest.mark.parametrize(
+    ("visible", "rounds"),
+    [(-1.0, ["2 that stand"]), (2.0, ["2 that stand", "2 explained features", "62 features that"])],
+)
+def test_features_that_stand_for_a_concept_are_tried_first_and_its_share_of_the_texts_is_said(
+    loaded, search_of, monkeypatch, capsys, visible, rounds
+):
+    monkeypatch.setattr(effect, "VISIBLE", visible)
+    monkeypatch.setattr(search, "ROUNDS", 1)
+    everything_is_fluent(monkeypatch)
+    monkeypatch.setattr(effect.Effect, "score", 0.0)
+    shares = {30: lambda texts: 0.42, 40: lambda texts: 0.07}
+    search.choose(replace(search_of(loaded, labelled(3, 30)), concepts=shares), Edit({}), None, None)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^choosing a feature: of (\d+ \w+ \w+)", printed, re.M) == rounds
+    if len(rounds) == 1:
+        assert re.search(r" 30  42% →  42%.*\n", printed)
+        assert re.search(r" 40   7% →   7%.*\n", printed)
+
+
 @pytest.mark.parametrize(("visible", "kinds"), [(-1.0, 1), (2.0, 1 + 3)])
 def test_others_are_tried_where_no_explained_feature_shows(loaded, search_of, monkeypatch, capsys, visible, kinds):
     monkeypatch.setattr(search, "TRIED", 2)

@@ -165,9 +165,17 @@ function heading(record, i) {
     h("p", { class: "tags" },
       label?.explanation && tag("explained by ", words(label.explainer), label.explainer === "offline" && ", without a model"),
       isInput(i) && tag("input feature"), isOutput(i) && tag("output feature")),
+    label?.concept && concept(label),
     maximum[i] > 0 && same_token[i] !== null && h("p", { class: "small" },
       `${percent(same_token[i])} of its passages peak on one and the same token; `,
       `in ${percent(predicted_next[i])} the token after the peak is one that it raises in the logit lens.`));
+}
+
+/** How well a feature tells the concept that it was chosen for. */
+function concept({ explanation, concept: { precision, lift, recall } }) {
+  return h("p", {}, `${percent(precision)} of the tokens where it fires are ${explanation}, ${figure(lift)} times as many `,
+    `as by chance, and it fires on ${percent(recall)} of these. Of all features it tells them best. Counted in documents `,
+    "that it was not chosen on.");
 }
 
 /** Links to the features before and after it in the list. */
@@ -242,6 +250,7 @@ function scores(label) {
   const notes = [
     recall.length > 0 && `Detection finds ${recall.map(percent).join(", ")} of the passages, from weakest to strongest.`,
     r2 != null && `The simulation explains ${percent(r2)} of the variance.`,
+    label.concept && "A concept gives no answer for passages of files that were not parsed.",
   ].filter(Boolean);
   return h("section", {}, h("h2", {}, "Does the explanation hold?"),
     h("div", { class: "scroll" }, h("table", {},
@@ -441,7 +450,9 @@ function onKey(event) {
 /** Begin with an index, the columns of the list. */
 async function startList(index) {
   const parts = index.explanation.map((text) => text.split("; weakly ")[0].split("; ").length); // "a; b; weakly c": 2
-  state.index = { ...index, clear: index.score.map((score, i) => score === null ? null : score - PART * (parts[i] - 1)) };
+  const clearness = (score, i) => index.concept[i] !== null ? 1 + index.concept[i] // a concept: before all others
+    : score === null ? null : score - PART * (parts[i] - 1);
+  state.index = { ...index, clear: index.score.map(clearness) };
   state.position = new Map(index.feature.map((feature, i) => [feature, i]));
   if (index.feature.length > index.records) $("explained").value = "yes"; // the others are found when they are looked for
   find();
