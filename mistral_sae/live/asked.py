@@ -44,7 +44,9 @@ class Steer(Asked):
         return {int(feature): c for feature, c in self.features.items()}
 
     def edit(self) -> Edit:
-        """The same as demo.py has it."""
+        """The same as demo.py has it; without a feature how is all the same."""
+        if not self.features:
+            return Edit({})
         return Edit(self.coefficients, self.method, self.positions == "generated", self.exact)
 
 

@@ -11,6 +11,7 @@ from live_runs import EXPLAINED, HOSTILE, F, K, serving
 from test_demo import Ran
 
 from mistral_sae.live import asked, looking, writing
+from mistral_sae.model.language_model import Row
 from mistral_sae.steer import steering
 from mistral_sae.steer.steering import Edit
 
@@ -120,7 +121,7 @@ def test_what_a_feature_changes_is_what_ablating_it_undoes(client, known):
 
 def test_texts_are_streamed_and_are_those_of_generate(client, known, steer):
     items = events(client.post("/texts", json={"prompt": PROMPT, "steer": steer, "max_tokens": 12, "seed": 3}))
-    assert len(items) == 12 + 2
+    assert len(items) == 12 + 1
     model, ids = known.subject.model, known.subject.model.encode(PROMPT)
     own = list(model.generate(ids, 12, 0.7, seed=3))
     with asked.Steer(**steer).edit().context(known.subject, len(ids)):
@@ -305,8 +306,10 @@ def test_a_hostile_label_is_data(client):
 
 def test_text_that_may_become_a_stop_sequence_is_held_back(known):
     tokenizer = known.subject.model.tokenizer
-    text = writing.Growing(tokenizer, ["abc"])
-    shown = [text.add(id) for character in "xababd" for id in tokenizer.encode(character)]
-    assert "".join(shown) == "xababd"
-    assert shown[1] == shown[2] == ""
+    text = writing.Growing(tokenizer, Row.of([tokenizer.bos_id], 0.0, 0), 100, ["abc"])
+    for character in "xababd":
+        for id in tokenizer.encode(character):
+            text.add(id)
+    assert text.take() == "xababd"
+    assert text.pieces[1] == text.pieces[2] == ""
     assert text.finish is None
