@@ -16,9 +16,11 @@ from mistral_sae.data.activations import residuals_of
 from mistral_sae.live import asked
 from mistral_sae.live.engine import AT_ONCE
 from mistral_sae.live.known import Known
+from mistral_sae.live.looking import verdict_of
 from mistral_sae.model.language_model import LanguageModel, Row
 from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.steer import sweep
+from mistral_sae.steer.search import TEXT_TOKENS
 from mistral_sae.steer.steering import Edit, Subject
 
 Finish = Literal["stop", "length"]
@@ -166,8 +168,11 @@ def _advance(known: Known, text: Growing, edit: Edit) -> None:
 # ---- side by side ----
 
 
-def write(known: Known, wanted: asked.Writing) -> Iterator[dict[str, Any]]:
-    """Pieces of the model's own text, the steered one and a rival's, in one batch as in demo.py; then their figures."""
+def write(known: Known, wanted: asked.Writing) -> Iterator[dict[str, Any] | None]:
+    """Pieces of the model's own text, the steered one and a rival's, in one batch as in demo.py; then their figures.
+
+    And the verdict on features that were to show: whether a reader sees more of them than in the model's own text.
+    """
     subject, edit, ids = known.subject, wanted.steer.edit(), known.subject.model.encode(wanted.prompt)
     known.check_length(len(ids), wanted.max_tokens)
     edit.in_units_of_steer(subject)
@@ -193,22 +198,32 @@ def write(known: Known, wanted: asked.Writing) -> Iterator[dict[str, Any]]:
         batch.step()
         yield {"pieces": {name: text.take() for name, text in zip(names, texts, strict=True)}}
     features = list(edit.coefficients)
-    yield {"texts": {name: figures(subject, features, ids, text.ids) for name, text in zip(names, texts, strict=True)}}
+    trials = [
+        sweep.Trial([text.ids], sweep.measure(subject.model, subject.loaded, features or [0], ids, [text.ids]))
+        for text in texts
+    ]
+    found = {name: figures(subject, features, ids, trial) for name, trial in zip(names, trials, strict=True)}
+    yield None  # others may run
+    verdict = None
+    if edit.method != "ablate" and any(c > 0 for c in wanted.steer.coefficients.values()):
+        read = [*ids, *texts[0].ids[:TEXT_TOKENS]]
+        text_1T = torch.tensor([[*read[:1], *read[1:][1 - known.context :]]])
+        verdict = verdict_of(subject, edit, text_1T, {1.0: trials[1]}, trials[0])
+    yield {"texts": found, "verdict": verdict}
 
 
-def figures(subject: Subject, features: list[int], prompt_ids: list[int], ids: list[int]) -> dict[str, Any]:
-    """Of a text its tokens, how strongly some features fire on each when it is read without an edit, and `measure`'s.
+def figures(subject: Subject, features: list[int], prompt_ids: list[int], trial: sweep.Trial) -> dict[str, Any]:
+    """Of a text its tokens, how strongly some features fire on each when it is read without an edit, and its figures.
 
     How strongly is the largest share of a feature's maximum.
     """
-    model, loaded, n = subject.model, subject.loaded, len(prompt_ids)
+    model, loaded, n, (ids,) = subject.model, subject.loaded, len(prompt_ids), trial.texts
     tokens, shares = model.tokenizer.strings([*prompt_ids, *ids])[n:], [0.0] * len(ids)
-    (found,) = sweep.measure(model, loaded, features or [0], prompt_ids, [ids])
     if features and ids:
         of_S = torch.tensor(features)
         activations_TS = sweep.read_back(model, loaded, of_S, torch.tensor([[*prompt_ids, *ids]]), n)[0]
         shares = (activations_TS / subject.statistics.maximum_F[of_S].clamp_min(1e-6)).amax(dim=1).tolist()
-    return {"tokens": tokens, "shares": shares, "figures": found._asdict()}
+    return {"tokens": tokens, "shares": shares, "figures": trial.pooled._asdict()}
 
 
 @torch.no_grad()
