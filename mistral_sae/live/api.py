@@ -1,10 +1,8 @@
 """OpenAI's completions of the steered model: what their clients send and read, with `steer` beside it.
 
-    client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
-    steer = {"features": {"6581": 1.5}, "method": "clamp"}
-    client.completions.create(model="", prompt="def load", extra_body={"steer": steer})
-
-Shapes: T positions, V vocabulary.
+client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+steer = {"features": {"6581": 1.5}, "method": "clamp"}
+client.completions.create(model="", prompt="def load", extra_body={"steer": steer})
 """
 
 import secrets
@@ -12,12 +10,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from mistral_sae.cli import UserError
 from mistral_sae.live import asked
+from mistral_sae.live.batches import Growing, grow, read
 from mistral_sae.live.known import Known
-from mistral_sae.live.writing import Growing, grow
 from mistral_sae.model.language_model import Row
 from mistral_sae.steer.chat import prompt_of
 
@@ -62,36 +58,33 @@ class Answer:
             yield {}
         choices = [self._choice(i, "".join(text.pieces), text.finish, "message") for i, text in enumerate(self.texts)]
         if isinstance(wanted := self.wanted, asked.Completion):
+            for _ in read(self.known, self.texts, self.edit) if wanted.logprobs is not None else ():
+                yield {}
             for choice, text in zip(choices, self.texts, strict=True):
                 number = choice["index"] // (wanted.n or 1)
                 if wanted.echo:
                     choice["text"] = self.model.tokenizer.decode(self.sent[number]) + choice["text"]
                 if wanted.logprobs is not None:
                     shown = len(text.ids) + (len(self.sent[number]) if wanted.echo else 0)
-                    choice["logprobs"] = self._log_probabilities(self.prompts[number], text.ids, shown, wanted.logprobs)
-                    yield {}
-        read, written = sum(map(len, self.prompts)), sum(len(text.ids) for text in self.texts)
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+                    choice["logprobs"] = self._log_probabilities(text, shown, wanted.logprobs)
+        given, written = sum(map(len, self.prompts)), sum(len(text.ids) for text in self.texts)
+        usage = {"prompt_tokens": given, "completion_tokens": written, "total_tokens": given + written}
         yield self.head | {"choices": choices, "usage": usage}
 
     def _choice(self, index: int, text: str, finish: str | None, name: str) -> dict[str, Any]:
         content = {name: {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
         return {"index": index, "finish_reason": finish, "logprobs": None, **content}
 
-    @torch.no_grad()
-    def _log_probabilities(self, prompt: list[int], ids: list[int], shown: int, top: int) -> dict[str, Any]:
+    def _log_probabilities(self, text: Growing, shown: int, top: int) -> dict[str, Any]:
         """Of the last tokens, so many, the log-probability of each and those of the likeliest there; None for a BOS."""
-        every, strings = [*prompt, *ids], self.model.tokenizer.strings
-        with self.edit.context(self.known.subject, len(prompt)):
-            found_TV = self.model.log_probabilities(torch.tensor([every]))[0].cpu()
-        own, best = found_TV.gather(1, torch.tensor(every[1:])[:, None]).squeeze(1), found_TV.topk(max(1, top), dim=1)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        likeliest = [{strings([id])[0]: by for id, by in zip(*each, strict=True)} for each in pairs]
-        first = len(every) - shown
-        tokens = strings(every)[first:]
+        strings, n = self.model.tokenizer.strings, max(1, top)
+        likeliest = [{strings([id])[0]: by for by, id in list(zip(*each, strict=True))[:n]} for each in text.likeliest]
+        ids = [*text.prompt, *text.ids]
+        first = len(ids) - shown
+        tokens = strings(ids)[first:]
         return {
             "tokens": tokens,
-            "token_logprobs": [None, *own.tolist()][first:],
+            "token_logprobs": [None, *text.log_probabilities][first:],
             "top_logprobs": [None, *likeliest][first:],
             "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
         }

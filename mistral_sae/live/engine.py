@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from mistral_sae.cli import UserError
 
-AT_ONCE = 8  # jobs that take turns, and texts of a batch
+AT_ONCE = 8  # jobs that take turns, most with a KV cache of their own
 WAITING = 64  # jobs at most, those that take turns included
 
 T = TypeVar("T")

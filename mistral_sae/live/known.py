@@ -14,7 +14,7 @@ from mistral_sae.explain.report import SHARES, command, main_score
 from mistral_sae.explain.types import INTERVALS, Label
 from mistral_sae.sae.checkpoint import hash_of_sae
 from mistral_sae.steer.chat import has_chat_format
-from mistral_sae.steer.steering import Edit, Subject
+from mistral_sae.steer.steering import Subject
 
 # Constants that the page's form begins with, by their names in demo.py
 FORM = ("PROMPT", "NEW_TOKENS", "TEMPERATURE", "SEED", "METHOD", "POSITIONS")
@@ -32,7 +32,7 @@ class Known(NamedTuple):
     most_tokens: int  # of a prompt with what continues it
     form: Mapping[str, Any]  # what the page's form begins with, by FORM
     is_instruct: bool
-    waiting: dict[Any, Edit]  # texts that no batch was begun with, and their edits; the engine's thread changes it
+    waiting: dict[Any, Any]  # texts, and what they wait for; the engine's thread alone looks into it
 
     def check_length(self, prompt: int, more: int) -> None:
         """Raise UserError where a prompt and what is to continue it are too long."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mistral_sae.live import api, asked
-from mistral_sae.live.engine import AT_ONCE
+from mistral_sae.live.batches import ROWS
 from mistral_sae.model.language_model import ModelError
 
 PROMPTS = ["def load(path):\n", "import os\n", "class A:\n    def __init__(self", "", "return self._items["]
@@ -38,7 +38,7 @@ def bodies(known, **steer):
 
 
 def made(known, *wanted, closed_after=None):
-    """What requests give that take turns as the engine gives them: the texts of each, or its error."""
+    """What requests give that take turns as the engine gives them: the choices of each, or its error."""
     found: list = [None] * len(wanted)
     jobs = deque((i, api.completion(known, asked.Completion(**body)).whole()) for i, body in enumerate(wanted))
     while jobs:
@@ -47,7 +47,7 @@ def made(known, *wanted, closed_after=None):
             found[i] = next(job)
             jobs.append((i, job))
         except StopIteration:
-            found[i] = [choice["text"] for choice in found[i]["choices"]]
+            found[i] = found[i]["choices"]
         except Exception as error:
             found[i] = error
         if closed_after and i == 0 and (closed_after := closed_after - 1) == 0:
@@ -67,7 +67,7 @@ def test_requests_of_one_edit_share_forwards_and_have_the_texts_of_each_alone(kn
     forwards.clear()
     assert made(known, *wanted) == expected
     assert forwards == [len(PROMPTS)] * TOKENS
-    assert len({text for (text,) in expected}) == len(PROMPTS)
+    assert len({choice["text"] for (choice,) in expected}) == len(PROMPTS)
 
 
 def test_requests_of_different_edits_do_not_meet(known, forwards):
@@ -80,10 +80,24 @@ def test_requests_of_different_edits_do_not_meet(known, forwards):
 
 def test_the_prompts_of_one_request_are_a_batch_and_those_over_the_limit_the_next(known, forwards):
     body = bodies(known)[0] | {"prompt": PROMPTS * 2, "n": 2}
-    expected = [text for prompt in PROMPTS * 2 for text in made(known, body | {"prompt": prompt})[0]]
+    expected = [choice["text"] for prompt in PROMPTS * 2 for choice in made(known, body | {"prompt": prompt})[0]]
     forwards.clear()
-    assert made(known, body) == [expected]
-    assert forwards == [rows for rows in (AT_ONCE, AT_ONCE, 4) for _ in range(TOKENS)]
+    assert [choice["text"] for choice in made(known, body)[0]] == expected
+    assert forwards == [rows for rows in (ROWS, 4) for _ in range(TOKENS)]
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_log_probabilities_are_read_in_one_forward_and_are_those_of_each_alone(known, forwards, positions):
+    wanted = [body | {"echo": True, "logprobs": 2, "max_tokens": 3} for body in bodies(known, positions=positions)]
+    expected = alone(known, wanted)
+    forwards.clear()
+    found = made(known, *wanted)
+    assert forwards == [5] * 4 if positions == "all" else forwards[:3] == [5] * 3
+    for (one,), (other,) in zip(found, expected, strict=True):
+        log_a, log_b = one.pop("logprobs"), other.pop("logprobs")
+        assert log_a["token_logprobs"] == pytest.approx(log_b["token_logprobs"], rel=1e-4, abs=1e-4)
+        assert [each.keys() for each in log_a["top_logprobs"]] == [each.keys() for each in log_b["top_logprobs"]]
+        assert one == other
 
 
 def test_the_numbers_of_one_request_are_its_own_error(known, monkeypatch):

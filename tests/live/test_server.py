@@ -10,7 +10,7 @@ import torch
 from live_runs import EXPLAINED, HOSTILE, F, K, serving
 from test_demo import Ran
 
-from mistral_sae.live import asked, looking, writing
+from mistral_sae.live import asked, batches, looking
 from mistral_sae.model.language_model import Row
 from mistral_sae.steer import steering, sweep
 from mistral_sae.steer.effect import effects_of
@@ -329,7 +329,7 @@ def test_a_hostile_label_is_data(client):
 
 def test_text_that_may_become_a_stop_sequence_is_held_back(known):
     tokenizer = known.subject.model.tokenizer
-    text = writing.Growing(tokenizer, Row.of([tokenizer.bos_id], 0.0, 0), 100, ["abc"])
+    text = batches.Growing(tokenizer, Row.of([tokenizer.bos_id], 0.0, 0), 100, ["abc"])
     for character in "xababd":
         for id in tokenizer.encode(character):
             text.add(id)
