@@ -6,7 +6,6 @@ Shapes: B texts, T positions, V vocabulary.
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -21,6 +20,7 @@ from mistral_sae.steer.sweep import settings_read_at_once
 
 Finish = Literal["stop", "length"]
 ROWS = 16  # texts of a batch at most, as many as one request can have of a prompt
+AGAIN = 32  # tokens that are read in about the time of a step of a batch: on two cores 50, on a GPU more
 
 
 class Growing:
@@ -125,7 +125,7 @@ class Batch:
 def grow(known: Known, texts: Sequence[Growing], edit: Edit) -> Iterator[list[tuple[int, str]] | None]:
     """The new pieces of texts with their places, a step at a time: a job of the engine.
 
-    Texts that wait for the same edit, of this job and of others, are made in one batch, of at most ROWS.
+    Texts with the same edit, of this job and of others, are made in one batch, of at most ROWS.
     """
     known.waiting.update({text: edit for text in texts if not text.finish})
     try:
@@ -147,26 +147,42 @@ def _advance(known: Known, text: Growing, edit: Edit) -> None:
         longest = max(len(each.prompt) for each in some)  # where the generated tokens of all begin
         batch = Batch(known.subject.model, some, lambda: edit.context(known.subject, longest))
         for each in some:
-            known.waiting.pop(each, None)
             each.batch = batch
         return batch
 
-    batch = text.batch or begin(_alike(known, text))
+    batch = text.batch or begin(_together(known, text, edit))
     try:
         batch.step()
     except Exception:  # the memory for all of them, or the numbers of one
         if len(batch.texts) == 1:
             raise
         for each in batch.texts:
+            known.waiting.pop(each, None)  # nobody joins it
             if not each.finish:
                 begin([each])
 
 
+def _together(known: Known, text: Growing, edit: Edit) -> list[Growing]:
+    """A text, those that wait for the same edit, and those at work under it, where that costs less than it spares.
+
+    It costs a step that reads all their tokens again, and spares one of two steps from then on. Those of which only
+    generated tokens are edited cannot be joined at work, as these begin at several positions then.
+    """
+    alike = [each for each in _alike(known, text) if not each.finish]
+    some = [each for each in alike if each.batch is None][:ROWS]
+    for batch in dict.fromkeys(each.batch for each in alike if each.batch):
+        joined = [*some, *(each for each in batch.texts if not each.finish)]
+        tokens = len(joined) * max(len(each.row.ids) for each in joined)
+        spared = min(text.left, max(each.left for each in joined[len(some) :]))
+        if len(joined) <= ROWS and tokens <= AGAIN * spared and not edit.generated_only:
+            some = joined
+    return some
+
+
 def _alike(known: Known, text: Growing) -> list[Growing]:
-    """A text and those that wait for the same, at most ROWS."""
+    """A text and the others that wait for the same."""
     wanted = known.waiting[text]
-    others = (each for each, theirs in known.waiting.items() if theirs == wanted and each is not text)
-    return [text, *islice(others, ROWS - 1)]
+    return [text, *(each for each, theirs in known.waiting.items() if theirs == wanted and each is not text)]
 
 
 def read(known: Known, texts: Sequence[Growing], edit: Edit) -> Iterator[None]:
@@ -175,7 +191,7 @@ def read(known: Known, texts: Sequence[Growing], edit: Edit) -> Iterator[None]:
     try:
         yield
         while some := [text for text in texts if text in known.waiting]:
-            alike = _alike(known, some[0])
+            alike = _alike(known, some[0])[:ROWS]
             longest = max(len(each.row.ids) for each in alike)
             try:
                 _read(known, alike[: settings_read_at_once(1, longest, known.subject.model.vocab_size)], edit)

@@ -7,7 +7,7 @@ import httpx2
 import pytest
 import torch
 
-from mistral_sae.live import api, asked
+from mistral_sae.live import api, asked, batches
 from mistral_sae.live.batches import ROWS
 from mistral_sae.model.language_model import ModelError
 
@@ -37,11 +37,18 @@ def bodies(known, **steer):
     ]
 
 
-def made(known, *wanted, closed_after=None):
-    """What requests give that take turns as the engine gives them: the choices of each, or its error."""
+def made(known, *wanted, apart=0, closed_after=None):
+    """What requests give that take turns as the engine gives them: the choices of each, or its error.
+
+    They come so many turns apart.
+    """
     found: list = [None] * len(wanted)
-    jobs = deque((i, api.completion(known, asked.Completion(**body)).whole()) for i, body in enumerate(wanted))
-    while jobs:
+    coming = deque((i, api.completion(known, asked.Completion(**body)).whole()) for i, body in enumerate(wanted))
+    jobs, turns = deque(), 0
+    while jobs or coming:
+        while coming and coming[0][0] * apart <= turns:
+            jobs.append(coming.popleft())
+        turns += 1
         i, job = jobs.popleft()
         try:
             found[i] = next(job)
@@ -68,6 +75,21 @@ def test_requests_of_one_edit_share_forwards_and_have_the_texts_of_each_alone(kn
     assert made(known, *wanted) == expected
     assert forwards == [len(PROMPTS)] * TOKENS
     assert len({choice["text"] for (choice,) in expected}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("again", "positions", "is_joined"), [(32, "all", True), (0, "all", False), (32, "generated", False)]
+)
+def test_a_request_joins_one_at_work_where_it_can_and_where_that_is_worth_it(
+    known, forwards, monkeypatch, again, positions, is_joined
+):
+    monkeypatch.setattr(batches, "AGAIN", again)
+    wanted = bodies(known, positions=positions)[:2]
+    expected = alone(known, wanted)
+    steps = len(forwards)
+    forwards.clear()
+    assert made(known, *wanted, apart=3) == expected
+    assert (len(forwards) < steps - 5) if is_joined else (forwards == [1] * steps)
 
 
 def test_requests_of_different_edits_do_not_meet(known, forwards):
