@@ -1,24 +1,20 @@
 """OpenAI's completions of the steered model: what their clients send and read, with `steer` beside it.
 
-    client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
-    steer = {"features": {"6581": 1.5}, "method": "clamp"}
-    client.completions.create(model="", prompt="def load", extra_body={"steer": steer})
-
-Shapes: T positions, V vocabulary.
+client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+steer = {"features": {"6581": 1.5}, "method": "clamp"}
+client.completions.create(model="", prompt="def load", extra_body={"steer": steer})
 """
 
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
-
-import torch
 
 from mistral_sae.cli import UserError
 from mistral_sae.live import asked
+from mistral_sae.live.batches import Growing, grow, read
 from mistral_sae.live.known import Known
-from mistral_sae.live.writing import Context, Growing, grow
+from mistral_sae.model.language_model import Row
 from mistral_sae.steer.chat import prompt_of
 
 DEFAULT_TOKENS, DEFAULT_REPLY = 16, 1024  # of a completion, as OpenAI has it, and of a reply, where there is room
@@ -35,80 +31,60 @@ class Answer:
         prompts = [ids if ids[:1] == bos else bos + ids for ids in sent]
         for ids in prompts:
             known.check_length(len(ids), max_tokens)
-        self.known, self.wanted, self.sent, self.prompts, self.max_tokens = known, wanted, sent, prompts, max_tokens
+        self.known, self.wanted, self.sent, self.prompts = known, wanted, sent, prompts
         self.model, self.is_chat = known.subject.model, isinstance(wanted, asked.Chat)
         self.edit = wanted.steer.edit()
         self.edit.in_units_of_steer(known.subject)
         kind = "chat.completion" if self.is_chat else "text_completion"
         self.head = {"id": f"cmpl-{secrets.token_hex(8)}", "object": kind, "created": int(time.time())}
         self.head["model"] = known.name
-
-    def context(self, prompt_length: int) -> Context:
-        """The edit, for one forward."""
-        return lambda: self.edit.context(self.known.subject, prompt_length) if self.edit.coefficients else nullcontext()
-
-    def pieces(self) -> Iterator[list[tuple[int, Growing, str]]]:
-        """Of each text its place among the choices and its next piece, prompt by prompt; those of one are a batch."""
-        wanted, n = self.wanted, self.wanted.n or 1
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
         temperature = 1.0 if wanted.temperature is None else wanted.temperature
-        for number, ids in enumerate(self.prompts):
-            is_reply = self.is_chat and self.known.is_instruct
-            texts = [Growing(self.model.tokenizer, wanted.stops, is_reply) for _ in range(n)]
-            places, seeds, context = range(number * n, number * n + n), range(seed, seed + n), self.context(len(ids))
-            for step in grow(self.model, ids, texts, seeds, self.max_tokens, temperature, context):
-                yield list(zip(places, texts, step, strict=True))
+        rows = [Row.of(ids, temperature, seed + i) for ids in prompts for i in range(wanted.n or 1)]
+        is_reply = self.is_chat and known.is_instruct
+        self.texts = [Growing(self.model.tokenizer, row, max_tokens, wanted.stops, is_reply) for row in rows]
 
-    def chunks(self) -> Iterator[list[dict[str, Any]]]:
+    def chunks(self) -> Iterator[list[dict[str, Any]] | None]:
         """What a stream sends, a step at a time."""
         head = self.head | ({"object": "chat.completion.chunk"} if self.is_chat else {})
-        for pieces in self.pieces():
-            yield [
-                head | {"choices": [self._choice(i, piece, text.finish, "delta")]}
-                for i, text, piece in pieces
-                if piece or text.finish
-            ]
+        for pieces in grow(self.known, self.texts, self.edit):
+            shown = [(i, piece) for i, piece in pieces or () if piece or self.texts[i].finish]
+            choices = (self._choice(i, piece, self.texts[i].finish, "delta") for i, piece in shown)
+            yield [head | {"choices": [choice]} for choice in choices] or None
 
     def whole(self) -> Iterator[dict[str, Any]]:
         """The answer in one, as the last item; those before are its steps."""
-        joined: dict[int, str] = {}
-        texts: dict[int, Growing] = {}
-        for pieces in self.pieces():
-            texts |= {i: text for i, text, _ in pieces}
-            joined |= {i: joined.get(i, "") + piece for i, _, piece in pieces}
+        for _ in grow(self.known, self.texts, self.edit):
             yield {}
-        choices = [self._choice(i, joined[i], text.finish, "message") for i, text in texts.items()]
+        choices = [self._choice(i, "".join(text.pieces), text.finish, "message") for i, text in enumerate(self.texts)]
         if isinstance(wanted := self.wanted, asked.Completion):
-            for choice, text in zip(choices, texts.values(), strict=True):
+            for _ in read(self.known, self.texts, self.edit) if wanted.logprobs is not None else ():
+                yield {}
+            for choice, text in zip(choices, self.texts, strict=True):
                 number = choice["index"] // (wanted.n or 1)
                 if wanted.echo:
                     choice["text"] = self.model.tokenizer.decode(self.sent[number]) + choice["text"]
                 if wanted.logprobs is not None:
                     shown = len(text.ids) + (len(self.sent[number]) if wanted.echo else 0)
-                    choice["logprobs"] = self._log_probabilities(self.prompts[number], text.ids, shown, wanted.logprobs)
-                    yield {}
-        read, written = sum(map(len, self.prompts)), sum(len(text.ids) for text in texts.values())
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+                    choice["logprobs"] = self._log_probabilities(text, shown, wanted.logprobs)
+        given, written = sum(map(len, self.prompts)), sum(len(text.ids) for text in self.texts)
+        usage = {"prompt_tokens": given, "completion_tokens": written, "total_tokens": given + written}
         yield self.head | {"choices": choices, "usage": usage}
 
     def _choice(self, index: int, text: str, finish: str | None, name: str) -> dict[str, Any]:
         content = {name: {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
         return {"index": index, "finish_reason": finish, "logprobs": None, **content}
 
-    @torch.no_grad()
-    def _log_probabilities(self, prompt: list[int], ids: list[int], shown: int, top: int) -> dict[str, Any]:
+    def _log_probabilities(self, text: Growing, shown: int, top: int) -> dict[str, Any]:
         """Of the last tokens, so many, the log-probability of each and those of the likeliest there; None for a BOS."""
-        every, strings = [*prompt, *ids], self.model.tokenizer.strings
-        with self.context(len(prompt))():
-            found_TV = self.model.log_probabilities(torch.tensor([every]))[0].cpu()
-        own, best = found_TV.gather(1, torch.tensor(every[1:])[:, None]).squeeze(1), found_TV.topk(max(1, top), dim=1)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        likeliest = [{strings([id])[0]: by for id, by in zip(*each, strict=True)} for each in pairs]
-        first = len(every) - shown
-        tokens = strings(every)[first:]
+        strings, n = self.model.tokenizer.strings, max(1, top)
+        likeliest = [{strings([id])[0]: by for by, id in list(zip(*each, strict=True))[:n]} for each in text.likeliest]
+        ids = [*text.prompt, *text.ids]
+        first = len(ids) - shown
+        tokens = strings(ids)[first:]
         return {
             "tokens": tokens,
-            "token_logprobs": [None, *own.tolist()][first:],
+            "token_logprobs": [None, *text.log_probabilities][first:],
             "top_logprobs": [None, *likeliest][first:],
             "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
         }

@@ -10,6 +10,7 @@ from mistral_sae.steer.steering import Edit
 
 BODY = 1_000_000  # bytes of a request
 TOKENS = 2**14  # of a text that is read, or of a prompt with what continues it
+LIKELIEST = 20  # tokens whose log-probabilities can be asked for beside each token's own
 
 Text = Annotated[str, Field(max_length=200_000)]
 Prompt = Annotated[str, Field(max_length=50_000)]
@@ -44,7 +45,9 @@ class Steer(Asked):
         return {int(feature): c for feature, c in self.features.items()}
 
     def edit(self) -> Edit:
-        """The same as demo.py has it."""
+        """The same as demo.py has it; without a feature how is all the same."""
+        if not self.features:
+            return Edit({})
         return Edit(self.coefficients, self.method, self.positions == "generated", self.exact)
 
 
@@ -123,7 +126,7 @@ class Completion(Sampled):
 
     prompt: Prompt | Ids | Annotated[list[Prompt] | list[Ids], Field(min_length=1, max_length=64)]
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LIKELIEST)] | None = None
 
     def prompts(self, model: LanguageModel) -> list[list[int]]:
         """The token ids of each prompt as they were sent: those of a text have no BOS."""

@@ -1,7 +1,8 @@
 """One model for many people: a thread that runs their jobs in turn, a step of each at a time.
 
-A job is an iterator whose every `next` is one step, such as a token. Hooks are on the model itself, so an edit is
-entered and left within a step: two jobs with different edits never meet. What a job raises ends that job alone.
+A job is an iterator whose every `next` is one step, such as a token; its items are sent unless they are None. Hooks are
+on the model itself, so an edit is entered and left within a step: two jobs with different edits never meet. What a job
+raises ends that job alone.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from mistral_sae.cli import UserError
 
-AT_ONCE = 8  # jobs that take turns, each with a KV cache of its own
+AT_ONCE = 8  # jobs that take turns, most with a KV cache of their own
 WAITING = 64  # jobs at most, those that take turns included
 
 T = TypeVar("T")
@@ -90,7 +91,8 @@ class Engine:
 def _step(job: _Job) -> bool:
     """Take one step of a job; False after its last one."""
     try:
-        job.send("item", next(job.steps))
+        if (item := next(job.steps)) is not None:
+            job.send("item", item)
         return True
     except StopIteration:
         how, what = "end", None

@@ -32,6 +32,7 @@ class Known(NamedTuple):
     most_tokens: int  # of a prompt with what continues it
     form: Mapping[str, Any]  # what the page's form begins with, by FORM
     is_instruct: bool
+    waiting: dict[Any, Any]  # texts that can be made with others, and with which; the engine's thread alone looks
 
     def check_length(self, prompt: int, more: int) -> None:
         """Raise UserError where a prompt and what is to continue it are too long."""
@@ -67,4 +68,5 @@ def known_of(constants: Any, subject: Subject, labels: Mapping[int, Label]) -> K
         most_tokens=constants.CHAT_CONTEXT,
         form={name: getattr(constants, name) for name in FORM},
         is_instruct=is_instruct,
+        waiting={},
     )

@@ -44,6 +44,7 @@ class Past(NamedTuple):
 
     rows: int
     window: int | None  # positions that a query sees, its own included; None for all before it
+    padding_B: Tensor | None = None  # positions that each row begins with and that no later one sees
     start: int = 0  # of this forward: positions that the cache holds
     keys_BGNE: Tensor | None = None  # None where nothing is kept
     values_BGNE: Tensor | None = None
@@ -68,7 +69,7 @@ def attention(self: Any, x_ND: Tensor, rotary_TE: Tensor, past: Past) -> Tensor:
     key_BTGE = rotate(heads(self.wk(x_ND), self.n_kv_heads), rotary_TE)
     value_BTGE = heads(self.wv(x_ND), self.n_kv_heads)
     key, value = past.and_now(key_BTGE.transpose(1, 2), value_BTGE.transpose(1, 2))
-    out_BHTE = causal_attention(query_BTHE.transpose(1, 2), key, value, past.window)
+    out_BHTE = causal_attention(query_BTHE.transpose(1, 2), key, value, past.window, past.padding_B)
     return self.wo(out_BHTE.transpose(1, 2).reshape(len(x_ND), -1))
 
 
@@ -93,25 +94,29 @@ def rotate(x_BTHE: Tensor, rotary_TE: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).type_as(x_BTHE)
 
 
-def causal_attention(query_BHTE: Tensor, key_BGKE: Tensor, value_BGKE: Tensor, window: int | None) -> Tensor:
+def causal_attention(
+    query_BHTE: Tensor, key_BGKE: Tensor, value_BGKE: Tensor, window: int | None, padding_B: Tensor | None = None
+) -> Tensor:
     """Attention (B, H, T, E) of the last T of K positions to those up to their own, at most `window` of them."""
     T = query_BHTE.shape[2]
-    if window is not None and T == 1:  # the keys outside of it are left out
+    if window is not None and T == 1 and padding_B is None:  # the keys outside of it are left out
         key_BGKE, value_BGKE = key_BGKE[:, :, -window:], value_BGKE[:, :, -window:]
     K = key_BGKE.shape[2]
-    seen_TK = None
-    if T > 1 and (T < K or (window is not None and window < K)):
+    seen = None  # (T, K) or (B, 1, T, K)
+    if padding_B is not None or (T > 1 and (T < K or (window is not None and window < K))):
         last = torch.arange(K - T, K, device=query_BHTE.device).unsqueeze(1)
         position = torch.arange(K, device=query_BHTE.device)
-        seen_TK = position <= last
+        seen = position <= last
         if window is not None:
-            seen_TK &= position > last - window
+            seen &= position > last - window
+        if padding_B is not None:  # which sees itself: the mean of no values is NaN
+            seen = seen & (position >= padding_B[:, None, None, None]) | (position == last)
     groups = query_BHTE.shape[1] // key_BGKE.shape[1]
-    if repeats := groups > 1 and not shares_keys(query_BHTE.device, seen_TK is not None):
+    if repeats := groups > 1 and not shares_keys(query_BHTE.device, seen is not None):
         key_BGKE, value_BGKE = (x.repeat_interleave(groups, dim=1) for x in (key_BGKE, value_BGKE))
-    is_causal = seen_TK is None and T > 1
+    is_causal = seen is None and T > 1
     return F.scaled_dot_product_attention(
-        query_BHTE, key_BGKE, value_BGKE, seen_TK, is_causal=is_causal, enable_gqa=groups > 1 and not repeats
+        query_BHTE, key_BGKE, value_BGKE, seen, is_causal=is_causal, enable_gqa=groups > 1 and not repeats
     )
 
 

@@ -46,8 +46,11 @@ class Engine(Protocol):
     norm: nn.Module | None  # the final norm, and
     head: nn.Linear | None  # its output to logits; None where they are not loaded
 
-    def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
-        """The final norm's output (B, T, D), or the last loaded layer's, of rows that begin at position `start`."""
+    def run(self, tokens_BT: Tensor, start: int, cache: Any, padding_B: Tensor | None) -> Tensor:
+        """The final norm's output (B, T, D), or the last loaded layer's, of rows that begin at position `start`.
+
+        The first positions of each row, as many as `padding_B` says, are seen by no later one.
+        """
 
     def new_cache(self, rows: int, length: int) -> Any:
         """A KV cache for `run`."""
@@ -120,9 +123,12 @@ class Transformers:
         """Raise ModelError if a tensor is missing or misshapen: a load without a value."""
         _load_in_transformers(folder, last_layer, META, torch.float32, last_layer is None)
 
-    def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
+    def run(self, tokens_BT: Tensor, start: int, cache: Any, padding_B: Tensor | None) -> Tensor:
         """Hidden states (B, T, D)."""
         given = {self._cache: cache, "use_cache": cache is not None}  # which knows where the rows begin
+        if padding_B is not None:
+            position_BK = torch.arange(start + tokens_BT.shape[1], device=tokens_BT.device) - padding_B[:, None]
+            given |= {"attention_mask": position_BK >= 0, "position_ids": position_BK[:, start:].clamp_min(0)}
         return self._body(input_ids=tokens_BT, **given).last_hidden_state
 
     def new_cache(self, rows: int, length: int) -> Any:
@@ -255,8 +261,8 @@ class MistralInference:
             if folder.tensors[name].shape != shape:
                 raise misshapen(folder, name, folder.tensors[name].shape, shape)
 
-    def run(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
-        """Hidden states (B, T, D)."""
+    def run(self, tokens_BT: Tensor, start: int, cache: Any, padding_B: Tensor | None) -> Tensor:
+        """Hidden states (B, T, D). Positions count from the padding on, as attention sees only their differences."""
         B, T = tokens_BT.shape
         if len(self._rotary) < start + T:
             self._rotary = rotary_table(2 * (start + T), self._args.head_dim, self._theta, self._device)
@@ -264,7 +270,7 @@ class MistralInference:
         hidden = self.model.tok_embeddings(tokens_BT.flatten())
         for layer, (block, window) in enumerate(zip(self.blocks, self._windows, strict=True)):
             kept = () if cache is None else (start, *cache[:, layer])
-            hidden = block(hidden, rotary, Past(B, window, *kept))
+            hidden = block(hidden, rotary, Past(B, window, padding_B, *kept))
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden.view(B, T, -1)

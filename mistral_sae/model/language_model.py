@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,19 @@ class Cache:
     rows: int
     max_length: int
     length: int = 0  # positions seen
+
+
+class Row(NamedTuple):
+    """A text that is to go on, and how its next tokens are drawn."""
+
+    ids: Sequence[int]  # its BOS first
+    temperature: float  # 0 takes the likeliest token
+    generator: torch.Generator  # on the CPU, so that a seed means the same on all devices
+
+    @classmethod
+    def of(cls, ids: Sequence[int], temperature: float, seed: int) -> Row:
+        """One whose tokens are the same for the same seed."""
+        return cls(ids, temperature, torch.Generator().manual_seed(seed))
 
 
 class NotFinite(ModelError):
@@ -208,7 +221,7 @@ class LanguageModel:
         Temperature 0 takes the likeliest token; otherwise the same ones are drawn for the same seed. Hooks must be in
         place while the iterator is consumed. Raises ModelError for an empty prompt or a negative temperature.
         """
-        for (id,) in self.next_tokens(prompt_ids, [seed], max_tokens, temperature, use_cache):
+        for (id,) in self.next_tokens([Row.of(prompt_ids, temperature, seed)], max_tokens, use_cache):
             yield id
 
     def sample(
@@ -223,31 +236,30 @@ class LanguageModel:
 
         `progress`, such as tqdm, is given the tokens of all rows as they come.
         """
-        steps = list(progress(self.next_tokens(prompt_ids, seeds, max_tokens, temperature)))
+        rows = [Row.of(prompt_ids, temperature, seed) for seed in seeds]
+        steps = list(progress(self.next_tokens(rows, max_tokens)))
         ids_by_seed = ([ids[row] for ids in steps] for row in range(len(seeds)))
         return [list(itertools.takewhile(lambda id: id != self.tokenizer.eos_id, ids)) for ids in ids_by_seed]
 
-    def next_tokens(
-        self,
-        prompt_ids: Sequence[int],
-        seeds: Sequence[int],
-        max_tokens: int,
-        temperature: float,
-        use_cache: bool = True,
-    ) -> Iterator[list[int]]:
-        """The next token of each seed's row, a step at a time, until all rows have had their EOS; as `generate`."""
-        if not prompt_ids:
+    def next_tokens(self, rows: Sequence[Row], max_tokens: int, use_cache: bool = True) -> Iterator[list[int]]:
+        """The next token of each row, a step at a time, until all rows have had their EOS; as `generate`.
+
+        Rows that are shorter than the longest are padded with BOS on the left, so that all of them end together.
+        """
+        if not all(row.ids for row in rows):
             raise ModelError("found an empty prompt: expected at least the BOS token")
-        if temperature < 0:
-            raise ModelError(f"found temperature {temperature}: expected 0 or more")
-        # On the CPU, so that a seed means the same on all devices
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        cache = self.new_cache(len(seeds), len(prompt_ids) + max_tokens) if use_cache else None
-        tokens_BT, ended = torch.tensor([list(prompt_ids)] * len(seeds)), [False] * len(seeds)
+        if (least := min(row.temperature for row in rows)) < 0:
+            raise ModelError(f"found temperature {least}: expected 0 or more")
+        longest = max(len(row.ids) for row in rows)
+        padding = [longest - len(row.ids) for row in rows]
+        padding_B = torch.tensor(padding, device=self.device) if any(padding) else None
+        cache = self.new_cache(len(rows), longest + max_tokens) if use_cache else None
+        bos, ended = [self.tokenizer.bos_id], [False] * len(rows)
+        tokens_BT = torch.tensor([bos * n + [*row.ids] for n, row in zip(padding, rows, strict=True)])
         for _ in range(max_tokens):
-            logits_BV = self._logits(self._run(tokens_BT, cache)[:, -1]).cpu()
+            logits_BV = self._logits(self._run(tokens_BT, cache, padding_B)[:, -1]).cpu()
             self.check_finite(logits_BV, "logits")
-            ids = [choose_token(row, temperature, own) for row, own in zip(logits_BV, generators, strict=True)]
+            ids = [choose_token(logits_V, row) for logits_V, row in zip(logits_BV, rows, strict=True)]
             ended = [before or id == self.tokenizer.eos_id for before, id in zip(ended, ids, strict=True)]
             if all(ended):
                 return
@@ -259,7 +271,7 @@ class LanguageModel:
         """An empty KV cache for rows of up to `max_length` positions."""
         return Cache(self._engine.new_cache(batch_size, max_length), batch_size, max_length)
 
-    def _run(self, tokens_BT: Tensor, cache: Cache | None) -> Tensor:
+    def _run(self, tokens_BT: Tensor, cache: Cache | None, padding_B: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) after the last loaded layer; every forward comes through here."""
         if tokens_BT.ndim != 2 or not tokens_BT.numel():
             raise ModelError(f"found tokens of shape {tuple(tokens_BT.shape)}: expected (rows, positions)")
@@ -276,7 +288,7 @@ class LanguageModel:
         tokens_BT = sent(tokens_BT, self.device)
         self.span, self.tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():
-            hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state)
+            hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state, padding_B)
         if cache is not None:
             cache.length += T
         return hidden_BTD
@@ -360,9 +372,9 @@ def why_no_gpu() -> str | None:
     return f"PyTorch {torch.__version__} cannot use the GPU: update its driver, or install a PyTorch built for it"
 
 
-def choose_token(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+def choose_token(logits_V: Tensor, row: Row) -> int:
     """The next token's id, as `LanguageModel.generate` takes it."""
-    if temperature == 0:
+    if row.temperature == 0:
         return int(logits_V.argmax())
-    up_to_V = torch.softmax(logits_V / temperature, dim=-1).cumsum(0, dtype=torch.float64)
-    return int(torch.searchsorted(up_to_V, torch.rand(1, generator=generator) * up_to_V[-1], right=True))
+    up_to_V = torch.softmax(logits_V / row.temperature, dim=-1).cumsum(0, dtype=torch.float64)
+    return int(torch.searchsorted(up_to_V, torch.rand(1, generator=row.generator) * up_to_V[-1], right=True))

@@ -108,6 +108,13 @@ def test_sliders_steer_and_the_texts_stand_side_by_side(page, live, known):
     assert text(page, "#text") == "def load(path):\n" + steered
 
 
+def test_a_text_without_visible_effect_says_so(page, live, known):
+    visit(page, f"{live.address}/#view=steer&f{often(known)}=0.001")
+    click(page, "#steer-form button.main")
+    written(page)
+    assert text(page, "#steer-status").startswith("No visible effect in this text")
+
+
 def test_a_link_holds_the_whole_state(page, live, known):
     feature = often(known)
     visit(page, f"{live.address}/#view=steer&f{feature}=3")

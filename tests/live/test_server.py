@@ -10,8 +10,11 @@ import torch
 from live_runs import EXPLAINED, HOSTILE, F, K, serving
 from test_demo import Ran
 
-from mistral_sae.live import asked, looking, writing
-from mistral_sae.steer import steering
+from mistral_sae.live import asked, batches, looking
+from mistral_sae.model.language_model import Row
+from mistral_sae.steer import steering, sweep
+from mistral_sae.steer.effect import effects_of
+from mistral_sae.steer.search import RAISED, Search, changes_of
 from mistral_sae.steer.steering import Edit
 
 TEXT = "def load(path):\n    return open(path).read()"
@@ -120,7 +123,7 @@ def test_what_a_feature_changes_is_what_ablating_it_undoes(client, known):
 
 def test_texts_are_streamed_and_are_those_of_generate(client, known, steer):
     items = events(client.post("/texts", json={"prompt": PROMPT, "steer": steer, "max_tokens": 12, "seed": 3}))
-    assert len(items) == 12 + 2
+    assert len(items) == 12 + 1
     model, ids = known.subject.model, known.subject.model.encode(PROMPT)
     own = list(model.generate(ids, 12, 0.7, seed=3))
     with asked.Steer(**steer).edit().context(known.subject, len(ids)):
@@ -132,6 +135,27 @@ def test_texts_are_streamed_and_are_those_of_generate(client, known, steer):
         assert "".join(text["tokens"]) == joined(items, name)
         assert len(text["shares"]) == len(text["tokens"])
         assert text["figures"]["cross_entropy"] > 0
+
+
+@pytest.mark.parametrize("strength", [0.001, 2.0])
+def test_the_verdict_on_a_text_is_that_of_demo_s_measure(client, known, strength):
+    subject, feature = known.subject, int(known.subject.statistics.density_F.argmax())
+    trials = sweep.Trials(subject.model, subject.loaded, subject.model.encode(PROMPT), [3], 24, 0.7)
+    maximum, search = {feature: float(subject.statistics.maximum_F[feature])}, Search(subject, trials, lambda _: None)
+    raised_1V = changes_of(subject.model, subject.loaded, maximum, search.text_1T).logits_NV
+    classes = {feature: set(raised_1V.topk(RAISED).indices[0].tolist())}
+    (seen,) = effects_of(subject, Edit({}), {feature: [strength]}, classes, trials)
+    wanted = {"prompt": PROMPT, "steer": {"features": {str(feature): strength}}, "max_tokens": 24, "seed": 3}
+    verdict = events(client.post("/texts", json=wanted))[-1]["verdict"]
+    assert verdict["visible"] == seen.is_visible
+    assert (verdict["strongest"] is not None) == seen.is_fluent
+    assert not (seen.is_visible and strength < 1)
+
+
+def test_an_edit_against_a_feature_is_not_expected_to_show_it(client):
+    for steer in ({"features": {str(FIRING): -1}}, {"features": {str(FIRING): 1}, "method": "ablate"}):
+        items = events(client.post("/texts", json={"prompt": PROMPT, "steer": steer, "max_tokens": 4}))
+        assert items[-1]["verdict"] is None
 
 
 def test_the_texts_are_those_of_demo_for_the_same_constants(client, live_run, run_script, steer):
@@ -213,7 +237,7 @@ def test_a_closed_stream_frees_its_place(client, live):
         lines = response.iter_lines()
         assert "strength" in next(lines)
         assert live.engine.jobs == 1
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 300  # a step of the sweep, however slow the machine
     while live.engine.jobs:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -305,8 +329,10 @@ def test_a_hostile_label_is_data(client):
 
 def test_text_that_may_become_a_stop_sequence_is_held_back(known):
     tokenizer = known.subject.model.tokenizer
-    text = writing.Growing(tokenizer, ["abc"])
-    shown = [text.add(id) for character in "xababd" for id in tokenizer.encode(character)]
-    assert "".join(shown) == "xababd"
-    assert shown[1] == shown[2] == ""
+    text = batches.Growing(tokenizer, Row.of([tokenizer.bos_id], 0.0, 0), 100, ["abc"])
+    for character in "xababd":
+        for id in tokenizer.encode(character):
+            text.add(id)
+    assert text.take() == "xababd"
+    assert text.pieces[1] == text.pieces[2] == ""
     assert text.finish is None

@@ -46,7 +46,7 @@ def test_a_cache_returns_what_it_was_given_and_never_what_lies_behind_it():
     room = torch.full((2, B, G, 9, E), float("nan"))
     _, key, value = random_qkv(1, 5)
     for start, end in ((0, 3), (3, 4), (4, 5)):
-        seen = Past(B, None, start, *room).and_now(key[:, :, start:end], value[:, :, start:end])
+        seen = Past(B, None, None, start, *room).and_now(key[:, :, start:end], value[:, :, start:end])
         assert all(torch.equal(found, x[:, :, :end]) for found, x in zip(seen, (key, value), strict=True))
     assert room[:, :, :, 5:].isnan().all()
 

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from small_models import PARAMS, WINDOW, params_of, random_weights, write_mistral_folder
 
 from mistral_sae.model import engines, language_model
-from mistral_sae.model.language_model import STANDIN, ModelError, device_and_dtype, inspect, load_model, why_no_gpu
+from mistral_sae.model.language_model import (
+    STANDIN,
+    ModelError,
+    Row,
+    device_and_dtype,
+    inspect,
+    load_model,
+    why_no_gpu,
+)
 from tools.weights import from_hf, to_hf
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -274,6 +282,24 @@ def test_a_batch_of_samples_has_the_texts_that_are_generated_one_by_one(model, t
     batch = model.sample([1, 50, 60], [0, 7, 7], 10, temperature)
     assert batch == [list(model.generate([1, 50, 60], 10, temperature, seed=seed)) for seed in (0, 7, 7)]
     assert (batch[0] == batch[1]) == (temperature == 0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_of_several_lengths_have_the_logits_and_the_texts_of_each_alone(model, use_cache, monkeypatch):
+    several = [([1, *range(50, 50 + n)], temperature) for n, temperature in ((1, 0.0), (11, 0.8), (4, 0.8), (0, 2.0))]
+    seen = []
+    monkeypatch.setattr(model, "check_finite", lambda logits_BV, _: seen.append(logits_BV))
+
+    def made(which):
+        seen.clear()
+        rows = [Row.of(*several[i], seed=i) for i in which]
+        return list(model.next_tokens(rows, 10, use_cache)), torch.stack(seen, dim=1)
+
+    together, logits_BTV = made(range(4))
+    for i in range(4):
+        alone, alone_1TV = made([i])
+        assert [ids[i] for ids in together] == [id for (id,) in alone]
+        torch.testing.assert_close(logits_BTV[i], alone_1TV[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_ends_where_the_model_ends_it_and_the_others_go_on(mistral_folder, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import write_byte_tokenizer
 
-from mistral_sae.model.language_model import ModelError, inspect, load_model
+from mistral_sae.model.language_model import ModelError, Row, inspect, load_model
 
 SIZES = {
     "vocab_size": 300,
@@ -122,6 +122,8 @@ def test_greedy_text_is_that_of_transformers_with_the_cache_and_without(pair, mo
     expected = reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
     assert list(model.generate(prompt, 12)) == expected
     assert list(model.generate(prompt, 12, use_cache=False)) == expected
+    beside = [Row.of(ids, 0.0, 0) for ids in (prompt, [1, *range(50, 70)], [1, 50])]  # which is longer, or shorter
+    assert [ids[0] for ids in model.next_tokens(beside, 12)] == expected
 
 
 def test_a_cut_model_has_the_residuals_of_the_whole(pair, tokens_BT):

@@ -90,7 +90,7 @@ async function writeTexts(signal) {
   $("swept").replaceChildren();
   $("texts").replaceChildren();
   const shown = {};
-  for await (const { pieces, texts } of stream("/texts", wanted, signal)) {
+  for await (const { pieces, texts, verdict } of stream("/texts", wanted, signal)) {
     for (const [name, piece] of Object.entries(pieces ?? {})) {
       if (!shown[name]) {
         shown[name] = growing();
@@ -99,6 +99,10 @@ async function writeTexts(signal) {
       shown[name].append(...visible(piece, { breaks: true }));
     }
     for (const [name, text] of Object.entries(texts ?? {})) shown[name].parentElement.replaceChildren(...whole(name, text));
+    if (verdict && !verdict.visible) {
+      $("steer-status").textContent = verdict.strongest === null ? "The steered text is not fluent: steer less."
+        : "No visible effect in this text. A sweep tries several, and other strengths.";
+    }
   }
 }
 
