@@ -114,7 +114,7 @@ def train_and_evaluate(
         sae, density_F, dead_fraction = finished[each.name]
         with room_for_evaluating():
             evaluation = evaluators[each.layer](sae) | {"dead_fraction": dead_fraction}
-        grid.point_of(each).figures = evaluation
+        each.point.figures = evaluation
         if not cli.rank():
             write_text(each.folder / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
         plot_training(each.folder / "training.png", each.run.history, evaluation, density_F)
@@ -187,7 +187,7 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None, Sto
             "set MOMENTS_DTYPE=bfloat16, or use another DEVICE or SAE_DEVICE"
         )
     if store := StoredResiduals.of(filled, corpus, layers, spec.d_model, dtype):
-        print(f"stored    {store.plan(spec.layer_parameters, device)}")
+        print(f"stored    {store.plan()}")
     trackers.check(config.LOG_TO)
     return grid, filled, last_layer, store
 
@@ -228,7 +228,7 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}
     # A rate is what one lowers after a loss that exploded; the fingerprint tells a corpus wherever it lies
     others |= {name: settings.pop(name) for name in ("learning_rate", "data_path")}
-    return resume.Run.new(settings, others)
+    return resume.Run(settings=settings, others=others)
 
 
 def start_or_resume(grid: Grid) -> Place:

@@ -30,8 +30,8 @@ from mistral_sae.data.tokens import Corpus, Row
 from mistral_sae.explain import cache
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.model.language_model import load_model
-from mistral_sae.sae import kernels
 from mistral_sae.sae.autoencoder import Encoded, SparseAutoencoder
+from mistral_sae.sae.kernels.step import bf16_pays
 
 THREADS = 2
 T, DOCUMENT, VOCABULARY = 256, 500, 32_768
@@ -121,9 +121,9 @@ def encoder(size: dict[str, Any]) -> float:
     sae.initialize(torch.zeros(2, size["D"]), seed=0)
     x = torch.randn(size["rows"] * T, size["D"], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        sae.encode(x[:T], bf16=kernels.bf16_pays(x.device))
+        sae.encode(x[:T], bf16=bf16_pays(x.device))
         start = time.perf_counter()
-        sae.encode(x, bf16=kernels.bf16_pays(x.device))
+        sae.encode(x, bf16=bf16_pays(x.device))
         microseconds = 1e6 * (time.perf_counter() - start) / len(x)
     print(f"  {microseconds:.2f} us a token for the encoder, D={size['D']:,}")
     return microseconds

@@ -41,8 +41,9 @@ from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.tokens import Row, prefetch
 from mistral_sae.defaults import defaults
 from mistral_sae.sae import memory, optimizer
-from mistral_sae.sae.kernels import operations, portable
+from mistral_sae.sae.kernels import portable
 from mistral_sae.sae.kernels import step as topk_step
+from mistral_sae.sae.kernels.devices import operations
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 BATCHES = (4096, 16384)  # tokens a step
@@ -186,8 +187,8 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         last_layer=config.TARGET_LAYER,
         dtype=torch.bfloat16,
         on_cpu=DEVICE.type == "cpu",
-    ).on_one(free=0)
-    found["planned_bytes"] = sum(planned.parts.values())
+    ).first.parts(1)[0]
+    found["planned_bytes"] = sum(planned.values())
     if "peak_bytes" in found:
         fits = "fits" if found["peak_bytes_reserved"] < GPU_BYTES else "does not fit"
         print(

@@ -150,7 +150,7 @@ def reckon() -> None:
             needs = training_needs(
                 config_of(features), Model(), last_layer=16, dtype=torch.bfloat16, on_cpu=False, mesh=mesh
             )
-            memory = sum(needs.first.on_one().values())
+            memory = sum(needs.first.parts(1)[0].values())
             row = [f"{features:,}", str(ranks), "x".join(map(str, mesh)), size_of(memory)]
             if memory > ROOM:
                 print("|", " | ".join(row), "|" + " does not fit |" + " |" * 6)

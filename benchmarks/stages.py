@@ -22,8 +22,8 @@ import torch
 
 from mistral_sae.sae import trainer
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.kernels import operations
 from mistral_sae.sae.kernels import step as topk_step
+from mistral_sae.sae.kernels.devices import operations
 from mistral_sae.sae.trainer import Trainer
 
 REST = "everything else"

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.machine import save
 from benchmarks.peers import sparsify_step
-from mistral_sae.sae.kernels import bf16_pays
+from mistral_sae.sae.kernels.step import bf16_pays
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU; this is the path it takes without one

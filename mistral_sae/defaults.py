@@ -5,7 +5,7 @@ et al. 2024 in the memory of a 24 GB card, and smaller models and shorter runs t
 CPU a small model gives features that can be read within half an hour, as a sweep has it (docs/english.md).
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,35 +37,15 @@ SHARED = (
 )  # fmt: skip
 
 
+Filled = Any  # a module such as config.py in which no constant is left to compute
+
+
 class Default(NamedTuple):
     """A constant that was None."""
 
     name: str
     value: Any
     why: str
-
-
-class Filled(Protocol):
-    """The constants that may be None before `fill`."""
-
-    TARGET_LAYER: int
-    D_HIDDEN: int
-    K: int
-    TRAIN_TOKENS: int
-    BATCH_SIZE: int
-    LEARNING_RATE: float
-    WARM_UP_STEPS: int
-    K_AUX: int
-    DEAD_AFTER_TOKENS: int
-    MOMENTS_DTYPE: str
-    BUFFER_TOKENS: int
-    ROWS_PER_FORWARD: int
-    CHECKPOINT_EVERY: int
-    SHUFFLE_ROWS: int
-    EVALUATION_ROWS: int
-    EVALUATIONS: int
-    EXPLAIN_TOKENS: int
-    RUN_DIR: str
 
 
 def fill(constants: Any) -> tuple[Filled, ModelSpec, list[Default]]:

@@ -150,10 +150,10 @@ def holder(run_dir: Path, name: str = ".lock") -> str:
 
 
 @contextlib.contextmanager
-def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, open for reading; whatever is wrong with it becomes one line."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
         raise SAEError(f"found no {path}, expected a complete checkpoint: check the path or save again") from None
@@ -162,16 +162,8 @@ def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write what resuming needs as one safetensors file: tensors in their dtype, metadata as JSON, and a checksum.
-
-    Views are written as what they show.
-    """
-    contents, storages = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        contents[name] = tensor.clone() if storage in storages else tensor  # safetensors wants no shared memory
-        storages.add(storage)
+    """Write what resuming needs as one safetensors file: tensors in their dtype, metadata as JSON, and a checksum."""
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = header_of(json.dumps(metadata), contents)
     write_atomically(path, lambda partial: save_file(contents, partial, metadata=header))
 
@@ -186,8 +178,8 @@ def _checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
     return hash_of(metadata, tensors, xxhash.xxh3_128())
 
 
-def load_state(path: Path, device: torch.device | str, kind: Any = dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    """Read what `save_state` wrote, the tensors on `device`, the metadata as a type that `schema.parse` takes.
+def load_state(path: Path, kind: Any = dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Read what `save_state` wrote, the tensors on the CPU, the metadata as a type that `schema.parse` takes.
 
     Raises SAEError if it is damaged, be it by one bit, or foreign.
     """
@@ -195,7 +187,7 @@ def load_state(path: Path, device: torch.device | str, kind: Any = dict[str, Any
         text, checksum = _metadata(path, file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check(path, checksum, _checksum(text, tensors))
-        return {name: tensor.to(device) for name, tensor in tensors.items()}, _parsed(path, text, kind)
+        return tensors, _parsed(path, text, kind)
 
 
 def load_metadata(path: Path, kind: Any = dict[str, Any]) -> Any:
@@ -226,6 +218,21 @@ def _parsed(path: Path, text: str, kind: Any) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def files_below(root: Path, left_out: tuple[str, ...] = (), followlinks: bool = False) -> Iterator[Path]:
+    """The files of a folder and of all below it, in order, but for folders whose names end so.
+
+    Where links are followed, the first of several to one folder counts.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=followlinks):
+        folders[:] = sorted(name for name in folders if not name.endswith(left_out))
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def cache_folder(name: str) -> Path:

@@ -17,11 +17,9 @@ from mistral_sae.files import SAEError, load_state, save_state
 
 
 def test_training_state_comes_back_as_it_was(tmp_path):
-    whole = torch.randn(100, 8)
     state = {
-        "W_enc": whole.T,
-        "row": whole[3],
-        "same": whole[3],
+        "W_enc": torch.randn(100, 8).T,
+        "row": torch.randn(100, 8)[3],
         "generator": torch.get_rng_state(),
         "count": torch.tensor(7),
         "half": torch.randn(4).to(torch.bfloat16),
@@ -31,7 +29,7 @@ def test_training_state_comes_back_as_it_was(tmp_path):
     }
     metadata = {"step": 12, "rate": 2e-4, "names": ["a", "é"], "nothing": None, "nested": {"k": [1, 2]}}
     save_state(tmp_path / "deep" / "state.safetensors", state, metadata)
-    found, found_metadata = load_state(tmp_path / "deep" / "state.safetensors", "cpu")
+    found, found_metadata = load_state(tmp_path / "deep" / "state.safetensors")
     assert found_metadata == metadata
     assert found.keys() == state.keys()
     for name, tensor in state.items():
@@ -56,10 +54,10 @@ def test_the_old_state_stays_until_the_new_one_is_complete(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(path, interrupted)
-    assert load_state(path, "cpu")[1] == {"step": 1}
+    assert load_state(path)[1] == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no half-written file stays behind
     save_state(path, {"x": torch.ones(3)}, {"step": 3})
-    assert load_state(path, "cpu")[1] == {"step": 3}
+    assert load_state(path)[1] == {"step": 3}
 
 
 @pytest.fixture
@@ -124,7 +122,7 @@ def test_damaged_and_foreign_states_are_one_line(tmp_path):
 
     def assert_refused(match):
         with pytest.raises(SAEError, match=match) as error:
-            load_state(path, "cpu")
+            load_state(path)
         assert "\n" not in str(error.value)
         assert "expected" in str(error.value)
 
@@ -143,13 +141,13 @@ def test_damaged_and_foreign_states_are_one_line(tmp_path):
 def test_one_flipped_bit_anywhere_in_a_state_is_found(tmp_path):
     path = tmp_path / "state.safetensors"
     save_state(path, {"x": torch.ones(3), "half": torch.ones(2).bfloat16(), "none": torch.empty(0)}, {"step": 1})
-    (expected, said), data, missed = load_state(path, "cpu"), path.read_bytes(), 0
+    (expected, said), data, missed = load_state(path), path.read_bytes(), 0
     for bit in range(0, 8 * len(data), 3):  # wherever it is: in a name, a type, a shape, the metadata, a number
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            tensors, metadata = load_state(path, "cpu")
+            tensors, metadata = load_state(path)
         except SAEError:
             continue
         missed += 1

@@ -46,7 +46,6 @@ from mistral_sae.explain.answers import Answers, shown
 from mistral_sae.explain.journal import Journal
 from mistral_sae.explain.labels import parse_select, read_labels, to_json, write_labels
 from mistral_sae.explain.replies import read_reply
-from mistral_sae.explain.report import read_figures
 from mistral_sae.explain.types import Completion, Concept, Judgement, Label, Request, Score
 from mistral_sae.files import SAEError, header_of, load_state, save_state, write_text
 from mistral_sae.model.engines import MistralInference, Transformers
@@ -242,7 +241,7 @@ def _read_checkpoint(folder: Path) -> None:
     """A run goes on from a checkpoint of these contents, whose checksums are right: else little else would be read."""
     with contextlib.suppress(SafetensorError):
         tensors, text = load_file(folder / "tensors.safetensors"), (folder / "metadata.json").read_bytes()
-        run = resume.Run.new(_RUN["settings"], {})
+        run = resume.Run(settings=_RUN["settings"], others={})
         run.model = _RUN["model"]
         with tempfile.TemporaryDirectory(dir=folder) as run_dir:
             path, words = Path(run_dir) / "checkpoints/step-3.safetensors", text.decode("utf-8", "replace")
@@ -349,12 +348,12 @@ READERS = {
     "autoencoder of dictionary_learning": Reader(_write_dictionary, load_sae, 10),
     "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 270),
     "explanations.jsonl": Reader(_write_labels, _read_labels, 220),
-    "evaluation.json and metrics.jsonl": Reader(_write_figures, read_figures, 180),
+    "evaluation.json and metrics.jsonl": Reader(_write_figures, resume.read_figures, 180),
     "analysis.json": Reader(_write_answers, _read_answers, 180),
     "sweep.json": Reader(_write_sweep, read_points, 10),
     "activations": Reader(_write_cache, _read_cache, 28),
     "residuals": Reader(_write_residuals, _read_residuals, 10),
-    "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors", "cpu"), 140),
+    "state": Reader(_write_state, lambda folder: load_state(folder / "state.safetensors"), 140),
     "checkpoint": Reader(_write_checkpoint, _read_checkpoint, 10),
     "GGUF": Reader(_write_gguf, _read_gguf, 1),
     "tekken.json": Reader(_write_tekken, lambda folder: _read_tokenizer(folder, PARAMS), 1),

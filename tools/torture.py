@@ -203,7 +203,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         if path.is_dir() or path.suffix in (".lock", ".png") or name.endswith(".lock"):
             continue
         if name.startswith("checkpoints/"):
-            tensors, metadata = load_state(path, "cpu")
+            tensors, metadata = load_state(path)
             del metadata["seconds"]
             metadata["history"] = [_timeless(record) for record in metadata["history"]]
             found[name] = hash_of(json.dumps(metadata), tensors)

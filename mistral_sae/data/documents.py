@@ -7,7 +7,6 @@ it again, and nothing before it.
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import re
 import sysconfig
@@ -21,6 +20,7 @@ from mistral_sae.data.english import english_file
 from mistral_sae.data.forms import KINDS, file_records, kind_of, text_size
 from mistral_sae.data.place import BEGINNING, Place
 from mistral_sae.data.records import Document, Fault, TextError, Wanted, document_of
+from mistral_sae.files import files_below
 
 IN_MEMORY = 256_000_000  # bytes of text; up to that a local corpus is held in memory and shuffled
 PIECES = 16  # of a file, that its fingerprint reads
@@ -202,7 +202,7 @@ def _files(data_path: str) -> list[tuple[str, Path]] | None:
         splits = sorted(path.name for path in root.iterdir() if path.is_dir())
         raise TextError(f"{root} holds the splits {', '.join(splits)}: DATA_PATH takes one, as in {root / splits[0]}")
     files = []
-    for path in [root] if root.is_file() else _files_below(root):
+    for path in [root] if root.is_file() else files_below(root, followlinks=True):
         name = path.relative_to(root.parent if path == root else root).as_posix()
         hidden = "/." in f"/{name}" and path != root
         is_text = path == root or (kind_of(path)[0] and path.name not in _DESCRIPTIONS)
@@ -214,22 +214,10 @@ def _files(data_path: str) -> list[tuple[str, Path]] | None:
     return sorted(files)
 
 
-def _files_below(root: Path, left_out: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Files of a folder and of all below it but those whose names end so; of several links to one the first counts."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.endswith(left_out))
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(folder, name) for name in names)
-
-
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     # Installed packages can live inside the library's folder, and are many
-    below = _files_below(root, ("site-packages", "dist-packages"))
+    below = files_below(root, ("site-packages", "dist-packages"), followlinks=True)
     return [(path.relative_to(root).as_posix(), path) for path in sorted(below) if path.suffix == ".py"]
 
 

@@ -7,7 +7,6 @@ beside this one, /usr/share/doc and man pages. What is collected is kept in a fi
 import gzip
 import hashlib
 import json
-import os
 import re
 import sysconfig
 from collections import Counter
@@ -17,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from mistral_sae.cli import Progress
-from mistral_sae.files import cache_folder, write_text
+from mistral_sae.files import cache_folder, files_below, write_text
 
 RULES = 1  # counted up where the rules below change, so that the text is collected again
 MOST = 1_000_000  # characters of one package, or of all man pages: no style is to outweigh the others
@@ -32,6 +31,7 @@ FUNCTION_WORDS = frozenset(
 LEAST_FUNCTION_WORDS, LEAST_PLAIN = 0.3, 0.93
 
 SYSTEM = [Path("/usr/share/doc"), Path("/usr/share/man"), Path("/usr/share/common-licenses")]
+LEFT_OUT = ("-packages", "__pycache__")  # packages may lie inside the standard library's folder
 SUFFIXES = (".md", ".rst", ".txt", "")
 STRING = re.compile(r'("""|\'\'\')(.*?)\1', re.DOTALL)
 COMMENT = re.compile(r"(?:^[ \t]*# .*\n){2,}", re.MULTILINE)
@@ -111,7 +111,7 @@ def _help_topics() -> Iterator[Source]:
 def _python_files() -> Iterator[Source]:
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     for root in (library, packages):
-        for path in _files_below(root):
+        for path in files_below(root, LEFT_OUT):
             id = path.relative_to(root).as_posix()
             package = "standard library" if root == library else id.split("/")[0]
             if path.suffix == ".py":
@@ -123,20 +123,13 @@ def _python_files() -> Iterator[Source]:
 def _system_files() -> Iterator[Source]:
     for root in SYSTEM:
         is_manual = root.name == "man"
-        for path in _files_below(root):
+        for path in files_below(root, LEFT_OUT):
             name = path.name.removesuffix(".gz")
             id = path.relative_to(root.parent).as_posix()
             if is_manual and re.fullmatch(r"man/man\d/.*", id):
                 yield "man", id, lambda path=path: of_man_page(_unpacked(path))  # type: ignore[misc]
             elif not is_manual and Path(name).suffix in SUFFIXES:
                 yield f"doc {id.split('/')[1]}", id, lambda path=path: _unpacked(path)  # type: ignore[misc]
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    """Files in order; packages that are installed inside the standard library's folder are not part of it."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.endswith(("-packages", "__pycache__")))
-        yield from (Path(folder, name) for name in sorted(names))
 
 
 def _unpacked(path: Path) -> str:

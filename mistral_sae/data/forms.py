@@ -26,7 +26,6 @@ from mistral_sae.data.place import Place
 from mistral_sae.data.records import Document, Fault, TextError, Wanted, document_of, too_long
 
 CHUNK = 1 << 20  # bytes of what is passed over that are held at once
-ZSTD_CHUNK = 1 << 9  # bytes of a .zst file that are unpacked at once: of a hostile one they make 16 MB
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark among them
 JSON_SIGN = re.compile(rb'\\.?|["{}]', re.DOTALL)  # an escaped byte of a string, or what begins and ends objects
@@ -51,10 +50,8 @@ def file_records(name: str, path: Path, wanted: Wanted, start: Place) -> Iterato
             if (read := FORMS.get(form, _json)) is None or not is_packed_as_named:
                 raise OSError("its beginning is damaged, or it is of another kind than its name says")
             yield from read(name, file, wanted, start)
-    except EOFError as error:
-        raise TextError(f"{path} is truncated: its packed data ends too early. Fetch the file again") from error
-    except (OSError, zlib.error, lzma.LZMAError, csv.Error) as error:
-        raise TextError(f"{path} cannot be read: {one_line(error)}. Mend or remove the file") from error
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, csv.Error) as error:  # the first of data that ends too early
+        raise TextError(f"{path} cannot be read: {one_line(error)}. Fetch it again, unpack it or remove it") from error
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -186,48 +183,14 @@ def _csv(name: str, file: Any, wanted: Wanted, start: Place) -> Iterator[Documen
 # ---- packed files ----
 
 
-class _ZstdFile(io.RawIOBase):
-    """A .zst file, unpacked frame by frame: zstandard's own reader takes one that ends within a frame for whole."""
-
-    def __init__(self, path: Path):
-        import zstandard
-
-        self._unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # what `zstd --long=31` needs
-        self._error = zstandard.ZstdError
-        self._frame: Any = None
-        self._packed, self._unpacked = b"", memoryview(b"")
-        self._file = open(path, "rb")  # noqa: SIM115
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._file.read(ZSTD_CHUNK)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError
-                return 0
-            self._frame = self._frame or self._unpacker.decompressobj()
-            try:
-                self._unpacked = memoryview(self._frame.decompress(self._packed))
-            except self._error as error:
-                raise OSError(f"damaged zstd data ({one_line(error)})") from error
-            self._packed, self._frame = (self._frame.unused_data, None) if self._frame.eof else (b"", self._frame)
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def _zstd(path: Path) -> BinaryIO:
-    return io.BufferedReader(_ZstdFile(path), CHUNK)
+    """An open .zst file of any number of frames, unpacked by pyarrow: zstandard takes one that was cut for whole."""
+    import pyarrow  # slow to import
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"), CHUNK)
 
 
-# What unpacks a file, by its first bytes; reading raises EOFError where its data ends too early
+# What unpacks a file, by its first bytes; reading raises where its data ends too early
 PACKED: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
     ".gz": (rb"\x1f\x8b", gzip.open),
     ".zst": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", _zstd),  # the second is what pzstd puts between frames

@@ -33,7 +33,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from mistral_sae.cli import Progress, UserError, duration_of, one_line, room_for, size_of
+from mistral_sae.cli import Progress, UserError, one_line, room_for, size_of
 from mistral_sae.data.activations import Batch, Buffer, Stream, permuted, shuffled_streams
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.place import BEGINNING, Place
@@ -47,9 +47,6 @@ SHARD_TOKENS = 2**14  # 134 MB a layer at 7B
 BLOCK_TOKENS = 64  # read at once: 0.5 MB at 7B
 KEY = b"mistral_sae"  # of a shard's metadata
 MANIFEST = "manifest.json"
-# Multiplications and additions of a language model a second, by which the time of filling is reckoned: two cores with
-# the stand-in (docs/benchmarks.md); for a GPU it is a guess, a tenth of what the data sheet of an H100 says
-PRODUCTS = {"cpu": 8e10, "gpu": 5e13}
 
 
 class StoreError(UserError):
@@ -108,8 +105,8 @@ class StoredResiduals:
         """The numbers of the shards that are still to be written."""
         return [number for number in range(-(-self.tokens // SHARD_TOKENS)) if not self._path(number).exists()]
 
-    def plan(self, layer_parameters: Sequence[int], device: torch.device) -> str:
-        """What there is and what is to be written, with the time by reckoning. Raises UserError if it has no room."""
+    def plan(self) -> str:
+        """What there is and what is to be written. Raises UserError if it has no room."""
         missing = len(self.missing()) * SHARD_TOKENS
         held = f"{self.tokens:,} residuals of layer {', '.join(map(str, self.layers))} in {self.folder}"
         if not missing:
@@ -121,9 +118,7 @@ class StoredResiduals:
                 f"found {size_of(free)} free in {there}, expected {size_of(size)} for the residuals that are to be "
                 "written: make room, lower ACTIVATIONS_TOKENS or choose another ACTIVATIONS_PATH"
             )
-        products = missing * sum(layer_parameters[: max(self.layers) + 1])
-        seconds = products / PRODUCTS["cpu" if device.type == "cpu" else "gpu"]
-        return f"{held}: {size_of(size)} to write, of {size_of(free)} free; {duration_of(seconds)} by reckoning"
+        return f"{held}: {size_of(size)} to write, of {size_of(free)} free"
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05}.arrow"

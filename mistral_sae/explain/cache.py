@@ -34,10 +34,10 @@ from mistral_sae.data.tokens import Row
 from mistral_sae.distributed import ALONE, Group
 from mistral_sae.files import SAEError, hash_of, opened, write_atomically, write_text
 from mistral_sae.model.language_model import LanguageModel
-from mistral_sae.sae import kernels
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.checkpoint import hash_of_sae
 from mistral_sae.sae.features import Statistics
+from mistral_sae.sae.kernels.step import bf16_pays
 from mistral_sae.schema import Count, Schema, Total, parse, read
 
 FORMAT = 1  # of the files: raise it with any change of what is in them
@@ -227,7 +227,7 @@ def active(
     for some in places.split(step):
         x_ND = x_BTD.flatten(0, 1)[some]
         model.check_finite(x_ND, f"residuals of layer {layer}")
-        encoded = sae.encode(x_ND, bf16=kernels.bf16_pays(x_BTD.device))
+        encoded = sae.encode(x_ND, bf16=bf16_pays(x_BTD.device))
         values = encoded.values.clamp(max=LARGEST).half()
         which, column = (values > 0).nonzero(as_tuple=True)
         parts.append((some[which], encoded.indices[which, column], values[which, column]))

@@ -26,10 +26,10 @@ from mistral_sae.explain.labels import as_dict
 from mistral_sae.explain.pages import compressed
 from mistral_sae.explain.scoring import METHODS, summarize_scores
 from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Label
-from mistral_sae.files import SAEError, write_text
+from mistral_sae.files import write_text
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.sae.features import Geometry, decoder_geometry
-from mistral_sae.schema import Total, lines, parse, read
+from mistral_sae.sae.resume import read_figures
 
 # The style and the scripts of the two pages, in `pages.TEMPLATES`
 REPORT = ("report.css", "page.js", "features.js", "report.js")
@@ -169,20 +169,6 @@ def put_answers(report: Path, answers: Answers) -> bool:
     page = pages.render("answers", (), {"answers": shown(answers)})
     write_text(report, before + page[page.index(MARKS[0]) : page.index(MARKS[1])] + found + after)
     return True
-
-
-_FIGURES = dict[str, Total | float]
-
-
-def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return what train.py left of evaluation.json and metrics.jsonl in a folder: {} and [] where there is nothing.
-
-    A last line without its end is left out: train.py may be writing it. Raises SAEError for a damaged file.
-    """
-    evaluation, metrics, advice = run_dir / "evaluation.json", run_dir / "metrics.jsonl", "delete it or train again"
-    figures = read(_FIGURES, evaluation, advice, SAEError) if evaluation.exists() else {}
-    every = lines(metrics, advice, SAEError) if metrics.exists() else []
-    return figures, [parse(_FIGURES, line, where, advice, SAEError) for where, line in every if line.endswith(b"\n")]
 
 
 # ---- features as data ----

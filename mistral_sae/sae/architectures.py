@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_sae.distributed import ALONE, Group
-from mistral_sae.sae.kernels import AuxK, MatrixGradient, Step, Weights, operations, tokens_at_once
+from mistral_sae.sae.kernels.devices import operations
 from mistral_sae.sae.kernels.step import (
     SMALLEST_VARIANCE,
     encode_batch,
@@ -22,8 +22,10 @@ from mistral_sae.sae.kernels.step import (
     run_sums,
     sparse_step,
     squared_norm,
+    tokens_at_once,
     variation,
 )
+from mistral_sae.sae.kernels.types import AuxK, MatrixGradient, Step, Weights
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 PENALIZED = ("relu", "jumprelu")  # how many features are active follows from a penalty

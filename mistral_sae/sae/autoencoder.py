@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mistral_sae.distributed import ALONE, Mesh
-from mistral_sae.sae import kernels
-from mistral_sae.sae.kernels import normalize_rows
+from mistral_sae.sae.kernels import portable, step
+from mistral_sae.sae.kernels.portable import normalize_rows
+from mistral_sae.sae.kernels.types import Weights
 
 EPSILON = 1e-5  # added to the standard deviation a token is divided by, on the way in only, as SAE Lens does
 
@@ -84,9 +85,9 @@ class SparseAutoencoder(nn.Module):
             self.register_buffer("threshold", torch.zeros(held, device=device))
 
     @property
-    def weights(self) -> kernels.Weights:
+    def weights(self) -> Weights:
         """The four parameters."""
-        return kernels.Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, mesh=self.mesh)
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, mesh=self.mesh)
 
     @torch.no_grad()
     def initialize(self, sample_z: Tensor, seed: int) -> None:
@@ -119,16 +120,16 @@ class SparseAutoencoder(nn.Module):
         """Residuals (..., D) -> their active features, the strongest K of each token for a TopK autoencoder.
 
         Residuals of another device come to the autoencoder's. With `bf16` bfloat16 nominates the K features: as exact,
-        not differentiable, and faster where `kernels.bf16_pays`.
+        not differentiable, and faster where `step.bf16_pays`.
         """
         z, mean, std = self.standardize(x.to(self.W_enc.device))
         centered = z - self.b_dec if self.center else z
         if self.activation == "topk":
             weights = self.weights._replace(W_enc_bf16=self.W_enc.to(torch.bfloat16) if bf16 else None)
-            values, indices = kernels.encode_shard(centered.flatten(0, -2), weights, self.k)
+            values, indices = step.encode_shard(centered.flatten(0, -2), weights, self.k)
             shape = (*x.shape[:-1], values.shape[-1])
             return Encoded(values.view(shape), indices.view(shape), mean, std)
-        size = kernels.tokens_at_once(centered.device, torch.float32, len(self.b_enc))
+        size = step.tokens_at_once(centered.device, torch.float32, len(self.b_enc))
         parts = [self._above_threshold(part) for part in centered.flatten(0, -2).split(size)]
         widest = max(values.shape[1] for values, _ in parts)
         padded = [[nn.functional.pad(each, (0, widest - each.shape[1])) for each in part] for part in parts]
@@ -140,12 +141,12 @@ class SparseAutoencoder(nn.Module):
         pre = torch.addmm(self.b_enc, centered, self.W_enc)
         threshold = self.threshold if self.activation == "jumprelu" else 0.0
         active = torch.where(pre > threshold, pre, 0.0)
-        return kernels.topk(active, max(1, int((active > 0).sum(dim=-1).max())))
+        return portable.topk(active, max(1, int((active > 0).sum(dim=-1).max())))
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Active features -> reconstructed residuals (..., D), in float32."""
         values, indices, mean, std = encoded
-        z_hat = kernels.decode(values.flatten(0, -2), indices.flatten(0, -2), self.W_dec)
+        z_hat = portable.decode(values.flatten(0, -2), indices.flatten(0, -2), self.W_dec)
         z_hat = self.mesh.shards.sum_(z_hat)
         return (z_hat.view(*values.shape[:-1], self.d_model) + self.b_dec) * std + mean
 

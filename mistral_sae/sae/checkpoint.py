@@ -9,12 +9,9 @@ Shapes: D model width, F features.
 """
 
 import glob
-import itertools
 import json
-import math
 import re
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +30,7 @@ from mistral_sae.sae.foreign import CONFIG, DICTIONARY, MARKS, SPARSIFY, check_i
 SPARSITY = "sparsity.safetensors"
 AXES = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F", "b_gate": "F", "r_mag": "F"}
 PASSED_OVER = {"k", "threshold", "group_sizes"}  # of dictionary_learning, where they do not make the features
-WRITTEN_BYTES = 2**28  # of a matrix, gathered and written at a time
+GATHERED_BYTES = 2**28  # of a matrix, from all shards at a time
 NEVER_FIRED = 1e-10  # added to a density before its log10, as SAE Lens does
 
 
@@ -87,19 +84,14 @@ def _check_finite(name: str, tensor: Tensor, where: Path | str) -> None:
 def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistics: Statistics | None = None) -> None:
     """Write an SAE Lens directory that sae-lens 6 and `load_sae` read, in float32, in place of an older one.
 
-    Raises SAEError, before anything is written, where weights are not finite, or statistics of other sizes or numbers
-    than densities and maxima have.
+    All ranks have to, and the first one writes. Raises SAEError, before anything is written, where weights are not
+    finite.
     """
     folder = Path(folder)
-    shapes = _shapes(sae.d_model, sae.n_features, sae.state_dict())
-    for name in shapes:
+    for name in sae.state_dict():
         _check_finite(name, getattr(sae, name), "the autoencoder to save")
-    if statistics is not None:
-        _check_statistic("density_F", statistics.density_F, sae.n_features, 1)
-        _check_statistic("maximum_F", statistics.maximum_F, sae.n_features, torch.finfo().max)
+    weights = {name: _whole(sae, name) for name in sae.state_dict()}
     if sae.mesh.ranks.rank:
-        for _ in _rows(sae, shapes):  # which the first rank writes
-            pass
         return
 
     # The slow part: everything is written next to whatever is there, which stays as it is.
@@ -109,7 +101,7 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistic
         log_density_F = torch.log10(statistics.density_F.float() + NEVER_FIRED)
         described = {"sparsity": log_density_F, "maximum": statistics.maximum_F}
         new[SPARSITY] = write_beside(folder / SPARSITY, partial(save_file, described))
-    new[WEIGHTS] = write_beside(folder / WEIGHTS, partial(_write_weights, sae, shapes))
+    new[WEIGHTS] = write_beside(folder / WEIGHTS, partial(save_file, weights))
 
     # Three files cannot be renamed as one, so the files that describe the weights leave first and cfg.json
     # comes back last. What a crash in between leaves: complete weights, old or new, never beside the other's
@@ -123,46 +115,22 @@ def save_sae(folder: Path, sae: SparseAutoencoder, metadata: Metadata, statistic
         sync_folder(folder)
 
 
-def _rows(sae: SparseAutoencoder, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, Tensor]]:
-    """The weights of all shards, some rows at a time: their name, the first row's number, and the rows.
+def _whole(sae: SparseAutoencoder, name: str) -> Tensor:
+    """A tensor of all shards in float32, on the CPU of the first rank; all ranks have to ask for it.
 
-    So no rank ever holds all of them.
+    It comes some features at a time, so that no device has to hold what the others do.
     """
-    shards = sae.mesh.shards
-    for name in shapes:
-        tensor = getattr(sae, name).detach().float()
-        at_once = max(1, WRITTEN_BYTES // (4 * tensor[0].numel() * shards.size))
-        for start in range(0, len(tensor), at_once):
-            rows = tensor[start : start + at_once]
-            if name == "W_enc":  # (D, F)
-                yield name, start, shards.gather(rows, dim=1)
-            elif name == "b_dec":  # which every shard has
-                yield name, start, rows
-            else:
-                for shard, part in enumerate(shards.gather(rows).split(len(rows))):
-                    yield name, shard * len(tensor) + start, part
-
-
-def _write_weights(sae: SparseAutoencoder, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Write a safetensors file of float32 tensors, some rows at a time: the library would want all of them at once."""
-    header, ends = {}, [0, *itertools.accumulate(4 * math.prod(shape) for shape in shapes.values())]
-    for (name, shape), *offsets in zip(shapes.items(), ends, ends[1:], strict=False):
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    begins = dict(zip(shapes, (8 + len(text) + end for end in ends), strict=False))
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, start, rows in _rows(sae, shapes):
-            file.seek(begins[name] + 4 * start * math.prod(shapes[name][1:]))
-            file.write(rows.cpu().contiguous().numpy().astype("<f4", copy=False).data)
-
-
-def _check_statistic(name: str, values_F: Tensor, n_features: int, highest: float) -> None:
-    low, high = (bound.item() for bound in values_F.aminmax())
-    if values_F.shape != (n_features,) or not 0 <= low <= high <= highest:
-        found = f"{name} of shape {tuple(values_F.shape)} from {low:.3g} to {high:.3g}"
-        raise SAEError(f"found {found}, expected ({n_features},) and 0 to {highest:g}: pass no logarithms")
+    tensor, mesh = getattr(sae, name).detach().float(), sae.mesh
+    if mesh.shards.size == 1 or name == "b_dec":  # which every shard has
+        return tensor.cpu().contiguous()
+    rows = tensor.T if name == "W_enc" else tensor
+    at_once = max(1, GATHERED_BYTES // (4 * rows[0].numel() * mesh.shards.size))
+    whole = torch.empty(0 if mesh.ranks.rank else mesh.shards.size, *rows.shape)
+    for start in range(0, len(rows), at_once):
+        some = mesh.shards.gather(rows[start : start + at_once].unsqueeze(0))
+        whole[:, start : start + at_once] = some[: len(whole)]
+    whole = whole.flatten(0, 1)
+    return whole.T.contiguous() if name == "W_enc" else whole
 
 
 # ---- load ----

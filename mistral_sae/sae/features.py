@@ -81,7 +81,7 @@ def measure_statistics(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Sta
 def cached_statistics(path: Path, made_from: dict[str, Any], measure: Callable[[], Statistics]) -> Statistics:
     """The statistics in a file if they were made from the same (JSON), else `measure()`, which is written there."""
     with contextlib.suppress(SAEError, KeyError):  # not there, or damaged: measured again
-        tensors, found = load_state(path, "cpu")
+        tensors, found = load_state(path)
         maximum_F, density_F, tokens = tensors["maximum"], tensors["density"], found["tokens"]
         are_figures = maximum_F.dtype == density_F.dtype == torch.float32 and maximum_F.shape == density_F.shape
         if found["of"] == made_from and are_figures and isinstance(tokens, int):

@@ -43,6 +43,13 @@ class Member:
     trainer: Trainer = field(init=False)
     metadata: Metadata = field(init=False)
 
+    def __post_init__(self) -> None:
+        config = self.config
+        self.point = resume.Point(
+            name=self.name, layer=self.layer, architecture=config.architecture, d_hidden=config.d_hidden, k=config.k,
+            learning_rate=config.learning_rate, seed=config.seed,
+        )  # fmt: skip
+
     def step(self, x_BD: Tensor, step: int) -> None:
         """Train on the batch of this step, counted from 0."""
         if step == 0:
@@ -99,13 +106,7 @@ class Grid:
     def __init__(self, run_dir: Path, members: Iterable[Member]):
         self.run_dir, self.members = run_dir, list(members)
         self.is_single = not self.members[0].name
-        self.points = [
-            resume.Point(
-                name=each.name, layer=each.layer, architecture=each.config.architecture, d_hidden=each.config.d_hidden,
-                k=each.config.k, learning_rate=each.config.learning_rate, seed=each.config.seed,
-            )
-            for each in self.members
-        ]  # fmt: skip
+        self.points = [each.point for each in self.members]  # those of members that were stopped, too
 
     @classmethod
     def of(cls, constants: Mapping[str, Any], d_model: int) -> "Grid":
@@ -137,10 +138,6 @@ class Grid:
     def steps(self) -> int:
         """Steps of the whole run."""
         return self.members[0].config.steps
-
-    def point_of(self, member: Member) -> resume.Point:
-        """What sweep.json says of one."""
-        return next(point for point in self.points if point.name == member.name)
 
     def progress(self) -> str:
         """The errors of the last records in words, and how many features are dead."""
@@ -209,7 +206,7 @@ class Grid:
         kept = f"; it goes on from the last good checkpoint, {good[0]}" if good else ": there is no checkpoint yet"
         if self.is_single:
             raise Failed(f"{why}; start it again with a lower LEARNING_RATE{kept}")
-        self.point_of(member).stopped = why
+        member.point.stopped = why
         resume.write_points(self.run_dir, self.points)
         print(f"{why}; the others go on without it")
         if not self.members:

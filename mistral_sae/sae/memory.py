@@ -12,9 +12,8 @@ from mistral_sae.sae.architectures import PENALIZED, SLOTS, START, activation_of
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.evaluate import HELD_LOGITS, LOGITS_BYTES
 from mistral_sae.sae.features import CHUNK_BYTES as CHUNK
-from mistral_sae.sae.kernels import chunk_bytes
 from mistral_sae.sae.kernels.portable import BLOCK_BYTES
-from mistral_sae.sae.kernels.step import margin
+from mistral_sae.sae.kernels.step import chunk_bytes, margin
 from mistral_sae.sae.trainer import TrainConfig
 
 # A block holds its input, its attention's queries, keys, values and output, and about four times the residual's width
@@ -60,14 +59,12 @@ class Stage(NamedTuple):
     work: list[tuple[int, int]]  # what comes and goes, on each of the two, one after the other
     crossing: tuple[tuple[str, int], ...] = ()  # on the autoencoder's, where the two are not the same
 
-    def on_one(self) -> dict[str, int]:
-        """The parts where both are on one device."""
-        return self.model | self.sae | {"activations": max(sum(both) for both in self.work)}
-
-    def on_two(self) -> tuple[dict[str, int], dict[str, int]]:
-        """The parts on the model's device, and those on the autoencoder's."""
+    def parts(self, devices: int) -> list[dict[str, int]]:
+        """The parts on one device, or on the model's and the autoencoder's."""
+        if devices == 1:
+            return [self.model | self.sae | {"activations": max(map(sum, self.work))}]
         of_model, of_sae = map(max, zip(*self.work, strict=True))
-        return self.model | {"activations": of_model}, self.sae | dict(self.crossing) | {"activations": of_sae}
+        return [self.model | {"activations": of_model}, self.sae | dict(self.crossing) | {"activations": of_sae}]
 
 
 class Needs(NamedTuple):
@@ -77,16 +74,12 @@ class Needs(NamedTuple):
     later: Stage | None = None
     after: str = "the evaluation after it"
 
-    def on_one(self, free: int) -> MemoryPlan:
-        """The plan for a device that has so many bytes."""
-        return MemoryPlan(self.first.on_one(), self.later.on_one() if self.later else {}, free, self.after)
-
     def plans(self, device: str, sae_device: str, free: Mapping[str, int]) -> "Plans":
         """A plan for each device: the model's and the autoencoder's, which may be the same."""
-        if device == sae_device:
-            return Plans({device: self.on_one(free[device])})
-        first, later = self.first.on_two(), self.later.on_two() if self.later else ({}, {})
-        each = zip((device, sae_device), first, later, strict=True)
+        devices = list(dict.fromkeys((device, sae_device)))
+        first = self.first.parts(len(devices))
+        later = self.later.parts(len(devices)) if self.later else [{}, {}]
+        each = zip(devices, first, later, strict=False)
         return Plans({name: MemoryPlan(parts, afterwards, free[name], self.after) for name, parts, afterwards in each})
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.kernels import Rates, RowState, Step, operations, portable
+from mistral_sae.sae.kernels import portable
+from mistral_sae.sae.kernels.devices import operations
+from mistral_sae.sae.kernels.types import Rates, RowState, Step
 
 
 class SAEAdam:

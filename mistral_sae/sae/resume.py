@@ -29,7 +29,7 @@ from mistral_sae.files import (
 )
 from mistral_sae.sae.shards import load_trainer, save_trainer
 from mistral_sae.sae.trainer import Trainer
-from mistral_sae.schema import Schema, Total, Words, read
+from mistral_sae.schema import Schema, Total, Words, lines, parse, read
 
 LOCK = ".train.lock"
 SWEEP = "sweep.json"
@@ -43,6 +43,7 @@ OF_A_RUN = (
 )  # fmt: skip
 OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 
+_FIGURES = dict[str, Total | float]
 Number = int | Annotated[float, Field(allow_inf_nan=True)]
 
 
@@ -51,18 +52,12 @@ class Run(Schema):
 
     settings: dict[str, Any]  # that shape the stream or the result: they stay the same
     others: dict[str, Any]  # that may change
-    model: Words  # the model's fingerprint
-    step: Total
-    stream: dict[str, Any]  # where the text goes on
-    history: list[dict[str, Number]]  # the log
-    figures: list[list[Number]]  # of the steps since its last record
-    seconds: float  # that they took
-
-    @classmethod
-    def new(cls, settings: dict[str, Any], others: dict[str, Any]) -> "Run":
-        """A run before its first step."""
-        nothing: dict[str, Any] = {"step": 0, "stream": {}, "history": [], "figures": [], "seconds": 0.0}
-        return cls(settings=settings, others=others, model="", **nothing)
+    model: Words = ""  # the model's fingerprint
+    step: Total = 0
+    stream: dict[str, Any] = Field(default_factory=dict)  # where the text goes on
+    history: list[dict[str, Number]] = Field(default_factory=list)  # the log
+    figures: list[list[Number]] = Field(default_factory=list)  # of the steps since its last record
+    seconds: float = 0.0  # that they took
 
 
 # ---- checkpoints ----
@@ -287,41 +282,29 @@ def status(run_dir: Path) -> Iterator[str]:
     if not (run_dir / "metrics.jsonl").exists() and not checkpoints(run_dir):
         raise UserError(f"found no run in {run_dir}, expected what train.py writes: set RUN_DIR to the folder of one")
     yield f"run       {run_dir}, {at_work}"
-    runs, lines = [], []
+    runs, saved = [], []
     for path in checkpoints(run_dir):
         age, size = time.time() - path.stat().st_mtime, size_of(path.stat().st_size)
         try:
-            runs.append(load_state(path, "cpu", Run)[1])
-            lines.append(f"saved     {path}, {size}, whole, {duration_of(age)} ago")
+            runs.append(load_state(path, Run)[1])
+            saved.append(f"saved     {path}, {size}, whole, {duration_of(age)} ago")
         except SAEError as error:
-            lines.append(f"saved     {error}")
-    yield from _progress(_log(run_dir), runs[0] if runs else None)
-    yield from lines or ["saved     nothing yet"]
+            saved.append(f"saved     {error}")
+    yield from _progress(read_figures(run_dir)[1], runs[0] if runs else None)
+    yield from saved or ["saved     nothing yet"]
     done = (run_dir / "evaluation.json").exists()
     yield f"evaluated {'yes, in ' + str(run_dir / 'evaluation.json') if done else 'not yet: this comes at the end'}"
 
 
-def _log(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line that was cut off is left out."""
-    records = []
-    if (run_dir / "metrics.jsonl").exists():
-        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                records.append(Record.model_validate_json(line).model_dump())
-            except ValueError:
-                continue
-    return records
+def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is in evaluation.json and metrics.jsonl of a folder: {} and [] where there is nothing.
 
-
-class Record(Schema):
-    """What STATUS reads of a record of the log."""
-
-    step: Total
-    tokens: Total
-    normalized_mse: float
-    loss: float
-    dead: Total
-    tokens_per_second: float
+    A last line without its end is left out: train.py may be writing it. Raises SAEError for a damaged file.
+    """
+    evaluation, metrics, advice = run_dir / "evaluation.json", run_dir / "metrics.jsonl", "delete it or train again"
+    figures = read(_FIGURES, evaluation, advice, SAEError) if evaluation.exists() else {}
+    every = lines(metrics, advice, SAEError) if metrics.exists() else []
+    return figures, [parse(_FIGURES, line, where, advice, SAEError) for where, line in every if line.endswith(b"\n")]
 
 
 def _progress(log: list[dict[str, Any]], run: Run | None) -> Iterator[str]:

@@ -52,12 +52,12 @@ def _part(path: Path, trainer: Trainer) -> dict[str, Tensor]:
     n_features, held = trainer.config.d_hidden, len(trainer.sae.b_enc)
     shards = n_features // max(1, width)
     if not width or n_features % width or not all(part_of(path, i, shards).exists() for i in range(shards)):
-        return load_state(path, "cpu")[0]  # of another size, as the check will say
+        return load_state(path)[0]  # of another size, as the check will say
     start = trainer.mesh.shards.rank * held
     parts = []
     for shard in range(start // width, -(-(start + held) // width)):
         rows = slice(max(0, start - shard * width), start + held - shard * width)
-        tensors = load_state(part_of(path, shard, shards), "cpu")[0]
+        tensors = load_state(part_of(path, shard, shards))[0]
         parts.append(
             {name: tensor[rows] if _is_of_features(name, tensor) else tensor for name, tensor in tensors.items()}
         )

@@ -29,7 +29,8 @@ from mistral_sae.sae.architectures import (
 )
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.features import Counts
-from mistral_sae.sae.kernels import AuxK, Step, bf16_pays, topk_step
+from mistral_sae.sae.kernels.step import bf16_pays, topk_step
+from mistral_sae.sae.kernels.types import AuxK, Step
 from mistral_sae.sae.optimizer import SAEAdam
 
 NEVER = torch.iinfo(torch.int64).max
@@ -115,7 +116,7 @@ class Figures(NamedTuple):
 class Trainer:
     """An autoencoder in training, with Adam's moments and counts of what fired (Gao et al. 2024).
 
-    `bf16` nominates active features by a bfloat16 product (`kernels.encode`); None does so where it pays. The copy of
+    `bf16` nominates active features by a bfloat16 product (`step.encode`); None does so where it pays. The copy of
     W_enc that this takes is kept up to date by `initialize`, `load` and each `step`.
     """
 

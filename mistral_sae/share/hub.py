@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_sae.cli import Failed, UserError, one_line
-from mistral_sae.explain.report import read_figures
 from mistral_sae.files import SAEError
 from mistral_sae.sae.cfg import CFG, WEIGHTS, Description, read_cfg
 from mistral_sae.sae.checkpoint import SPARSITY
-from mistral_sae.sae.resume import read_points
+from mistral_sae.sae.resume import read_figures, read_points
 
 ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 TEMPLATE = Path(__file__).with_name("card.md")

@@ -98,8 +98,16 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, suffix, compress, 
     noise = [np.random.default_rng(i).bytes(300).hex() for i in range(20)]
     path = tmp_path / f"a{suffix}"
     path.write_bytes(compress(lines(*noise))[:-cut])
-    with pytest.raises(TextError, match=f"a{suffix} is truncated"):
+    with pytest.raises(TextError, match=f"a{suffix} cannot be read"):
         texts(path)
+
+
+def test_a_zst_file_that_takes_gigabytes_to_unpack_is_one_line(tmp_path):
+    long = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(lines("one")) + packer.flush())
+    with pytest.raises(TextError, match=r"a\.jsonl\.zst cannot be read: .*too much memory.* unpack it"):
+        texts(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz", ".parquet"])

@@ -20,7 +20,6 @@ from mistral_sae.explain.report import (
     main_score,
     pack,
     put_answers,
-    read_figures,
     token_shares,
     write_report,
     write_text_page,
@@ -28,6 +27,7 @@ from mistral_sae.explain.report import (
 from mistral_sae.explain.scoring import summarize_scores
 from mistral_sae.explain.types import Example, Feature, Judgement, Label, Score
 from mistral_sae.files import SAEError
+from mistral_sae.sae.resume import read_figures
 
 VOID = {"meta", "link", "input", "br", "img"}
 

@@ -20,8 +20,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from mistral_sae.sae.kernels import Rates, RowState, fused
-from mistral_sae.sae.kernels.types import MatrixGradient
+from mistral_sae.sae.kernels import fused
+from mistral_sae.sae.kernels.types import MatrixGradient, Rates, RowState
 
 WIDTHS = (4096, 8192)  # Mistral 7B's, and the widest at which nothing spills
 B, F, K = 6, 5, 160

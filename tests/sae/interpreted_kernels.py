@@ -11,9 +11,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks import accounting
 from mistral_sae.sae import optimizer
-from mistral_sae.sae.kernels import Rates, RowState, fused, portable
+from mistral_sae.sae.kernels import fused, portable
 from mistral_sae.sae.kernels import step as topk_step
-from mistral_sae.sae.kernels.types import MatrixGradient
+from mistral_sae.sae.kernels.types import MatrixGradient, Rates, RowState
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 

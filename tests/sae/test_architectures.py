@@ -5,10 +5,11 @@ import torch
 from test_kernels import random_parameters, relative_error
 from torch import Tensor
 
-from mistral_sae.sae import architectures, kernels
+from mistral_sae.sae import architectures
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import Metadata
 from mistral_sae.sae.checkpoint import load_sae, save_sae
+from mistral_sae.sae.kernels.types import AuxK, Step, Weights
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 B, D, F, K = 33, 24, 130, 3
@@ -27,7 +28,7 @@ def variance_of(z: Tensor) -> Tensor:
     return (z - z.mean(dim=0)).square().sum().clamp_min(1e-12)
 
 
-def same_gradients(step: kernels.Step, leaves: list[Tensor]) -> None:
+def same_gradients(step: Step, leaves: list[Tensor]) -> None:
     W_enc, b_enc, W_dec, b_dec = (leaf.grad for leaf in leaves)
     assert relative_error(step.W_enc.whole().T, W_enc) < 1e-5
     assert relative_error(step.b_enc, b_enc) < 1e-5
@@ -37,9 +38,9 @@ def same_gradients(step: kernels.Step, leaves: list[Tensor]) -> None:
         torch.testing.assert_close(step.W_dec.along, (W_dec * leaves[2]).sum(dim=1), atol=1e-5, rtol=1e-4)
 
 
-def stored(leaves: list[Tensor]) -> kernels.Weights:
+def stored(leaves: list[Tensor]) -> Weights:
     W_enc, *others = (leaf.detach() for leaf in leaves)
-    return kernels.Weights(W_enc.T.contiguous().T, *others)
+    return Weights(W_enc.T.contiguous().T, *others)
 
 
 def batch_topk(pre: Tensor, k: int) -> Tensor:
@@ -74,7 +75,7 @@ def test_matryoshka_with_dead_features_is_the_sum_of_both_losses():
     z, leaves = randn(B, D), leaves_of(D, F)
     weights, ends = stored(leaves), torch.tensor([20, F])
     dead = torch.arange(0, F, 3)
-    aux = kernels.AuxK(dead, 7, 1 / 32)
+    aux = AuxK(dead, 7, 1 / 32)
     both, _ = architectures.batchtopk_step(z, weights, K, aux, ends)
     alone, _ = architectures.batchtopk_step(z, weights, K, None, ends)
     plain, _ = architectures.batchtopk_step(z, weights, K, aux)  # AuxK sees the whole error in both

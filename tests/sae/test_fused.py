@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mistral_sae.sae import kernels
 from mistral_sae.sae.kernels import devices
+from mistral_sae.sae.kernels.devices import operations
 
 ROOT = Path(__file__).parent.parent.parent
 SMALLEST_SHARED = 99 * 1024  # bytes that a block may have on sm_89, the least of those below
@@ -53,7 +53,7 @@ def chosen_for(monkeypatch):
 
     def choose(kind: str, capability: tuple[int, int] = (9, 0)) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return kernels.operations(torch.device(kind)).__name__.rpartition(".")[2]
+        return operations(torch.device(kind)).__name__.rpartition(".")[2]
 
     yield choose
     devices.operations.cache_clear()

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from mistral_sae.sae import kernels
 from mistral_sae.sae.kernels import portable
 from mistral_sae.sae.kernels import step as kernels_step
+from mistral_sae.sae.kernels.portable import topk
+from mistral_sae.sae.kernels.step import bf16_pays, encode, topk_step
+from mistral_sae.sae.kernels.types import AuxK, Weights
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
@@ -67,9 +69,9 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
     loss.backward()
 
     on_device = [p.T.contiguous().to(device).T if i == 0 else p.to(device) for i, p in enumerate(parameters)]
-    aux = kernels.AuxK(dead.to(device), K_AUX, 1 / 32)
+    aux = AuxK(dead.to(device), K_AUX, 1 / 32)
     W_enc_bf16 = on_device[0].bfloat16() if bf16 else None
-    step = kernels.topk_step(z.to(device), kernels.Weights(*on_device, W_enc_bf16), K, aux)
+    step = topk_step(z.to(device), Weights(*on_device, W_enc_bf16), K, aux)
 
     assert step.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert step.normalized_mse.item() == pytest.approx(normalized_mse.item(), rel=1e-5)
@@ -84,7 +86,7 @@ def test_loss_and_every_gradient_equal_dense_autograd(B, D, F, K, A, K_AUX, devi
 def test_a_matrix_gradient_is_the_same_in_blocks(k_aux, monkeypatch):
     parameters = [p.T.contiguous().T if i == 0 else p for i, p in enumerate(random_parameters(16, 100))]
     z, dead = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40, 60)
-    step = kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, k_aux, 1 / 32))
+    step = topk_step(z, Weights(*parameters), 3, AuxK(dead, k_aux, 1 / 32))
     assert (step.W_dec.added is None) == (len(dead) > kernels_step.DENSE_AUXK * k_aux)
     monkeypatch.setitem(portable.BLOCK_BYTES, "cpu", 7 * 16 * 4)
     for gradient in (step.W_enc, step.W_dec):
@@ -97,7 +99,7 @@ def test_a_matrix_gradient_is_the_same_in_blocks(k_aux, monkeypatch):
 @pytest.mark.parametrize(("F", "k"), [(256, 2), (2048, 16), (1000, 5), (64, 64), (4096, 1)])
 def test_topk_finds_exactly_what_torch_finds(F, k):
     pre = torch.randn(50, F, generator=torch.Generator().manual_seed(0))
-    values, indices = kernels.topk(pre, k)
+    values, indices = topk(pre, k)
     assert torch.equal(values.sort(dim=1).values, pre.topk(k).values.sort(dim=1).values)
     assert torch.equal(pre.gather(1, indices), values)
     assert all(len(set(row)) == k for row in indices.tolist())
@@ -106,8 +108,8 @@ def test_topk_finds_exactly_what_torch_finds(F, k):
 def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
     W_enc, b_enc, _, b_dec = random_parameters(64, 4096)
     centered = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) - b_dec
-    values, indices = kernels.encode(centered, W_enc, b_enc, 16)
-    values_bf16, indices_bf16 = kernels.encode(centered, W_enc, b_enc, 16, W_enc.bfloat16())
+    values, indices = encode(centered, W_enc, b_enc, 16)
+    values_bf16, indices_bf16 = encode(centered, W_enc, b_enc, 16, W_enc.bfloat16())
     assert torch.equal(indices.sort(dim=1).values, indices_bf16.sort(dim=1).values)
     torch.testing.assert_close(values_bf16.sort(dim=1).values, values.sort(dim=1).values, rtol=1e-5, atol=1e-6)
 
@@ -115,10 +117,10 @@ def test_a_bfloat16_product_chooses_the_features_that_float32_chooses():
 def test_encoding_in_chunks_changes_nothing(monkeypatch):
     W_enc, b_enc, _, b_dec = random_parameters(64, 256)
     centered = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)) - b_dec
-    whole = kernels.encode(centered, W_enc, b_enc, 16)
+    whole = encode(centered, W_enc, b_enc, 16)
     monkeypatch.setitem(kernels_step.CHUNK_BYTES, ("cpu", torch.float32), 4 * 256 * 7)  # seven tokens at a time
     monkeypatch.setitem(kernels_step.FEWEST_TOKENS, torch.float32, 1)
-    for part, expected in zip(kernels.encode(centered, W_enc, b_enc, 16), whole, strict=True):
+    for part, expected in zip(encode(centered, W_enc, b_enc, 16), whole, strict=True):
         torch.testing.assert_close(part, expected)
 
 
@@ -128,7 +130,7 @@ def test_dense_and_sparse_gradients_of_the_second_loss_agree(monkeypatch):
     found = []
     for ratio in (0, 1000):
         monkeypatch.setattr(kernels_step, "DENSE_AUXK", ratio)
-        found.append(kernels.topk_step(z, kernels.Weights(*parameters), 3, kernels.AuxK(dead, 7, 1 / 32)))
+        found.append(topk_step(z, Weights(*parameters), 3, AuxK(dead, 7, 1 / 32)))
     sparse, dense = found
     assert sparse.W_enc.added is None is not dense.W_enc.added
     torch.testing.assert_close(dense.auxk, sparse.auxk)
@@ -143,7 +145,7 @@ def test_the_product_is_in_bfloat16_where_that_is_asked(monkeypatch, bf16):
     W_enc, b_enc, _, _ = random_parameters(16, 256)
     dtypes, linear = [], kernels_step.F.linear
     monkeypatch.setattr(kernels_step.F, "linear", lambda x, *rest: (dtypes.append(x.dtype), linear(x, *rest))[1])
-    kernels.encode(torch.randn(5, 16), W_enc, b_enc, 4, W_enc.bfloat16() if bf16 else None)
+    encode(torch.randn(5, 16), W_enc, b_enc, 4, W_enc.bfloat16() if bf16 else None)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
 
 
@@ -170,4 +172,4 @@ def test_bfloat16_nominates_only_where_pytorch_uses_the_processors_instructions_
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     for capability, pays in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert kernels.bf16_pays(cpu) == pays
+        assert bf16_pays(cpu) == pays

@@ -43,7 +43,11 @@ def config_7b(monkeypatch):
 
 def plan_of(constants, spec, free, last_layer=16, dtype=torch.bfloat16, **changed):
     training = replace(TrainConfig.of(constants, spec.d_model), **changed)
-    return training_needs(training, spec, last_layer=last_layer, dtype=dtype, on_cpu=False).on_one(free)
+    return on_one(training_needs(training, spec, last_layer=last_layer, dtype=dtype, on_cpu=False), free)
+
+
+def on_one(needs, free):
+    return needs.plans("cuda", "cuda", {"cuda": free}).by_device["cuda"]
 
 
 def test_the_specs_of_the_tests_are_of_seven_billion_parameters():
@@ -140,7 +144,7 @@ def test_explaining_7b_fits_a_24_gb_card(last_layer):
     with torch.device("meta"):
         sae = SparseAutoencoder(4096, 131_072, 128)
     sizes = {"dtype": torch.bfloat16, "tokens": 32 * 256, "shard_tokens": 2**16}
-    plan = explaining_needs(sae, mistral_7b(32_768), last_layer=last_layer, **sizes).on_one(CARD_24_GB)
+    plan = on_one(explaining_needs(sae, mistral_7b(32_768), last_layer=last_layer, **sizes), CARD_24_GB)
     assert plan.fits, str(plan)
     assert str(plan).splitlines()[-1].startswith("  the features after it")
 

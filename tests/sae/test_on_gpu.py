@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from mistral_sae.sae.kernels import Rates, RowState, operations, portable
-from mistral_sae.sae.kernels.types import MatrixGradient
+from mistral_sae.sae.kernels import portable
+from mistral_sae.sae.kernels.devices import operations
+from mistral_sae.sae.kernels.types import MatrixGradient, Rates, RowState
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.kernels import AuxK, portable, topk_step
-from mistral_sae.sae.kernels.types import BETAS, EPSILON
+from mistral_sae.sae.kernels import portable
+from mistral_sae.sae.kernels.step import topk_step
+from mistral_sae.sae.kernels.types import BETAS, EPSILON, AuxK
 from mistral_sae.sae.optimizer import SAEAdam
 
 D, F, K = 24, 200, 6

@@ -140,7 +140,7 @@ def test_a_trainer_that_loads_the_state_of_another_goes_on_like_it(tmp_path, mom
         first.step(batch, 1e-2)
     assert len(first.find_dead())
     files.save_state(tmp_path / "state.safetensors", first.state(), {})
-    second.load(files.load_state(tmp_path / "state.safetensors", "cpu")[0])
+    second.load(files.load_state(tmp_path / "state.safetensors")[0])
     for trainer in (first, second):
         for i, batch in enumerate(x[3:]):
             torch.manual_seed(i)

@@ -1,6 +1,7 @@
 """What the constants are that config.py leaves to the model and the device."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from small_models import PARAMS
 import config
 from mistral_sae.cli import UserError
 from mistral_sae.constants import override
-from mistral_sae.defaults import Filled, defaults, fill, shown
+from mistral_sae.defaults import defaults, fill, shown
 from mistral_sae.model.language_model import ModelSpec
 from mistral_sae.sae.trainer import TrainConfig
 
@@ -127,10 +128,11 @@ def test_few_features_bring_no_more_active_ones_than_there_are(constants):
 
 def test_filling_sets_the_constants_once_and_checks_them_again(constants, mistral_folder):
     module = constants(f"MISTRAL_MODEL_PATH={mistral_folder}", "DEVICE=cpu")
-    filled, spec, found = fill(module)
+    filled, spec, _ = fill(module)
     assert (spec.d_model, filled.D_HIDDEN, filled.RUN_DIR) == (PARAMS["dim"], 32 * PARAMS["dim"], "runs/tiny")
-    assert {name for name, _, _ in found} == set(Filled.__annotations__)
-    assert TrainConfig.of(module, spec.d_model).d_hidden == 32 * PARAMS["dim"]
+    sizes = asdict(TrainConfig.of(module, spec.d_model))
+    assert sizes["d_hidden"] == 32 * PARAMS["dim"]
+    assert [name for name, value in sizes.items() if value is None] == ["sparsity_coefficient"]  # which topk has not
     assert fill(module)[2] == []
     with pytest.raises(UserError, match=r"K is 100000: expected 1 to D_HIDDEN, "):
         fill(constants(f"MISTRAL_MODEL_PATH={mistral_folder}", "DEVICE=cpu", "K=100_000"))
@@ -154,4 +156,4 @@ def test_the_page_on_7b_shows_what_is_computed_and_each_line_can_be_given(consta
     lines = found.splitlines()
     assert lines[2].split() == ["D_HIDDEN=131_072", "32", "times", "the", "model's", "width,", "4,096"]
     override(["MISTRAL_MODEL_PATH=somewhere", *(line.split()[0] for line in lines)], module)
-    assert not any(getattr(module, name) is None for name in Filled.__annotations__)
+    assert defaults(module, MISTRAL_7B, *GPU) == []

@@ -308,7 +308,7 @@ def saved_again(change):
     """Save a checkpoint with other contents, and a checksum that is right for them."""
 
     def damage(path):
-        tensors, metadata = files.load_state(path, "cpu")
+        tensors, metadata = files.load_state(path)
         change(tensors, metadata)
         files.save_state(path, tensors, metadata)
 

@@ -136,6 +136,6 @@ def assert_refused(ran, said, code=2):
 
 def step_of_checkpoint(run_dir):
     """Of the newest, which is whole."""
-    tensors, run = files.load_state(resume.checkpoints(run_dir)[0], "cpu", resume.Run)
+    tensors, run = files.load_state(resume.checkpoints(run_dir)[0], resume.Run)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     return run.step
