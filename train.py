@@ -228,7 +228,7 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}
     # A rate is what one lowers after a loss that exploded; the fingerprint tells a corpus wherever it lies
     others |= {name: settings.pop(name) for name in ("learning_rate", "data_path")}
-    return resume.Run(settings=settings, others=others)
+    return resume.Run.new(settings, others)
 
 
 def start_or_resume(grid: Grid) -> Place:

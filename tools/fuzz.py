@@ -241,7 +241,7 @@ def _read_checkpoint(folder: Path) -> None:
     """A run goes on from a checkpoint of these contents, whose checksums are right: else little else would be read."""
     with contextlib.suppress(SafetensorError):
         tensors, text = load_file(folder / "tensors.safetensors"), (folder / "metadata.json").read_bytes()
-        run = resume.Run(settings=_RUN["settings"], others={})
+        run = resume.Run.new(_RUN["settings"], {})
         run.model = _RUN["model"]
         with tempfile.TemporaryDirectory(dir=folder) as run_dir:
             path, words = Path(run_dir) / "checkpoints/step-3.safetensors", text.decode("utf-8", "replace")

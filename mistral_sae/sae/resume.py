@@ -34,6 +34,7 @@ from mistral_sae.schema import Schema, Total, Words, lines, parse, read
 LOCK = ".train.lock"
 SWEEP = "sweep.json"
 ANEW = "RESUME=False trains anew and sets them aside, or choose another RUN_DIR"
+SHOWN = {"step", "tokens", "loss", "normalized_mse", "dead", "tokens_per_second"}  # by STATUS, of a record of the log
 LATEST = 20  # records of the log from which STATUS takes the rate
 # What belongs to a run, its explanations included: they name features of its autoencoder
 OF_A_RUN = (
@@ -52,12 +53,18 @@ class Run(Schema):
 
     settings: dict[str, Any]  # that shape the stream or the result: they stay the same
     others: dict[str, Any]  # that may change
-    model: Words = ""  # the model's fingerprint
-    step: Total = 0
-    stream: dict[str, Any] = Field(default_factory=dict)  # where the text goes on
-    history: list[dict[str, Number]] = Field(default_factory=list)  # the log
-    figures: list[list[Number]] = Field(default_factory=list)  # of the steps since its last record
-    seconds: float = 0.0  # that they took
+    model: Words  # the model's fingerprint
+    step: Total
+    stream: dict[str, Any]  # where the text goes on
+    history: list[dict[str, Number]]  # the log
+    figures: list[list[Number]]  # of the steps since its last record
+    seconds: float  # that they took
+
+    @classmethod
+    def new(cls, settings: dict[str, Any], others: dict[str, Any]) -> "Run":
+        """A run before its first step."""
+        nothing: dict[str, Any] = {"step": 0, "stream": {}, "history": [], "figures": [], "seconds": 0.0}
+        return cls(settings=settings, others=others, model="", **nothing)
 
 
 # ---- checkpoints ----
@@ -290,7 +297,8 @@ def status(run_dir: Path) -> Iterator[str]:
             saved.append(f"saved     {path}, {size}, whole, {duration_of(age)} ago")
         except SAEError as error:
             saved.append(f"saved     {error}")
-    yield from _progress(read_figures(run_dir)[1], runs[0] if runs else None)
+    log = [record for record in read_figures(run_dir)[1] if record.keys() >= SHOWN]
+    yield from _progress(log, runs[0] if runs else None)
     yield from saved or ["saved     nothing yet"]
     done = (run_dir / "evaluation.json").exists()
     yield f"evaluated {'yes, in ' + str(run_dir / 'evaluation.json') if done else 'not yet: this comes at the end'}"

@@ -11,7 +11,7 @@ from mistral_sae.sae.trackers import check, tracked
 
 
 def run_of(*steps, **settings):
-    run = Run(settings=settings, others={})
+    run = Run.new(settings, {})
     run.history += [record(step) for step in steps]
     return run
 
