@@ -11,7 +11,7 @@ if __name__ == "__main__":
     constants.start("demo", config)  # before the imports below take their seconds
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -59,7 +59,7 @@ def main() -> None:
     is_instruct = config.CHAT and not config.ON_STANDIN and chat.has_chat_format(model)
     searched = searching(subject, labels, chat_format=is_instruct)
     find = partial(search.choose, searched)
-    edit = find(edit, config.FEATURE_INDEX, config.COEFFICIENT)
+    edit, begun = search.choose_and_begin(searched, edit, config.FEATURE_INDEX, config.COEFFICIENT)
     edit.in_units_of_steer(subject)  # what cannot be steered is said before anything is generated
     if config.CHAT:
         return talk(subject, edit, find, run_dir, is_instruct)
@@ -67,7 +67,7 @@ def main() -> None:
     if config.SWEEP:
         show_sweep(subject, edit, searched.strengths)
     else:
-        show_texts(subject, edit, searched.concepts)
+        show_texts(subject, edit, searched.concepts, begun if config.STEERING_ON else ())
 
 
 def needed(spec: ModelSpec, sae: SparseAutoencoder, _: int | None, dtype: torch.dtype) -> Needs:
@@ -107,14 +107,15 @@ def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:
 # ---- side by side ----
 
 
-def show_texts(subject: Subject, edit: Edit, shares: Mapping[int, Class]) -> None:
-    """The model's own continuation beside the steered one, and what they are."""
+def show_texts(subject: Subject, edit: Edit, shares: Mapping[int, Class], begun: Sequence[list[int]]) -> None:
+    """The model's own continuation beside the steered one, which may be begun, and what they are."""
     model, console = subject.model, Console(highlight=False)
     prompt_ids, names = model.encode(config.PROMPT), ("without steering", "with steering")
     of_second = edit.alone_in(1, rows=2).context(subject, len(prompt_ids)) if config.STEERING_ON else nullcontext()
     progress = partial(Progress, desc="the two texts", total=config.NEW_TOKENS, unit=" tokens", leave=False)
+    settings = config.NEW_TOKENS, config.TEMPERATURE, progress, begun
     with of_second:  # made together, which costs little more than one
-        texts = model.sample(prompt_ids, 2 * [config.SEED], config.NEW_TOKENS, config.TEMPERATURE, progress=progress)
+        texts = model.sample(prompt_ids, 2 * [config.SEED], *settings)
     generated = dict(zip(names, texts, strict=True))
     own = torch.tensor([prompt_ids + generated["without steering"]])
 

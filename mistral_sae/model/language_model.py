@@ -58,6 +58,12 @@ class Row(NamedTuple):
         """One whose tokens are the same for the same seed."""
         return cls(ids, temperature, torch.Generator().manual_seed(seed))
 
+    def after(self, ids: Sequence[int]) -> Row:
+        """The row when these tokens have been drawn."""
+        for _ in ids if self.temperature else ():
+            torch.rand(1, generator=self.generator)
+        return self._replace(ids=[*self.ids, *ids])
+
 
 class NotFinite(ModelError):
     """A model whose residuals or logits are not finite."""
@@ -231,14 +237,20 @@ class LanguageModel:
         max_tokens: int,
         temperature: float = 0.0,
         progress: Callable[[Iterator[list[int]]], Iterable[list[int]]] = iter,
+        begun: Sequence[Sequence[int]] = (),
     ) -> list[list[int]]:
         """Continuations of one prompt, one for each seed, made in one batch: each as `generate` makes it.
 
-        `progress`, such as tqdm, is given the tokens of all rows as they come.
+        `progress`, such as tqdm, is given the tokens of all rows as they come. `begun` are the first tokens of each,
+        where they are known: those that all have are not made again, but for the last of all.
         """
+        known = min([max_tokens - 1, *map(len, begun)]) if begun else 0
         rows = [Row.of(prompt_ids, temperature, seed) for seed in seeds]
-        steps = list(progress(self.next_tokens(rows, max_tokens)))
-        ids_by_seed = ([ids[row] for ids in steps] for row in range(len(seeds)))
+        if begun:
+            rows = [row.after(ids[:known]) for row, ids in zip(rows, begun, strict=True)]
+        steps = list(progress(self.next_tokens(rows, max_tokens - known)))
+        new_by_seed = ([ids[row] for ids in steps] for row in range(len(seeds)))
+        ids_by_seed = ([*row.ids[len(prompt_ids) :], *new] for row, new in zip(rows, new_by_seed, strict=True))
         return [list(itertools.takewhile(lambda id: id != self.tokenizer.eos_id, ids)) for ids in ids_by_seed]
 
     def next_tokens(self, rows: Sequence[Row], max_tokens: int, use_cache: bool = True) -> Iterator[list[int]]:

@@ -62,6 +62,7 @@ class Effect(NamedTuple):
     shown: float  # share of the texts' tokens that are of the feature's class
     own_shown: float  # the same of the model's own
     tried: Sequence[float]  # the strengths
+    texts: Sequence[list[int]] = ()  # the first of the model's own and the first of the steered ones
 
     @property
     def score(self) -> float:
@@ -145,8 +146,8 @@ def effects_of(
         strength = some[0] if strongest is None else strongest
         trial = by_setting[feature, strength]
         shown, own_shown = (share_of(each.texts, classes.get(feature, ())) for each in (trial, own))
-        is_fluent = strongest is not None
-        found.append(Effect(feature, strength, is_fluent, trial.pooled, own_figures, shown, own_shown, some))
+        is_fluent, first = strongest is not None, (own.texts[0], trial.texts[0])
+        found.append(Effect(feature, strength, is_fluent, trial.pooled, own_figures, shown, own_shown, some, first))
     return found
 
 

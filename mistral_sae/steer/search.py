@@ -76,12 +76,22 @@ def choose(search: Search, edit: Edit, wanted: int | str | dict | None, coeffici
 
     Without a coefficient it is the strongest at which a few texts stay fluent. Raises SteeringError.
     """
+    return choose_and_begin(search, edit, wanted, coefficient)[0]
+
+
+def choose_and_begin(
+    search: Search, edit: Edit, wanted: int | str | dict | None, coefficient: float | None
+) -> tuple[Edit, Sequence[list[int]]]:
+    """The same, and how the first of the model's own texts begins and of the steered ones, where they have been made.
+
+    The second is empty where no text was made with just this edit.
+    """
     wanted = parse(wanted) if isinstance(wanted, str) else wanted
     if isinstance(wanted, dict):
         if not wanted:
             raise SteeringError("found no feature in FEATURE_INDEX: expected one or more, as in {12: 2, 40: -1}")
-        return replace(edit, coefficients=wanted)
-    found = None
+        return replace(edit, coefficients=wanted), ()
+    found, trial = None, edit
     if not isinstance(wanted, int):
         trial, given = replace(edit, exact=False), coefficient
         if edit.method == "ablate" or (given is not None and given <= 0):  # which push away: it must show before
@@ -96,7 +106,9 @@ def choose(search: Search, edit: Edit, wanted: int | str | dict | None, coeffici
             (found,) = effects_of(search.subject, edit, {wanted: strengths}, {}, search.trials)
         print(f"coefficient: {found.why()}")
         coefficient = found.strength
-    return replace(edit, coefficients={wanted: coefficient})
+    chosen = replace(edit, coefficients={wanted: coefficient})
+    is_it = found is not None and replace(trial, coefficients={found.feature: found.strength}) == chosen
+    return chosen, found.texts if found and is_it else ()
 
 
 def parse(words: str) -> int | str | dict[int, Coefficient]:

@@ -284,6 +284,13 @@ def test_a_batch_of_samples_has_the_texts_that_are_generated_one_by_one(model, t
     assert (batch[0] == batch[1]) == (temperature == 0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_texts_that_are_begun_end_as_if_they_were_not(model, temperature):
+    whole = model.sample([1, 50, 60], [0, 7], 10, temperature)
+    for begun in ((whole[0][:4], whole[1][:6]), ([], whole[1]), whole):
+        assert model.sample([1, 50, 60], [0, 7], 10, temperature, begun=begun) == whole
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_rows_of_several_lengths_have_the_logits_and_the_texts_of_each_alone(model, use_cache, monkeypatch):
     several = [([1, *range(50, 50 + n)], temperature) for n, temperature in ((1, 0.0), (11, 0.8), (4, 0.8), (0, 2.0))]

@@ -290,6 +290,8 @@ def test_without_a_coefficient_it_is_found_and_the_line_says_how(demo, method):
     found = re.findall(r"^coefficient: (\S+) of 0.5, 2, 8: the (?:strongest|weakest)", ran.out, re.M)
     assert found[0] in ("0.5", "2", "8")
     assert re.search(rf"^edit .* {found[0]} times its|^edit .* {found[0]} times the", ran.out, re.M)
+    # Where it is looked for the texts are begun; how a seed's texts go on is the same
+    assert demo(COEFFICIENT=found[0], METHOD=method).out == re.sub("^coefficient: .*\n", "", ran.out, flags=re.M)
     by_size = demo(COEFFICIENT=None, METHOD=method, SWEEP_COEFFICIENTS=None)
     assert len(re.search(r"^coefficient: .* of (.*): the", by_size.out, re.M)[1].split(", ")) == len(effect.SIZES)
 
