@@ -88,8 +88,13 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Run a script of the repository in this process, which spares it the imports: exit code, output, error stream."""
+    """Run a script of the repository in this process, which spares it the imports: exit code, output, error stream.
+
+    Its pictures are left empty: drawing them takes half of a run. Runs in processes of their own draw them.
+    """
     root = Path(__file__).parent.parent
+    monkeypatch.setattr("mistral_sae.explain.figures._save", lambda path, panels: path.write_bytes(b""))
+    monkeypatch.setattr("mistral_sae.explain.figures.svg", lambda panel: "<svg></svg>")
     monkeypatch.chdir(root)
     for name in ("MISTRAL_MODEL_PATH", "OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
