@@ -1,8 +1,9 @@
 """What mistral-inference takes from xformers and its own buffer cache, for any device and without a wait for it.
 
-xformers' attention does not run on a CPU, and its compiled part loads only with the PyTorch that it was built for. The
-buffer cache makes the masks of every layer again for each token, on the host. `attention` below takes the place of
-both: PyTorch's scaled dot product attention, and a cache that is a slice of one block of memory.
+xformers' attention does not run on a CPU, its compiled part loads only with the PyTorch that it was built for, and its
+import takes longer than PyTorch's own. The buffer cache makes the masks of every layer again for each token, on the
+host. `attention` below takes the place of both: PyTorch's scaled dot product attention, and a cache that is a slice of
+one block of memory.
 
 Shapes: B rows, T positions of this forward, K positions seen, N positions that a cache has room for, H heads of
 queries, G heads of keys and values, E width of a head.
@@ -10,25 +11,41 @@ queries, G heads of keys and values, E width of a head.
 
 from __future__ import annotations
 
-import logging
+import sys
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+XFORMERS = ["xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias"]
+
 
 def install_attention() -> None:
-    """Let mistral-inference use this module's attention and norm, in this process; a second call changes nothing."""
-    logger = logging.getLogger("xformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it complains at import of compiled parts that are not used here
-    from mistral_inference import transformer, transformer_layers
+    """Let mistral-inference use this module's attention and norm, in this process; a second call changes nothing.
 
-    logger.setLevel(level)
+    It is imported without xformers, which need not be installed.
+    """
+    missing = [name for name in XFORMERS if name not in sys.modules]
+    sys.modules.update({name: _Unused(name) for name in missing})
+    try:
+        from mistral_inference import transformer, transformer_layers
+    finally:
+        for name in missing:
+            del sys.modules[name]
 
     transformer_layers.Attention.forward = attention
     transformer_layers.RMSNorm = transformer.RMSNorm = RMSNorm
+
+
+class _Unused(ModuleType):
+    """A module that has every name, of which mistral-inference imports some and runs none."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):  # what Python asks of a module
+            raise AttributeError(name)
+        return type(name, (), {})
 
 
 class RMSNorm(nn.RMSNorm):

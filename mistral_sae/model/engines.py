@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -66,7 +67,7 @@ def open_folder(path: str | Path, engine: str | None = None, last_layer: int | N
     expect("ENGINE", engine, engine in (None, MISTRAL_INFERENCE, TRANSFORMERS), "mistral-inference or transformers")
     source = find(path)
     found, failures = layouts(source), dict[str, str]()
-    installed = all(map(find_spec, ("mistral_inference", "xformers")))
+    installed = find_spec("mistral_inference") is not None
     if engine == MISTRAL_INFERENCE and not (installed and PARAMS in found):
         why = "it is not installed here" if PARAMS in found else f"{source.path} has no params.json"
         raise ModelError(f"ENGINE is {engine}, but {why}: use ENGINE=transformers, which reads both layouts")
@@ -235,7 +236,8 @@ class MistralInference:
             n_layers=params["n_layers"] if last_layer is None else last_layer + 1,
             moe=MoeArgs(moe["num_experts"], moe["num_experts_per_tok"]) if moe else None,
         )
-        with META:
+        # On no device there is nothing to initialise, and to do so imports PyTorch's compiler, which takes seconds
+        with META, patch.object(nn.Embedding, "reset_parameters"):
             model = Transformer(args)
         if not has_head:
             model.norm = model.output = None
