@@ -214,6 +214,7 @@ def _files(data_path: str) -> list[tuple[str, Path]] | None:
     return sorted(files)
 
 
+@cache
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     # Installed packages can live inside the library's folder, and are many
