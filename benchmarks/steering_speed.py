@@ -60,7 +60,7 @@ def edits(lm: LanguageModel, loaded: LoadedSAE) -> dict[str, AbstractContextMana
 def measure(params: dict[str, Any], rounds: int) -> dict[str, float]:
     """Median seconds a generated token of each."""
     lm = random_model(params, None, DEVICE)
-    lm.tokenizer = SimpleNamespace(eos_id=-1)  # random weights end no text
+    lm.tokenizer = SimpleNamespace(bos_id=1, eos_id=-1)  # random weights end no text
     loaded = random_autoencoder(lm.d_model, lm.n_layers // 2, lm.device)
     prompt = torch.randint(lm.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     times: dict[str, list[float]] = {}
