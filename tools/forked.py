@@ -5,6 +5,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,8 +16,13 @@ def start(script: str, arguments: Sequence[str], output: Path, prepare: Callable
     These are `output`, and with .err at its end what is for the error stream.
     """
     pid = os.fork()
-    if pid:
-        return pid
+    if not pid:
+        run(script, arguments, output, prepare)
+    return pid
+
+
+def run(script: str, arguments: Sequence[str], output: Path, prepare: Callable[[], object]) -> NoReturn:
+    """Run a script and end with it, as `start` does in a fork."""
     code = 1
     try:
         for number, path in ((1, output), (2, Path(f"{output}.err"))):
@@ -37,12 +43,13 @@ def load(*scripts: str) -> None:
 
 def _run(script: str) -> int:
     try:
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        try:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        except (Exception, KeyboardInterrupt) as error:  # as Python would say it
+            sys.excepthook(type(error), error, error.__traceback__)  # which may exit
+            return 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
-    except BaseException as error:  # as Python would say it
-        sys.excepthook(type(error), error, error.__traceback__)
-        return 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

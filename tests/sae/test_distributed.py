@@ -1,16 +1,12 @@
 """Several ranks train as one process does: the same losses, the same weights, whatever the mesh."""
 
-import math
-import os
 import shutil
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import FORKS
 from torch import distributed as dist
 
 from mistral_sae import distributed
@@ -23,7 +19,7 @@ from mistral_sae.sae.trainer import Figures, TrainConfig, Trainer
 
 D, F, K, B, STEPS = 16, 96, 5, 48, 20
 METADATA = Metadata("model", hook_name(1), 1, True, 64, "text")
-MESHES = ("1x4", "2x2")
+RANKS, MESHES = 4, ("1x4", "2x2")
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 CASES = [
     ("topk", {}),
@@ -79,13 +75,16 @@ def trained(architecture, changes, mesh=distributed.ALONE):
     }
 
 
-def run_as_rank(folder, meshes):
+def run_as_rank(folder, rank):
     """What each of the processes does that the tests start."""
-    for name in meshes:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    for name in MESHES:
         mesh = distributed.connect(name, "cpu")
         save_and_load(folder, mesh, name)
         for number, (architecture, changes) in enumerate(CASES):
-            torch.save(trained(architecture, changes, mesh), folder / f"{name}-{number}-{dist.get_rank()}.pt")
+            torch.save(trained(architecture, changes, mesh), folder / f"{name}-{number}-{rank}.pt")
+    dist.destroy_process_group()
 
 
 def state():
@@ -123,12 +122,12 @@ def folder(tmp_path_factory):
     """A folder with what each rank of each mesh got in each case."""
     folder = tmp_path_factory.mktemp("ranks")
     save_trainer(folder / "one.safetensors", state(), {"step": 3})
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    for n in (2, 4):
-        meshes = [mesh for mesh in MESHES if math.prod(map(int, mesh.split("x"))) == n]
-        commands = ([sys.executable, __file__, str(folder), str(rank), str(n), *meshes] for rank in range(n))
-        ranks = [subprocess.Popen(command, env=environment) for command in commands]
-        assert [rank.wait(120) for rank in ranks] == [0] * n
+    ranks = [FORKS.Process(target=run_as_rank, args=(folder, rank)) for rank in range(RANKS)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * RANKS
     return folder
 
 
@@ -171,11 +170,3 @@ def test_the_trainings_have_what_ranks_could_get_wrong():
     found = alone(0)
     assert found["dead"].max() > 40
     assert found["figures"][:, Figures._fields.index("gradient_norm")].min() > 0.05
-
-
-if __name__ == "__main__":
-    folder, rank, n, *meshes = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{n}", rank=int(rank), world_size=int(n))
-    run_as_rank(Path(folder), meshes)
-    dist.destroy_process_group()

@@ -6,7 +6,8 @@ import random
 import shutil
 
 import pytest
-from explain_runs import SETTINGS, Ran, ended, openai, process, reply, write_sae
+from explain_runs import SETTINGS, Ran, openai, reply, write_sae
+from forks import Fork, in_a_new_process
 from openai_server import Server
 
 
@@ -43,7 +44,7 @@ def finished(arguments, tmp_path_factory):
     """The folder and the output of an offline run."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     write_sae(run_dir / "sae")
-    return run_dir, ended(process(arguments(run_dir)))
+    return run_dir, Ran(*in_a_new_process("explain", arguments(run_dir)))
 
 
 @pytest.fixture
@@ -61,5 +62,5 @@ def served(finished, arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "run"
     shutil.copytree(finished[0], folder)
     with Server(reply) as server:
-        ran = ended(process(arguments(folder, **openai(server))))
+        ran = Ran(*Fork("explain", arguments(folder, **openai(server))).ended())
     return folder, ran, len(server.log)

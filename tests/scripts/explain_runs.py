@@ -1,15 +1,10 @@
 """What the tests of explain.py share: a run on a small random model, what it leaves, and what a local server replies.
 
-A run happens in a process of its own where the process matters (signals, the streams), and else in that of the
-tests, which spares it the imports. The server's replies are functions of the messages, so that a label says which
-prompt it is of.
+The server's replies are functions of the messages, so that a label says which prompt it is of.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +29,6 @@ SETTINGS = {
     "ROWS_PER_FORWARD": 8,
     "SELECT": str(CHOSEN),
 }
-ENVIRONMENT = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL", "MISTRAL_MODEL_PATH")
 BAR = re.compile(r"((explaining|scoring|report): +)?\d+%\|")
 
 
@@ -48,23 +42,6 @@ class Ran(NamedTuple):
         """What there is on the error stream besides progress bars."""
         pieces = [piece.strip() for piece in re.split(r"[\r\n]", self.err)]
         return [piece for piece in pieces if piece and not BAR.match(piece)]
-
-
-def process(arguments):
-    """explain.py in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "explain.py", *arguments],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in ENVIRONMENT} | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process):
-    out, err = process.communicate(timeout=60)
-    return Ran(process.returncode, out, err)
 
 
 def contents_of(folder):

@@ -4,7 +4,8 @@ import re
 import shutil
 
 import pytest
-from explain_runs import CHOSEN, ENVIRONMENT, assert_refused, contents_of, journal_of, labels_of, openai, reply
+from explain_runs import CHOSEN, assert_refused, contents_of, journal_of, labels_of, openai, reply
+from forks import ENVIRONMENT
 from openai_server import Server
 
 import config

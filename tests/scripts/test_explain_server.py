@@ -13,16 +13,16 @@ import zlib
 import pytest
 from explain_runs import (
     CHOSEN,
+    Ran,
     assert_refused,
     contents_of,
-    ended,
     journal_of,
     labels_of,
     name_of,
     openai,
-    process,
     reply,
 )
+from forks import Fork
 from openai_server import LASTING, TRANSIENT, TRUNCATED, Raw, Server, random_faults
 
 from mistral_sae.explain.client import Client
@@ -133,22 +133,22 @@ def test_faults_and_a_kill_leave_exactly_one_true_record_of_each_feature(here, a
         explains = '"pattern"' in asked.content
         return "refusal" if explains and zlib.crc32(asked.content.encode()) % 4 == 0 else by_chance(asked)
 
-    changed = {"SELECT": "0-19", "REQUEST_TIMEOUT": 1, "MAX_FAILED_SHARE": 1.0, "CONCURRENCY": 32}
+    changed = {"SELECT": "0-11", "REQUEST_TIMEOUT": 1, "MAX_FAILED_SHARE": 1.0, "CONCURRENCY": 32}
     with Server(reply) as server:
         whole = here(arguments(run_dir, **openai(server, **changed, OPENAI_MODEL="without-faults")))
     assert whole.code == 0, whole.err
     truth = {label.feature: label for label in labels_of(run_dir)}
     with Server(reply, faults) as server:
-        first = process(arguments(run_dir, **openai(server, **changed)))
-        until(lambda: len(server.log) > 60, first)
+        first = Fork("explain", arguments(run_dir, **openai(server, **changed)))
+        until(lambda: len(server.log) > 40, first)
         os.kill(first.pid, signal.SIGKILL)
-        assert ended(first).code == -signal.SIGKILL
+        assert first.ended()[0] == -signal.SIGKILL
         ran = here(arguments(run_dir, **openai(server, **changed)))
     assert ran.code == 0, ran.err
     assert ran.problems == []
     assert sum(entry.outcome != "ok" for entry in server.log) > 0.1 * len(server.log)
     labels = labels_of(run_dir)
-    assert [label.feature for label in labels] == list(range(20))
+    assert [label.feature for label in labels] == list(range(12))
     lasting = {"refusal": "refused", "filter": "filtered", "filter-400": "filtered", "overflow": "overflow"}
     expected = {}  # of each feature's first prompt: what became of it
     for entry in server.log:
@@ -178,17 +178,17 @@ def until(condition, process, seconds=30):
     """Wait for a condition while a process is at work."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.is_at_work(), process.ended()
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
 def test_a_run_that_was_killed_goes_on_and_asks_nothing_twice(here, arguments, served, run_dir):
     with Server(reply, delay=0.03) as server:
-        first = process(arguments(run_dir, **openai(server)))
+        first = Fork("explain", arguments(run_dir, **openai(server)))
         until(lambda: len(server.log) > served[2] // 2, first)
         os.kill(first.pid, signal.SIGKILL)
-        assert ended(first).code == -signal.SIGKILL
+        assert first.ended()[0] == -signal.SIGKILL
     assert not (run_dir / "explanations.jsonl").exists()
     journal = run_dir / "completions.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"key": "torn')
@@ -225,16 +225,15 @@ def test_a_refusal_in_the_middle_leaves_labels_of_what_was_answered(here, argume
     assert labels_of(run_dir) == labels_of(served[0])
 
 
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_end_a_run_with_one_line_and_the_next_one_goes_on(
     here, arguments, served, run_dir, number, code
 ):
     with Server(reply, delay=0.1) as server:
-        first = process(arguments(run_dir, **openai(server, CONCURRENCY=2)))
+        first = Fork("explain", arguments(run_dir, **openai(server, CONCURRENCY=2)))
         until(lambda: len(server.log) > 8, first)
-        first.send_signal(number)
-        ran = ended(first)
+        os.kill(first.pid, number)
+        ran = Ran(*first.ended())
     assert_refused(ran, "stopped early: started again, it goes on from what is saved", code=code)
     assert "Traceback" not in ran.err
     answered = sum(record["status"] == "ok" for record in journal_of(run_dir))

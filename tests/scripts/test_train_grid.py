@@ -1,19 +1,23 @@
 """Grids: several autoencoders on the same pass of the model, each of which ends as it would alone."""
 
 import json
+import os
 import re
 import shutil
+import signal
+from functools import partial
 
 import pytest
 import torch
 import train_runs
 from safetensors.torch import load_file
-from train_runs import CONTRACT_FILES, STEPS, assert_refused, contents_of, in_a_process, metrics_of, step_of_checkpoint
+from train_runs import CONTRACT_FILES, STEPS, assert_refused, contents_of, in_a_fork, metrics_of, step_of_checkpoint
 
+from mistral_sae import files
 from mistral_sae.files import SAEError, locked
 from mistral_sae.loading import sae_source
 from mistral_sae.model.language_model import LanguageModel
-from mistral_sae.sae import resume
+from mistral_sae.sae import resume, shards
 from mistral_sae.sae.trainer import Trainer
 
 corpus, arguments, here = train_runs.corpus, train_runs.arguments, train_runs.here
@@ -27,7 +31,7 @@ SWEEP = {"sweep.json", "sweep.png"}
 def finished(arguments, tmp_path_factory):
     """The folder and the output of a whole grid of two layers and two seeds."""
     run_dir = tmp_path_factory.mktemp("grid") / "run"
-    return run_dir, in_a_process(arguments(run_dir, **GRID))
+    return run_dir, in_a_fork(arguments(run_dir, **GRID))
 
 
 @pytest.fixture
@@ -176,23 +180,18 @@ def test_the_run_dir_of_a_grid_is_no_autoencoder_and_the_line_names_those_in_it(
 
 # ---- stopped and started again ----
 
-KILLED_BETWEEN_TWO_SAVES = """
-import os, runpy, signal, sys
-from mistral_sae import files
-from mistral_sae.sae import shards
 
-saves = []
+def kill_at_save(number):
+    """Let a run be killed as it begins to write its number-th checkpoint."""
+    saves = []
 
-def save_state(*args, save=files.save_state):
-    saves.append(1)
-    if len(saves) == {save}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(*args)
+    def save_state(*args, save=files.save_state):
+        saves.append(1)
+        if len(saves) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*args)
 
-files.save_state = shards.save_state = save_state
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
+    files.save_state = shards.save_state = save_state
 
 
 @pytest.mark.parametrize(("save", "steps"), [(2, 0), (7, 10)])
@@ -201,14 +200,14 @@ def test_a_grid_killed_between_two_saves_goes_on_from_what_all_have_to_the_same_
 ):
     """At the save of the second of four after step 10, and of the third after step 20, with one checkpoint kept."""
     run_dir, changed = tmp_path / "run", GRID | {"KEEP_CHECKPOINTS": 1}
-    assert in_a_process(arguments(run_dir, **changed), KILLED_BETWEEN_TWO_SAVES.format(save=save)).code == -9
+    assert in_a_fork(arguments(run_dir, **changed), partial(kill_at_save, save)).code == -9
     assert step_of_checkpoint(run_dir / NAMES[0]) == steps + 10
     assert bool(resume.checkpoints(run_dir / NAMES[3])) == bool(steps)
     ran = here(arguments(run_dir, **changed))
     assert ran.code == 0, ran.err
     assert (f"continuing after step {steps}\n" in ran.out) == bool(steps)
-    files = {file for file in CONTRACT_FILES if "step-30" not in file}
-    assert set(contents_of(run_dir)) == SWEEP | {f"{name}/{file}" for name in NAMES for file in files}
+    kept = {file for file in CONTRACT_FILES if "step-30" not in file}
+    assert set(contents_of(run_dir)) == SWEEP | {f"{name}/{file}" for name in NAMES for file in kept}
     for name in NAMES:
         assert_same_tensors(run_dir / name, finished[0] / name)
 

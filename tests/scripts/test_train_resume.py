@@ -3,20 +3,22 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import train_runs
 from safetensors.torch import load_file, save_file
-from train_runs import CONTRACT_FILES, STEPS, assert_refused, contents_of, in_a_process, metrics_of, step_of_checkpoint
+from train_runs import CONTRACT_FILES, STEPS, assert_refused, contents_of, in_a_fork, metrics_of, step_of_checkpoint
 
 from mistral_sae import files
 from mistral_sae.files import SAEError
-from mistral_sae.sae import resume
+from mistral_sae.sae import resume, shards
 from mistral_sae.sae.checkpoint import load_sae
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
@@ -24,42 +26,32 @@ corpus, arguments, here = train_runs.corpus, train_runs.arguments, train_runs.he
 finished, copied = train_runs.finished, train_runs.copied
 
 
-KILLED_WHILE_IT_SAVES = """
-import os, runpy, signal, sys
-from mistral_sae import files
+def kill_while_it_saves():
+    """Let a run be killed while it writes its second checkpoint."""
 
-def save_state(path, tensors, metadata, save=files.save_state):
-    if metadata["step"] == 20:
-        left = path.with_name(path.name + ".partial")
-        left.mkdir()
-        (left / ".tmp123").write_bytes(b"half of it")  # as safetensors names what it has not written whole
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(path, tensors, metadata)
+    def save_state(path, tensors, metadata, save=files.save_state):
+        if metadata["step"] == 20:
+            left = path.with_name(path.name + ".partial")
+            left.mkdir()
+            (left / ".tmp123").write_bytes(b"half of it")  # as safetensors names what it has not written whole
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(path, tensors, metadata)
 
-files.save_state = save_state
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
+    files.save_state = shards.save_state = save_state
 
 
-def signalled(*steps, number=signal.SIGINT):
-    """Code that runs train.py and sends it a signal as the steps of these numbers begin."""
-    return f"""
-import os, runpy, sys
-from mistral_sae.sae.trainer import TrainConfig, Trainer
+def signal_at_step_13(number, again=False):
+    """Let a run send itself a signal as its step 13 begins, and perhaps a second one."""
+    steps = []
 
-steps = []
+    def step(self, *args, step=Trainer.step):
+        steps.append(1)
+        if len(steps) == 13:
+            for _ in range(1 + again):
+                os.kill(os.getpid(), number)
+        return step(self, *args)
 
-def step(self, *args, step=Trainer.step):
-    steps.append(1)
-    if len(steps) in {steps}:
-        os.kill(os.getpid(), {int(number)})
-    return step(self, *args)
-
-Trainer.step = step
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
+    Trainer.step = step
 
 
 def assert_same_end(run_dir, finished):
@@ -90,7 +82,7 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_as_an_uninterrupted_
     finished, here, arguments, tmp_path
 ):
     run_dir = tmp_path / "run"
-    assert in_a_process(arguments(run_dir), KILLED_WHILE_IT_SAVES).code == -9
+    assert in_a_fork(arguments(run_dir), kill_while_it_saves).code == -9
     assert metrics_of(run_dir)[-1]["step"] == 20
     assert step_of_checkpoint(run_dir) == 10
     ran = here(arguments(run_dir))
@@ -100,13 +92,12 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_as_an_uninterrupted_
     assert_same_end(run_dir, finished[0])
 
 
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_where_and_the_run_goes_on_to_the_same_end(
     finished, here, arguments, tmp_path, number, code
 ):
     run_dir = tmp_path / "run"
-    ran = in_a_process(arguments(run_dir), signalled(13, number=number))  # between two records, and two checkpoints
+    ran = in_a_fork(arguments(run_dir), partial(signal_at_step_13, number))  # between two records and checkpoints
     assert ran.code == code
     path = run_dir / "checkpoints/step-13.safetensors"
     assert ran.last_line == f"error: stopped after step 13: started again, it goes on from {path}"
@@ -118,10 +109,8 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_where_and_the_run_goes_
     assert_same_end(run_dir, finished[0])
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_a_run_at_once_and_the_checkpoint_before_stays(arguments, tmp_path):
-    code = signalled(13).replace("    return step", "        os.kill(os.getpid(), 2)\n    return step")
-    ran = in_a_process(arguments(tmp_path / "run"), code)
+    ran = in_a_fork(arguments(tmp_path / "run"), partial(signal_at_step_13, signal.SIGINT, again=True))
     assert ran.code == -signal.SIGINT  # 130 in a shell
     assert "Traceback" not in ran.err
     assert step_of_checkpoint(tmp_path / "run") == 10
@@ -394,12 +383,9 @@ def test_as_many_checkpoints_are_kept_as_asked_for_and_none_of_a_later_step(here
 
 # ---- a full disk ----
 
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_full_disk_while_a_run_saves_is_one_line_and_the_earlier_checkpoint_stays(arguments, copied):
@@ -408,7 +394,7 @@ def test_a_full_disk_while_a_run_saves_is_one_line_and_the_earlier_checkpoint_st
     size = newest.stat().st_size - 1000
     newest.unlink()
     before = contents_of(copied)
-    assert_refused(in_a_process(arguments(copied), LIMITED.format(size=size)), f"could not write {newest} (", code=1)
+    assert_refused(in_a_fork(arguments(copied), partial(limit_files, size)), f"could not write {newest} (", code=1)
     after = contents_of(copied)
     assert {name: after[name] for name in before if name != "metrics.jsonl"} == {
         name: data for name, data in before.items() if name != "metrics.jsonl"

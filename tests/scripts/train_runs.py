@@ -4,14 +4,12 @@ A test file takes the fixtures over by name: those of explain.py's tests have th
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from forks import Fork, in_a_new_process
 
 from mistral_sae import files
 from mistral_sae.sae import resume
@@ -82,19 +80,9 @@ def arguments(mistral_folder, corpus):
     return of
 
 
-def in_a_process(arguments, code=None):
-    """Run train.py, or `code` that runs it, in a process of its own."""
-    script = ["train.py"] if code is None else ["-c", code]
-    done = subprocess.run(
-        [sys.executable, *script, *arguments],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "MISTRAL_MODEL_PATH"}
-        | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Ran(done.returncode, done.stdout, done.stderr)
+def in_a_fork(arguments, *prepare):
+    """Run train.py in a process of its own, in which something is patched before."""
+    return Ran(*Fork("train", arguments, *prepare).ended())
 
 
 @pytest.fixture
@@ -107,7 +95,7 @@ def here(run_script):
 def finished(arguments, tmp_path_factory):
     """The folder and the output of a whole run."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    return run_dir, in_a_process(arguments(run_dir))
+    return run_dir, Ran(*in_a_new_process("train", arguments(run_dir)))
 
 
 @pytest.fixture
