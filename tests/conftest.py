@@ -1,5 +1,6 @@
 """Small random models; scripts run in this process; Ctrl-C as Python handles it."""
 
+import gc
 import runpy
 import signal
 import sys
@@ -24,6 +25,11 @@ import config
 from mistral_sae.constants import override
 
 pytest_plugins = ["chromium"]  # the fixtures of tests in a browser
+
+
+def pytest_collection_finish():
+    """Garbage is looked for among what tests make, not in what was imported, which is most of a process."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -558,15 +558,15 @@ def test_ctrl_c_leaves_the_journal_whole_and_the_terminal_clean(tmp_path):
     assert len(Journal(path)) >= 34
 
 
-def test_2000_requests_with_every_fault_and_two_kills_end_with_one_true_record_each(tmp_path):
+def test_400_requests_with_every_fault_and_two_kills_end_with_one_true_record_each(tmp_path):
     """A fifth of all attempts go wrong, in every way, and the run is killed twice on the way."""
-    count, path = 2000, tmp_path / "completions.jsonl"
+    count, path = 400, tmp_path / "completions.jsonl"
     requests = [Request([{"role": "user", "content": f"request {i}"}], None, 100) for i in range(count)]
     contents = {request_key(r, MODEL, {"temperature": 0.0}): r.messages[-1]["content"] for r in requests}
     fault = random_faults(0.2, (*TRANSIENT, *TRUNCATED, *LASTING), seed=0)
     asked_again = []
     with serve(fault) as server:
-        for lines_until_kill in (500, 1300):
+        for lines_until_kill in (100, 260):
             process = started(server, tmp_path, count)
             wait_for_lines(process, path, lines_until_kill)
             process.kill()
@@ -578,7 +578,7 @@ def test_2000_requests_with_every_fault_and_two_kills_end_with_one_true_record_e
         out, err = started(server, tmp_path, count).communicate()
         statuses = out.split()
         assert len(statuses) == count, err
-        assert statuses.count("failed") < 20  # those few that had bad luck with every attempt
+        assert statuses.count("failed") < 4  # those few that had bad luck with every attempt
         for position, finished in asked_again:
             assert not finished & {served.content for served in server.log[position:]}
 

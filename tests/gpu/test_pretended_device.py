@@ -108,7 +108,8 @@ def run(run_script, text, tmp_path):
     """Run a script in tiny sizes on the device; its output."""
 
     def run(script, **changed):
-        constants = {"DEVICE": "cuda", "DATA_PATH": text, "RUN_DIR": tmp_path / "run"} | SIZES | changed
+        short = {"TRAIN_TOKENS": 2560, "EXPLAIN_TOKENS": 2560}
+        constants = {"DEVICE": "cuda", "DATA_PATH": text, "RUN_DIR": tmp_path / "run"} | SIZES | short | changed
         code, out, err = run_script(script, [f"{name}={value}" for name, value in constants.items()])
         assert code == 0, err
         return out
@@ -124,8 +125,15 @@ def test_train_explain_and_demo_run_whole(gpu, run):
     assert "with steering" in run("demo.py", FEATURE_INDEX=3, NEW_TOKENS=8)
 
 
-@pytest.mark.parametrize(("model_is_on", "sae_is_on"), [("cuda:0", "cuda:1"), ("cuda:0", "cpu"), ("cpu", "cuda:1")])
-def test_model_and_autoencoder_may_be_on_two_devices(two, run, model_is_on, sae_is_on, monkeypatch):
+@pytest.mark.parametrize(
+    ("model_is_on", "sae_is_on", "edits"),
+    [
+        ("cuda:0", "cuda:1", [{"METHOD": "clamp"}, {"EXACT": True}, {"METHOD": "add"}]),
+        ("cuda:0", "cpu", [{"EXACT": True}]),
+        ("cpu", "cuda:1", [{"METHOD": "clamp"}]),
+    ],
+)
+def test_model_and_autoencoder_may_be_on_two_devices(two, run, model_is_on, sae_is_on, edits, monkeypatch):
     seen = []
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda self, x, rate: (seen.append(x.device), step(self, x, rate))[1])
@@ -138,7 +146,7 @@ def test_model_and_autoencoder_may_be_on_two_devices(two, run, model_is_on, sae_
     assert "cross-entropy recovered" in trained
     explained = run("explain.py", EXPLAINER="offline", SELECT="random 8", **devices)
     assert f"memory    on {sae_is_on}, by part\n  autoencoder" in explained
-    for edit in ({"METHOD": "clamp"}, {"EXACT": True}, {"METHOD": "add"}):
+    for edit in edits:
         assert "with steering" in run("demo.py", FEATURE_INDEX=3, NEW_TOKENS=8, COEFFICIENT=1, **devices, **edit)
 
 

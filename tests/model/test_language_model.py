@@ -234,15 +234,14 @@ def test_no_path_is_the_bundled_model():
     assert inspect(STANDIN).engine == "mistral-inference"
 
 
-@pytest.mark.parametrize("layout", ["mistral_folder", "hugging_face_folder"])
-def test_loading_and_running_print_nothing(request, layout):
-    path = request.getfixturevalue(layout)
+def test_loading_and_running_print_nothing(mistral_folder, hugging_face_folder):
     code = f"""
 import torch
 from mistral_sae.model.language_model import load_model
 
-load_model({str(path)!r}, last_layer=1).residuals(torch.tensor([[1, 2, 3]]), 1)
-list(load_model({str(path)!r}).generate([1, 2, 3], 4))
+for path in {str(mistral_folder)!r}, {str(hugging_face_folder)!r}:
+    load_model(path, last_layer=1).residuals(torch.tensor([[1, 2, 3]]), 1)
+    list(load_model(path).generate([1, 2, 3], 4))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("", "")

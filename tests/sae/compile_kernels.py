@@ -1,7 +1,7 @@
-"""Compile what the Triton wrappers start, for a GPU that need not be there: a line of JSON a kernel with what it takes.
+"""Compile what the Triton wrappers start, for GPUs that need not be there: a line of JSON a kernel with what it takes.
 
-`python tests/sae/compile_kernels.py 90`; test_fused.py reads the lines. Triton is told of a driver that has such a GPU,
-and kernels are compiled for the arguments that they are called with and not started.
+`python tests/sae/compile_kernels.py`; test_fused.py reads the lines. Triton is told of a driver that has
+such a GPU, and kernels are compiled for the arguments that they are called with and not started.
 """
 
 import json
@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from mistral_sae.sae.kernels import fused
 from mistral_sae.sae.kernels.types import MatrixGradient, Rates, RowState
 
-WIDTHS = (4096, 8192)  # Mistral 7B's, and the widest at which nothing spills
+# The widest at which nothing spills, by capability; and on the newest Mistral 7B's
+WIDTHS = {80: [8192], 89: [8192], 90: [4096, 8192]}
 B, F, K = 6, 5, 160
 
 
@@ -42,30 +43,38 @@ def start_everything(d_model):
             fused.adam_rows(state, more._replace(along=along), Rates(1e-3, torch.tensor(1.0), torch.tensor(0.0)))
 
 
-def main():
-    gpu = GPUTarget("cuda", int(sys.argv[1]), 32)
+def made_for(capability):
+    """The kernels that are started on a GPU of this capability, which is its number, too: for Triton's caches."""
+    gpu, run, made = GPUTarget("cuda", capability, 32), JITFunction.run, {}
     driver.set_active(
         SimpleNamespace(
-            get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+            get_current_target=lambda: gpu,
+            get_current_device=lambda: capability,
+            get_current_stream=lambda device: 0,
         )
     )
-    run, made = JITFunction.run, {}
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         made[kernel.hash] = kernel
 
     with patch.object(JITFunction, "run", compile_only):
-        for d_model in WIDTHS:
+        for d_model in WIDTHS[capability]:
             start_everything(d_model)
+    return made.values()
+
+
+def main():
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        for kernel in made.values():
-            path.write_bytes(kernel.asm["cubin"])
-            listing = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-            used = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
-            print(json.dumps({"kernel": kernel.name, "shared": kernel.metadata.shared} | used))
+        for capability in WIDTHS:
+            for kernel in made_for(capability):
+                path.write_bytes(kernel.asm["cubin"])
+                listing = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+                used = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+                told = {"gpu": kernel.metadata.target.arch, "kernel": kernel.name, "shared": kernel.metadata.shared}
+                print(json.dumps(told | used))
 
 
 if __name__ == "__main__":

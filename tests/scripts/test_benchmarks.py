@@ -1,10 +1,7 @@
 """The benchmarks' smoke runs: everything in tiny sizes, nothing saved."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,25 +13,22 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def smoke(name: str) -> str:
-    """What a benchmark's smoke run prints; it must leave the committed results alone."""
-    before = {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")}
-    environment = {key: value for key, value in os.environ.items() if key != "MISTRAL_MODEL_PATH"}
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--smoke"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")} == before
-    assert "Traceback" not in done.stderr
-    return done.stdout
+@pytest.fixture
+def smoke(run_script):
+    """A benchmark's smoke run in this process, as what it prints; it must leave the committed results alone."""
+
+    def printed(name: str) -> str:
+        before = {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")}
+        code, out, err = run_script(f"benchmarks/{name}.py", ["--smoke"])
+        assert code == 0
+        assert {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")} == before
+        assert "Traceback" not in err
+        return out
+
+    return printed
 
 
-def test_the_gpu_benchmark_runs_every_part_on_any_device():
+def test_the_gpu_benchmark_runs_every_part_on_any_device(smoke):
     printed = smoke("gpu")
     for part in ("step, B=64, moments in float32", "step, B=128, moments in bfloat16", "end to end, B=128"):
         assert f"\n{part}\n" in printed
@@ -57,14 +51,14 @@ def test_a_part_that_runs_out_of_memory_leaves_the_others_alone(capsys):
     assert "more memory than is free" in capsys.readouterr().out
 
 
-def test_the_speed_of_steering_is_measured_beside_the_model_alone():
+def test_the_speed_of_steering_is_measured_beside_the_model_alone(smoke):
     printed = smoke("steering_speed")
     found = dict(re.findall(r"^  (\S.*?) +[\d.]+ ms a token +([+-][\d.]+)%$", printed, re.M))
     assert found.pop("without steering") == "+0.0"
     assert set(found) == {"clamp, one feature", "clamp, eight features", "add, one feature", "clamp, exact"}
 
 
-def test_the_cost_of_the_cache_of_activations_is_measured_beside_model_and_encoder():
+def test_the_cost_of_the_cache_of_activations_is_measured_beside_model_and_encoder(smoke):
     printed = smoke("collect")
     assert len(re.findall(r"tokens +[\d.]+ us a token since the line before +[\d,]+ MB resident", printed)) == 2
     assert re.search(r"MB on disk, [\d,]+ bytes a token", printed)
@@ -74,7 +68,7 @@ def test_the_cost_of_the_cache_of_activations_is_measured_beside_model_and_encod
     assert re.search(r"writing [\d,]+ tokens adds [\d.]+%", printed)
 
 
-def test_the_cost_of_a_grid_is_measured_beside_one_autoencoder():
+def test_the_cost_of_a_grid_is_measured_beside_one_autoencoder(smoke):
     printed = smoke("grid")
     assert re.search(r"^one autoencoder [\d.]+ s, four on the same pass [\d.]+ s: [\d.]+ times as long$", printed, re.M)
 

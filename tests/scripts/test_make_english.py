@@ -12,14 +12,16 @@ TINY = {
     "MISTRAL_MODEL_PATH": "smollm2",
     "DEVICE": "cpu",
     "TARGET_LAYER": 1,
-    "TRAIN_TOKENS": 8192,
+    "TRAIN_TOKENS": 4096,
+    "CONTEXT_LENGTH": 128,
     "D_HIDDEN": 128,
     "BATCH_SIZE": 256,
     "EVALUATION_ROWS": 2,
+    "EVALUATIONS": 1,
     "EXPLAIN_TOKENS": 4096,
     "SELECT": "densest 5",
     "EXPLAINER": "offline",
-    "FEATURE_INDEX": "the",
+    "FEATURE_INDEX": 3,
     "NEW_TOKENS": 8,
 }
 
