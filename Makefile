@@ -37,7 +37,7 @@ test: .venv/installed-dev  ## lint, types, import contracts and tests
 	@echo 'import-linter: the rooms import one way'
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@echo 'pytest: two tests at a time'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/installed-bench  ## side by side with peers, into benchmarks/results
 	@for name in step growth moments architectures control pipeline grid end_to_end collect steering steering_speed traffic resuming gpu; do \
