@@ -5,6 +5,7 @@ but the same in each run. What comes out is compared with a run on a server with
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from mistral_sae.explain.types import Label
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests/explain"), str(ROOT / "tests/scripts")]
 
-from explain_runs import name_of, openai, process  # noqa: E402
+from explain_runs import name_of, openai  # noqa: E402
+from forks import ENVIRONMENT  # noqa: E402
 from openai_server import LASTING, TRANSIENT, TRUNCATED, Served, Server, random_faults  # noqa: E402
 
 FAULTS, KILLS, AT_ONCE = 0.2, 5, 16
@@ -128,7 +130,11 @@ def _arguments(constants: dict[str, Any]) -> list[str]:
 
 
 def _start(constants: dict[str, Any]) -> subprocess.Popen:
-    return process(_arguments(constants))
+    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    return subprocess.Popen(
+        [sys.executable, "explain.py", *_arguments(constants)],
+        cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def _end(run: subprocess.Popen) -> None:
