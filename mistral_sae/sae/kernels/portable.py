@@ -188,5 +188,4 @@ def round_stochastically(x: Tensor) -> Tensor:
 @torch.no_grad()
 def normalize_rows(W_dec: Tensor) -> None:
     """Scale each row of W_dec (F, D), or of a block of its rows, to unit norm, in place."""
-    lengths = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12)
-    W_dec.mul_(lengths.reciprocal_())  # a division of all of it takes twice as long (measured)
+    W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
