@@ -58,7 +58,7 @@ class SAEAdam:
         def norm_of(squares: Iterable[Tensor]) -> Tensor:
             return self.shards.total(torch.stack([*of_biases, *squares]).sum()).clamp_min(0.0).sqrt()
 
-        divisor, norm = torch.ones_like(self.steps), None  # Adam's kernels divide by it while they read the gradient
+        divisor = norm = None  # Adam's kernels divide by it while they read the gradient
         if self.steps.device.type != "cpu" or not norm_of(map(portable.most_squares, matrices.values())) <= max_norm:
             norm = norm_of(map(kernels.squares, matrices.values()))
             divisor = (norm / max_norm).clamp_min(1.0)

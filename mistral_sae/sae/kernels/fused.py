@@ -189,7 +189,8 @@ def adam_rows(state: RowState, gradient: MatrixGradient, rates: Rates) -> None:
     """One step of Adam on a matrix; rows that `along` belongs to have unit norm before and after."""
     step = (rates.steps + 1).double()
     corrections = [1 - BETAS[0] ** step, (1 - BETAS[1] ** step).sqrt()]
-    on_device = torch.stack([rates.divisor, *corrections, step]).float()
+    divisor = torch.ones_like(step) if rates.divisor is None else rates.divisor
+    on_device = torch.stack([divisor, *corrections, step]).float()
     state_tensors = [tensor for tensor in state if tensor is not None]
     _adam_rows(state_tensors, _tensors(gradient), gradient.along, on_device, rates.learning_rate)
 

@@ -18,7 +18,7 @@ from mistral_sae.sae.kernels.types import BETAS, EPSILON, MatrixGradient, Rates,
 GROUP = 8  # features a group in the top-k of several levels
 FEWEST_GROUPS = 3  # times k, from which on one more level is faster (measured)
 PAIRS = 2**14  # of gathered rows at a time
-BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # of a parameter in float32, a block: in cache, and few enough calls
+BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of a parameter in float32, a block: in cache, and few enough calls
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -168,9 +168,10 @@ def adam_(state: RowState, gradient: Tensor, rates: Rates) -> None:
     """One step of Adam on any parameter."""
     parameter, first, second, _ = state
     first32, second32 = first.float(), second.float()  # the same tensors where the moments are float32
+    found_inf = None if rates.divisor is None else torch.zeros_like(rates.divisor)
     adam(
         [parameter], [gradient], [first32], [second32], [], [rates.steps.clone()],
-        fused=True, grad_scale=rates.divisor, found_inf=torch.zeros_like(rates.divisor), amsgrad=False, maximize=False,
+        fused=True, grad_scale=rates.divisor, found_inf=found_inf, amsgrad=False, maximize=False,
         beta1=BETAS[0], beta2=BETAS[1], lr=rates.learning_rate, weight_decay=0.0, eps=EPSILON,
     )  # fmt: skip
     if first32 is not first:

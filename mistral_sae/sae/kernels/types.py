@@ -50,7 +50,7 @@ class Rates(NamedTuple):
     """Numbers of one step of Adam that all parameters share."""
 
     learning_rate: float
-    divisor: Tensor  # () of the gradient, so that its norm is bounded
+    divisor: Tensor | None  # () of the gradient, so that its norm is bounded; None for one that is short enough
     steps: Tensor  # () float32, those before this one
 
 
