@@ -94,7 +94,9 @@ def searching(subject: Subject, labels: Mapping[int, Label], *, chat_format: boo
         ids = subject.model.tokenizer.chat([{"role": "user", "content": config.PROMPT}])
         tried = tried._replace(prompt_ids=ids)
     shares = shares_of(labels, subject.model.tokenizer, tried.prompt_ids)
-    return search.Search(subject, tried, rows, config.SWEEP_COEFFICIENTS, shares)
+    shows_text = config.STEERING_ON and not (config.CHAT or config.SWEEP)
+    shown_tokens = config.NEW_TOKENS if shows_text else 0
+    return search.Search(subject, tried, rows, config.SWEEP_COEFFICIENTS, shares, shown_tokens)
 
 
 def trials_of(subject: Subject, n_texts: int) -> sweep.Trials:

@@ -51,6 +51,7 @@ class Search:
     rows: Rows  # of held-out text
     grid: Sequence[float] | None = None  # strengths to try, in the method's unit; None are those of `strengths_of`
     concepts: Mapping[int, Class] = field(default_factory=dict)  # features that stand for one, which shows in text
+    shown_tokens: int = 0  # of the text that is shown in the end, the first of those, if it is to be longer
 
     @cached_property
     def text_1T(self) -> Tensor:
@@ -105,10 +106,24 @@ def choose_and_begin(
             (strengths,) = search.strengths([replace(edit, coefficients={wanted: 1.0})])
             (found,) = effects_of(search.subject, edit, {wanted: strengths}, {}, search.trials)
         print(f"coefficient: {found.why()}")
+        if trial == edit and search.shown_tokens > search.trials.max_tokens:
+            found = _to_the_end(search, edit, found)
         coefficient = found.strength
     chosen = replace(edit, coefficients={wanted: coefficient})
     is_it = found is not None and replace(trial, coefficients={found.feature: found.strength}) == chosen
     return chosen, found.texts if found and is_it else ()
+
+
+def _to_the_end(search: Search, edit: Edit, found: Effect) -> Effect:
+    """The same at the strongest strength, up to its own, at which the text that is shown stays fluent to its end."""
+    trials = search.trials._replace(seeds=search.trials.seeds[:1], max_tokens=search.shown_tokens)
+    strengths = found.tried[: found.tried.index(found.strength) + 1]
+    (whole,) = effects_of(search.subject, edit, {found.feature: strengths}, {}, trials)
+    if whole.strength != found.strength:
+        print(
+            f"             then {whole.strength:g}: at more the text below, which is longer, is not fluent to its end"
+        )
+    return whole
 
 
 def parse(words: str) -> int | str | dict[int, Coefficient]:

@@ -246,6 +246,27 @@ def test_a_coefficient_that_is_not_given_is_the_strongest_that_stays_fluent(
     assert f"{edit.coefficients[3]:g} of {', '.join(f'{strength:g}' for strength in strengths)}: " in printed
 
 
+def test_the_text_that_is_shown_stays_fluent_to_its_end(search_of, loaded, monkeypatch, capsys):
+    grid, length = (0.5, 2.0, 8.0), 24
+    searched = replace(search_of(loaded), grid=grid)
+    whole = searched.trials._replace(seeds=searched.trials.seeds[:1], max_tokens=length)
+    by_strength = [
+        next(whole.steered([c], lambda of: Edit({3: of[0]}).context(searched.subject, len(PROMPT)), lambda _: [3]))
+        for c in grid
+    ]
+    of_strongest = by_strength[-1].pooled.cross_entropy
+    # Shorter ones are fluent, and of those of full length all but the one at the greatest strength
+    monkeypatch.setattr(
+        sweep, "is_fluent", lambda found, _: found.tokens != length or found.cross_entropy != of_strongest
+    )
+    assert search.choose(searched, Edit({}), 3, None) == Edit({3: 8.0})
+    printed = capsys.readouterr().out
+    edit, begun = search.choose_and_begin(replace(searched, shown_tokens=length), Edit({}), 3, None)
+    assert edit == Edit({3: 2.0})
+    assert begun[1] == by_strength[1].texts[0]
+    assert capsys.readouterr().out.removeprefix(printed).strip().startswith("then 2: at more the text below")
+
+
 def test_the_strengths_tried_can_be_given_and_ablating_has_none(search_of, loaded, capsys):
     searched = replace(search_of(loaded), grid=(0.25, 4.0))
     edit = search.choose(searched, Edit({}), 3, None)
