@@ -51,8 +51,9 @@ def main() -> None:
     for record in map(FeatureRecords(activations, listed, model, loaded.sae, Settings()).brief, listed):
         label = labels[record.feature]
         shown = "<br>".join(map(passage, record.top[:PASSAGES]))
-        detection = label.scores["detection"].value
-        print(f"| {record.feature} | {escaped(label.explanation)} | {detection:.2f} | {shown} |")
+        value = label.scores["detection"].value
+        detection = "" if value is None else f"{value:.2f}"
+        print(f"| {record.feature} | {escaped(label.explanation)} | {detection} | {shown} |")
 
     print()
     middle = sorted(set(statistics.mid_density()) & labels.keys())
