@@ -123,7 +123,10 @@ def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
     for scale in scales:
         (found[scale],) = trials.steered([scale], context, lambda _: features, with_kl=False)
         yield row_of(trials, scale, found[scale])
-    yield verdict_of(subject, edit, search.text_1T, found, own)
+    verdict = verdict_of(subject, edit, search.text_1T, found, own)
+    if not any(c > 0 for c in given.values()):
+        verdict["visible"] = None  # what is to be seen less is not counted
+    yield verdict
 
 
 def row_of(trials: sweep.Trials, scale: float, trial: sweep.Trial) -> dict[str, Any]:

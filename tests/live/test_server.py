@@ -197,6 +197,8 @@ def test_a_sweep_ends_with_what_it_found(client, steer):
     assert strengths == sorted(strengths)
     assert verdict["strongest"] in [None, *strengths]
     assert isinstance(verdict["visible"], bool)
+    against = {"features": {feature: -strength for feature, strength in steer["features"].items()}}
+    assert events(client.post("/sweep", json=wanted | {"steer": against}))[-1]["visible"] is None
     refused = client.post("/sweep", json=wanted | {"steer": steer | {"method": "ablate"}})
     assert (refused.status_code, "nothing to sweep over" in refused.text) == (400, True)
 

@@ -153,7 +153,7 @@ async function sweep(signal) {
   $("swept").replaceChildren();
   for await (const item of stream("/sweep", wanted, signal)) {
     if ("strength" in item) rows.push(item);
-    else $("steer-status").replaceChildren(item.visible ? "" : h("strong", {}, "No visible effect. "), item.why);
+    else $("steer-status").replaceChildren(item.visible === false ? h("strong", {}, "No visible effect. ") : "", item.why);
     const best = item.strongest ?? null;
     const take = (strength) => h("button", { type: "button", title: "Steer as strongly", onclick: () => use(strength) },
       figure(strength));
