@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def main() -> None:
     if config.CONTROL_TOKENS:
         print(f"control   an autoencoder of the same model without what it learned, {config.CONTROL_TOKENS:,} tokens")
         randomise(model, config.SEED)
-        sizes = TrainConfig.of(config, spec.d_model)
+        sizes = replace(TrainConfig.of(config, spec.d_model), d_hidden=sae.n_features, k=sae.k or config.K)
         untrained = train_briefly(model, layer, Corpus.of(config), sizes, config.CONTROL_TOKENS, filled.SHUFFLE_ROWS)
         control = read_activity(model, untrained, layer, texts, filled.ROWS_PER_FORWARD)
         codes[UNTRAINED] = Sparse(control.values_NK, control.indices_NK, untrained.n_features)

@@ -46,6 +46,7 @@ MAX_DOCUMENT_BYTES: int = 16_000_000  # of a line or a text; a longer one, which
 CONTEXT_LENGTH: int = 256  # tokens a row; the stand-in never saw longer ones
 # Share of the documents kept for evaluation. The stand-in was trained without the same twentieth
 HELD_OUT_FRACTION: float = 0.05 if ON_STANDIN else 0.01
+EVALUATION_STRIDE: int = 16 if ON_STANDIN else 1  # of these one row of so many: the standard library has long files
 TRAIN_TOKENS: int | None = 1_200_000 if ON_STANDIN else None  # residuals trained on (1,000,000,000)
 
 # Folder of residuals that are kept for further trainings, 2 bytes a number: 8 KB a token and layer at 7B. train.py
@@ -89,19 +90,22 @@ SHUFFLE_ROWS: int | None = 8192 if ON_STANDIN else None  # (16,384)
 BUFFER_TOKENS: int | None = 131_072 if ON_STANDIN else None  # residuals shuffled together (32,768, of 8 KB each)
 ROWS_PER_FORWARD: int | None = 16 if ON_STANDIN else None  # rows the language model runs at a time (32)
 
-# ---- evaluation, log and checkpoints ----
+# ---- train.py: evaluation, log and checkpoints ----
 EVALUATION_ROWS: int | None = 128 if ON_STANDIN else None  # held-out rows (256)
-EVALUATION_STRIDE: int = 16 if ON_STANDIN else 1  # every so many held-out rows one: the standard library has long files
 EVALUATIONS: int | None = 2 if ON_STANDIN else None  # times during the run; the last is at its end (4)
 LOG_EVERY: int = 10 if ON_STANDIN else 50  # steps; also how often the set of dead features is brought up to date
 # Beside metrics.jsonl, any of tensorboard (into RUN_DIR/tensorboard), wandb and trackio, once `pip install`ed
 LOG_TO: str = ""
 CHECKPOINT_EVERY: int | None = 500 if ON_STANDIN else None  # steps (5000)
-RUN_DIR: str | None = "runs/standin" if ON_STANDIN else None  # where everything is written: runs/ and the model's name
 KEEP_CHECKPOINTS: int = 2  # the newest, each 8.6 GB at 7B: where one is damaged, the run goes on from the one before
 RESUME: bool = True  # continue from RUN_DIR's newest checkpoint; False trains anew and sets an earlier run aside
 STATUS: bool = False  # say how far the run in RUN_DIR is, and stop
-DRY_RUN: bool = False  # print the plan and stop
+
+# ---- what comes of it ----
+RUN_DIR: str | None = "runs/standin" if ON_STANDIN else None  # where everything is written: runs/ and the model's name
+
+# ---- train.py, explain.py and share.py: before it begins ----
+DRY_RUN: bool = False  # print the plan and stop; explain.py reads the corpus for it
 
 # ---- explain.py, demo.py and analyse.py: which autoencoder ----
 SAE_PATH: str | None = None  # folder or hub name of an autoencoder in SAE Lens's format; None is RUN_DIR/sae
@@ -134,7 +138,7 @@ OPENAI_MODEL: str | None = os.environ.get("OPENAI_MODEL") or (None if OPENAI_BAS
 SCORERS: str = "detection fuzzing"
 CONCURRENCY: int = 32  # requests out at once, at most; fewer while the server is busy
 SAMPLING: dict = {"temperature": 0.0}  # more fields of a request: {"reasoning_effort": "low"}, say, or top_p
-MAX_REPLY_TOKENS: int = 4096  # of a reply, thoughts included; where fewer do not suffice, twice as many, up to these
+MAX_REPLY_TOKENS: int = 4096  # of a server's reply and thoughts; where fewer do not suffice twice as many, up to these
 REQUEST_TIMEOUT: float = 120.0  # seconds for one attempt
 REQUEST_DEADLINE: float = 600.0  # seconds for a request with all its attempts
 MAX_FAILED_SHARE: float = 0.1  # of the features: where more have no label the run counts as failed (exit code 1)
@@ -215,7 +219,7 @@ def values_of(name: str) -> list:
 
 
 def check_numbers() -> None:
-    """The least and the most of each number, for all three scripts.
+    """The least and the most of each number, for all scripts.
 
     No run has use for more than the most, and below it nothing is counted in vain for hours.
     """

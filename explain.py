@@ -28,16 +28,16 @@ from mistral_sae.explain.client import Client
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.index import index_of
 from mistral_sae.explain.journal import Budget, DryRun, Journal, Prices
-from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, write_labels
+from mistral_sae.explain.labels import merge_labels, parse_select, read_labels, set_aside, write_labels
 from mistral_sae.explain.local_client import MODEL_CONTEXT, LocalClient
-from mistral_sae.explain.reading import Reading, read_corpus, strongest
+from mistral_sae.explain.reading import Reading, read_corpus, rows_of, strongest
 from mistral_sae.explain.server import Server
-from mistral_sae.explain.types import Completer, Label
+from mistral_sae.explain.types import INTERVALS, Completer, Label
 from mistral_sae.files import locked
 from mistral_sae.loading import load_pair, sae_source
 from mistral_sae.model.language_model import LanguageModel, ModelSpec, device_and_dtype
 from mistral_sae.sae.autoencoder import SparseAutoencoder
-from mistral_sae.sae.checkpoint import LoadedSAE
+from mistral_sae.sae.checkpoint import LoadedSAE, hash_of_sae
 from mistral_sae.sae.memory import Needs, explaining_needs
 
 SHOWN_FEATURES = 10  # of a token of TEXT
@@ -67,6 +67,9 @@ def main() -> None:
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         atexit.register(gc.unfreeze)  # libraries such as triton complain of what is left at the end
         reading, settings, folder = Reading.of(config), Settings.of(config), run_dir / cache.FOLDER
+        path, is_first = run_dir / "explanations.jsonl", not (config.DRY_RUN or cli.rank())
+        if is_first and not cache.is_of(folder, hash_of_sae(loaded.sae)) and (moved_to := set_aside(path)):
+            print(f"the explanations of another autoencoder are in {moved_to}")  # before there is a cache of this one
         activations = read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN, ranks=mesh.ranks)
         if cli.rank():  # which have read their share
             return
@@ -82,11 +85,11 @@ def main() -> None:
         if config.DRY_RUN:
             return
         are_new = cache.noted(folder) != settings._asdict()
-        every, moved_to = merge_labels(run_dir / "explanations.jsonl", labels, of_other_examples=are_new)
+        every, moved_to = merge_labels(path, labels, of_other_examples=are_new)
         if moved_to:
             print(f"the explanations of earlier runs are in {moved_to}")
         cache.note(folder, settings._asdict())  # now that labels of other examples are away, and before there are new
-        write_labels(run_dir / "explanations.jsonl", every.values())
+        write_labels(path, every.values())
         if list(every) != labelled:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
         run = report.run_of(config, model_name(model), loaded, reading.corpus.check(), activations)
@@ -103,8 +106,9 @@ def open_pair(filled: Filled, spec: ModelSpec) -> tuple[LoadedSAE, LanguageModel
 
     def needed(sae: SparseAutoencoder, last_layer: int | None, dtype: torch.dtype) -> Needs:
         tokens = filled.ROWS_PER_FORWARD * config.CONTEXT_LENGTH
-        passages = 4 * config.EXAMPLES_PER_INTERVAL * (config.TOKENS_BEFORE + 1 + config.TOKENS_AFTER)
-        asked = min(spec.context_length or MODEL_CONTEXT, 2 * passages + REPLY) if WHO == "mistral" else 0
+        passages = prompts.TOP + min(prompts.SPREAD, INTERVALS * config.EXAMPLES_PER_INTERVAL)
+        passage = config.TOKENS_BEFORE + 1 + config.TOKENS_AFTER
+        asked = min(spec.context_length or MODEL_CONTEXT, 2 * passages * passage + REPLY) if WHO == "mistral" else 0
         options = {"tokens": tokens, "shard_tokens": cache.SHARD_TOKENS, "reply_tokens": asked}
         return explaining_needs(sae, spec, last_layer=last_layer, dtype=dtype, **options)
 
@@ -210,9 +214,10 @@ def show_text(text: str, filled: Filled, spec: ModelSpec) -> None:
     """Write the page of TEXT: the strongest features of each of its tokens."""
     run_dir = Path(filled.RUN_DIR)
     loaded, model = open_pair(filled, spec)
-    layer, ids = loaded.metadata.residual_layer, model.encode(text)
-    features = strongest(model, loaded, ids, SHOWN_FEATURES)
-    tokens = [report.TextToken(*each) for each in zip(model.tokenizer.strings(ids[1:]), features, strict=True)]
+    layer, rows = loaded.metadata.residual_layer, rows_of(model, text, config.CONTEXT_LENGTH)
+    ids = [id for row in rows for id in row[1:]]
+    features = [each for row in rows for each in strongest(model, loaded, row, SHOWN_FEATURES)]
+    tokens = [report.TextToken(*each) for each in zip(model.tokenizer.strings(ids), features, strict=True)]
     described = cache.made_from(model, loaded.sae, layer, Reading.of(config).described())
     are_ours = cache.is_of(run_dir / cache.FOLDER, described["autoencoder"])
     labels = read_labels(run_dir / "explanations.jsonl") if are_ours else {}

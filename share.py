@@ -34,6 +34,8 @@ def main() -> None:
         )
     if config.PUSH_TO is not None:
         hub.check_repository(config.PUSH_TO)
+        if config.SAE_PATH is not None:
+            raise cli.UserError("found PUSH_TO with SAE_PATH: expected one of them, as what is in RUN_DIR is pushed")
     filled, spec, _ = fill(config)
     if config.PUSH_TO is not None:
         push(Path(filled.RUN_DIR), config.PUSH_TO)
@@ -82,7 +84,7 @@ def write_features(filled: Filled, spec: ModelSpec) -> None:
         raise cli.UserError(f"{found}: expected those of this autoencoder and corpus; run explain.py first")
     labels = read_labels(run_dir / "explanations.jsonl")
     chosen = list(labels) or parse_select(config.SELECT).choose(activations.counts_F, config.SEED)
-    settings = Settings(**(cache.noted(run_dir / cache.FOLDER) or Settings.of(config)._asdict()))
+    settings = Settings.noted(run_dir / cache.FOLDER, config)
     records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
     corpus = config.DATA_PATH, activations.rows, activations.row_tokens
     to, n_features = target(filled, ""), loaded.sae.n_features

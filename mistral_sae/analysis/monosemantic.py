@@ -167,7 +167,7 @@ class Halves(NamedTuple):
 
     @classmethod
     def of(cls, texts: Texts) -> "Halves":
-        """Of some texts, with the concepts that both halves have enough of."""
+        """Of some texts."""
         fit, score = texts.fit_N.nonzero().squeeze(1), (~texts.fit_N).nonzero().squeeze(1)
         return cls(fit, score, texts.labels_NC, texts.document_N, len(texts.documents))
 

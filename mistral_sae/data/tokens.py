@@ -102,6 +102,10 @@ class Corpus:
             return " + ".join(f"{source.fingerprint()}*{share:.6g}" for source, share in sources)
         return fingerprint(self.data_path)
 
+    def is_shuffled(self) -> bool:
+        """Whether the order of its documents depends on the seed."""
+        return bool(self._sources()) or fits_in_memory(self.data_path)
+
     def _sources(self) -> list[tuple[Corpus, float]]:
         """The corpora of a mixture and their shares; [] if it is none."""
         if not (found := sources_of(self.data_path)):

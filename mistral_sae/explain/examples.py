@@ -12,12 +12,13 @@ Shapes: F features, D model width, M passages, W tokens of the longest passage.
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import compress
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.random import Generator
 
-from mistral_sae.explain.cache import Cache, Passages
+from mistral_sae.explain.cache import Cache, Passages, noted
 from mistral_sae.explain.types import BINS, INTERVALS, Example, Feature
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import texts_of
@@ -53,6 +54,13 @@ class Settings(NamedTuple):
             right=constants.TOKENS_AFTER,
             seed=constants.SEED,
         )
+
+    @classmethod
+    def noted(cls, folder: Path, constants: Any) -> "Settings":
+        """Those that the explanations beside a cache were made with; the constants', where nothing says so."""
+        found = noted(folder) or {}
+        is_whole = found.keys() == set(cls._fields) and all(type(value) is int for value in found.values())
+        return cls(**found) if is_whole else cls.of(constants)
 
 
 # ---- where a feature fires ----

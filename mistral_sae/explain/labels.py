@@ -122,15 +122,18 @@ def merge_labels(
     ok = {feature: label for feature, label in earlier.items() if label.status == "ok"}
     answered = {feature for feature, label in labels.items() if not STATUSES[label.status].ask_again}
     replaces_others = any(ok[feature].explainer != labels[feature].explainer for feature in ok.keys() & answered)
-    moved_to = None
-    if path.exists() and (of_other_examples or replaces_others):
-        numbered = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
-        moved_to = path.rename(next(free for free in numbered if not free.exists()))
+    moved_to = set_aside(path) if of_other_examples or replaces_others else None
     if of_other_examples:
         return dict(labels), moved_to
     kept = {feature: label for feature, label in ok.items() if feature not in answered}
     merged = {feature: _with_earlier_scores(label, ok.get(feature)) for feature, label in labels.items()}
     return dict(sorted({**earlier, **merged, **kept}.items())), moved_to
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename the file, by the first number that is free, and return its new path; None if there is no such file."""
+    numbered = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
+    return path.rename(next(free for free in numbered if not free.exists())) if path.exists() else None
 
 
 def _with_earlier_scores(label: Label, earlier: Label | None) -> Label:

@@ -39,7 +39,8 @@ class Reading:
     def described(self) -> dict[str, Any]:
         """What tells the rows from others, as JSON."""
         files = {"files": self.corpus.fingerprint()}
-        return asdict(self.corpus) | files | {"stride": self.stride, "rows": self.n_rows}
+        seed = {"seed": self.corpus.seed if self.corpus.is_shuffled() else None}
+        return asdict(self.corpus) | seed | files | {"stride": self.stride, "rows": self.n_rows}
 
 
 def read_corpus(
@@ -82,8 +83,14 @@ def read_corpus(
 
 
 @torch.no_grad()
+def rows_of(model: LanguageModel, text: str, row_tokens: int) -> list[list[int]]:
+    """The token ids of a text in rows of as many as the corpus's have, each with its BOS first; of no text no row."""
+    bos, *ids = model.encode(text)
+    return [[bos, *ids[i : i + row_tokens - 1]] for i in range(0, len(ids), row_tokens - 1)]
+
+
 def strongest(model: LanguageModel, loaded: LoadedSAE, ids: list[int], count: int) -> list[list[tuple[int, float]]]:
-    """The strongest features of each token but the first, the BOS: at most so many (feature, activation)."""
+    """The strongest features of each token of a row but the first, the BOS: at most so many (feature, activation)."""
     encoded = loaded.sae.encode(model.residuals(torch.tensor([ids]), loaded.metadata.residual_layer)[0, 1:])
     found = encoded.values.topk(min(count, encoded.values.shape[1]), dim=1)
     features = encoded.indices.gather(1, found.indices).tolist()

@@ -49,7 +49,8 @@ def known_of(constants: Any, subject: Subject, labels: Mapping[int, Label]) -> K
     if activations is None:
         print("passages  none: explain.py reads a corpus for them")
     else:
-        every, settings = range(loaded.sae.n_features), Settings.of(constants)
+        every = range(loaded.sae.n_features)
+        settings = Settings.noted(Path(constants.RUN_DIR) / cache.FOLDER, constants)
         records = FeatureRecords(activations, every, model, loaded.sae, settings, at_once=1)
         statistics = activations.statistics()
     index = index_of(model, loaded.sae, statistics, activations)

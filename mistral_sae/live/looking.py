@@ -17,7 +17,7 @@ from torch import Tensor
 from mistral_sae.cli import UserError
 from mistral_sae.explain.examples import related_by_weights
 from mistral_sae.explain.pages import rounded
-from mistral_sae.explain.reading import strongest
+from mistral_sae.explain.reading import rows_of, strongest
 from mistral_sae.explain.report import feature_record
 from mistral_sae.explain.types import BINS, Feature
 from mistral_sae.live import asked
@@ -30,18 +30,18 @@ from mistral_sae.steer.steering import Edit, Subject
 CHANGED = 8  # tokens that a feature raises, and as many that it lowers
 
 
-def rows_of(known: Known, text: str) -> list[list[int]]:
-    """The token ids of a text in rows of the model's context, each with its BOS first. Raises UserError."""
-    bos, *ids = known.subject.model.encode(text)
-    if not 0 < len(ids) <= asked.TOKENS:
-        raise UserError(f"found a text of {len(ids):,} tokens: expected 1 to {asked.TOKENS:,}")
-    step = known.context - 1
-    return [[bos, *ids[i : i + step]] for i in range(0, len(ids), step)]
+def rows_read(known: Known, text: str) -> list[list[int]]:
+    """`rows_of` of a text that is to be read. Raises UserError for one that is empty or too long."""
+    rows = rows_of(known.subject.model, text, known.context)
+    n_tokens = sum(len(row) - 1 for row in rows)
+    if not 0 < n_tokens <= asked.TOKENS:
+        raise UserError(f"found a text of {n_tokens:,} tokens: expected 1 to {asked.TOKENS:,}")
+    return rows
 
 
 def read(known: Known, wanted: asked.Reading) -> Iterator[dict[str, Any]]:
-    """The tokens of a text (T) and the features that are active on each, strongest first (T, K); 0 is none."""
-    subject, rows = known.subject, rows_of(known, wanted.text)
+    """The tokens of a text (T), and for each a list of the features that are active on it, strongest first."""
+    subject, rows = known.subject, rows_read(known, wanted.text)
     ids = [id for row in rows for id in row[1:]]
     features = []
     for row in rows:
@@ -58,7 +58,7 @@ def read(known: Known, wanted: asked.Reading) -> Iterator[dict[str, Any]]:
 
 def effect(known: Known, wanted: asked.Effect) -> Iterator[dict[str, Any]]:
     """The tokens after a position that a feature makes likelier and less likely: as it is, and held at 0."""
-    model, rows = known.subject.model, rows_of(known, wanted.text)
+    model, rows = known.subject.model, rows_read(known, wanted.text)
     row, place = divmod(wanted.position, known.context - 1)
     if row >= len(rows) or place + 1 >= len(rows[row]):
         raise UserError(f"found position {wanted.position}: expected one of the text's")

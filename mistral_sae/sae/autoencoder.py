@@ -44,7 +44,7 @@ class SparseAutoencoder(nn.Module):
     SAEs that others trained may differ in three places, for inference: `activation` is "topk", "relu" or
     "jumprelu" (f = pre where pre > threshold (F)); `normalize` is "layer_norm" (above), "constant_norm"
     (mu = 0 and s = |x| / sqrt(D)) or "none" (mu = 0 and s = 1); with `center=False`, b_dec is not subtracted
-    before the encoder. Rows of W_dec have unit norm in what we train, and any norm in what is loaded.
+    before the encoder. Rows of W_dec have unit norm in what we train, but for relu's, and any norm in what is loaded.
 
     Both matrices lie in memory feature by feature (W_enc is the transposed view of an (F, D) block), since all but
     the encoder product touches a few features' rows.

@@ -162,13 +162,16 @@ def training_needs(
     )
 
 
-def grid_needs(configs: Sequence[TrainConfig], model: _Sizes, **options: Any) -> Needs:
+def grid_needs(
+    configs: Sequence[TrainConfig], model: _Sizes, *, mesh: tuple[int, int] = (1, 1), **options: Any
+) -> Needs:
     """Estimate the memory of a run that trains several autoencoders; `options` are those of `training_needs`.
 
     All their weights and moments are there. Of gradients, and of what a step takes beside, one has its own at a time.
     """
-    needs = [training_needs(config, model, **options) for config in configs]
-    copies = sum(2 * config.d_model * config.d_hidden for config in configs[1:])  # of W_enc, in bfloat16
+    needs = [training_needs(config, model, mesh=mesh, **options) for config in configs]
+    sparse, (_, shards) = [config for config in configs[1:] if config.architecture not in PENALIZED], mesh
+    copies = sum(2 * config.d_model * config.d_hidden for config in sparse) // shards  # of W_enc, in bfloat16
     return Needs(
         _together([each.first for each in needs], copies), _together([each.later for each in needs if each.later])
     )

@@ -27,7 +27,7 @@ from mistral_sae.files import (
     write_text,
     writing,
 )
-from mistral_sae.sae.shards import load_trainer, save_trainer
+from mistral_sae.sae.shards import files_of, load_trainer, save_trainer
 from mistral_sae.sae.trainer import Trainer
 from mistral_sae.schema import Schema, Total, Words, lines, parse, read
 
@@ -38,9 +38,9 @@ SHOWN = {"step", "tokens", "loss", "normalized_mse", "dead", "tokens_per_second"
 LATEST = 20  # records of the log from which STATUS takes the rate
 # What belongs to a run, its explanations included: they name features of its autoencoder
 OF_A_RUN = (
-    "checkpoint*", "sae", "metrics.jsonl", "tensorboard", "wandb", "evaluation.json", "training.png", "activations",
-    "explanations*.jsonl", "completions*.jsonl", "statistics*", "report.html", "text.html", "chat.jsonl", "sweep.png",
-    SWEEP,
+    "checkpoint*", "sae", "metrics.jsonl", "tensorboard", "wandb", "evaluation.json", "training.png",
+    "activations", "feature_statistics*", "explanations*.jsonl", "completions*.jsonl", "report.html", "text.html",
+    "chat.jsonl", "analysis.json", "shared", "sweep.png", SWEEP,
 )  # fmt: skip
 OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 
@@ -291,9 +291,14 @@ def status(run_dir: Path) -> Iterator[str]:
     yield f"run       {run_dir}, {at_work}"
     runs, saved = [], []
     for path in checkpoints(run_dir):
-        age, size = time.time() - path.stat().st_mtime, size_of(path.stat().st_size)
+        age = time.time() - path.stat().st_mtime
         try:
-            runs.append(load_state(path, Run)[1])
+            run = load_state(path, Run)[1]
+            files = files_of(path, run.settings["d_hidden"])
+            for other in files[1:]:
+                load_state(other)
+            size = size_of(sum(file.stat().st_size for file in files))
+            runs.append(run)
             saved.append(f"saved     {path}, {size}, whole, {duration_of(age)} ago")
         except SAEError as error:
             saved.append(f"saved     {error}")

@@ -20,6 +20,14 @@ def part_of(path: Path, shard: int, shards: int) -> Path:
     return path.with_name(f"{path.stem}.{shard}-of-{shards}{path.suffix}") if shard else path
 
 
+def files_of(path: Path, n_features: int) -> list[Path]:
+    """The files of a checkpoint of so many features: `path` alone, or those of all shards. Raises SAEError."""
+    with opened(path) as file:
+        width = (*file.get_slice("b_enc").get_shape(), 0)[0] if "b_enc" in file.keys() else 0  # noqa: SIM118
+    shards = n_features // width if width and not n_features % width else 1
+    return [part_of(path, shard, shards) for shard in range(shards)]
+
+
 def save_trainer(path: Path, trainer: Trainer, metadata: dict[str, Any]) -> None:
     """Write a trainer's state, of the first replica; all ranks have to. May raise Failed."""
     mesh = trainer.mesh
@@ -47,17 +55,15 @@ def load_trainer(path: Path, trainer: Trainer, kind: Any) -> tuple[dict[str, Ten
 
 
 def _part(path: Path, trainer: Trainer) -> dict[str, Tensor]:
-    with opened(path) as file:
-        width = (*file.get_slice("b_enc").get_shape(), 0)[0] if "b_enc" in file.keys() else 0  # noqa: SIM118
     n_features, held = trainer.config.d_hidden, len(trainer.sae.b_enc)
-    shards = n_features // max(1, width)
-    if not width or n_features % width or not all(part_of(path, i, shards).exists() for i in range(shards)):
+    files = files_of(path, n_features)
+    if not all(file.exists() for file in files):
         return load_state(path)[0]  # of another size, as the check will say
-    start = trainer.mesh.shards.rank * held
+    width, start = n_features // len(files), trainer.mesh.shards.rank * held
     parts = []
     for shard in range(start // width, -(-(start + held) // width)):
         rows = slice(max(0, start - shard * width), start + held - shard * width)
-        tensors = load_state(part_of(path, shard, shards))[0]
+        tensors = load_state(files[shard])[0]
         parts.append(
             {name: tensor[rows] if _is_of_features(name, tensor) else tensor for name, tensor in tensors.items()}
         )

@@ -52,7 +52,7 @@ def write_sparsify(folder: Path, loaded: LoadedSAE) -> Path:
         "activation": "topk",
         "d_in": sae.d_model,
         "num_latents": sae.n_features,
-        "expansion_factor": sae.n_features // sae.d_model,
+        "expansion_factor": max(1, sae.n_features // sae.d_model),
         "k": sae.k,
         "normalize_decoder": True,
         "multi_topk": False,
@@ -92,6 +92,8 @@ def write_dashboards(
     """
     width = f"{n_features // 1024}k" if n_features >= 1024 else str(n_features)
     source = {"model_id": metadata.model_name, "layer": metadata.residual_layer, "sae_set": f"res-{width}"}
+    for earlier in folder.glob("batch-*.json"):  # of an export of more features
+        earlier.unlink()
     paths, lines, remaining = [], [], iter(features)
     for number in count():
         batch = list(islice(remaining, BATCH))

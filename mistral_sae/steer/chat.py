@@ -151,16 +151,15 @@ class Conversation:
 
     def prompt(self, line: str) -> list[int]:
         """Token ids, BOS included, that a reply to `line` continues; turns that leave no room for it are forgotten."""
-        while True:
-            messages = [*self.messages, {"role": "user", "content": line}]
-            ids = prompt_of(self._subject.model, messages, self._is_instruct)
+        for start in range(0, len(self.messages) + 1, 2):
+            kept = self.messages[start:]
+            ids = prompt_of(self._subject.model, [*kept, {"role": "user", "content": line}], self._is_instruct)
             if len(ids) <= self._room:
+                self.messages = kept
                 return ids
-            if not self.messages:
-                raise UserError(
-                    f"found a line of {len(ids)} tokens, expected at most {self._room}: shorten it, or see CHAT_CONTEXT"
-                )
-            del self.messages[:2]
+        raise UserError(
+            f"found a line of {len(ids)} tokens, expected at most {self._room}: shorten it, or see CHAT_CONTEXT"
+        )
 
     def _reply(self, ids: list[int], edit: AbstractContextManager) -> tuple[str, bool]:
         """Print a reply as it comes; the reply, and whether Ctrl-C stopped it."""

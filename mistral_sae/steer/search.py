@@ -37,7 +37,7 @@ TEXT_TOKENS = 8  # of the text on which it is measured what they raise, after th
 TRIED, TRIED_BY_WORDS = 8, 8  # features of which short texts are made in a round, and by words
 ROUNDS = 3  # at most, of features with an explanation and of those without
 SHORT_TEXTS, SHORT_TOKENS = 32, 16  # of all of them together, and their length
-FINALISTS, FINAL_TEXTS = 3, 2  # of which so many are made in full length, at three strengths
+FINALISTS, FINAL_TEXTS = 3, 2  # of which so many are made in full length, at four strengths
 
 Rows = Callable[[int], Tensor]  # so many rows of text (R, T)
 
@@ -145,7 +145,7 @@ def _tried(
     """What the finalists among features do to text, the most visible first, and what the others do.
 
     Each makes a few short texts at a middle strength; the best FINALISTS, which come first, make FINAL_TEXTS of full
-    length at one strength below it and two above. `classes` are what shows each feature.
+    length at one strength below it, at that one, and at two above. `classes` are what shows each feature.
     """
     subject, trials = search.subject, search.trials
     units = [replace(edit, coefficients={feature: 1.0}) for feature in classes]
@@ -324,10 +324,11 @@ def _by_words(search: Search, edit: Edit, words: str, given: float | None) -> Ef
             f"found no feature for {words!r}: expected words or parts of words that the model's text has"
         )
     explanations, half = search.subject.explanations, TRIED_BY_WORDS // 2
+    texts = {feature: each.text for feature, each in explanations.items()}
     candidates = [*list(by_label)[: max(half, TRIED_BY_WORDS - len(by_token))], *by_token][:TRIED_BY_WORDS]
     ids = set(tokens_like(search.subject.model.tokenizer, words))
     if explanations:
-        how = f"{len(by_label)} of {len(explanations):,} explanations match"
+        how = f"{len(by_explanation(words, texts))} of {len(explanations):,} explanations match"
     else:
         how = "no explanations of it (explain.py writes them)"
     print(

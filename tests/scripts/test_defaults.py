@@ -74,25 +74,25 @@ def test_mistral_7b_on_a_gpu_has_the_sizes_that_config_py_shows_in_brackets(cons
 
 def test_a_model_of_135m_on_a_cpu_has_what_it_reads_in_ten_minutes(constants):
     found = values(constants(), SMOL, CPU)
-    assert found.pop("LEARNING_RATE") == pytest.approx(1e-3 / math.sqrt(6875 / 2**14))
+    assert found.pop("LEARNING_RATE") == pytest.approx(1e-3 / math.sqrt(4000 / 2**14))
     assert found == {
         "RUN_DIR": "runs/SmolLM2-135M-Instruct",
         "TARGET_LAYER": 15,
-        "D_HIDDEN": 6875,
+        "D_HIDDEN": 4000,
         "K": 32,
-        "TRAIN_TOKENS": 440_000,
+        "TRAIN_TOKENS": 640_000,
         "BATCH_SIZE": 512,
-        "WARM_UP_STEPS": 42,
+        "WARM_UP_STEPS": 62,
         "K_AUX": 288,
-        "DEAD_AFTER_TOKENS": 88_000,
+        "DEAD_AFTER_TOKENS": 128_000,
         "MOMENTS_DTYPE": "float32",
         "BUFFER_TOKENS": 65_536,
         "ROWS_PER_FORWARD": 16,
         "CHECKPOINT_EVERY": 500,
-        "SHUFFLE_ROWS": 1719,
+        "SHUFFLE_ROWS": 2500,
         "EVALUATION_ROWS": 32,
         "EVALUATIONS": 1,
-        "EXPLAIN_TOKENS": 146_666,
+        "EXPLAIN_TOKENS": 213_333,
     }
 
 
@@ -143,9 +143,9 @@ def test_none_on_the_command_line_is_computed_on_the_stand_in_too(constants):
     assert fill(module)[2] == []
     module = constants("MISTRAL_MODEL_PATH=None", "DEVICE=cpu", "D_HIDDEN=None", "TARGET_LAYER=None")
     filled, _, found = fill(module)
-    assert (filled.D_HIDDEN, filled.TARGET_LAYER) == (8192, 3)
+    assert (filled.D_HIDDEN, filled.TARGET_LAYER) == (7500, 3)
     assert [default.name for default in found] == ["TARGET_LAYER", "D_HIDDEN", "LEARNING_RATE"]
-    assert filled.LEARNING_RATE == pytest.approx(1e-3 / math.sqrt(8192 / 2**14))
+    assert filled.LEARNING_RATE == pytest.approx(1e-3 / math.sqrt(7500 / 2**14))
 
 
 def test_the_page_on_7b_shows_what_is_computed_and_each_line_can_be_given(constants):

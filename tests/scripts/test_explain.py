@@ -136,6 +136,23 @@ def test_a_cache_of_something_else_is_made_again(here, arguments, run_dir, seed,
     assert contents_of(run_dir / "activations") != before
 
 
+def test_a_pass_that_stops_leaves_no_explanations_of_another_autoencoder(here, arguments, run_dir, monkeypatch):
+    assert here(arguments(run_dir)).code == 0
+    labels = (run_dir / "explanations.jsonl").read_bytes()
+    write_sae(run_dir / "sae", seed=1)
+    monkeypatch.setattr("mistral_sae.explain.cache._shard_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        here(arguments(run_dir))
+    assert not (run_dir / "explanations.jsonl").exists()
+    assert (run_dir / "explanations-1.jsonl").read_bytes() == labels
+
+
+def test_another_seed_makes_a_cache_again_only_where_it_shuffles_the_text(here, arguments, run_dir, monkeypatch):
+    monkeypatch.setattr("mistral_sae.data.tokens.fits_in_memory", lambda path: False)
+    assert "reading" in here(arguments(run_dir)).out  # in the order of the text, now
+    assert "reading" not in here(arguments(run_dir, SEED=1)).out
+
+
 def test_features_explained_later_stand_beside_those_of_earlier_runs(here, arguments, finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     before = {label.feature: label for label in labels_of(folder)}

@@ -39,6 +39,18 @@ def test_a_text_shows_its_tokens_and_the_features_that_fire_on_them(here, argume
     assert {name for name in after if after[name] != before.get(name)} == {"text.html"}
 
 
+def test_a_long_text_is_read_in_rows_of_the_corpus_s_length(here, arguments, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    text = " ".join(keyword.kwlist * 5)
+    assert here(arguments(folder, TEXT=text, CONTEXT_LENGTH=32)).code == 0
+    whole = page_data(folder / "text.html")
+    assert "".join(token for token, _ in whole["tokens"]) == text
+    assert len(whole["tokens"]) > 3 * 32
+    first = "".join(token for token, _ in whole["tokens"][:31])
+    assert here(arguments(folder, TEXT=first, CONTEXT_LENGTH=32)).code == 0
+    assert page_data(folder / "text.html")["tokens"] == whole["tokens"][:31]
+
+
 def test_a_text_is_not_explained_by_what_was_said_of_another_autoencoder(here, arguments, finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     told = [label.explanation for label in labels_of(folder)]

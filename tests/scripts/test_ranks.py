@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -101,6 +102,11 @@ def test_two_ranks_one_process_and_two_ranks_end_a_run_as_one_process_does(argum
     for one, other in zip(found, expected, strict=True):
         names = [name for name in other if name != "tokens_per_second"]
         assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-4)
+
+    (run_dir / "checkpoints/step-40.1-of-2.safetensors").unlink()
+    said = here(arguments(run_dir, **settings, STATUS=1)).out  # of all files of a checkpoint
+    assert re.search(r"^saved     .*step-40\.1-of-2\.safetensors", said, re.MULTILINE)
+    assert re.search(r"^saved     .*step-30\.safetensors, .*, whole", said, re.MULTILINE)
 
 
 def test_two_ranks_train_a_grid_from_activations_on_disk_as_one_process_does(arguments, here, tmp_path):

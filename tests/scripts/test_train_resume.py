@@ -233,12 +233,14 @@ def test_settings_that_do_not_shape_the_result_may_change_and_are_said(here, arg
 
 def test_resume_false_sets_the_earlier_run_aside_whole_and_trains_anew(here, arguments, copied):
     before = contents_of(copied)
-    (copied / "explanations.jsonl").write_text("{}\n")
+    of_the_run = {"explanations.jsonl": b"{}\n", "analysis.json": b"{}", "feature_statistics.safetensors": b"{}"}
+    for name, content in of_the_run.items():
+        (copied / name).write_bytes(content)
     (copied / "notes.txt").write_text("mine")
     ran = here(arguments(copied, K=4, TRAIN_TOKENS=256, RESUME=False))
     assert ran.code == 0, ran.err
     assert f"the earlier run is now in {copied / 'previous-1'}\n" in ran.out
-    assert contents_of(copied / "previous-1") == before | {"explanations.jsonl": b"{}\n"}
+    assert contents_of(copied / "previous-1") == before | of_the_run
     assert (copied / "notes.txt").read_text() == "mine"
     assert not (copied / "explanations.jsonl").exists()  # they name features of the earlier autoencoder
     assert json.loads((copied / "sae/cfg.json").read_text())["k"] == 4

@@ -154,8 +154,10 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full(lm, conversati
     assert "last" in text
     assert "reply 9" in text
     assert "question 0" not in text
+    kept = list(conversation.messages)
     with pytest.raises(UserError, match="expected at most 80"):
         conversation.prompt("word " * 100)
+    assert conversation.messages == kept  # a line that is too long costs none of them
 
 
 def test_a_tokenizer_without_a_chat_format_is_recognised(lm, hugging_face_folder, tmp_path):
