@@ -170,14 +170,9 @@ def print_feature(subject: Subject, feature: int, own: torch.Tensor) -> None:
 
 def marks_of(subject: Subject, edit: Edit, prompt_ids: list[int], ids: list[int]) -> list[display.Mark]:
     """The texts of generated tokens, marked by the strongest of the features when read without the edit."""
-    if not ids:
-        return []
-    model, n = subject.model, len(prompt_ids)
-    of_S = torch.tensor(list(edit.coefficients))
-    activations_TS = sweep.read_back(model, subject.loaded, of_S, torch.tensor([prompt_ids + ids]), n)[0]
-    shares_T = (activations_TS / subject.statistics.maximum_F[of_S].clamp_min(1e-6)).amax(dim=1)
-    pieces = model.tokenizer.strings(prompt_ids + ids)[n:]
-    return [display.Mark(text, display.level_of(share)) for text, share in zip(pieces, shares_T.tolist(), strict=True)]
+    shares = sweep.shares_of_maxima(subject, list(edit.coefficients), prompt_ids, ids)
+    pieces = subject.model.tokenizer.strings(prompt_ids + ids)[len(prompt_ids) :]
+    return [display.Mark(text, display.level_of(share)) for text, share in zip(pieces, shares, strict=True)]
 
 
 # ---- a table over coefficients ----

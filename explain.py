@@ -118,7 +118,7 @@ def open_pair(filled: Filled, spec: ModelSpec) -> tuple[LoadedSAE, LanguageModel
 
 def model_name(model: LanguageModel) -> str:
     """The model's name, for people."""
-    return cli.STANDIN if config.ON_STANDIN else model.name
+    return cli.STANDIN_NAME if config.ON_STANDIN else model.name
 
 
 # ---- explanations and scores ----

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from rich import filesize
 from tqdm import tqdm
 
-STANDIN = "the bundled stand-in, a tiny Mistral that has read nothing but Python"  # what the scripts call it
+STANDIN_NAME = "the bundled stand-in, a tiny Mistral that has read nothing but Python"  # what the scripts call it
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import GenericAlias, ModuleType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from mistral_sae.cli import STANDIN, UserError, begin, expect, fail, one_line, printable, quoted
+from mistral_sae.cli import STANDIN_NAME, UserError, begin, expect, fail, one_line, printable, quoted
 
 One = TypeVar("One")
 CONSTANT = re.compile(r"([A-Z_]+): .*?(?:  # (.*))?$")  # a line of config.py, with its comment
@@ -38,7 +38,7 @@ def start(script: str, config: ModuleType) -> None:
     if len(arguments) < len(sys.argv) - 1:
         print(*described(config, script), sep="\n")
         sys.exit(0)
-    print(f"{script}: {printable(config.MISTRAL_MODEL_PATH or '') or f'{STANDIN} (not Mistral 7B)'}")
+    print(f"{script}: {printable(config.MISTRAL_MODEL_PATH or '') or f'{STANDIN_NAME} (not Mistral 7B)'}")
 
 
 def described(config: ModuleType, script: str) -> Iterator[str]:

@@ -301,6 +301,11 @@ class Cache:
         self.counts_F = torch.from_numpy(np.sum([np.diff(shard.offsets) for shard in shards], axis=0))
         self.maxima_F = torch.from_numpy(np.max([shard.maxima for shard in shards], axis=0)).float()
 
+    def spread(self, count: int) -> list[int]:
+        """The numbers of so many shards, or of all, evenly from the first to the last."""
+        n = len(self.shards)
+        return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)).tolist()
+
     def activations(self, feature: int, shards: Iterable[int] | None = None) -> Passages:
         """The tokens on which a feature fires, in all of the shards or those of these numbers, in their order.
 

@@ -119,8 +119,7 @@ class Sample:
 
     def __init__(self, cache: Cache, settings: Settings):
         self.cache, self._seed = cache, settings.seed
-        n_shards = len(cache.shards)
-        self.shards = np.unique(np.linspace(0, n_shards - 1, min(SAMPLE_SHARDS, n_shards)).round().astype(int)).tolist()
+        self.shards = cache.spread(SAMPLE_SHARDS)
         parts = []
         for number in self.shards:
             shard, start = cache.shards[number], number * cache.shard_tokens

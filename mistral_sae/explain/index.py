@@ -49,8 +49,7 @@ def index_of(
 def strongest_tokens(cache: Cache) -> dict[int, list[int]]:
     """For each feature the tokens on which it is strongest in some shards, strongest first: NAMED_TOKENS at most."""
     found: dict[int, dict[int, float]] = {}
-    n = len(cache.shards)
-    for number in np.unique(np.linspace(0, n - 1, min(SHARDS, n)).round().astype(int)):
+    for number in cache.spread(SHARDS):
         shard = cache.shards[number]
         counts = np.diff(shard.offsets)
         (at,) = np.nonzero(shard.values == np.repeat(shard.maxima, counts))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mistral_sae.cli import STANDIN, UserError
+from mistral_sae.cli import STANDIN_NAME, UserError
 from mistral_sae.explain import cache
 from mistral_sae.explain.examples import FeatureRecords, Settings
 from mistral_sae.explain.index import index_of
@@ -61,7 +61,7 @@ def known_of(constants: Any, subject: Subject, labels: Mapping[int, Label]) -> K
     demo, is_instruct = command("demo.py", constants), not constants.ON_STANDIN and has_chat_format(model)
     return Known(
         subject=subject,
-        name=STANDIN if constants.ON_STANDIN else model.name,
+        name=STANDIN_NAME if constants.ON_STANDIN else model.name,
         labels=labels,
         records=records,
         listed={**index, **SHARES, "records": len(index["feature"]), "intervals": INTERVALS, "demo": demo},

@@ -71,12 +71,9 @@ def figures(subject: Subject, features: list[int], prompt_ids: list[int], trial:
 
     How strongly is the largest share of a feature's maximum.
     """
-    model, loaded, n, (ids,) = subject.model, subject.loaded, len(prompt_ids), trial.texts
-    tokens, shares = model.tokenizer.strings([*prompt_ids, *ids])[n:], [0.0] * len(ids)
-    if features and ids:
-        of_S = torch.tensor(features)
-        activations_TS = sweep.read_back(model, loaded, of_S, torch.tensor([[*prompt_ids, *ids]]), n)[0]
-        shares = (activations_TS / subject.statistics.maximum_F[of_S].clamp_min(1e-6)).amax(dim=1).tolist()
+    (ids,) = trial.texts
+    tokens = subject.model.tokenizer.strings([*prompt_ids, *ids])[len(prompt_ids) :]
+    shares = sweep.shares_of_maxima(subject, features, prompt_ids, ids)
     return {"tokens": tokens, "shares": shares, "figures": trial.pooled._asdict()}
 
 

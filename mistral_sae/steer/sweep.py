@@ -103,6 +103,17 @@ def read_back(
     return activations_of(loaded.sae, x_BTD, features_S)[0].cpu()
 
 
+def shares_of_maxima(
+    subject: Subject, features: Sequence[int], prompt_ids: Sequence[int], ids: Sequence[int]
+) -> list[float]:
+    """How strongly some features fire on each token of a text, read without an edit: the largest share of a maximum."""
+    if not features or not ids:
+        return [0.0] * len(ids)
+    of_S, tokens_1T = torch.tensor(features), torch.tensor([[*prompt_ids, *ids]])
+    activations_TS = read_back(subject.model, subject.loaded, of_S, tokens_1T, len(prompt_ids))[0]
+    return (activations_TS / subject.statistics.maximum_F[of_S].clamp_min(1e-6)).amax(dim=1).tolist()
+
+
 def repetition(text: Sequence[int]) -> float:
     """Share of the NGRAM-grams of a text's tokens that occur in it earlier; 0 for a text shorter than one."""
     grams = [tuple(text[i : i + NGRAM]) for i in range(len(text) - NGRAM + 1)]
