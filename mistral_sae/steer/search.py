@@ -21,6 +21,7 @@ from mistral_sae.data.activations import residuals_of
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.model.tokenizer import Tokenizer
 from mistral_sae.sae.checkpoint import LoadedSAE
+from mistral_sae.steer import sweep
 from mistral_sae.steer.display import print_line
 from mistral_sae.steer.effect import VISIBLE, Class, Effect, each_alone, effects_of, strengths_of
 from mistral_sae.steer.steering import Coefficient, Edit, SteeringError, Subject, steer
@@ -116,14 +117,19 @@ def choose_and_begin(
 
 def _to_the_end(search: Search, edit: Edit, found: Effect) -> Effect:
     """The same at the strongest strength, up to its own, at which the text that is shown stays fluent to its end."""
-    trials = search.trials._replace(seeds=search.trials.seeds[:1], max_tokens=search.shown_tokens)
-    strengths = found.tried[: found.tried.index(found.strength) + 1]
-    (whole,) = effects_of(search.subject, edit, {found.feature: strengths}, {}, trials)
-    if whole.strength != found.strength:
-        print(
-            f"             then {whole.strength:g}: at more the text below, which is longer, is not fluent to its end"
-        )
-    return whole
+    (model, loaded, *_), ids, seeds = search.subject, search.trials.prompt_ids, 2 * [search.trials.seeds[0]]
+    (own_begins, steered_begins), tokens = found.texts, search.shown_tokens
+    for strength in reversed(found.tried[: found.tried.index(found.strength) + 1]):
+        begun = own_begins, steered_begins if strength == found.strength else []
+        chosen = replace(edit, coefficients={found.feature: strength})
+        with chosen.alone_in(1, rows=2).context(search.subject, len(ids)):
+            texts = model.sample(ids, seeds, tokens, search.trials.temperature, begun=begun)
+        own, steered = sweep.measure(model, loaded, [found.feature], ids, texts)
+        if sweep.is_fluent(steered, own):
+            break
+    if strength != found.strength:
+        print(f"             then {strength:g}: at more the text below, which is longer, is not fluent to its end")
+    return found._replace(strength=strength, texts=texts)
 
 
 def parse(words: str) -> int | str | dict[int, Coefficient]:
