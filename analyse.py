@@ -66,7 +66,9 @@ def main() -> None:
     if config.CONTROL_TOKENS:
         print(f"control   an autoencoder of the same model without what it learned, {config.CONTROL_TOKENS:,} tokens")
         randomise(model, config.SEED)
-        sizes = replace(TrainConfig.of(config, spec.d_model), d_hidden=sae.n_features, k=sae.k or config.K)
+        sizes = replace(TrainConfig.of(config, spec.d_model), d_hidden=sae.n_features)
+        if sae.activation == "topk":
+            sizes = replace(sizes, k=sae.k)
         untrained = train_briefly(model, layer, Corpus.of(config), sizes, config.CONTROL_TOKENS, filled.SHUFFLE_ROWS)
         control = read_activity(model, untrained, layer, texts, filled.ROWS_PER_FORWARD)
         codes[UNTRAINED] = Sparse(control.values_NK, control.indices_NK, untrained.n_features)

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +131,8 @@ def joined(mesh: str | None, device_type: str, is_plan: bool = False) -> Iterato
     if device:
         torch.cuda.set_device(device)
     report = sys.excepthook
-    dist.init_process_group("nccl" if device else "gloo")
+    # One may write residuals for days, or load a model, while the others wait: that a rank has ended torchrun sees
+    dist.init_process_group("nccl" if device else "gloo", timeout=timedelta(days=100))
     sys.excepthook = report  # PyTorch's loses what a hook says that exits
     try:
         yield connect(mesh, device_type)._replace(device=device)

@@ -69,7 +69,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def hosts_of(port: int) -> set[str]:
     """The Host headers of requests from this machine."""
-    return {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
+    names = ("127.0.0.1", "localhost", "[::1]")
+    return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())  # which browsers leave out
 
 
 def make_app(known: Known, engine: Engine, hosts: set[str] | None, token: str | None) -> Starlette:

@@ -9,7 +9,7 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -84,8 +84,12 @@ class Engine:
                     return
                 active.appendleft(new)  # its first step is waited for, a further one less
             job = active.popleft()
-            if not job.is_closed and _step(job):
+            if job.is_closed:
+                if isinstance(job.steps, Generator):
+                    job.steps.close()  # now, and not when the next request comes: it may hold a KV cache
+            elif _step(job):
                 active.append(job)
+            del job
 
 
 def _step(job: _Job) -> bool:

@@ -3,15 +3,15 @@
 import json
 import secrets
 from collections.abc import Collection
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "token"
+COOKIE = "mistral_sae_token"  # a name of its own: all servers of a host share their cookies
 # The page has a policy for its own script and style; this holds for whatever else a browser is shown
 HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -78,9 +78,9 @@ class Guard:
             answer = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, given, httponly=True, samesite="strict")
             return answer
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE)
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if self._is_token(bearer) or (cookie is not None and self._is_token(cookie.value)):
+        if self._is_token(bearer) or (cookie is not None and self._is_token(cookie)):
             return None
         return refused(401, "found no token: expected the address that demo.py printed, or the token as the API key")
 

@@ -95,10 +95,11 @@ def page(known: Known, feature: int) -> Iterator[dict[str, Any]]:
 def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
     """Figures of texts at no strength, then at one strength after another, and at last which is the strongest fluent.
 
-    Several features keep their proportions.
+    Several features keep their proportions, and one that is clamped at 0 stays there.
     """
     subject, edit = known.subject, wanted.steer.edit()
     given = {feature: float(c) for feature, c in wanted.steer.coefficients.items() if c}
+    held = {feature: 0.0 for feature, c in wanted.steer.coefficients.items() if c == 0 and edit.method == "clamp"}
     if edit.method == "ablate" or not given:
         raise UserError(
             "found nothing to sweep over: expected a strength that is not 0, and another method than ablate"
@@ -117,7 +118,7 @@ def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
 
     def context(scales_B: list[float]) -> AbstractContextManager[None]:
         scaled = {feature: c * torch.tensor(scales_B) for feature, c in given.items()}
-        return replace(edit, coefficients=scaled).context(subject, len(ids))
+        return replace(edit, coefficients={**scaled, **held}).context(subject, len(ids))
 
     (scales,) = search.strengths([edit])
     for scale in scales:

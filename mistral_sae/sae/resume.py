@@ -294,7 +294,8 @@ def status(run_dir: Path) -> Iterator[str]:
         age = time.time() - path.stat().st_mtime
         try:
             run = load_state(path, Run)[1]
-            files = files_of(path, run.settings["d_hidden"])
+            width = run.settings.get("d_hidden")
+            files = files_of(path, width if isinstance(width, int) else 0)
             for other in files[1:]:
                 load_state(other)
             size = size_of(sum(file.stat().st_size for file in files))

@@ -24,7 +24,7 @@ def files_of(path: Path, n_features: int) -> list[Path]:
     """The files of a checkpoint of so many features: `path` alone, or those of all shards. Raises SAEError."""
     with opened(path) as file:
         width = (*file.get_slice("b_enc").get_shape(), 0)[0] if "b_enc" in file.keys() else 0  # noqa: SIM118
-    shards = n_features // width if width and not n_features % width else 1
+    shards = n_features // width if n_features and width and not n_features % width else 1
     return [part_of(path, shard, shards) for shard in range(shards)]
 
 

@@ -173,6 +173,8 @@ def steering_vector(subject: Subject, edit: Edit, prompt: str) -> Tensor:
     """What a clamp adds to residuals (D) where its features are silent, at their median deviation over a prompt."""
     model, sae, layer = subject.model, subject.loaded.sae, subject.loaded.metadata.residual_layer
     _, _, std_T1 = sae.standardize(model.residuals([model.encode(prompt)], layer)[0, 1:])
+    if not len(std_T1):
+        raise UserError("found PROMPT '': expected some text, over which a clamp is measured")
     clamped = edit.in_units_of_steer(subject)
     activations_S = torch.tensor([float(c or 0) for c in clamped.values()], device=sae.W_dec.device)
     return (float(std_T1.median()) * activations_S @ sae.W_dec[list(clamped)]).cpu()

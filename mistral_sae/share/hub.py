@@ -58,11 +58,12 @@ def card(repository: str, members: Sequence[Member], model: str | None) -> str:
     is_on_hub = ON_HUB.fullmatch(base) and not Path(base).exists()
     name = base if is_on_hub else described.metadata.model_name or "a model without a name"
     text = described.metadata.dataset_path or "unknown text"
+    data_set = re.split("[:@]", text)[0]  # without its configuration or revision
     data = ModelCardData(
         base_model=base if is_on_hub else None,
         library_name="saelens",
         tags=TAGS,
-        datasets=[text] if ON_HUB.fullmatch(text) else None,
+        datasets=[data_set] if ON_HUB.fullmatch(data_set) and not Path(data_set).exists() else None,
     )
     made = ModelCard.from_template(
         data,

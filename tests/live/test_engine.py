@@ -78,6 +78,25 @@ def test_a_stream_that_is_closed_frees_its_place_and_takes_no_more_steps(engine)
     assert engine.jobs == 0
 
 
+def test_a_stream_that_is_closed_holds_nothing_while_the_engine_waits(engine):
+    freed = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                yield 1
+        finally:
+            freed.set()
+
+    async def run():
+        stream = engine.stream(endless())
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(run())
+    assert freed.wait(5)
+
+
 def test_too_many_jobs_are_told_so(engine, monkeypatch):
     monkeypatch.setattr(engine_module, "WAITING", 1)
     release = threading.Event()

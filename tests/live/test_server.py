@@ -197,6 +197,9 @@ def test_a_sweep_ends_with_what_it_found(client, steer):
     assert strengths == sorted(strengths)
     assert verdict["strongest"] in [None, *strengths]
     assert isinstance(verdict["visible"], bool)
+    other = next(f for f in range(99) if str(f) not in steer["features"])
+    held = {"features": steer["features"] | {str(other): 0.0}}
+    assert [row["strength"] for row in events(client.post("/sweep", json=wanted | {"steer": held}))[1:-1]] == strengths
     against = {"features": {feature: -strength for feature, strength in steer["features"].items()}}
     assert events(client.post("/sweep", json=wanted | {"steer": against}))[-1]["visible"] is None
     refused = client.post("/sweep", json=wanted | {"steer": steer | {"method": "ablate"}})
@@ -321,6 +324,9 @@ def test_elsewhere_nothing_is_answered_without_the_token(known):
         assert visitor.get("/features", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert visitor.get("/?token=secret").status_code == 303
         assert visitor.get("/").status_code == 200  # by the cookie
+        own = "; ".join(f"{name}={value}" for name, value in visitor.cookies.items())
+        others = {"Cookie": f'theirs={{"a": 1}}; token=x; a@b=1; {own}'}  # of other servers of this host
+        assert httpx2.get(f"{server.address}/", headers=others).status_code == 200
         assert visitor.get("/", headers={"Host": "a.name.of.this.machine"}).status_code == 200
 
 

@@ -80,6 +80,7 @@ def test_a_push_ends_with_how_to_load_it(shared, hub, tmp_path):
         ({}, "found neither PUSH_TO nor FORM"),
         ({"PUSH_TO": "mine"}, "PUSH_TO is 'mine': expected owner/name"),
         ({"PUSH_TO": "me/mine", "SAE_PATH": "other"}, "found PUSH_TO with SAE_PATH"),
+        ({"FORM": "control-vector", "FEATURE_INDEX": 3, "PROMPT": ""}, "found PROMPT ''"),
         ({"FORM": "onnx"}, "FORM is 'onnx': expected sparsify, neuronpedia, control-vector or lm-eval"),
         ({"FORM": "lm-eval"}, "FEATURE_INDEX is None: expected a feature's number"),
         ({"FORM": "lm-eval", "FEATURE_INDEX": 10**6}, "found feature 1000000"),

@@ -257,7 +257,7 @@ def test_the_plan_says_what_was_computed_and_why(here, arguments, tmp_path):
     ran = here(left)
     assert (ran.code, ran.err) == (0, "")
     assert "\ncomputed  from the model and the device\n  RUN_DIR=runs/tiny " in ran.out
-    assert re.search(r"^  D_HIDDEN=[\d_]+ +one for every 64 tokens, at most 32 times the width", ran.out, re.M)
+    assert re.search(r"^  D_HIDDEN=[\d_]+ +one for every 160 tokens, at most 32 times the width", ran.out, re.M)
     assert "TARGET_LAYER" not in ran.out
 
 

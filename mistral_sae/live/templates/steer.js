@@ -155,7 +155,7 @@ async function sweep(signal) {
     if ("strength" in item) rows.push(item);
     else $("steer-status").replaceChildren(item.visible === false ? h("strong", {}, "No visible effect. ") : "", item.why);
     const best = item.strongest ?? null;
-    const take = (strength) => h("button", { type: "button", title: "Steer as strongly", onclick: () => use(strength) },
+    const take = (strength) => h("button", { type: "button", title: "Steer as strongly", onclick: () => use(strength, wanted.steer.features) },
       figure(strength));
     const row = ({ strength, cross_entropy, rate, repetition, text }) =>
       h("tr", { class: strength === best ? "best" : null },
@@ -168,11 +168,12 @@ async function sweep(signal) {
   }
 }
 
-/** Take a strength of the sweep; several features keep their proportions, one its sign. */
-function use(strength) {
-  const numbers = edits().map(({ dataset }) => field(`f${dataset.feature}`));
-  for (const number of numbers) {
-    number.value = strength * (numbers.length > 1 ? Number(number.value) : Math.sign(number.value) || 1);
+/** Take a strength of a sweep over some coefficients; several features keep their proportions, one its sign. */
+function use(strength, swept) {
+  const several = Object.values(swept).filter(Boolean).length > 1;
+  for (const [feature, coefficient] of Object.entries(swept)) {
+    const number = field(`f${feature}`);
+    if (number) number.value = strength * (several ? coefficient : Math.sign(coefficient));
   }
   drawEdits();
   keep();
