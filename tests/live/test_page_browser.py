@@ -128,6 +128,10 @@ def test_a_link_holds_the_whole_state(page, live, known):
     assert "PROMPT='import re\n# it'\\''s a test'" in text(page, "#command")
     click(page, "#steer-form button.main")
     assert written(page) == texts
+    find(page, "#prompt").clear()
+    find(page, "#prompt").send_keys("x", Keys.BACKSPACE)
+    visit(page, page.current_url)
+    assert find(page, "#prompt").get_property("value") == ""
 
 
 def test_a_sweep_is_drawn_and_its_strengths_can_be_taken(page, live, known):
@@ -140,6 +144,18 @@ def test_a_sweep_is_drawn_and_its_strengths_can_be_taken(page, live, known):
     click(page, "#swept tbody tr:nth-child(3) button")
     strength = float(text(page, "#swept tbody tr:nth-child(3) th"))
     assert float(find(page, f"[name=f{feature}]").get_property("value")) == pytest.approx(-strength, rel=0.01)
+
+
+def test_strengths_of_a_sweep_over_two_features_keep_their_proportions_whichever_is_taken_before(page, live, known):
+    features = known.subject.statistics.density_F.topk(2).indices.tolist()
+    visit(page, f"{live.address}/#view=steer&f{features[0]}=1&f{features[1]}=2")
+    click(page, "#sweep")
+    wait(page, "document.getElementById('steer-status').textContent.includes('a token')")
+    for row in (3, 6):
+        click(page, f"#swept tbody tr:nth-child({row}) button")
+        strength = float(text(page, f"#swept tbody tr:nth-child({row}) th"))
+        found = [float(find(page, f"[name=f{feature}]").get_property("value")) for feature in features]
+        assert found == pytest.approx([strength, 2 * strength], rel=0.02)
 
 
 def test_a_conversation_is_steered_and_can_be_compared(page, live, known):

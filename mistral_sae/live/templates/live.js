@@ -56,7 +56,7 @@ const kept = () => [...document.querySelectorAll("form.kept [name]")];
 function keep() {
   const view = document.documentElement.dataset.view;
   const params = new URLSearchParams(state.open === null ? { view } : { feature: state.open });
-  for (const field of kept()) if (field.value) params.set(field.name, field.value);
+  for (const field of kept()) if (field.value || field.defaultValue) params.set(field.name, field.value);
   history.replaceState(null, "", `#${params}`);
 }
 
@@ -67,7 +67,7 @@ async function route() {
   for (const field of kept().filter(({ name }) => wanted.has(name))) {
     const before = field.value;
     field.value = wanted.get(field.name);
-    if (!field.value) field.value = before; // it was no number, or none of the choices
+    if (!field.value && wanted.get(field.name)) field.value = before; // it was no number, or none of the choices
   }
   drawEdits();
   if (/^\d+$/.test(feature ?? "")) await openFeature(Number(feature));
