@@ -140,10 +140,11 @@ def fits_in_memory(data_path: str) -> bool:
 
 
 def fingerprint(data_path: str) -> str:
-    """A hash of the files of a corpus, wherever they lie: of names, sizes and contents, of more than 256 MB in pieces.
+    """A hash of the files of a corpus, wherever they lie: of names, sizes and contents, as far as that is quick.
 
-    Of a dataset on the hub it is name@commit, or its name where the commit cannot be found out. Raises TextError as
-    `check` does.
+    All files together take 256 MB: of one that has more than its even share, PIECES are read, evenly spread. Of a
+    dataset on the hub it is name@commit, or its name where the commit cannot be found out. Raises TextError as `check`
+    does.
     """
     files = _files(data_path)
     if files is None:
