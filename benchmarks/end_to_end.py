@@ -18,7 +18,6 @@ import base64
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import config
-from benchmarks.machine import save
+from benchmarks.machine import peak_megabytes, save
 from mistral_sae import constants
 from mistral_sae.data.activations import residuals_of, shuffled_batches
 from mistral_sae.data.records import Document
@@ -253,11 +252,6 @@ def measured(run: Callable[[], Any], language_model: list[float]) -> dict[str, f
         "peak_megabytes": peak_megabytes(),
         "of_which_training": peak_megabytes() - before,
     }
-
-
-def peak_megabytes() -> float:
-    """The most memory that this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def quality(sae: SparseAutoencoder) -> dict[str, float]:

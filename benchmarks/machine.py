@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join([*_model(), "python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 
@@ -43,6 +43,18 @@ def save(name: str, results: Any) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(describe() | {"results": results}, indent=1) + "\n")
     print(f"written to {path.relative_to(RESULTS.parent.parent)}")
+
+
+def peak_megabytes() -> float:
+    """What this process needed at most until now; Linux alone tells (getrusage counts the parent's, too)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def _model() -> list[str]:
+    """The one variable of the environment that changes what is measured, as a shell sets it."""
+    name = "MISTRAL_MODEL_PATH"
+    return [f"{name}={os.environ[name]}"] if os.environ.get(name) else []
 
 
 def _processor() -> str:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.machine import save
+from benchmarks.machine import peak_megabytes, save
 from benchmarks.peers import sparsify_step
 from mistral_sae.sae.kernels.step import bf16_pays
 from mistral_sae.sae.trainer import TrainConfig, Trainer
@@ -64,13 +64,21 @@ def dead_features(size: Size) -> torch.Tensor:
     return torch.randperm(size.F, generator=torch.Generator().manual_seed(1))[: int(size.dead * size.F)].sort().values
 
 
+def keep_dead(b_enc: torch.Tensor, dead: torch.Tensor, W_enc: torch.Tensor) -> None:
+    """Lower the biases of dead features by two standard deviations of their pre-activations, W_enc (D, F).
+
+    About where those of dead features lay in trainings of the stand-in; far below the K-th largest of all.
+    """
+    b_enc.data[dead] = -2 * torch.linalg.vector_norm(W_enc.data[:, dead], dim=0)
+
+
 def ours(size: Size, bf16: bool | None = None) -> Callable[[torch.Tensor], Any]:
     """Our step; by default its encoder product is in bfloat16 where that pays."""
     config = TrainConfig(size.D, size.F, size.K, k_aux=size.D // 2, dead_after_tokens=10**9)
     trainer = Trainer(config, bf16=bf16)
     trainer.initialize(torch.randn(256, size.D))
     dead = dead_features(size)
-    trainer.sae.b_enc[dead] = -100.0
+    keep_dead(trainer.sae.b_enc, dead, trainer.sae.W_enc)
     trainer.dead = dead
     return lambda x: trainer.step(x, LEARNING_RATE)
 
@@ -91,7 +99,7 @@ def sae_lens(size: Size) -> Callable[[torch.Tensor], Any]:
     )
     trainer = SAETrainer(config, sae, iter(()))
     dead = dead_features(size)
-    sae.b_enc.data[dead] = -100.0
+    keep_dead(sae.b_enc, dead, sae.W_enc)
     trainer.n_forward_passes_since_fired[dead] = 1e9
     return trainer.step
 
@@ -107,7 +115,7 @@ def sparsify(size: Size) -> Callable[[torch.Tensor], Any]:
     optimizer = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE)
     mask = torch.zeros(size.F, dtype=torch.bool)
     mask[dead_features(size)] = True
-    coder.encoder.bias.data[mask] = -100.0
+    keep_dead(coder.encoder.bias, dead_features(size), coder.encoder.weight.T)
 
     return lambda x: sparsify_step(coder, optimizer, x, dead_mask=mask if size.dead else None)
 
@@ -167,17 +175,11 @@ def print_peak_memory(name: str, size: Size) -> None:
     tiny = STEPS[name](Size(8, 64, 4, 16, 0.0))  # imports and libraries' own buffers
     tiny(torch.randn(16, 8))
     x = torch.randn(size.B, size.D)
-    before = peak_so_far()
+    before = peak_megabytes()
     step = STEPS[name](size)
     for _ in range(3):
         step(x)
-    print(peak_so_far() - before)
-
-
-def peak_so_far() -> float:
-    """Megabytes that this process needed at most until now; Linux alone tells (getrusage counts the parent's, too)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    print(peak_megabytes() - before)
 
 
 def kind() -> str:
