@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/pip install -q --disable-pip-version-check
 export MPLBACKEND = agg
+unexport MISTRAL_MODEL_PATH  # all of this is of the stand-in, or of the model it names
 
 .PHONY: quickstart english test bench clean gpu-check
 
@@ -17,7 +18,7 @@ quickstart: .venv/installed  ## train, explain and steer on the bundled stand-in
 # The same on a small model of English: `make english ENGLISH="MISTRAL_MODEL_PATH=smollm2 DATA_PATH=owner/name"` takes
 # its text from the hub
 ENGLISH = MISTRAL_MODEL_PATH=smollm2
-english: .venv/installed-english  ## train, explain and steer SmolLM2-135M, in under half an hour on two cores
+english: .venv/installed-english  ## train, explain and steer SmolLM2-135M, in some twenty minutes on two cores
 	@$(BIN)/python train.py $(ENGLISH)
 	@echo
 	@$(BIN)/python explain.py $(ENGLISH) EXPLAINER=offline
