@@ -3,8 +3,8 @@
     python -m benchmarks.english [NAME=value ...]
 
 All autoencoders see the same residuals of SmolLM2-135M-Instruct, read once at every layer of LAYERS, in the same order,
-for as many tokens as `make english` trains on. Measured on held-out text: normalized MSE, the share of the
-cross-entropy recovered, and dead features; and how many tokens a second the model reads up to the layer.
+for TRAIN_TOKENS, by default as many as `make english` trains on. Measured on held-out text: normalized MSE, the share
+of the cross-entropy recovered, and dead features; and how many tokens a second the model reads up to the layer.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The training step of a peer, for the benchmarks that measure it and the one that counts it."""
+"""The training of peers, for the benchmarks that measure it."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -22,6 +22,7 @@ import torch
 
 from mistral_sae.sae import trainer
 from mistral_sae.sae.autoencoder import SparseAutoencoder
+from mistral_sae.sae.kernels import portable
 from mistral_sae.sae.kernels import step as topk_step
 from mistral_sae.sae.kernels.devices import operations
 from mistral_sae.sae.trainer import Trainer
@@ -53,6 +54,7 @@ def step_parts(device: torch.device) -> list[Part]:
         Part(topk_step, "gradients", "sort by feature"),
         Part(kernels, "row_products", "gradient of activations, norm of the decoder's"),
         Part(kernels, "squares", "norm of the encoder's gradient"),
+        Part(portable, "most_squares", "norm of the encoder's gradient"),
         Part(kernels, "adam_rows", "gradients, projection, Adam, rounding, rows"),
     ]
 
