@@ -57,11 +57,12 @@ def rivals(z_ND: Tensor, n_directions: int, seed: int) -> dict[str, Tensor]:
     PCA is that of the residuals given.
     """
     d_model, generator = z_ND.shape[1], torch.Generator().manual_seed(seed)
+    centred_ND = (z_ND - z_ND.mean(dim=0)).float().cpu()
     rotation_DD = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))[0]
     return {
         "basis directions": torch.eye(d_model),
         "a random rotation": rotation_DD,
-        "principal components": torch.linalg.svd(z_ND.float().cpu(), full_matrices=False)[2],
+        "principal components": torch.linalg.svd(centred_ND, full_matrices=False)[2],
         "random directions": normalize(torch.randn(n_directions, d_model, generator=generator), dim=1),
     }
 

@@ -33,6 +33,14 @@ def answer(rows_FD: Tensor, z_ND: Tensor) -> tuple[str, str]:
     return verdict(decoder_geometry(rows_FD), D, found, "features")
 
 
+def test_principal_components_are_of_what_differs_between_tokens_and_not_of_their_mean():
+    z_ND = randn(N, D) * torch.linspace(1, 3, D)
+    for mean in (0.0, 100.0):
+        first = rivals(z_ND + mean, n_directions=1, seed=0)["principal components"][0]
+        assert first.abs().argmax() >= D - 3
+        assert first[: D // 2].abs().max() < 0.2
+
+
 def test_features_that_are_the_neurons_are_no_superposition():
     word, sentence = answer(torch.eye(D), sparse_sums(torch.eye(D)))
     assert word == "neurons"
