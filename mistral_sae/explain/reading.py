@@ -82,13 +82,13 @@ def read_corpus(
     return found
 
 
-@torch.no_grad()
 def rows_of(model: LanguageModel, text: str, row_tokens: int) -> list[list[int]]:
     """The token ids of a text in rows of as many as the corpus's have, each with its BOS first; of no text no row."""
     bos, *ids = model.encode(text)
     return [[bos, *ids[i : i + row_tokens - 1]] for i in range(0, len(ids), row_tokens - 1)]
 
 
+@torch.no_grad()
 def strongest(model: LanguageModel, loaded: LoadedSAE, ids: list[int], count: int) -> list[list[tuple[int, float]]]:
     """The strongest features of each token of a row but the first, the BOS: at most so many (feature, activation)."""
     encoded = loaded.sae.encode(model.residuals(torch.tensor([ids]), loaded.metadata.residual_layer)[0, 1:])

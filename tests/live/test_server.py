@@ -96,6 +96,14 @@ def test_activations_are_those_of_the_autoencoder(client, known):
     assert found["features"] == indices.gather(1, best.indices).tolist()
 
 
+def test_a_text_is_read_without_gradients(known, monkeypatch):
+    sae, with_gradients = known.subject.loaded.sae, []
+    encode = sae.encode
+    monkeypatch.setattr(sae, "encode", lambda x: with_gradients.append(torch.is_grad_enabled()) or encode(x))
+    list(looking.read(known, asked.Reading(text=TEXT)))
+    assert with_gradients == [False]
+
+
 def test_a_text_longer_than_a_row_is_read_in_several(client, known):
     found = client.post("/activations", json={"text": "x = 1\n" * 40}).json()
     assert len(found["ids"]) > known.context
