@@ -67,6 +67,7 @@ def main() -> None:
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         atexit.register(gc.unfreeze)  # libraries such as triton complain of what is left at the end
         reading, settings, folder = Reading.of(config), Settings.of(config), run_dir / cache.FOLDER
+        print(f"corpus    {(corpus := reading.corpus.check())}")
         path, is_first = run_dir / "explanations.jsonl", not (config.DRY_RUN or cli.rank())
         if is_first and not cache.is_of(folder, hash_of_sae(loaded.sae)) and (moved_to := set_aside(path)):
             print(f"the explanations of another autoencoder are in {moved_to}")  # before there is a cache of this one
@@ -92,7 +93,7 @@ def main() -> None:
         write_labels(path, every.values())
         if list(every) != labelled:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
-        run = report.run_of(config, model_name(model), loaded, reading.corpus.check(), activations)
+        run = report.run_of(config, model_name(model), loaded, corpus, activations)
         others = index_of(model, loaded.sae, activations.statistics(), activations, without=every)
         with cli.Progress(records, "report", unit=" features") as features:
             report.write_report(run_dir / "report.html", run, features, every, others)

@@ -57,7 +57,6 @@ def read_corpus(
     in place of writing over a cache of something else. Several ranks share the pass.
     """
     layer, row_tokens = loaded.metadata.residual_layer, reading.corpus.context_length
-    print(f"corpus    {reading.corpus.check()}")
     described = cache.made_from(model, loaded.sae, layer, reading.described())
     found, why = cache.open_cache(folder, described)
     ranks.wait()  # until all have looked
