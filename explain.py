@@ -215,22 +215,21 @@ def show_text(text: str, filled: Filled, spec: ModelSpec) -> None:
     """Write the page of TEXT: the strongest features of each of its tokens."""
     run_dir = Path(filled.RUN_DIR)
     loaded, model = open_pair(filled, spec)
-    layer, rows = loaded.metadata.residual_layer, rows_of(model, text, config.CONTEXT_LENGTH)
+    folder, autoencoder = run_dir / cache.FOLDER, hash_of_sae(loaded.sae)
+    rows = rows_of(model, text, config.CONTEXT_LENGTH)
     ids = [id for row in rows for id in row[1:]]
     features = [each for row in rows for each in strongest(model, loaded, row, SHOWN_FEATURES)]
     tokens = [report.TextToken(*each) for each in zip(model.tokenizer.strings(ids), features, strict=True)]
-    described = cache.made_from(model, loaded.sae, layer, Reading.of(config).described())
-    are_ours = cache.is_of(run_dir / cache.FOLDER, described["autoencoder"])
-    labels = read_labels(run_dir / "explanations.jsonl") if are_ours else {}
-    activations, why = cache.open_cache(run_dir / cache.FOLDER, described)
+    labels = read_labels(run_dir / "explanations.jsonl") if cache.is_of(folder, autoencoder) else {}
+    activations = cache.open_of(folder, autoencoder)
     fired = sorted({feature for token in tokens for feature, _ in token.features})
-    records = FeatureRecords(activations, fired, model, loaded.sae, Settings()) if activations else None
+    settings = Settings.noted(folder, config)
+    records = FeatureRecords(activations, fired, model, loaded.sae, settings) if activations else None
     page, run = run_dir / "text.html", report.run_of(config, model_name(model), loaded, "your text", None)
     report.write_text_page(page, run, tokens, labels, map(records.brief, fired) if records else ())
-    hint = "" if labels else "; run explain.py without TEXT for explanations"
+    missing = [what for what, found in {"explanations": labels, "passages": activations}.items() if not found]
+    hint = f"; run explain.py without TEXT for {' and '.join(missing)}" if missing else ""
     print(f"page      {page}: {len(tokens):,} tokens{hint}")
-    if why:
-        print(f"without passages: {why.split(':')[0]}")
 
 
 def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> None:
