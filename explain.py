@@ -225,8 +225,9 @@ def show_text(text: str, filled: Filled, spec: ModelSpec) -> None:
     fired = sorted({feature for token in tokens for feature, _ in token.features})
     settings = Settings.noted(folder, config)
     records = FeatureRecords(activations, fired, model, loaded.sae, settings) if activations else None
-    page, run = run_dir / "text.html", report.run_of(config, model_name(model), loaded, "your text", None)
-    report.write_text_page(page, run, tokens, labels, map(records.brief, fired) if records else ())
+    page, layer = run_dir / "text.html", loaded.metadata.residual_layer
+    known = map(records.brief, fired) if records else ()
+    report.write_text_page(page, model_name(model), layer, tokens, labels, known)
     missing = [what for what, found in {"explanations": labels, "passages": activations}.items() if not found]
     hint = f"; run explain.py without TEXT for {' and '.join(missing)}" if missing else ""
     print(f"page      {page}: {len(tokens):,} tokens{hint}")

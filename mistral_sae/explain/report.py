@@ -50,8 +50,8 @@ class Run(NamedTuple):
     """What the report says of the run as a whole. What is not known is None or empty, and said to be so."""
 
     model: str  # its name, for people
-    layer: int | None  # whose output is read
-    hook_name: str | None  # SAE Lens's name of it
+    layer: int  # whose output is read
+    hook_name: str  # SAE Lens's name of it
     corpus: str  # what the features were looked for in
     tokens: int  # of that corpus
     sae_path: str  # folder or hub name of the autoencoder
@@ -61,21 +61,21 @@ class Run(NamedTuple):
     n_features: int  # F, of which the report may show only some
     evaluation: Mapping[str, float]  # evaluation.json
     metrics: Sequence[Mapping[str, float]]  # the records of metrics.jsonl
-    density_F: Tensor | None  # share of the tokens on which each feature fires
+    density_F: Tensor  # share of the tokens on which each feature fires
     geometry: Geometry | None  # of the decoder rows
     answers: Answers | None
 
 
-def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activations: Cache | None) -> Run:
-    """What the pages say of a run with constants such as config.py's; `activations` are those of its corpus."""
+def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activations: Cache) -> Run:
+    """What the report says of a run with constants such as config.py's; `activations` are those of its corpus."""
     evaluation, metrics = read_figures(Path(constants.RUN_DIR)) if constants.SAE_PATH is None else ({}, [])
-    sae, counts_F = loaded.sae, activations.counts_F if activations else None
+    sae, counts_F = loaded.sae, activations.counts_F
     return Run(
         model=model,
         layer=loaded.metadata.residual_layer,
-        hook_name=loaded.metadata.hook_name,
+        hook_name=str(loaded.metadata.hook_name),  # without one there is no layer
         corpus=corpus,
-        tokens=activations.tokens if activations else 0,
+        tokens=activations.tokens,
         sae_path=constants.SAE_PATH or str(Path(constants.RUN_DIR) / "sae"),
         demo=command("demo.py", constants),
         analyse=command("analyse.py", constants),
@@ -83,8 +83,8 @@ def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activatio
         n_features=sae.n_features,
         evaluation=evaluation,
         metrics=metrics,
-        density_F=counts_F.double() / activations.tokens if activations and counts_F is not None else None,
-        geometry=None if counts_F is None else decoder_geometry(sae.W_dec, counts_F > 0),
+        density_F=counts_F.double() / activations.tokens,
+        geometry=decoder_geometry(sae.W_dec, counts_F > 0),
         answers=read_answers(Path(constants.RUN_DIR) / "analysis.json", sae),
     )
 
@@ -139,12 +139,17 @@ def write_report(
 
 
 def write_text_page(
-    path: Path, run: Run, tokens: Sequence[TextToken], labels: Mapping[int, Label], features: Iterable[Feature]
+    path: Path,
+    model: str,
+    layer: int,
+    tokens: Sequence[TextToken],
+    labels: Mapping[int, Label],
+    features: Iterable[Feature],
 ) -> None:
     """Write the page of one text: its tokens, and the strongest features of each, which link into report.html.
 
-    `features` are the records of those that there are: they give the maximum that an activation is a share of, and the
-    tokens that name a feature without an explanation.
+    `model` is its name, for people. `features` are the records of those that there are: they give the maximum that an
+    activation is a share of, and the tokens that name a feature without an explanation.
     """
     fired = {feature for token in tokens for feature, _ in token.features}
     known = {feature.feature: feature for feature in features if feature.feature in fired}
@@ -154,7 +159,9 @@ def write_text_page(
         "maxima": {f: feature.maximum for f, feature in known.items()},
         "fires_on": {f: fires_on(feature) for f, feature in known.items()},
     }
-    context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data)}
+    context = {
+        "model": model, "layer": layer, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data)
+    }  # fmt: skip
     write_text(path, pages.render("text", TEXT, context))
 
 

@@ -535,7 +535,7 @@ def test_a_report_that_was_cut_short_says_so(browser, tmp_path):
 def test_a_text_shows_its_features_token_by_token(browser, tmp_path):
     tokens = [TextToken(HOSTILE[1], ((3, 2.0), (4, 1.0))), TextToken(" x", ((4, 3.0),)), TextToken("\n", ())]
     known = [hostile_feature(3)._replace(maximum=4.0), hostile_feature(4)._replace(maximum=3.0)]
-    write_text_page(tmp_path / "text.html", make_run(), tokens, {3: hostile_label(3)}, known)
+    write_text_page(tmp_path / "text.html", "a model", 2, tokens, {3: hostile_label(3)}, known)
     visit(browser, (tmp_path / "text.html").as_uri())
     hrefs = "return [...document.querySelectorAll('#firing a')].map((a) => a.getAttribute('href'))"
     assert browser.execute_script(hrefs) == ["report.html#feature=4", "report.html#feature=3"]
