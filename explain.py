@@ -80,7 +80,7 @@ def main() -> None:
         best = concepts.best() if concepts else {}
         beside = best.keys() - chosen if selected.how == "random" else ()
         labelled = sorted({*chosen, *beside})
-        records = FeatureRecords(activations, labelled, model, loaded.sae, settings, concepts)
+        records = FeatureRecords(activations, labelled, model, loaded.sae, settings, concepts.of if concepts else None)
         labels, broken = label(records, model, run_dir, best)
         labels = {f: each._replace(is_beside=f in beside) for f, each in labels.items()}
         if config.DRY_RUN:
@@ -219,10 +219,10 @@ def show_text(text: str, filled: Filled, spec: ModelSpec) -> None:
     rows = rows_of(model, text, config.CONTEXT_LENGTH)
     ids = [id for row in rows for id in row[1:]]
     features = [each for row in rows for each in strongest(model, loaded, row, SHOWN_FEATURES)]
-    tokens = [report.TextToken(*each) for each in zip(model.tokenizer.strings(ids), features, strict=True)]
+    tokens = list(zip(model.tokenizer.strings(ids), features, strict=True))
     labels = read_labels(run_dir / "explanations.jsonl") if cache.is_of(folder, autoencoder) else {}
     activations = cache.open_of(folder, autoencoder)
-    fired = sorted({feature for token in tokens for feature, _ in token.features})
+    fired = sorted({feature for each in features for feature, _ in each})
     settings = Settings.noted(folder, config)
     records = FeatureRecords(activations, fired, model, loaded.sae, settings) if activations else None
     page, layer = run_dir / "text.html", loaded.metadata.residual_layer

@@ -9,11 +9,11 @@ of one document.
 Shapes: F features, D model width, M passages, W tokens of the longest passage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -211,16 +211,10 @@ class Sample:
 # ---- records ----
 
 
-class Concepts(Protocol):
-    """What is known of the tokens of a cache beside their text."""
-
-    def of(self, first: int, last: int) -> tuple[tuple[str, ...], ...]:
-        """The concepts of each token from one place to another; () where they are not known."""
-
-
 class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
+    `concepts` gives those of each of the cache's tokens from one place to another, () where they are not known.
     Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
     Those that repeat a passage to explain from are left out: documents share licences, boilerplate, quotations. Raises
     ModelError unless the model is loaded with its head.
@@ -228,7 +222,7 @@ class FeatureRecords:
 
     def __init__(
         self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings,
-        concepts: Concepts | None = None, at_once: int = AT_ONCE,
+        concepts: Callable[[int, int], Sequence[tuple[str, ...]]] | None = None, at_once: int = AT_ONCE,
     ):  # fmt: skip
         self.features, self._settings = list(features), settings
         self._cache, self._model, self._sae, self._concepts = cache, model, sae, concepts
@@ -336,7 +330,7 @@ class FeatureRecords:
         ):
             texts, start = self._texts(self._cache.ids(first, last)), first % self._cache.row_tokens
             tokens, activations = without_empty(texts, values[: len(texts)])
-            concepts = tuple(compress(self._concepts.of(first, last), texts)) if self._concepts else ()
+            concepts = tuple(compress(self._concepts(first, last), texts)) if self._concepts else ()
             examples.append(Example(self._cache.names[document], start, tokens, activations, concepts))
         return tuple(examples)
 

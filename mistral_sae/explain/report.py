@@ -95,13 +95,6 @@ def command(script: str, constants: Any) -> str:
     return shlex.join(["python", script, *(f"{name}={value}" for name, value in named if value is not None)])
 
 
-class TextToken(NamedTuple):
-    """A token of the user's own text, and the features that fire on it."""
-
-    text: str
-    features: Sequence[tuple[int, float]]  # index and activation, strongest first
-
-
 # ---- the two pages ----
 
 
@@ -142,16 +135,17 @@ def write_text_page(
     path: Path,
     model: str,
     layer: int,
-    tokens: Sequence[TextToken],
+    tokens: Sequence[tuple[str, Sequence[tuple[int, float]]]],
     labels: Mapping[int, Label],
     features: Iterable[Feature],
 ) -> None:
     """Write the page of one text: its tokens, and the strongest features of each, which link into report.html.
 
-    `model` is its name, for people. `features` are the records of those that there are: they give the maximum that an
-    activation is a share of, and the tokens that name a feature without an explanation.
+    `model` is its name, for people. A token is its text and each (feature, activation) on it, strongest first.
+    `features` are the records of those that there are: they give the maximum that an activation is a share of, and the
+    tokens that name a feature without an explanation.
     """
-    fired = {feature for token in tokens for feature, _ in token.features}
+    fired = {feature for _, active in tokens for feature, _ in active}
     known = {feature.feature: feature for feature in features if feature.feature in fired}
     data = {
         "tokens": tokens,

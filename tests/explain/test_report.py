@@ -16,7 +16,6 @@ from mistral_sae.explain.answers import Answers
 from mistral_sae.explain.pages import TEMPLATES, compressed
 from mistral_sae.explain.report import (
     CHUNK,
-    TextToken,
     command,
     main_score,
     pack,
@@ -317,7 +316,7 @@ def test_the_figures_of_a_run_are_read_up_to_a_torn_line(tmp_path):
 
 
 def test_the_page_of_a_text_holds_its_tokens_and_the_explanations_of_what_fires(tmp_path):
-    tokens = [TextToken("def", ((3, 2.0), (4, 1.0))), TextToken(" x", ())]
+    tokens = [("def", ((3, 2.0), (4, 1.0))), (" x", ())]
     labels = {3: make_label(3), 5: make_label(5)}
     write_text_page(tmp_path / "text.html", "a model", 7, tokens, labels, [make_feature(3), make_feature(5)])
     page = Page(tmp_path / "text.html")
