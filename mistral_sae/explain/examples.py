@@ -253,11 +253,9 @@ class FeatureRecords:
             density=len(found.tokens) / max(1, self._cache.tokens),
             maximum=maximum,
             histogram=tuple(np.histogram(found.values, BINS, (0, maximum or 1))[0].tolist()),
-            promoted=(), suppressed=(), nearest=(), coactive=(),
             top=self._examples(top, found),
             spread=self._examples(spread, found),
-            held_out=(), random=(), hard=(),
-        )  # fmt: skip
+        )
 
     def _make(self, feature: int) -> Feature:
         found, top, spread, held_out = self._select(feature)

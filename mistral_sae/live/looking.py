@@ -82,10 +82,8 @@ def page(known: Known, feature: int) -> Iterator[dict[str, Any]]:
         found = known.records[feature]
     else:
         density, maximum = float(statistics.density_F[feature]), float(statistics.maximum_F[feature])
-        found = Feature(
-            feature, density, maximum, (0,) * BINS, **related_by_weights(model, loaded.sae, [feature])[feature],
-            coactive=(), top=(), spread=(), held_out=(), random=(), hard=(),
-        )  # fmt: skip
+        related = related_by_weights(model, loaded.sae, [feature])[feature]
+        found = Feature(feature, density, maximum, (0,) * BINS, **related)
     yield rounded(feature_record(found, known.labels.get(feature)))
 
 
