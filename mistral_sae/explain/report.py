@@ -12,7 +12,7 @@ Shapes: F features, D model width.
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,19 +206,22 @@ def main_score(label: Label | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
-# What a feature is found by in the list
-INDEXED: dict[str, Callable[[Feature, Label | None], Any]] = {
-    "feature": lambda feature, label: feature.feature,
-    "explanation": lambda feature, label: label.explanation if label else "",
-    "density": lambda feature, label: feature.density,
-    "maximum": lambda feature, label: feature.maximum,
-    "score": lambda feature, label: main_score(label),
-    "concept": lambda feature, label: label and label.concept and label.concept.f1,
-    "same_token": lambda feature, label: token_shares(feature).same_token,
-    "predicted_next": lambda feature, label: token_shares(feature).predicted_next,
-    "fires_on": lambda feature, label: fires_on(feature),
-    "logit_lens": lambda feature, label: [token for token, _ in feature.promoted[:NAMED_TOKENS]],
-}
+def columns_of(feature: Feature, label: Label | None) -> dict[str, Any]:
+    """Return what a feature is found by in the list."""
+    return {
+        "feature": feature.feature,
+        "explanation": label.explanation if label else "",
+        "density": feature.density,
+        "maximum": feature.maximum,
+        "score": main_score(label),
+        "concept": label and label.concept and label.concept.f1,
+        **token_shares(feature)._asdict(),
+        "fires_on": fires_on(feature),
+        "logit_lens": [token for token, _ in feature.promoted[:NAMED_TOKENS]],
+    }
+
+
+INDEXED = tuple(columns_of(Feature(0, 0.0, 0.0, ()), None))  # the columns' names
 
 
 def feature_record(feature: Feature, label: Label | None) -> dict[str, Any]:
@@ -251,7 +254,8 @@ def pack(features: Iterable[Feature], labels: Mapping[int, Label]) -> tuple[Inde
     chunks: list[str] = []
     labelled = ((feature, labels.get(feature.feature)) for feature in features)
     while chunk := list(islice(labelled, CHUNK)):
-        for name, value in INDEXED.items():
-            index[name] += [value(feature, label) for feature, label in chunk]
+        rows = [columns_of(feature, label) for feature, label in chunk]
+        for name, column in index.items():
+            column += [row[name] for row in rows]
         chunks.append(compressed([feature_record(feature, label) for feature, label in chunk]))
     return index, chunks
