@@ -62,6 +62,10 @@ class Settings(NamedTuple):
         is_whole = found.keys() == set(cls._fields) and all(type(value) is int for value in found.values())
         return cls(**found) if is_whole else cls.of(constants)
 
+    def generator(self, feature: int, purpose: int) -> Generator:
+        """Random numbers for one purpose of one feature."""
+        return np.random.default_rng([self.seed, feature, purpose])
+
 
 # ---- where a feature fires ----
 
@@ -118,7 +122,7 @@ class Sample:
     """Some of a cache's shards, in which all features are looked at together."""
 
     def __init__(self, cache: Cache, settings: Settings):
-        self.cache, self._seed = cache, settings.seed
+        self.cache, self._settings = cache, settings
         self.shards = cache.spread(SAMPLE_SHARDS)
         parts = []
         for number in self.shards:
@@ -139,7 +143,7 @@ class Sample:
     def random(self, feature: int, fires: np.ndarray, count: int, without: np.ndarray) -> Passages:
         """Up to `count` passages that hold none of the tokens `fires`, and are of none of the documents `without`."""
         documents, n = self.passages.documents, len(self._shuffled)
-        start = self._generator(feature, 0).integers(max(1, n))
+        start = self._settings.generator(feature, 0).integers(max(1, n))
         found, seen, step = self._shuffled[:0], 0, 8 * count
         while len(found) < count and seen < n:
             silent = self._silent(self._shuffled[(start + np.arange(seen, min(seen + step, n))) % n], fires)
@@ -155,7 +159,7 @@ class Sample:
         often), half around one on which another feature of `near` fires; more of one kind where there are too few of
         the other.
         """
-        generator, documents = self._generator(feature, 1), self.passages.documents
+        generator, documents = self._settings.generator(feature, 1), self.passages.documents
         drawn = generator.choice(ids, DRAWN) if len(ids) else np.zeros(0, dtype=np.int64)
         begins, ends = (np.searchsorted(self._ids, drawn, side=side) for side in ("left", "right"))
         at = (begins + generator.random(len(drawn)) * (ends - begins)).astype(int)[begins < ends]
@@ -193,9 +197,6 @@ class Sample:
         by_token = np.repeat(np.arange(len(self.cache.counts_F), dtype=np.int32), np.diff(shard.offsets))[order]
         lengths = np.bincount(shard.positions, minlength=len(shard.tokens))
         return by_token, lengths.cumsum() - lengths, lengths
-
-    def _generator(self, feature: int, purpose: int) -> Generator:
-        return np.random.default_rng([self._seed, feature, purpose])
 
     def _places(self, feature: int) -> np.ndarray:
         """The passages around tokens on which a feature fires."""
@@ -266,7 +267,7 @@ class FeatureRecords:
         random = self._sample.random(feature, found.tokens, NEGATIVES, without=hard.documents)
         seen = {*self._around(top), *self._around(spread)}
         held_out = held_out.at(np.array([around not in seen for around in self._around(held_out)], dtype=bool))
-        generator = self._generator(feature, 3)
+        generator = self._settings.generator(feature, 3)
         return self._brief(feature, found, top, spread)._replace(
             **related,
             held_out=self._examples(self._shortened(held_out, generator), found),
@@ -281,13 +282,10 @@ class FeatureRecords:
         passages = peaks(found, settings.left, settings.right)
         for_scoring = self._cache.for_scoring[passages.documents]
         explaining, scoring = passages.at(~for_scoring), passages.at(for_scoring)
-        generator = self._generator(feature, 2)  # 0 and 1 are the sample's
+        generator = settings.generator(feature, 2)  # 0 and 1 are the sample's
         spread = from_intervals(explaining, maximum, settings.spread, generator)
         held_out = from_intervals(scoring, maximum, settings.held_out, generator)
         return found, strongest(explaining, settings.top), spread, held_out
-
-    def _generator(self, feature: int, purpose: int) -> Generator:
-        return np.random.default_rng([self._settings.seed, feature, purpose])
 
     @cached_property
     def _sample(self) -> Sample:
