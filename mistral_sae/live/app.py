@@ -31,6 +31,7 @@ FILES = ("report.css", "live.css", "page.js", "features.js", "tokens.js", "live.
 
 K = TypeVar("K", bound=asked.Schema)
 Handler = Callable[[Request], Awaitable[Response]]
+Reply = Callable[[Request, Iterator[Any]], Awaitable[Response]]
 
 
 def serve(known: Known, host: str, port: int) -> None:
@@ -183,20 +184,11 @@ async def feature_of(request: Request) -> Response:
     return await last(request, looking.page(known, wanted))
 
 
-def once(kind: type[K], job: Callable[[Known, K], Iterator[Any]]) -> Handler:
-    """The handler that answers with the last item of a job."""
+def answered(kind: type[K], job: Callable[[Known, K], Iterator[Any]], by: Reply) -> Handler:
+    """The handler that answers with a job's last item (`last`), or with its items as they come (`events`)."""
 
     async def handler(request: Request) -> Response:
-        return await last(request, job(request.app.state.known, await body(request, kind)))
-
-    return handler
-
-
-def streamed(kind: type[K], job: Callable[[Known, K], Iterator[Any]]) -> Handler:
-    """The handler that answers with the items of a job as they come."""
-
-    async def handler(request: Request) -> Response:
-        return await events(request, job(request.app.state.known, await body(request, kind)))
+        return await by(request, job(request.app.state.known, await body(request, kind)))
 
     return handler
 
@@ -214,10 +206,10 @@ def completed(kind: type[K], answer_of: Callable[[Known, K], api.Answer]) -> Han
 
 
 POSTS = {
-    "/activations": once(asked.Reading, looking.read),
-    "/effects": once(asked.Effect, looking.effect),
-    "/texts": streamed(asked.Writing, writing.write),
-    "/sweep": streamed(asked.Sweep, looking.strengths),
+    "/activations": answered(asked.Reading, looking.read, last),
+    "/effects": answered(asked.Effect, looking.effect, last),
+    "/texts": answered(asked.Writing, writing.write, events),
+    "/sweep": answered(asked.Sweep, looking.strengths, events),
     "/v1/completions": completed(asked.Completion, api.completion),
     "/v1/chat/completions": completed(asked.Chat, api.chat),
 }
