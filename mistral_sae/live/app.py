@@ -22,7 +22,7 @@ from mistral_sae.cli import Failed, UserError, is_out_of_memory, one_line
 from mistral_sae.explain import pages
 from mistral_sae.live import api, asked, looking, writing
 from mistral_sae.live.engine import Busy, Engine
-from mistral_sae.live.guard import Guard, error_of, json_of
+from mistral_sae.live.guard import Guard, error_of, json_of, refused
 from mistral_sae.live.known import Known
 from mistral_sae.schema import parse
 
@@ -169,8 +169,7 @@ def status_of(error: Exception) -> tuple[int, str]:
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """The answer to a request that failed."""
-    status, message = status_of(error)
-    return json_of(error_of(status, message), status)
+    return refused(*status_of(error))
 
 
 # ---- what is answered ----

@@ -35,7 +35,7 @@ def error_of(status: int, message: str) -> dict[str, Any]:
 
 
 def refused(status: int, message: str) -> Response:
-    """The answer to a request that is not let through."""
+    """The answer to a request that gets no other."""
     return json_of(error_of(status, message), status)
 
 
