@@ -39,16 +39,12 @@ class Steer(Asked):
     positions: Literal["all", "generated"] = "all"
     exact: bool = False
 
-    @property
-    def coefficients(self) -> dict[int, float]:
-        """By feature."""
-        return {int(feature): c for feature, c in self.features.items()}
-
     def edit(self) -> Edit:
         """The same as demo.py has it; without a feature how is all the same."""
         if not self.features:
             return Edit({})
-        return Edit(self.coefficients, self.method, self.positions == "generated", self.exact)
+        coefficients = {int(feature): c for feature, c in self.features.items()}
+        return Edit(coefficients, self.method, self.positions == "generated", self.exact)
 
 
 class Rival(Asked):
