@@ -278,6 +278,7 @@ def test_a_job_that_fails_for_want_of_memory_is_refused_and_the_next_one_runs(cl
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://["},
     ],
 )
 def test_other_pages_and_other_names_are_refused(client, headers):
