@@ -51,11 +51,15 @@ def serve(known: Known, host: str, port: int) -> None:
     edit = asked.Steer(features={"0": 0}, method="add")
     engine.prepare(writing.write(known, asked.Writing(prompt=".", steer=edit, max_tokens=1)))
     app = make_app(known, engine, hosts_of(port) if is_local else None, token)
-    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     try:
-        uvicorn.Server(config).run([listening])
+        server_of(app).run([listening])
     finally:
         engine.close()
+
+
+def server_of(app: Starlette) -> uvicorn.Server:
+    """What runs the application; it does not print the errors that `status_of` prints."""
+    return uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 
+import httpx2
 import pytest
 import torch
 from live_runs import EXPLAINED, HOSTILE, F, K, serving
@@ -267,6 +268,14 @@ def test_a_job_that_fails_for_want_of_memory_is_refused_and_the_next_one_runs(cl
     assert client.post("/activations", json={"text": TEXT}).status_code == 200
 
 
+def test_a_fault_is_answered_and_printed_once(known, monkeypatch, capfd):
+    monkeypatch.setattr(looking, "strongest", lambda *_: 1 / 0)
+    with serving(known) as server, httpx2.Client(base_url=server.address) as client:
+        failed = client.post("/activations", json={"text": TEXT})
+    assert (failed.status_code, failed.json()["error"]["message"]) == (500, "ZeroDivisionError: division by zero")
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
 # ---- who may ask, and for what ----
 
 
@@ -324,8 +333,6 @@ def test_a_body_without_end_is_refused(client):
 
 
 def test_elsewhere_nothing_is_answered_without_the_token(known):
-    import httpx2
-
     with serving(known, token="secret") as server, httpx2.Client(base_url=server.address) as visitor:
         assert visitor.get("/").status_code == 401
         assert visitor.get("/features", headers={"Authorization": "Bearer wrong"}).status_code == 401
