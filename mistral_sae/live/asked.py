@@ -106,7 +106,6 @@ class Sampled(Schema):
     stop: Stop | str | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
     stream: bool | None = False
-    max_tokens: Annotated[int, Field(ge=0, le=4096)] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -121,6 +120,7 @@ class Completion(Sampled):
     """/v1/completions."""
 
     prompt: Prompt | Ids | Annotated[list[Prompt] | list[Ids], Field(min_length=1, max_length=64)]
+    max_tokens: Annotated[int, Field(ge=0, le=4096)] | None = None  # 0 with echo: of the prompt alone
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=LIKELIEST)] | None = None
 
@@ -154,4 +154,5 @@ class Chat(Sampled):
     """/v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None

@@ -132,6 +132,12 @@ def test_what_cannot_be_answered_is_an_error_of_the_client_s(api, body, words):
         api.completions.create(prompt=PROMPT, model="", extra_body=body)
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_chat_of_no_token_is_an_error_of_the_client_s(api, name):
+    with pytest.raises(openai.BadRequestError, match=name):
+        api.chat.completions.create(messages=[{"role": "user", "content": "import"}], model="", extra_body={name: 0})
+
+
 # ---- what docs/live.md shows ----
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/live.md").read_text(encoding="utf-8")
