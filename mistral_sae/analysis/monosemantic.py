@@ -16,7 +16,6 @@ from mistral_sae.analysis.codes import Code, Sorted, Sparse
 from mistral_sae.analysis.probing import Probe, k_sparse
 from mistral_sae.analysis.sample import Texts
 
-RESAMPLES = 1000  # of the documents, for an interval
 LEAST_TOKENS, LEAST_DOCUMENTS = 20, 3  # of a concept in each half, to be scored
 WIDE = 0.2  # share of the tokens from which on a concept is no single thing that a direction could stand for
 PRECISE = 0.8  # of the tokens on which a direction fires that must be of one concept
@@ -134,14 +133,6 @@ class Calls(NamedTuple):
     def resampled(self, weights_SG: Tensor) -> Tensor:
         """F1 (S, C) with documents drawn anew."""
         return 2 * (weights_SG @ self.hits.T) / (weights_SG @ (self.called + self.positives).T).clamp_min(1e-9)
-
-
-def resamples(n_documents: int, scored_G: Tensor, seed: int) -> Tensor:
-    """How often each document is drawn (S, G), of those that are scored."""
-    ids = scored_G.nonzero().squeeze(1)
-    drawn = torch.randint(len(ids), (RESAMPLES, len(ids)), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(RESAMPLES, n_documents)
-    return weights.scatter_add_(1, ids[drawn], torch.ones(drawn.shape))
 
 
 class Found(NamedTuple):

@@ -1,6 +1,7 @@
 """The text that the questions are asked of: its tokens with their concepts, and what a model and an SAE do on them.
 
-Shapes: R rows, T positions, N tokens that count, C concepts, D model width, H neurons of the MLP, K active features.
+Shapes: R rows, T positions, N tokens that count, G documents, C concepts, D model width, H neurons of the MLP, K active
+features.
 """
 
 import math
@@ -36,6 +37,11 @@ class Texts(NamedTuple):
     fit_N: Tensor  # bool, True where directions and thresholds are chosen, False where they are scored
     concepts: list[str]  # C names
     documents: list[str]  # their ids
+
+    @property
+    def scored_G(self) -> Tensor:
+        """Which documents (bool) are not to choose on."""
+        return torch.zeros(len(self.documents), dtype=torch.bool).index_fill_(0, self.document_N[~self.fit_N], True)
 
 
 def read_texts(
