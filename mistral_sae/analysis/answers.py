@@ -86,7 +86,7 @@ def monosemanticity(
     halves, found = Halves.of(texts), dict(found)
     found[PROBE], directions_CD, called_NC = probed(activity.z_ND, halves)
     weights_SG = resamples(texts.scored_G, seed)
-    features, rows = codes[FEATURES], []
+    features, rows_FD, rows = codes[FEATURES], sae.W_dec.detach().float().cpu(), []
     assert isinstance(features, Sparse)
     for c, name in enumerate(texts.concepts):
         union = union_of(features, halves, c)
@@ -100,7 +100,7 @@ def monosemanticity(
                 "feature": int(found[FEATURES].direction[c]),
                 "features": union.needed,
                 "f1 of their union": round(union.f1[union.needed - 1], 3) if union.f1 else None,
-                "absorbed": absorbed(features, sae.W_dec, halves, c, main, (directions_CD[c], called_NC[:, c])),
+                "absorbed": absorbed(features, rows_FD, halves, c, main, (directions_CD[c], called_NC[:, c])),
                 "f1 of k features": {k: round(float(f1_C[c]), 3) for k, f1_C in found[FEATURES].sparse.items()},
             }
         )

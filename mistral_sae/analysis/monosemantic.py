@@ -284,7 +284,7 @@ def union_of(code: Sparse, halves: Halves, concept: int) -> Union:
 
 
 def absorbed(
-    code: Sparse, W_dec_FD: Tensor, halves: Halves, concept: int, main: list[int], probe: tuple[Tensor, Tensor]
+    code: Sparse, rows_FD: Tensor, halves: Halves, concept: int, main: list[int], probe: tuple[Tensor, Tensor]
 ) -> float | None:
     """The share of a concept's tokens on which its own features are silent and one other speaks for it.
 
@@ -293,7 +293,7 @@ def absorbed(
     one with the largest projection on the probe has PROBE_SHARE of all their projections and a cosine of PROBE_COSINE.
     It departs from it in that concepts are of tokens of running text, not the first letters of words in a prompt, in
     that `main` are not of a sparse probe, and in that the share is of what the features project on the probe, not of
-    what the residual does. None where the probe finds nothing.
+    what the residual does. `rows_FD` are the decoder's, float on the CPU. None where the probe finds nothing.
     """
     direction_D, called_N = probe
     right = halves.score[(called_N & halves.labels_NC[:, concept])[halves.score]]
@@ -302,10 +302,10 @@ def absorbed(
     values, indices = code.values_NK[right], code.indices_NK[right]
     speaks = torch.isin(indices, torch.tensor(main)) & (values > 0)
     unit_D = direction_D / direction_D.norm()
-    along_F = W_dec_FD.detach().float().cpu() @ unit_D
-    cosine_F = along_F / W_dec_FD.detach().float().cpu().norm(dim=1).clamp_min(1e-12)
+    along_F = rows_FD @ unit_D
     projected = values * along_F[indices]
     largest, at = projected.max(dim=1)
-    cosine = cosine_F[indices.gather(1, at[:, None]).squeeze(1)]
+    others, place = indices.gather(1, at[:, None]).squeeze(1).unique(return_inverse=True)
+    cosine = (along_F[others] / rows_FD[others].norm(dim=1).clamp_min(1e-12))[place]
     dominates = (largest >= PROBE_SHARE * projected.sum(dim=1).clamp_min(0)) & (largest > 0)
     return float((~speaks.any(dim=1) & dominates & (cosine >= PROBE_COSINE)).float().mean())
