@@ -119,13 +119,6 @@ class Calls(NamedTuple):
     called: Tensor
     positives: Tensor
 
-    @classmethod
-    def of(cls, called_nC: Tensor, labels_nC: Tensor, document_n: Tensor, n_documents: int) -> "Calls":
-        """Count what was called of each concept."""
-        each = (called_nC & labels_nC, called_nC, labels_nC)
-        zeros = torch.zeros(n_documents, labels_nC.shape[1])
-        return cls(*(zeros.index_add(0, document_n, some.float()).T for some in each))
-
     def f1(self) -> Tensor:
         """(C)."""
         return 2 * self.hits.sum(dim=1) / (self.called + self.positives).sum(dim=1).clamp_min(1)
@@ -173,7 +166,10 @@ class Halves(NamedTuple):
 
     def calls(self, called_nC: Tensor) -> Calls:
         """Of what was called on the tokens to score."""
-        return Calls.of(called_nC, self.labels_NC[self.score], self.document_N[self.score], self.n_documents)
+        labels_nC, document_n = self.labels_NC[self.score], self.document_N[self.score]
+        zeros_GC = torch.zeros(self.n_documents, labels_nC.shape[1])
+        each = (called_nC & labels_nC, called_nC, labels_nC)
+        return Calls(*(zeros_GC.index_add(0, document_n, some.float()).T for some in each))
 
 
 def search(code: Code, halves: Halves) -> Found:
@@ -184,26 +180,25 @@ def search(code: Code, halves: Halves) -> Found:
     calls = halves.calls(reading_NC[halves.score] >= best.threshold)
     sparse = {}
     for k, logits_NC in k_sparse(code, halves.fit, labels_nC).items():
-        sparse[k] = _scored(logits_NC, halves).f1()
+        sparse[k] = _scored(logits_NC, halves)[0].f1()
     areas = _areas(code.readings(best.by_auroc[:, None]).squeeze(2), halves)
     return Found(calls, calls.f1(), areas, best.by_f1, best.f1, best.threshold, sparse)
 
 
 def probed(z_ND: Tensor, halves: Halves) -> tuple[Found, Tensor, Tensor]:
     """What logistic regression on the whole residual finds, its directions (C, D), and which tokens it calls (N, C)."""
-    labels_nC = halves.labels_NC[halves.fit]
-    probe = Probe(z_ND[halves.fit], labels_nC)
+    probe = Probe(z_ND[halves.fit], halves.labels_NC[halves.fit])
     logits_NC = probe.logits(z_ND)
-    threshold_C = threshold_of(logits_NC[halves.fit], labels_nC)
-    calls = halves.calls(logits_NC[halves.score] >= threshold_C)
+    calls, threshold_C = _scored(logits_NC, halves)
     nothing = torch.full_like(threshold_C, -1)
     found = Found(calls, calls.f1(), _areas(logits_NC, halves), nothing.long(), nothing, threshold_C, {})
     return found, probe.directions_CD(), logits_NC >= threshold_C
 
 
-def _scored(reading_NC: Tensor, halves: Halves) -> Calls:
+def _scored(reading_NC: Tensor, halves: Halves) -> tuple[Calls, Tensor]:
+    """What is called of each concept by its own reading, and the threshold (C)."""
     threshold_C = threshold_of(reading_NC[halves.fit], halves.labels_NC[halves.fit])
-    return halves.calls(reading_NC[halves.score] >= threshold_C)
+    return halves.calls(reading_NC[halves.score] >= threshold_C), threshold_C
 
 
 def _areas(reading_NC: Tensor, halves: Halves) -> Tensor:
