@@ -223,7 +223,7 @@ def precise_directions(code: Code, halves: Halves) -> Precise:
     Concepts as wide as WIDE are left out: whatever fires at random would be precise for them.
     """
     fit_nC, score_nC = halves.labels_NC[halves.fit], halves.labels_NC[halves.score]
-    narrow = halves.has_enough() & (halves.labels_NC.float().mean(dim=0) < WIDE)
+    narrow = halves.labels_NC.float().mean(dim=0) < WIDE
     firings = [code.counts(half, torch.ones(len(half), 1)).squeeze(1) for half in (halves.fit, halves.score)]
     judged = (firings[0] >= LEAST_FIRINGS) & (firings[1] >= LEAST_FIRINGS)
     if not narrow.any() or not judged.any():
