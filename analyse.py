@@ -101,7 +101,8 @@ def read_labelled(model: LanguageModel) -> Texts:
     else:
         labelled = label_python(Corpus.of(config).documents(held_out=False, epochs=False), skipped)
         concepts = concepts_of_python()
-    texts = read_texts(labelled, concepts, model, config.CONTEXT_LENGTH, config.ANALYSE_ROWS, ROWS_A_DOCUMENT)
+    sizes = config.CONTEXT_LENGTH, config.ANALYSE_ROWS, ROWS_A_DOCUMENT
+    texts = read_texts(labelled, concepts, model, *sizes, skipped)
     if skipped.count:
         print(skipped.summary())
     return texts
