@@ -80,7 +80,7 @@ def main() -> None:
         "superposed": superposition(texts, activity, sae, config.SEED),
         "causal": caused,
     }
-    write_text(run_dir / "analysis.json", json.dumps(answers, indent=1) + "\n")
+    write_text(run_dir / "analysis.json", json.dumps(answers, indent=1, allow_nan=False) + "\n")
     print(f"\n{table(answers['monosemantic'])}\n")
     print(f"Are features monosemantic?\n  {answers['monosemantic']['sentence']}\n")
     print(f"Are they in superposition?\n  {answers['superposed']['sentence']}\n")

@@ -100,25 +100,24 @@ def causality(
     """What both edits do, by what they write along, with 95 % intervals over documents, and by concept.
 
     `found` has the best features and neurons of each concept. Without a parser for what the model writes nothing is
-    pushed.
+    pushed. A concept has no KL, None, where its feature fires on no token that is scored.
     """
     neurons = found.get("neurons of the MLP", found["basis directions"])
     concepts = concepts_to_ask(found["features"], texts, told_by_tokens() if is_python else None)
+    unclear: dict[str, Any] = {"answer": "unclear", "pushed": None, "concepts": []}
     if not concepts:
-        return {
-            "answer": "unclear",
-            "sentence": "Not asked: the text has no narrow concept.",
-            "pushed": None,
-            "concepts": [],
-        }
+        return unclear | {"sentence": "Not asked: the text has no narrow concept."}
     features = found["features"].direction[concepts].tolist()
     along = directions_to_edit(model, loaded, texts, activity, neurons, features, concepts, seed)
     names = [texts.concepts[c] for c in concepts]
     rows: list[dict[str, Any]] = [{"concept": n, "feature": f} for n, f in zip(names, features, strict=True)]
     taken = ablate(model, loaded, texts, activity, features, along)
+    if not taken.tokens.sum(dim=(1, 2)).all():
+        return unclear | {"sentence": "Not shown: features fire on none of the tokens that are scored, or on all."}
     ablated = ablated_by_kind(taken, resamples(texts.scored_G, seed))
     for c, row in enumerate(rows):
-        row["kl"] = {kind: (sums[0, c].sum() / taken.tokens[0, c].sum()).item() for kind, sums in taken.sums.items()}
+        tokens = taken.tokens[0, c].sum()
+        row["kl"] = {kind: (sums[0, c].sum() / tokens).item() if tokens else None for kind, sums in taken.sums.items()}
     pushed = None
     prompts = prompts_of(texts, model) if is_python else []
     if len(prompts) >= 4:

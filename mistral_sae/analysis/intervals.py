@@ -17,5 +17,5 @@ def resamples(scored_G: Tensor, seed: int, count: int = 1000) -> Tensor:
 
 
 def interval(drawn_S: Tensor) -> list[float]:
-    """The lowest and the highest of what was drawn, without the outermost."""
-    return drawn_S.quantile(INTERVAL).tolist()
+    """The lowest and the highest of what was drawn, without the outermost, and without draws that gave no number."""
+    return drawn_S.nanquantile(INTERVAL).tolist()
