@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import json
 import random
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ from mistral_sae.analysis.sample import Texts, randomise, read_activity, read_te
 from mistral_sae.data.documents import Skipped
 from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
-from mistral_sae.explain.answers import Answers
+from mistral_sae.explain import cache
+from mistral_sae.explain.answers import Answers, read_answers
+from mistral_sae.explain.labels import set_aside
 from mistral_sae.explain.report import put_answers
-from mistral_sae.files import write_text
+from mistral_sae.files import SAEError, write_text
 from mistral_sae.loading import load_pair
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import hash_of_sae
@@ -80,15 +83,20 @@ def main() -> None:
         "superposed": superposition(texts, activity, sae, config.SEED),
         "causal": caused,
     }
-    write_text(run_dir / "analysis.json", json.dumps(answers, indent=1) + "\n")
+    path = run_dir / "analysis.json"
+    with suppress(SAEError):  # what is damaged is written over
+        if read_answers(path, sae) is None and (moved_to := set_aside(path)):
+            print(f"the answers of another autoencoder are in {moved_to}")
+    write_text(path, json.dumps(answers, indent=1, allow_nan=False) + "\n")
     print(f"\n{table(answers['monosemantic'])}\n")
     print(f"Are features monosemantic?\n  {answers['monosemantic']['sentence']}\n")
     print(f"Are they in superposition?\n  {answers['superposed']['sentence']}\n")
     print(f"Does the model use them?\n  {caused['sentence']}\n")
     print(f"{edits_table(caused)}\n")
-    print(f"figures   {run_dir / 'analysis.json'}")
-    if put_answers(run_dir / "report.html", Answers.model_validate(answers)):
-        print(f"report    {run_dir / 'report.html'}: the answers stand at its top")
+    print(f"figures   {path}")
+    report, is_ours = run_dir / "report.html", cache.is_of(run_dir / cache.FOLDER, answers["autoencoder"])
+    if is_ours and put_answers(report, Answers.model_validate(answers)):
+        print(f"report    {report}: the answers stand at its top")
 
 
 def read_labelled(model: LanguageModel) -> Texts:
@@ -101,7 +109,8 @@ def read_labelled(model: LanguageModel) -> Texts:
     else:
         labelled = label_python(Corpus.of(config).documents(held_out=False, epochs=False), skipped)
         concepts = concepts_of_python()
-    texts = read_texts(labelled, concepts, model, config.CONTEXT_LENGTH, config.ANALYSE_ROWS, ROWS_A_DOCUMENT)
+    sizes = config.CONTEXT_LENGTH, config.ANALYSE_ROWS, ROWS_A_DOCUMENT
+    texts = read_texts(labelled, concepts, model, *sizes, skipped)
     if skipped.count:
         print(skipped.summary())
     return texts

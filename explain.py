@@ -67,6 +67,7 @@ def main() -> None:
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         atexit.register(gc.unfreeze)  # libraries such as triton complain of what is left at the end
         reading, settings, folder = Reading.of(config), Settings.of(config), run_dir / cache.FOLDER
+        print(f"corpus    {(corpus := reading.corpus.check())}")
         path, is_first = run_dir / "explanations.jsonl", not (config.DRY_RUN or cli.rank())
         if is_first and not cache.is_of(folder, hash_of_sae(loaded.sae)) and (moved_to := set_aside(path)):
             print(f"the explanations of another autoencoder are in {moved_to}")  # before there is a cache of this one
@@ -79,7 +80,7 @@ def main() -> None:
         best = concepts.best() if concepts else {}
         beside = best.keys() - chosen if selected.how == "random" else ()
         labelled = sorted({*chosen, *beside})
-        records = FeatureRecords(activations, labelled, model, loaded.sae, settings, concepts)
+        records = FeatureRecords(activations, labelled, model, loaded.sae, settings, concepts.of if concepts else None)
         labels, broken = label(records, model, run_dir, best)
         labels = {f: each._replace(is_beside=f in beside) for f, each in labels.items()}
         if config.DRY_RUN:
@@ -92,7 +93,7 @@ def main() -> None:
         write_labels(path, every.values())
         if list(every) != labelled:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
-        run = report.run_of(config, model_name(model), loaded, reading.corpus.check(), activations)
+        run = report.run_of(config, model_name(model), loaded, corpus, activations)
         others = index_of(model, loaded.sae, activations.statistics(), activations, without=every)
         with cli.Progress(records, "report", unit=" features") as features:
             report.write_report(run_dir / "report.html", run, features, every, others)
@@ -214,22 +215,22 @@ def show_text(text: str, filled: Filled, spec: ModelSpec) -> None:
     """Write the page of TEXT: the strongest features of each of its tokens."""
     run_dir = Path(filled.RUN_DIR)
     loaded, model = open_pair(filled, spec)
-    layer, rows = loaded.metadata.residual_layer, rows_of(model, text, config.CONTEXT_LENGTH)
+    folder, autoencoder = run_dir / cache.FOLDER, hash_of_sae(loaded.sae)
+    rows = rows_of(model, text, config.CONTEXT_LENGTH)
     ids = [id for row in rows for id in row[1:]]
     features = [each for row in rows for each in strongest(model, loaded, row, SHOWN_FEATURES)]
-    tokens = [report.TextToken(*each) for each in zip(model.tokenizer.strings(ids), features, strict=True)]
-    described = cache.made_from(model, loaded.sae, layer, Reading.of(config).described())
-    are_ours = cache.is_of(run_dir / cache.FOLDER, described["autoencoder"])
-    labels = read_labels(run_dir / "explanations.jsonl") if are_ours else {}
-    activations, why = cache.open_cache(run_dir / cache.FOLDER, described)
-    fired = sorted({feature for token in tokens for feature, _ in token.features})
-    records = FeatureRecords(activations, fired, model, loaded.sae, Settings()) if activations else None
-    page, run = run_dir / "text.html", report.run_of(config, model_name(model), loaded, "your text", None)
-    report.write_text_page(page, run, tokens, labels, map(records.brief, fired) if records else ())
-    hint = "" if labels else "; run explain.py without TEXT for explanations"
+    tokens = list(zip(model.tokenizer.strings(ids), features, strict=True))
+    labels = read_labels(run_dir / "explanations.jsonl") if cache.is_of(folder, autoencoder) else {}
+    activations = cache.open_of(folder, autoencoder)
+    fired = sorted({feature for each in features for feature, _ in each})
+    settings = Settings.noted(folder, config)
+    records = FeatureRecords(activations, fired, model, loaded.sae, settings) if activations else None
+    page, layer = run_dir / "text.html", loaded.metadata.residual_layer
+    known = map(records.brief, fired) if records else ()
+    report.write_text_page(page, model_name(model), layer, tokens, labels, known)
+    missing = [what for what, found in {"explanations": labels, "passages": activations}.items() if not found]
+    hint = f"; run explain.py without TEXT for {' and '.join(missing)}" if missing else ""
     print(f"page      {page}: {len(tokens):,} tokens{hint}")
-    if why:
-        print(f"without passages: {why.split(':')[0]}")
 
 
 def print_results(labels: dict[int, Label], n_labels: int, run_dir: Path) -> None:

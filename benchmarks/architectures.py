@@ -263,9 +263,9 @@ class Bench:
     @cached_property
     def concepts(self) -> tuple[Halves, Tensor, tuple[Tensor, Tensor]]:
         """Where text is of which concept, z of it, and each concept's probe: its direction and what it calls."""
-        labelled = label_python(CORPUS.documents(held_out=False, epochs=False), Skipped())
+        labelled = label_python(CORPUS.documents(held_out=False, epochs=False), skipped := Skipped())
         sizes = config.CONTEXT_LENGTH, CONCEPT_ROWS, ROWS_A_DOCUMENT
-        texts = read_texts(labelled, concepts_of_python(), self.model, *sizes)
+        texts = read_texts(labelled, concepts_of_python(), self.model, *sizes, skipped)
         texts = texts._replace(labels_NC=texts.labels_NC[:, Halves.of(texts).has_enough()])
         x_ND = torch.cat([self.model.residuals(rows, LAYER) for rows in texts.tokens_RT.split(16)])[texts.kept_RT]
         z_ND, halves = SparseAutoencoder(x_ND.shape[1], F, K).standardize(x_ND)[0], Halves.of(texts)

@@ -292,7 +292,8 @@ def edits_by_concept(result: dict[str, Any]) -> str:
     rows = [["concept", *(f"nats, {kind}" for kind in kinds), "times, unpushed", *(f"times, {kind}" for kind in kinds)]]
     for each in found["concepts"]:
         nats, rates = ([each[figure][kind] for kind in kinds] for figure in ("kl", "rate"))
-        rows.append([each["concept"], *(f"{x:.3f}" for x in nats), *(f"{x:.1f}" for x in (each["own rate"], *rates))])
+        nats = ("" if x is None else f"{x:.3f}" for x in nats)
+        rows.append([each["concept"], *nats, *(f"{x:.1f}" for x in (each["own rate"], *rates))])
     return _table(rows)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mistral_sae.analysis.codes import Code, Dense, Sparse, strongest
+from mistral_sae.analysis.intervals import interval, resamples
 from mistral_sae.analysis.monosemantic import (
     LEAST_FIRINGS,
     Found,
@@ -17,7 +18,6 @@ from mistral_sae.analysis.monosemantic import (
     absorbed,
     precise_directions,
     probed,
-    resamples,
     search,
     union_of,
 )
@@ -85,9 +85,8 @@ def monosemanticity(
     """
     halves, found = Halves.of(texts), dict(found)
     found[PROBE], directions_CD, called_NC = probed(activity.z_ND, halves)
-    scored_G = torch.zeros(halves.n_documents, dtype=torch.bool).index_fill_(0, halves.document_N[halves.score], True)
-    weights_SG = resamples(halves.n_documents, scored_G, seed)
-    features, rows = codes[FEATURES], []
+    weights_SG = resamples(texts.scored_G, seed)
+    features, rows_FD, rows = codes[FEATURES], sae.W_dec.detach().float().cpu(), []
     assert isinstance(features, Sparse)
     for c, name in enumerate(texts.concepts):
         union = union_of(features, halves, c)
@@ -101,7 +100,7 @@ def monosemanticity(
                 "feature": int(found[FEATURES].direction[c]),
                 "features": union.needed,
                 "f1 of their union": round(union.f1[union.needed - 1], 3) if union.f1 else None,
-                "absorbed": absorbed(features, sae.W_dec, halves, c, main, (directions_CD[c], called_NC[:, c])),
+                "absorbed": absorbed(features, rows_FD, halves, c, main, (directions_CD[c], called_NC[:, c])),
                 "f1 of k features": {k: round(float(f1_C[c]), 3) for k, f1_C in found[FEATURES].sparse.items()},
             }
         )
@@ -125,7 +124,7 @@ def overlaps(features: Sparse, halves: Halves, best: Found) -> Tensor:
 
 
 def _summary(found: Found, weights_SG: Tensor) -> dict[str, Any]:
-    low, high = found.calls.resampled(weights_SG).mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = interval(found.calls.resampled(weights_SG).mean(dim=1))
     return {"mean f1": float(found.f1.mean()), "low": low, "high": high, "mean auroc": float(found.auroc.mean())}
 
 
@@ -139,7 +138,7 @@ def monosemantic(
     """
     rival = max((n for n in found if n not in (FEATURES, PROBE)), key=lambda name: float(found[name].f1.mean()))
     means = [found[name].calls.resampled(weights_SG).mean(dim=1) for name in (FEATURES, rival)]
-    low, high = (means[0] - means[1]).quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = interval(means[0] - means[1])
     own, theirs = summaries[FEATURES], summaries[rival]
     ahead = int((found[FEATURES].f1 > found[rival].f1).sum())
     said = (

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mistral_sae.analysis.concepts import told_by_tokens
 from mistral_sae.analysis.edits import Divergences, Written, ablate, prompts_of, push
-from mistral_sae.analysis.monosemantic import WIDE, Found, resamples
+from mistral_sae.analysis.intervals import interval, resamples
+from mistral_sae.analysis.monosemantic import WIDE, Found
 from mistral_sae.analysis.sample import Activity, Texts, down_projection
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
@@ -25,7 +26,6 @@ FEATURE, MEANS, NEURON, OTHER, RANDOM = (
 )  # fmt: skip
 CONCEPTS = 10
 FIRES = 20  # tokens on which a feature has to fire to stand in as another one
-INTERVAL = torch.tensor([0.025, 0.975])  # 95 %
 
 
 def concepts_to_ask(features: Found, texts: Texts, only: set[str] | None) -> list[int]:
@@ -100,27 +100,24 @@ def causality(
     """What both edits do, by what they write along, with 95 % intervals over documents, and by concept.
 
     `found` has the best features and neurons of each concept. Without a parser for what the model writes nothing is
-    pushed.
+    pushed. A concept has no KL, None, where its feature fires on no token that is scored.
     """
     neurons = found.get("neurons of the MLP", found["basis directions"])
     concepts = concepts_to_ask(found["features"], texts, told_by_tokens() if is_python else None)
+    unclear: dict[str, Any] = {"answer": "unclear", "pushed": None, "concepts": []}
     if not concepts:
-        return {
-            "answer": "unclear",
-            "sentence": "Not asked: the text has no narrow concept.",
-            "pushed": None,
-            "concepts": [],
-        }
+        return unclear | {"sentence": "Not asked: the text has no narrow concept."}
     features = found["features"].direction[concepts].tolist()
     along = directions_to_edit(model, loaded, texts, activity, neurons, features, concepts, seed)
     names = [texts.concepts[c] for c in concepts]
     rows: list[dict[str, Any]] = [{"concept": n, "feature": f} for n, f in zip(names, features, strict=True)]
     taken = ablate(model, loaded, texts, activity, features, along)
-    scored_G = torch.zeros(len(texts.documents), dtype=torch.bool)
-    scored_G[texts.document_N[~texts.fit_N]] = True
-    ablated = ablated_by_kind(taken, resamples(len(scored_G), scored_G, seed))
+    if not taken.tokens.sum(dim=(1, 2)).all():
+        return unclear | {"sentence": "Not shown: features fire on none of the tokens that are scored, or on all."}
+    ablated = ablated_by_kind(taken, resamples(texts.scored_G, seed))
     for c, row in enumerate(rows):
-        row["kl"] = {kind: (sums[0, c].sum() / taken.tokens[0, c].sum()).item() for kind, sums in taken.sums.items()}
+        tokens = taken.tokens[0, c].sum()
+        row["kl"] = {kind: (sums[0, c].sum() / tokens).item() if tokens else None for kind, sums in taken.sums.items()}
     pushed = None
     prompts = prompts_of(texts, model) if is_python else []
     if len(prompts) >= 4:
@@ -142,8 +139,8 @@ def ablated_by_kind(taken: Divergences, weights_SG: Tensor) -> dict[str, dict[st
     for kind, sums_2CG in taken.sums.items():
         inside, elsewhere = mean(sums_2CG, ones_1G)[0].tolist()
         drawn_S2 = mean(sums_2CG, weights_SG)
-        low, high = drawn_S2[:, 0].quantile(INTERVAL).tolist()
-        ahead = (own_S2 - drawn_S2)[:, 0].quantile(INTERVAL).tolist()
+        low, high = interval(drawn_S2[:, 0])
+        ahead = interval((own_S2 - drawn_S2)[:, 0])
         found[kind] = {"fires": inside, "low": low, "high": high, "elsewhere": elsewhere, "feature less it": ahead}
     return found
 
@@ -156,7 +153,7 @@ def pushed_by_kind(written: Written, kinds: list[str], rows: list[dict[str, Any]
     """
     rate_PKCZ, n = written.rate_PKCZ, len(written.own)
     own = pooled(written.own)
-    weights_SP = resamples(n, torch.ones(n, dtype=torch.bool), seed) / n
+    weights_SP = resamples(torch.ones(n, dtype=torch.bool), seed) / n
     taken_KPC, sizes = torch.zeros(rate_PKCZ.shape[1], n, len(rows)), range(rate_PKCZ.shape[3])
     found: dict[str, Any] = {}
     for k, kind in enumerate(kinds):
@@ -172,12 +169,12 @@ def pushed_by_kind(written: Written, kinds: list[str], rows: list[dict[str, Any]
                 figures += [written.measured[p][first + z] for p in score]
             row.setdefault("rate", {})[kind] = taken_KPC[k, :, c].mean().item()
         drawn_S, along_S = (weights_SP @ taken_KPC[i].mean(dim=1) for i in (k, kinds.index(FEATURE)))
-        low, high = drawn_S.quantile(INTERVAL).tolist()
+        low, high = interval(drawn_S)
         found[kind] = {
             "rate": taken_KPC[k].mean().item(),
             "low": low,
             "high": high,
-            "feature less it": (along_S - drawn_S).quantile(INTERVAL).tolist(),
+            "feature less it": interval(along_S - drawn_S),
             "nats more": pooled(figures).cross_entropy - own.cross_entropy,
         }
     for c, row in enumerate(rows):
@@ -185,7 +182,7 @@ def pushed_by_kind(written: Written, kinds: list[str], rows: list[dict[str, Any]
     raised_P = (taken_KPC[kinds.index(FEATURE)] - written.own_PC).mean(dim=1)
     return found | {
         "own rate": written.own_PC.mean().item(),
-        "raised": (weights_SP @ raised_P).quantile(INTERVAL).tolist(),
+        "raised": interval(weights_SP @ raised_P),
     }
 
 

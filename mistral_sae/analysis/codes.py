@@ -7,7 +7,7 @@ Shapes: N tokens, M directions, K readings a token, C concepts, E readings above
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,24 +24,6 @@ class Sorted(NamedTuple):
     value_E: Tensor
 
 
-class Code(Protocol):
-    """The readings of M directions on N tokens."""
-
-    n_directions: int
-
-    def parts(self, some: Tensor) -> Iterator[Sorted]:
-        """The readings of some tokens (indices), all directions in turn."""
-
-    def readings(self, directions: Tensor) -> Tensor:
-        """What directions (C, K) read of all tokens, (N, C, K)."""
-
-    def sums(self, some: Tensor, labels_nC: Tensor) -> Tensor:
-        """The sum of each direction's readings over the tokens of each concept, (M, C)."""
-
-    def counts(self, some: Tensor, labels_nC: Tensor) -> Tensor:
-        """On how many tokens of each concept each direction fires, (M, C)."""
-
-
 class Sparse:
     """Readings (N, K) above 0 of some of M directions; the others read 0."""
 
@@ -49,7 +31,7 @@ class Sparse:
         self.values_NK, self.indices_NK, self.n_directions = values_NK, indices_NK, n_directions
 
     def parts(self, some: Tensor) -> Iterator[Sorted]:
-        """All at once."""
+        """The readings of some tokens (indices), all directions at once."""
         values, indices = self.values_NK[some], self.indices_NK[some]
         token_E, column = (values > 0).nonzero(as_tuple=True)
         value_E, direction_E = values[token_E, column], indices[token_E, column]
@@ -59,7 +41,7 @@ class Sparse:
         yield Sorted(0, torch.cat([ends.new_zeros(1), ends]), token_E[order], value_E[order])
 
     def readings(self, directions: Tensor) -> Tensor:
-        """(N, C, K)."""
+        """What directions (C, K) read of all tokens, (N, C, K)."""
         wanted, place = directions.flatten().unique(return_inverse=True)
         column_M = torch.full((self.n_directions,), len(wanted))
         column_M[wanted] = torch.arange(len(wanted))
@@ -68,11 +50,11 @@ class Sparse:
         return found[:, place].view(-1, *directions.shape)
 
     def sums(self, some: Tensor, labels_nC: Tensor) -> Tensor:
-        """(M, C)."""
+        """The sum of each direction's readings over the tokens of each concept, (M, C)."""
         return self._gathered(self.values_NK[some], some, labels_nC)
 
     def counts(self, some: Tensor, labels_nC: Tensor) -> Tensor:
-        """(M, C)."""
+        """On how many tokens of each concept each direction fires, (M, C)."""
         return self._gathered((self.values_NK[some] > 0).float(), some, labels_nC)
 
     def _gathered(self, weights_nK: Tensor, some: Tensor, labels_nC: Tensor) -> Tensor:
@@ -92,7 +74,7 @@ class Dense:
         self.x_NM, self.n_directions, self.density = x_NM, 2 * x_NM.shape[1], density
 
     def parts(self, some: Tensor) -> Iterator[Sorted]:
-        """A few directions at a time."""
+        """The readings of some tokens (indices), a few directions at a time."""
         half, n = self.x_NM.shape[1], len(some)
         for sign in (1, -1):
             for first, x_nm in zip(*self._split(some), strict=True):
@@ -105,22 +87,25 @@ class Dense:
         return range(0, self.x_NM.shape[1], width), self.x_NM[some].split(width, dim=1)
 
     def readings(self, directions: Tensor) -> Tensor:
-        """(N, C, K)."""
+        """What directions (C, K) read of all tokens, (N, C, K)."""
         half = self.x_NM.shape[1]
         signs = 1 - 2 * (directions >= half).float()
         return self.x_NM[:, (directions % half).flatten()].view(-1, *directions.shape) * signs
 
     def sums(self, some: Tensor, labels_nC: Tensor) -> Tensor:
-        """(M, C)."""
+        """The sum of each direction's readings over the tokens of each concept, (M, C)."""
         found = self.x_NM[some].T @ labels_nC.float()
         return torch.cat([found, -found])
 
     def counts(self, some: Tensor, labels_nC: Tensor) -> Tensor:
-        """(M, C)."""
+        """On how many tokens of each concept each direction fires, (M, C)."""
         x_nM = self.x_NM[some]
         count = max(1, round(self.density * len(self.x_NM)))
         low, high = (self.x_NM.kthvalue(k, dim=0).values for k in (count, len(self.x_NM) - count + 1))
         return torch.cat([(fires.float().T @ labels_nC.float()) for fires in (x_nM >= high, x_nM <= low)])
+
+
+Code = Sparse | Dense
 
 
 @torch.no_grad()

@@ -70,7 +70,10 @@ SYNTAX: dict[str, tuple[Any, Callable[[Any], Iterable[ast.AST | None]]]] = {
     "function within a function": (FUNCTION, lambda node: (n for n in node.body if isinstance(n, FUNCTION))),
     "parameter": (ast.arg, _itself),
     "argument's default": (ast.arguments, lambda node: [*node.defaults, *node.kw_defaults]),
-    "annotation": ((ast.arg, ast.AnnAssign), lambda node: [node.annotation]),
+    "annotation": (
+        (ast.arg, ast.AnnAssign, *FUNCTION),
+        lambda node: [node.returns if isinstance(node, FUNCTION) else node.annotation],
+    ),
     "raise": (ast.Raise, _itself),
     "return": (ast.Return, _itself),
     "assert": (ast.Assert, _itself),
@@ -98,7 +101,7 @@ NAMES: dict[str, Callable[[str, str], bool]] = {
     "self": lambda before, word: word == "self",
     "function's name, defined": lambda before, word: before == "def",
     "class's name, defined": lambda before, word: before == "class",
-    "attribute": lambda before, word: before == ".",
+    "attribute": lambda before, word: before == "." and not keyword.iskeyword(word),  # as in: from . import x
     "exception's name": lambda before, word: word.endswith(("Error", "Exception", "Warning")),
     "dunder name": lambda before, word: word.startswith("__") and word.endswith("__"),
     "private name": lambda before, word: re.match(r"_[^_]", word) is not None,

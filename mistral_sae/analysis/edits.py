@@ -93,8 +93,7 @@ class Prompt(NamedTuple):
 
 def prompts_of(texts: Texts, model: LanguageModel) -> list[Prompt]:
     """Up to PROMPTS of them, one a document to score on."""
-    is_fit_G = torch.zeros(len(texts.documents), dtype=torch.bool)
-    is_fit_G[texts.document_N[texts.fit_N]] = True
+    scored_G = texts.scored_G
     document_RT = torch.full(texts.kept_RT.shape, -1).masked_scatter_(texts.kept_RT, texts.document_N)
     found: dict[int, Prompt] = {}
     for ids_T, document_T in zip(texts.tokens_RT, document_RT, strict=True):
@@ -104,7 +103,7 @@ def prompts_of(texts: Texts, model: LanguageModel) -> list[Prompt]:
             t = begins.get(match.start(), len(strings))
             document, theirs_t = int(document_T[min(t, len(strings) - 1)]), document_T[t : t + PROMPT_TOKENS]
             is_whole = len(theirs_t) == PROMPT_TOKENS and bool((theirs_t == document).all())
-            if is_whole and document >= 0 and not is_fit_G[document] and document not in found:
+            if is_whole and document >= 0 and scored_G[document] and document not in found:
                 ids = ids_T[t : t + PROMPT_TOKENS].tolist()
                 found[document] = Prompt(
                     document, [model.tokenizer.bos_id, *ids], "".join(strings[t : t + PROMPT_TOKENS])

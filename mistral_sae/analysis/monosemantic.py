@@ -16,7 +16,6 @@ from mistral_sae.analysis.codes import Code, Sorted, Sparse
 from mistral_sae.analysis.probing import Probe, k_sparse
 from mistral_sae.analysis.sample import Texts
 
-RESAMPLES = 1000  # of the documents, for an interval
 LEAST_TOKENS, LEAST_DOCUMENTS = 20, 3  # of a concept in each half, to be scored
 WIDE = 0.2  # share of the tokens from which on a concept is no single thing that a direction could stand for
 PRECISE = 0.8  # of the tokens on which a direction fires that must be of one concept
@@ -120,13 +119,6 @@ class Calls(NamedTuple):
     called: Tensor
     positives: Tensor
 
-    @classmethod
-    def of(cls, called_nC: Tensor, labels_nC: Tensor, document_n: Tensor, n_documents: int) -> "Calls":
-        """Count what was called of each concept."""
-        each = (called_nC & labels_nC, called_nC, labels_nC)
-        zeros = torch.zeros(n_documents, labels_nC.shape[1])
-        return cls(*(zeros.index_add(0, document_n, some.float()).T for some in each))
-
     def f1(self) -> Tensor:
         """(C)."""
         return 2 * self.hits.sum(dim=1) / (self.called + self.positives).sum(dim=1).clamp_min(1)
@@ -134,14 +126,6 @@ class Calls(NamedTuple):
     def resampled(self, weights_SG: Tensor) -> Tensor:
         """F1 (S, C) with documents drawn anew."""
         return 2 * (weights_SG @ self.hits.T) / (weights_SG @ (self.called + self.positives).T).clamp_min(1e-9)
-
-
-def resamples(n_documents: int, scored_G: Tensor, seed: int) -> Tensor:
-    """How often each document is drawn (S, G), of those that are scored."""
-    ids = scored_G.nonzero().squeeze(1)
-    drawn = torch.randint(len(ids), (RESAMPLES, len(ids)), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(RESAMPLES, n_documents)
-    return weights.scatter_add_(1, ids[drawn], torch.ones(drawn.shape))
 
 
 class Found(NamedTuple):
@@ -182,7 +166,10 @@ class Halves(NamedTuple):
 
     def calls(self, called_nC: Tensor) -> Calls:
         """Of what was called on the tokens to score."""
-        return Calls.of(called_nC, self.labels_NC[self.score], self.document_N[self.score], self.n_documents)
+        labels_nC, document_n = self.labels_NC[self.score], self.document_N[self.score]
+        zeros_GC = torch.zeros(self.n_documents, labels_nC.shape[1])
+        each = (called_nC & labels_nC, called_nC, labels_nC)
+        return Calls(*(zeros_GC.index_add(0, document_n, some.float()).T for some in each))
 
 
 def search(code: Code, halves: Halves) -> Found:
@@ -193,26 +180,25 @@ def search(code: Code, halves: Halves) -> Found:
     calls = halves.calls(reading_NC[halves.score] >= best.threshold)
     sparse = {}
     for k, logits_NC in k_sparse(code, halves.fit, labels_nC).items():
-        sparse[k] = _scored(logits_NC, halves).f1()
+        sparse[k] = _scored(logits_NC, halves)[0].f1()
     areas = _areas(code.readings(best.by_auroc[:, None]).squeeze(2), halves)
     return Found(calls, calls.f1(), areas, best.by_f1, best.f1, best.threshold, sparse)
 
 
 def probed(z_ND: Tensor, halves: Halves) -> tuple[Found, Tensor, Tensor]:
     """What logistic regression on the whole residual finds, its directions (C, D), and which tokens it calls (N, C)."""
-    labels_nC = halves.labels_NC[halves.fit]
-    probe = Probe(z_ND[halves.fit], labels_nC)
+    probe = Probe(z_ND[halves.fit], halves.labels_NC[halves.fit])
     logits_NC = probe.logits(z_ND)
-    threshold_C = threshold_of(logits_NC[halves.fit], labels_nC)
-    calls = halves.calls(logits_NC[halves.score] >= threshold_C)
+    calls, threshold_C = _scored(logits_NC, halves)
     nothing = torch.full_like(threshold_C, -1)
     found = Found(calls, calls.f1(), _areas(logits_NC, halves), nothing.long(), nothing, threshold_C, {})
     return found, probe.directions_CD(), logits_NC >= threshold_C
 
 
-def _scored(reading_NC: Tensor, halves: Halves) -> Calls:
+def _scored(reading_NC: Tensor, halves: Halves) -> tuple[Calls, Tensor]:
+    """What is called of each concept by its own reading, and the threshold (C)."""
     threshold_C = threshold_of(reading_NC[halves.fit], halves.labels_NC[halves.fit])
-    return halves.calls(reading_NC[halves.score] >= threshold_C)
+    return halves.calls(reading_NC[halves.score] >= threshold_C), threshold_C
 
 
 def _areas(reading_NC: Tensor, halves: Halves) -> Tensor:
@@ -237,7 +223,7 @@ def precise_directions(code: Code, halves: Halves) -> Precise:
     Concepts as wide as WIDE are left out: whatever fires at random would be precise for them.
     """
     fit_nC, score_nC = halves.labels_NC[halves.fit], halves.labels_NC[halves.score]
-    narrow = halves.has_enough() & (halves.labels_NC.float().mean(dim=0) < WIDE)
+    narrow = halves.labels_NC.float().mean(dim=0) < WIDE
     firings = [code.counts(half, torch.ones(len(half), 1)).squeeze(1) for half in (halves.fit, halves.score)]
     judged = (firings[0] >= LEAST_FIRINGS) & (firings[1] >= LEAST_FIRINGS)
     if not narrow.any() or not judged.any():
@@ -293,7 +279,7 @@ def union_of(code: Sparse, halves: Halves, concept: int) -> Union:
 
 
 def absorbed(
-    code: Sparse, W_dec_FD: Tensor, halves: Halves, concept: int, main: list[int], probe: tuple[Tensor, Tensor]
+    code: Sparse, rows_FD: Tensor, halves: Halves, concept: int, main: list[int], probe: tuple[Tensor, Tensor]
 ) -> float | None:
     """The share of a concept's tokens on which its own features are silent and one other speaks for it.
 
@@ -302,7 +288,7 @@ def absorbed(
     one with the largest projection on the probe has PROBE_SHARE of all their projections and a cosine of PROBE_COSINE.
     It departs from it in that concepts are of tokens of running text, not the first letters of words in a prompt, in
     that `main` are not of a sparse probe, and in that the share is of what the features project on the probe, not of
-    what the residual does. None where the probe finds nothing.
+    what the residual does. `rows_FD` are the decoder's, float on the CPU. None where the probe finds nothing.
     """
     direction_D, called_N = probe
     right = halves.score[(called_N & halves.labels_NC[:, concept])[halves.score]]
@@ -311,10 +297,10 @@ def absorbed(
     values, indices = code.values_NK[right], code.indices_NK[right]
     speaks = torch.isin(indices, torch.tensor(main)) & (values > 0)
     unit_D = direction_D / direction_D.norm()
-    along_F = W_dec_FD.detach().float().cpu() @ unit_D
-    cosine_F = along_F / W_dec_FD.detach().float().cpu().norm(dim=1).clamp_min(1e-12)
+    along_F = rows_FD @ unit_D
     projected = values * along_F[indices]
     largest, at = projected.max(dim=1)
-    cosine = cosine_F[indices.gather(1, at[:, None]).squeeze(1)]
+    others, place = indices.gather(1, at[:, None]).squeeze(1).unique(return_inverse=True)
+    cosine = (along_F[others] / rows_FD[others].norm(dim=1).clamp_min(1e-12))[place]
     dominates = (largest >= PROBE_SHARE * projected.sum(dim=1).clamp_min(0)) & (largest > 0)
     return float((~speaks.any(dim=1) & dominates & (cosine >= PROBE_COSINE)).float().mean())

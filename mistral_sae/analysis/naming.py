@@ -49,15 +49,6 @@ class Named(NamedTuple):
     found: Found
 
 
-class Counts(NamedTuple):
-    """On how many tokens of some documents: two arrays, of those to explain from and those to score on."""
-
-    known_2: np.ndarray  # whose concepts are known
-    held_2C: np.ndarray  # of each concept
-    fires_2F: np.ndarray  # on which each feature fires
-    both_2FC: np.ndarray
-
-
 class PythonConcepts:
     """The concepts of a cache's tokens, and the features that tell them."""
 
@@ -126,7 +117,11 @@ class PythonConcepts:
                 found[f] = Named(concept, self._found(f, c, float(held_2C[0, c])))
         return found
 
-    def _counts(self) -> Counts:
+    def _counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """How many tokens are known (2), of each concept (2, C), fired on (2, F) and both (2, F, C).
+
+        First of the documents to explain from, then of those to score on.
+        """
         F, begin = len(self.cache.counts_F), 0
         sums = torch.zeros(F + 1, 2 * (1 + len(CONCEPTS)))  # the last row is of all tokens
         for numbers, shard in zip(self.cache.documents, self.cache.shards, strict=True):
@@ -142,7 +137,7 @@ class PythonConcepts:
             sums[:F] += embedding_bag(positions, weight, offsets, mode="sum")  # where a feature fires
             sums[F] += weight.sum(dim=0)
         of_2F1C1 = sums.view(F + 1, 2, -1).transpose(0, 1).numpy()
-        return Counts(of_2F1C1[:, F, 0], of_2F1C1[:, F, 1:], of_2F1C1[:, :F, 0], of_2F1C1[:, :F, 1:])
+        return of_2F1C1[:, F, 0], of_2F1C1[:, F, 1:], of_2F1C1[:, :F, 0], of_2F1C1[:, :F, 1:]
 
     def _found(self, feature: int, c: int, held: float) -> Found:
         """The explanation by a concept that `held` tokens to explain from are of."""

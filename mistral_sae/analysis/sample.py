@@ -1,6 +1,7 @@
 """The text that the questions are asked of: its tokens with their concepts, and what a model and an SAE do on them.
 
-Shapes: R rows, T positions, N tokens that count, C concepts, D model width, H neurons of the MLP, K active features.
+Shapes: R rows, T positions, N tokens that count, G documents, C concepts, D model width, H neurons of the MLP, K active
+features.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mistral_sae.analysis.concepts import Labelled, token_labels
 from mistral_sae.cli import Progress, UserError
 from mistral_sae.data.activations import shuffled_batches
-from mistral_sae.data.documents import Document
+from mistral_sae.data.documents import Document, Skipped
 from mistral_sae.data.tokens import Corpus, pack, shuffle
 from mistral_sae.explain.cache import is_for_scoring
 from mistral_sae.model.language_model import LanguageModel
@@ -37,14 +38,26 @@ class Texts(NamedTuple):
     concepts: list[str]  # C names
     documents: list[str]  # their ids
 
+    @property
+    def scored_G(self) -> Tensor:
+        """Which documents (bool) are not to choose on."""
+        return torch.zeros(len(self.documents), dtype=torch.bool).index_fill_(0, self.document_N[~self.fit_N], True)
+
 
 def read_texts(
-    labelled: Iterable[Labelled], concepts: list[str], model: LanguageModel, context_length: int, n_rows: int, most: int
+    labelled: Iterable[Labelled],
+    concepts: list[str],
+    model: LanguageModel,
+    context_length: int,
+    n_rows: int,
+    most: int,
+    skipped: Skipped,
 ) -> Texts:
     """Up to `n_rows` rows, at most `most` of them beginning with one and the same document.
 
-    A document that a row cuts is labelled by its whole text. Documents are halved by a hash of their ids: one half is
-    to choose on, the other to score on. Raises UserError where either is empty.
+    A document that a row cuts is labelled by its whole text; one whose tokens do not join to it is counted in
+    `skipped`. Documents are halved by a hash of their ids: one half is to choose on, the other to score on. Raises
+    UserError where either is empty.
     """
     labels: dict[str, np.ndarray] = {}
     taken: dict[str, int] = {}  # tokens of each document in the rows so far
@@ -53,7 +66,9 @@ def read_texts(
     def watched() -> Iterator[Document]:
         for each in labelled:
             found = token_labels(each, concepts, model.tokenizer)
-            if found is not None:
+            if found is None:
+                skipped.add(each.document.id, "its tokens do not join to its text")
+            else:
                 labels[each.document.id] = found
                 yield each.document
 
@@ -76,7 +91,8 @@ def read_texts(
         if len(tokens) == n_rows:
             break
     if not tokens:
-        raise UserError("found not one row of labelled text: use more text, or a lower CONTEXT_LENGTH")
+        why = skipped.summary() or "there is too little"
+        raise UserError(f"found not one row of labelled text ({why}): use more text, or a lower CONTEXT_LENGTH")
     tokens_RT, document_RT = torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(places))
     kept_RT = model.kept(tokens_RT) & (document_RT >= 0)
     document_N = document_RT[kept_RT]

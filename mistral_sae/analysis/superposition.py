@@ -4,7 +4,7 @@ That decoder rows outnumber the dimensions proves nothing: they were made so. Wh
 few of them rebuild a residual better than as few directions of any basis do, and better than as many random directions
 do, whose number gives the same choice. All are given the same chance here, a matching pursuit.
 
-Shapes: N tokens, D model width, F directions of a dictionary, K of them that a token may use.
+Shapes: N tokens, D model width, F directions of a dictionary, K of them that a token may use, S resamples, G documents.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mistral_sae.analysis.intervals import interval, resamples
 from mistral_sae.sae.features import Geometry
 
 CHUNK_TOKENS = 1024  # at a time
@@ -82,17 +83,14 @@ def fits(z_ND: Tensor, dictionaries: Mapping[str, Tensor], k: int, document_N: T
     are alike; `document_N` (N) int64 tells whose a token is.
     """
     centred_ND = z_ND.float() - z_ND.float().mean(dim=0)
-    generator = torch.Generator().manual_seed(seed)
     ids, document_N = document_N.unique(return_inverse=True)
-    counts = torch.randint(len(ids), (RESAMPLES, len(ids)), generator=generator)
-    weights_SC = torch.zeros(RESAMPLES, len(ids)).scatter_add_(1, counts, torch.ones(counts.shape))
-    total_C = _by_document(centred_ND.square().sum(dim=1), document_N, len(ids))
+    weights_SG = resamples(torch.ones(len(ids), dtype=torch.bool), seed, RESAMPLES)
+    total_G = _by_document(centred_ND.square().sum(dim=1), document_N, len(ids))
     found = {}
     for name, rows_FD in dictionaries.items():
-        error_C = _by_document(unexplained(centred_ND, rows_FD, k), document_N, len(ids))
-        drawn = (weights_SC @ error_C) / (weights_SC @ total_C)
-        low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
-        found[name] = Fit(float(error_C.sum() / total_C.sum()), low, high)
+        error_G = _by_document(unexplained(centred_ND, rows_FD, k), document_N, len(ids))
+        low, high = interval((weights_SG @ error_G) / (weights_SG @ total_G))
+        found[name] = Fit(float(error_G.sum() / total_G.sum()), low, high)
     return found
 
 

@@ -358,8 +358,9 @@ def open_cache(folder: Path, made_from: dict[str, Any]) -> tuple[Cache | None, s
 
 def open_of(folder: Path, autoencoder: str) -> Cache | None:
     """The cache in a folder, of whatever corpus, if it is complete and of the autoencoder with this hash."""
-    found = _manifest(folder)
-    return open_cache(folder, found.made_from)[0] if found and is_of(folder, autoencoder) else None
+    if not (found := _manifest(folder)) or not is_of(folder, autoencoder):
+        return None
+    return open_cache(folder, found.made_from | {"format": FORMAT})[0]
 
 
 def _shards(folder: Path) -> list[Shard]:

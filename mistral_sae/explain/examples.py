@@ -9,11 +9,11 @@ of one document.
 Shapes: F features, D model width, M passages, W tokens of the longest passage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -61,6 +61,10 @@ class Settings(NamedTuple):
         found = noted(folder) or {}
         is_whole = found.keys() == set(cls._fields) and all(type(value) is int for value in found.values())
         return cls(**found) if is_whole else cls.of(constants)
+
+    def generator(self, feature: int, purpose: int) -> Generator:
+        """Random numbers for one purpose of one feature."""
+        return np.random.default_rng([self.seed, feature, purpose])
 
 
 # ---- where a feature fires ----
@@ -118,7 +122,7 @@ class Sample:
     """Some of a cache's shards, in which all features are looked at together."""
 
     def __init__(self, cache: Cache, settings: Settings):
-        self.cache, self._seed = cache, settings.seed
+        self.cache, self._settings = cache, settings
         self.shards = cache.spread(SAMPLE_SHARDS)
         parts = []
         for number in self.shards:
@@ -139,7 +143,7 @@ class Sample:
     def random(self, feature: int, fires: np.ndarray, count: int, without: np.ndarray) -> Passages:
         """Up to `count` passages that hold none of the tokens `fires`, and are of none of the documents `without`."""
         documents, n = self.passages.documents, len(self._shuffled)
-        start = self._generator(feature, 0).integers(max(1, n))
+        start = self._settings.generator(feature, 0).integers(max(1, n))
         found, seen, step = self._shuffled[:0], 0, 8 * count
         while len(found) < count and seen < n:
             silent = self._silent(self._shuffled[(start + np.arange(seen, min(seen + step, n))) % n], fires)
@@ -155,7 +159,7 @@ class Sample:
         often), half around one on which another feature of `near` fires; more of one kind where there are too few of
         the other.
         """
-        generator, documents = self._generator(feature, 1), self.passages.documents
+        generator, documents = self._settings.generator(feature, 1), self.passages.documents
         drawn = generator.choice(ids, DRAWN) if len(ids) else np.zeros(0, dtype=np.int64)
         begins, ends = (np.searchsorted(self._ids, drawn, side=side) for side in ("left", "right"))
         at = (begins + generator.random(len(drawn)) * (ends - begins)).astype(int)[begins < ends]
@@ -194,9 +198,6 @@ class Sample:
         lengths = np.bincount(shard.positions, minlength=len(shard.tokens))
         return by_token, lengths.cumsum() - lengths, lengths
 
-    def _generator(self, feature: int, purpose: int) -> Generator:
-        return np.random.default_rng([self._seed, feature, purpose])
-
     def _places(self, feature: int) -> np.ndarray:
         """The passages around tokens on which a feature fires."""
         found = self.cache.activations(feature, self.shards)
@@ -211,16 +212,10 @@ class Sample:
 # ---- records ----
 
 
-class Concepts(Protocol):
-    """What is known of the tokens of a cache beside their text."""
-
-    def of(self, first: int, last: int) -> tuple[tuple[str, ...], ...]:
-        """The concepts of each token from one place to another; () where they are not known."""
-
-
 class FeatureRecords:
     """The records of some features, made when they are asked for: `records[feature]`, or one after the other.
 
+    `concepts` gives those of each of the cache's tokens from one place to another, () where they are not known.
     Passages to score on lose a random number of tokens at both ends: their places in a window would tell the peak.
     Those that repeat a passage to explain from are left out: documents share licences, boilerplate, quotations. Raises
     ModelError unless the model is loaded with its head.
@@ -228,7 +223,7 @@ class FeatureRecords:
 
     def __init__(
         self, cache: Cache, features: Sequence[int], model: LanguageModel, sae: SparseAutoencoder, settings: Settings,
-        concepts: Concepts | None = None, at_once: int = AT_ONCE,
+        concepts: Callable[[int, int], Sequence[tuple[str, ...]]] | None = None, at_once: int = AT_ONCE,
     ):  # fmt: skip
         self.features, self._settings = list(features), settings
         self._cache, self._model, self._sae, self._concepts = cache, model, sae, concepts
@@ -259,11 +254,9 @@ class FeatureRecords:
             density=len(found.tokens) / max(1, self._cache.tokens),
             maximum=maximum,
             histogram=tuple(np.histogram(found.values, BINS, (0, maximum or 1))[0].tolist()),
-            promoted=(), suppressed=(), nearest=(), coactive=(),
             top=self._examples(top, found),
             spread=self._examples(spread, found),
-            held_out=(), random=(), hard=(),
-        )  # fmt: skip
+        )
 
     def _make(self, feature: int) -> Feature:
         found, top, spread, held_out = self._select(feature)
@@ -274,7 +267,7 @@ class FeatureRecords:
         random = self._sample.random(feature, found.tokens, NEGATIVES, without=hard.documents)
         seen = {*self._around(top), *self._around(spread)}
         held_out = held_out.at(np.array([around not in seen for around in self._around(held_out)], dtype=bool))
-        generator = self._generator(feature, 3)
+        generator = self._settings.generator(feature, 3)
         return self._brief(feature, found, top, spread)._replace(
             **related,
             held_out=self._examples(self._shortened(held_out, generator), found),
@@ -289,13 +282,10 @@ class FeatureRecords:
         passages = peaks(found, settings.left, settings.right)
         for_scoring = self._cache.for_scoring[passages.documents]
         explaining, scoring = passages.at(~for_scoring), passages.at(for_scoring)
-        generator = self._generator(feature, 2)  # 0 and 1 are the sample's
+        generator = settings.generator(feature, 2)  # 0 and 1 are the sample's
         spread = from_intervals(explaining, maximum, settings.spread, generator)
         held_out = from_intervals(scoring, maximum, settings.held_out, generator)
         return found, strongest(explaining, settings.top), spread, held_out
-
-    def _generator(self, feature: int, purpose: int) -> Generator:
-        return np.random.default_rng([self._settings.seed, feature, purpose])
 
     @cached_property
     def _sample(self) -> Sample:
@@ -336,7 +326,7 @@ class FeatureRecords:
         ):
             texts, start = self._texts(self._cache.ids(first, last)), first % self._cache.row_tokens
             tokens, activations = without_empty(texts, values[: len(texts)])
-            concepts = tuple(compress(self._concepts.of(first, last), texts)) if self._concepts else ()
+            concepts = tuple(compress(self._concepts(first, last), texts)) if self._concepts else ()
             examples.append(Example(self._cache.names[document], start, tokens, activations, concepts))
         return tuple(examples)
 

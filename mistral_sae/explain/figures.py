@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mistral_sae.cli import rank
 from mistral_sae.explain.scoring import ScoreSummary
+from mistral_sae.explain.types import BINS
 from mistral_sae.files import write_atomically
 from mistral_sae.sae.features import RARE, Geometry
 
@@ -45,7 +46,6 @@ LOOKS: list[dict[str, Any]] = [
     {"color": "#4d7f52", "linestyle": ":", "marker": "^"}, {"color": INK, "linestyle": "-.", "marker": "D"},
     {"color": "#8a5f9e", "linestyle": "-", "marker": "v"}, {"color": "#a9892c", "linestyle": "--", "marker": "X"},
 ]  # fmt: skip
-BINS = 50  # of a histogram
 DEAD_WORTH_SHOWING = 0.01  # of the features
 
 Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl

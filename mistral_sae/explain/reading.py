@@ -57,7 +57,6 @@ def read_corpus(
     in place of writing over a cache of something else. Several ranks share the pass.
     """
     layer, row_tokens = loaded.metadata.residual_layer, reading.corpus.context_length
-    print(f"corpus    {reading.corpus.check()}")
     described = cache.made_from(model, loaded.sae, layer, reading.described())
     found, why = cache.open_cache(folder, described)
     ranks.wait()  # until all have looked
@@ -82,13 +81,13 @@ def read_corpus(
     return found
 
 
-@torch.no_grad()
 def rows_of(model: LanguageModel, text: str, row_tokens: int) -> list[list[int]]:
     """The token ids of a text in rows of as many as the corpus's have, each with its BOS first; of no text no row."""
     bos, *ids = model.encode(text)
     return [[bos, *ids[i : i + row_tokens - 1]] for i in range(0, len(ids), row_tokens - 1)]
 
 
+@torch.no_grad()
 def strongest(model: LanguageModel, loaded: LoadedSAE, ids: list[int], count: int) -> list[list[tuple[int, float]]]:
     """The strongest features of each token of a row but the first, the BOS: at most so many (feature, activation)."""
     encoded = loaded.sae.encode(model.residuals(torch.tensor([ids]), loaded.metadata.residual_layer)[0, 1:])

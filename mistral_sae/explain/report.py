@@ -12,7 +12,7 @@ Shapes: F features, D model width.
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,8 +50,8 @@ class Run(NamedTuple):
     """What the report says of the run as a whole. What is not known is None or empty, and said to be so."""
 
     model: str  # its name, for people
-    layer: int | None  # whose output is read
-    hook_name: str | None  # SAE Lens's name of it
+    layer: int  # whose output is read
+    hook_name: str  # SAE Lens's name of it
     corpus: str  # what the features were looked for in
     tokens: int  # of that corpus
     sae_path: str  # folder or hub name of the autoencoder
@@ -61,21 +61,21 @@ class Run(NamedTuple):
     n_features: int  # F, of which the report may show only some
     evaluation: Mapping[str, float]  # evaluation.json
     metrics: Sequence[Mapping[str, float]]  # the records of metrics.jsonl
-    density_F: Tensor | None  # share of the tokens on which each feature fires
+    density_F: Tensor  # share of the tokens on which each feature fires
     geometry: Geometry | None  # of the decoder rows
     answers: Answers | None
 
 
-def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activations: Cache | None) -> Run:
-    """What the pages say of a run with constants such as config.py's; `activations` are those of its corpus."""
+def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activations: Cache) -> Run:
+    """What the report says of a run with constants such as config.py's; `activations` are those of its corpus."""
     evaluation, metrics = read_figures(Path(constants.RUN_DIR)) if constants.SAE_PATH is None else ({}, [])
-    sae, counts_F = loaded.sae, activations.counts_F if activations else None
+    sae, counts_F = loaded.sae, activations.counts_F
     return Run(
         model=model,
         layer=loaded.metadata.residual_layer,
-        hook_name=loaded.metadata.hook_name,
+        hook_name=str(loaded.metadata.hook_name),  # without one there is no layer
         corpus=corpus,
-        tokens=activations.tokens if activations else 0,
+        tokens=activations.tokens,
         sae_path=constants.SAE_PATH or str(Path(constants.RUN_DIR) / "sae"),
         demo=command("demo.py", constants),
         analyse=command("analyse.py", constants),
@@ -83,8 +83,8 @@ def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activatio
         n_features=sae.n_features,
         evaluation=evaluation,
         metrics=metrics,
-        density_F=counts_F.double() / activations.tokens if activations and counts_F is not None else None,
-        geometry=None if counts_F is None else decoder_geometry(sae.W_dec, counts_F > 0),
+        density_F=counts_F.double() / activations.tokens,
+        geometry=decoder_geometry(sae.W_dec, counts_F > 0),
         answers=read_answers(Path(constants.RUN_DIR) / "analysis.json", sae),
     )
 
@@ -93,13 +93,6 @@ def command(script: str, constants: Any) -> str:
     """The command of a script for the model and the autoencoder that constants such as config.py's name."""
     named = ((name, getattr(constants, name)) for name in ("MISTRAL_MODEL_PATH", "SAE_PATH", "HOOK_NAME", "RUN_DIR"))
     return shlex.join(["python", script, *(f"{name}={value}" for name, value in named if value is not None)])
-
-
-class TextToken(NamedTuple):
-    """A token of the user's own text, and the features that fire on it."""
-
-    text: str
-    features: Sequence[tuple[int, float]]  # index and activation, strongest first
 
 
 # ---- the two pages ----
@@ -139,14 +132,20 @@ def write_report(
 
 
 def write_text_page(
-    path: Path, run: Run, tokens: Sequence[TextToken], labels: Mapping[int, Label], features: Iterable[Feature]
+    path: Path,
+    model: str,
+    layer: int,
+    tokens: Sequence[tuple[str, Sequence[tuple[int, float]]]],
+    labels: Mapping[int, Label],
+    features: Iterable[Feature],
 ) -> None:
     """Write the page of one text: its tokens, and the strongest features of each, which link into report.html.
 
+    `model` is its name, for people. A token is its text and each (feature, activation) on it, strongest first.
     `features` are the records of those that there are: they give the maximum that an activation is a share of, and the
     tokens that name a feature without an explanation.
     """
-    fired = {feature for token in tokens for feature, _ in token.features}
+    fired = {feature for _, active in tokens for feature, _ in active}
     known = {feature.feature: feature for feature in features if feature.feature in fired}
     data = {
         "tokens": tokens,
@@ -154,7 +153,9 @@ def write_text_page(
         "maxima": {f: feature.maximum for f, feature in known.items()},
         "fires_on": {f: fires_on(feature) for f, feature in known.items()},
     }
-    context = {"run": run, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data)}
+    context = {
+        "model": model, "layer": layer, "n_tokens": len(tokens), "n_features": len(fired), "data": compressed(data)
+    }  # fmt: skip
     write_text(path, pages.render("text", TEXT, context))
 
 
@@ -205,19 +206,22 @@ def main_score(label: Label | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
-# What a feature is found by in the list
-INDEXED: dict[str, Callable[[Feature, Label | None], Any]] = {
-    "feature": lambda feature, label: feature.feature,
-    "explanation": lambda feature, label: label.explanation if label else "",
-    "density": lambda feature, label: feature.density,
-    "maximum": lambda feature, label: feature.maximum,
-    "score": lambda feature, label: main_score(label),
-    "concept": lambda feature, label: label and label.concept and label.concept.f1,
-    "same_token": lambda feature, label: token_shares(feature).same_token,
-    "predicted_next": lambda feature, label: token_shares(feature).predicted_next,
-    "fires_on": lambda feature, label: fires_on(feature),
-    "logit_lens": lambda feature, label: [token for token, _ in feature.promoted[:NAMED_TOKENS]],
-}
+def columns_of(feature: Feature, label: Label | None) -> dict[str, Any]:
+    """Return what a feature is found by in the list."""
+    return {
+        "feature": feature.feature,
+        "explanation": label.explanation if label else "",
+        "density": feature.density,
+        "maximum": feature.maximum,
+        "score": main_score(label),
+        "concept": label and label.concept and label.concept.f1,
+        **token_shares(feature)._asdict(),
+        "fires_on": fires_on(feature),
+        "logit_lens": [token for token, _ in feature.promoted[:NAMED_TOKENS]],
+    }
+
+
+INDEXED = tuple(columns_of(Feature(0, 0.0, 0.0, ()), None))  # the columns' names
 
 
 def feature_record(feature: Feature, label: Label | None) -> dict[str, Any]:
@@ -250,7 +254,8 @@ def pack(features: Iterable[Feature], labels: Mapping[int, Label]) -> tuple[Inde
     chunks: list[str] = []
     labelled = ((feature, labels.get(feature.feature)) for feature in features)
     while chunk := list(islice(labelled, CHUNK)):
-        for name, value in INDEXED.items():
-            index[name] += [value(feature, label) for feature, label in chunk]
+        rows = [columns_of(feature, label) for feature, label in chunk]
+        for name, column in index.items():
+            column += [row[name] for row in rows]
         chunks.append(compressed([feature_record(feature, label) for feature, label in chunk]))
     return index, chunks

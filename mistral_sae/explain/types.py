@@ -73,15 +73,15 @@ class Feature(NamedTuple):
     density: float  # share of the corpus's tokens on which it fires
     maximum: float  # its largest activation on the corpus; 0 for one that never fired
     histogram: tuple[int, ...]  # tokens in each of BINS bins of equal width over (0, maximum]
-    promoted: tuple[tuple[str, float], ...]  # tokens whose logits it raises most, and the logits; strongest first
-    suppressed: tuple[tuple[str, float], ...]  # tokens whose logits it lowers most
-    nearest: tuple[tuple[int, float], ...]  # features by cosine of the decoder rows, and the cosine
-    coactive: tuple[tuple[int, float], ...]  # features by share of its tokens on which they fire too, and the share
-    top: tuple[Example, ...]  # the strongest passages, strongest first; at most one a document, as in all five
-    spread: tuple[Example, ...]  # a random choice from each interval of its range; with `top`, what to explain it from
-    held_out: tuple[Example, ...]  # from each interval, of other documents than `top` and `spread`: what to score it on
-    random: tuple[Example, ...]  # passages of those other documents on which it does not fire
-    hard: tuple[Example, ...]  # the same, of yet others, with a token it fires on elsewhere or a near feature firing
+    promoted: tuple[tuple[str, float], ...] = ()  # tokens whose logits it raises most, and the logits; strongest first
+    suppressed: tuple[tuple[str, float], ...] = ()  # tokens whose logits it lowers most
+    nearest: tuple[tuple[int, float], ...] = ()  # features by cosine of the decoder rows, and the cosine
+    coactive: tuple[tuple[int, float], ...] = ()  # features by share of its tokens on which they fire, and the share
+    top: tuple[Example, ...] = ()  # the strongest passages, strongest first; at most one a document, as in all five
+    spread: tuple[Example, ...] = ()  # random ones of each interval of its range; with `top`, what to explain it from
+    held_out: tuple[Example, ...] = ()  # of each interval, of other documents than these two: what to score it on
+    random: tuple[Example, ...] = ()  # passages of those other documents on which it does not fire
+    hard: tuple[Example, ...] = ()  # the same, of yet others, with a token it fires on elsewhere or a near one firing
 
 
 class Request(NamedTuple):

@@ -8,6 +8,7 @@ client.completions.create(model="", prompt="def load", extra_body={"steer": stee
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from mistral_sae.cli import UserError
@@ -86,7 +87,7 @@ class Answer:
             "tokens": tokens,
             "token_logprobs": [None, *text.log_probabilities][first:],
             "top_logprobs": [None, *likeliest][first:],
-            "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
+            "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
         }
 
 

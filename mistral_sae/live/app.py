@@ -22,7 +22,7 @@ from mistral_sae.cli import Failed, UserError, is_out_of_memory, one_line
 from mistral_sae.explain import pages
 from mistral_sae.live import api, asked, looking, writing
 from mistral_sae.live.engine import Busy, Engine
-from mistral_sae.live.guard import Guard, error_of, json_of
+from mistral_sae.live.guard import Guard, error_of, json_of, refused
 from mistral_sae.live.known import Known
 from mistral_sae.schema import parse
 
@@ -31,6 +31,7 @@ FILES = ("report.css", "live.css", "page.js", "features.js", "tokens.js", "live.
 
 K = TypeVar("K", bound=asked.Schema)
 Handler = Callable[[Request], Awaitable[Response]]
+Reply = Callable[[Request, Iterator[Any]], Awaitable[Response]]
 
 
 def serve(known: Known, host: str, port: int) -> None:
@@ -50,11 +51,15 @@ def serve(known: Known, host: str, port: int) -> None:
     edit = asked.Steer(features={"0": 0}, method="add")
     engine.prepare(writing.write(known, asked.Writing(prompt=".", steer=edit, max_tokens=1)))
     app = make_app(known, engine, hosts_of(port) if is_local else None, token)
-    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     try:
-        uvicorn.Server(config).run([listening])
+        server_of(app).run([listening])
     finally:
         engine.close()
+
+
+def server_of(app: Starlette) -> uvicorn.Server:
+    """What runs the application; it does not print the errors that `status_of` prints."""
+    return uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -168,8 +173,7 @@ def status_of(error: Exception) -> tuple[int, str]:
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """The answer to a request that failed."""
-    status, message = status_of(error)
-    return json_of(error_of(status, message), status)
+    return refused(*status_of(error))
 
 
 # ---- what is answered ----
@@ -183,20 +187,11 @@ async def feature_of(request: Request) -> Response:
     return await last(request, looking.page(known, wanted))
 
 
-def once(kind: type[K], job: Callable[[Known, K], Iterator[Any]]) -> Handler:
-    """The handler that answers with the last item of a job."""
+def answered(kind: type[K], job: Callable[[Known, K], Iterator[Any]], by: Reply) -> Handler:
+    """The handler that answers with a job's last item (`last`), or with its items as they come (`events`)."""
 
     async def handler(request: Request) -> Response:
-        return await last(request, job(request.app.state.known, await body(request, kind)))
-
-    return handler
-
-
-def streamed(kind: type[K], job: Callable[[Known, K], Iterator[Any]]) -> Handler:
-    """The handler that answers with the items of a job as they come."""
-
-    async def handler(request: Request) -> Response:
-        return await events(request, job(request.app.state.known, await body(request, kind)))
+        return await by(request, job(request.app.state.known, await body(request, kind)))
 
     return handler
 
@@ -214,10 +209,10 @@ def completed(kind: type[K], answer_of: Callable[[Known, K], api.Answer]) -> Han
 
 
 POSTS = {
-    "/activations": once(asked.Reading, looking.read),
-    "/effects": once(asked.Effect, looking.effect),
-    "/texts": streamed(asked.Writing, writing.write),
-    "/sweep": streamed(asked.Sweep, looking.strengths),
+    "/activations": answered(asked.Reading, looking.read, last),
+    "/effects": answered(asked.Effect, looking.effect, last),
+    "/texts": answered(asked.Writing, writing.write, events),
+    "/sweep": answered(asked.Sweep, looking.strengths, events),
     "/v1/completions": completed(asked.Completion, api.completion),
     "/v1/chat/completions": completed(asked.Chat, api.chat),
 }

@@ -39,16 +39,12 @@ class Steer(Asked):
     positions: Literal["all", "generated"] = "all"
     exact: bool = False
 
-    @property
-    def coefficients(self) -> dict[int, float]:
-        """By feature."""
-        return {int(feature): c for feature, c in self.features.items()}
-
     def edit(self) -> Edit:
         """The same as demo.py has it; without a feature how is all the same."""
         if not self.features:
             return Edit({})
-        return Edit(self.coefficients, self.method, self.positions == "generated", self.exact)
+        coefficients = {int(feature): c for feature, c in self.features.items()}
+        return Edit(coefficients, self.method, self.positions == "generated", self.exact)
 
 
 class Rival(Asked):
@@ -110,7 +106,6 @@ class Sampled(Schema):
     stop: Stop | str | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
     stream: bool | None = False
-    max_tokens: Annotated[int, Field(ge=0, le=4096)] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -125,6 +120,7 @@ class Completion(Sampled):
     """/v1/completions."""
 
     prompt: Prompt | Ids | Annotated[list[Prompt] | list[Ids], Field(min_length=1, max_length=64)]
+    max_tokens: Annotated[int, Field(ge=0, le=4096)] | None = None  # 0 with echo: of the prompt alone
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=LIKELIEST)] | None = None
 
@@ -158,4 +154,5 @@ class Chat(Sampled):
     """/v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None

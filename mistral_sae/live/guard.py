@@ -4,7 +4,7 @@ import json
 import secrets
 from collections.abc import Collection
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
@@ -35,7 +35,7 @@ def error_of(status: int, message: str) -> dict[str, Any]:
 
 
 def refused(status: int, message: str) -> Response:
-    """The answer to a request that is not let through."""
+    """The answer to a request that gets no other."""
     return json_of(error_of(status, message), status)
 
 
@@ -69,7 +69,7 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._hosts is not None and host not in self._hosts:
             return refused(403, f"found Host {host[:100]!r}: expected {' or '.join(sorted(self._hosts))}")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return refused(403, f"found a request of the page {origin[:100]}: expected one of this server's own")
         if self._token is None:
             return None

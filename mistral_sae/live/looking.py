@@ -82,10 +82,8 @@ def page(known: Known, feature: int) -> Iterator[dict[str, Any]]:
         found = known.records[feature]
     else:
         density, maximum = float(statistics.density_F[feature]), float(statistics.maximum_F[feature])
-        found = Feature(
-            feature, density, maximum, (0,) * BINS, **related_by_weights(model, loaded.sae, [feature])[feature],
-            coactive=(), top=(), spread=(), held_out=(), random=(), hard=(),
-        )  # fmt: skip
+        related = related_by_weights(model, loaded.sae, [feature])[feature]
+        found = Feature(feature, density, maximum, (0,) * BINS, **related)
     yield rounded(feature_record(found, known.labels.get(feature)))
 
 
@@ -98,8 +96,8 @@ def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
     Several features keep their proportions, and one that is clamped at 0 stays there.
     """
     subject, edit = known.subject, wanted.steer.edit()
-    given = {feature: float(c) for feature, c in wanted.steer.coefficients.items() if c}
-    held = {feature: 0.0 for feature, c in wanted.steer.coefficients.items() if c == 0 and edit.method == "clamp"}
+    given = {feature: float(c) for feature, c in edit.coefficients.items() if c}
+    held = {feature: 0.0 for feature, c in edit.coefficients.items() if c == 0 and edit.method == "clamp"}
     if edit.method == "ablate" or not given:
         raise UserError(
             "found nothing to sweep over: expected a strength that is not 0, and another method than ablate"

@@ -59,7 +59,7 @@ def write(known: Known, wanted: asked.Writing) -> Iterator[dict[str, Any] | None
     found = {name: figures(subject, features, ids, trial) for name, trial in zip(names, trials, strict=True)}
     yield None  # others may run
     verdict = None
-    if edit.method != "ablate" and any(c > 0 for c in wanted.steer.coefficients.values()):
+    if edit.method != "ablate" and any(c and c > 0 for c in edit.coefficients.values()):
         read = [*ids, *texts[0].ids[:TEXT_TOKENS]]
         text_1T = torch.tensor([[*read[:1], *read[1:][1 - known.context :]]])
         verdict = verdict_of(subject, edit, text_1T, {1.0: trials[1]}, trials[0])

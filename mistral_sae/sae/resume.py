@@ -40,7 +40,7 @@ LATEST = 20  # records of the log from which STATUS takes the rate
 OF_A_RUN = (
     "checkpoint*", "sae", "metrics.jsonl", "tensorboard", "wandb", "evaluation.json", "training.png",
     "activations", "feature_statistics*", "explanations*.jsonl", "completions*.jsonl", "report.html", "text.html",
-    "chat.jsonl", "analysis.json", "shared", "sweep.png", SWEEP,
+    "chat.jsonl", "analysis*.json", "shared", "sweep.png", SWEEP,
 )  # fmt: skip
 OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 

@@ -1,5 +1,6 @@
 """Planted causes: a direction that the model reads, and one that it does not."""
 
+import json
 import math
 
 import pytest
@@ -175,3 +176,29 @@ def test_a_concept_that_the_drawn_documents_lack_is_left_out_of_the_mean():
     found = causal.ablated_by_kind(taken, torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
     assert (found[FEATURE]["fires"], found[FEATURE]["elsewhere"]) == (2.0, 2.0)
     assert not math.isnan(found[FEATURE]["low"])
+
+
+def test_draws_without_a_document_in_which_a_feature_fires_are_left_out_of_the_interval():
+    tokens = torch.tensor([[[0.0, 5.0]]] * 2)
+    taken = edits.Divergences({FEATURE: 3 * tokens}, tokens)
+    found = causal.ablated_by_kind(taken, torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    assert found[FEATURE]["low"] == found[FEATURE]["high"] == 3
+
+
+def test_a_concept_whose_feature_fires_on_no_token_that_is_scored_has_no_kl(lm, loaded, texts):
+    labels = torch.zeros_like(texts.labels_NC)
+    labels[::7, 0] = labels[1::7, 1] = True
+    texts, activity = texts._replace(labels_NC=labels), read_activity(lm, loaded.sae, LAYER, texts, 4)
+    found = {"features": found_of([0, 1], [0.9, 0.8]), "basis directions": found_of([3, 5], [0.5, 0.5])}
+
+    def answer(fires_N: Tensor) -> dict:
+        some = activity._replace(indices_NK=fires_N[:, None], values_NK=torch.ones(len(fires_N), 1))
+        found_out = causal.causality(lm, loaded, texts, some, found, False, 0)
+        json.dumps(found_out, allow_nan=False)
+        return found_out
+
+    place_N = torch.arange(len(texts.fit_N))
+    fires, silent = answer(torch.where(texts.fit_N, 1, place_N % 2 * 2))["concepts"]
+    assert None not in fires["kl"].values()
+    assert set(silent["kl"].values()) == {None}
+    assert answer(torch.full_like(place_N, 2))["answer"] == "unclear"

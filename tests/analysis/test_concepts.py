@@ -18,9 +18,10 @@ from mistral_sae.data.documents import Document
 SOURCE = '''\
 """A module."""
 import os.path as p
+from . import q
 
 @cached
-def twice(x, y=-2):
+def twice(x: int, y=-2) -> list:
     # a comment
     if x["é"] == y:
         raise KeyError(f"no {x}")
@@ -37,10 +38,11 @@ def words(concept: str) -> list[str]:
     ("concept", "expected"),
     [
         ("docstring", ['"""A module."""']),
-        ("imported name", ["os.path as p"]),
+        ("imported name", ["os.path as p", "q"]),
         ("decorator", ["cached"]),
         ("function's name, defined", ["twice"]),
         ("argument's default", ["-2"]),
+        ("annotation", ["list", "int"]),
         ("negative number", ["-2"]),
         ("comment", ["# a comment"]),
         ("comparison", ['x["é"] == y']),

@@ -39,7 +39,7 @@ def test_explanations_agree_on_the_tokens_that_both_say():
 
 def feature(index: int, word: str) -> Feature:
     passages = tuple(passage(document, word) for document in range(12))
-    return Feature(index, 0.01, 1.0, (), (), (), (), (), passages, passages[:4], (), (), ())
+    return Feature(index, 0.01, 1.0, (), top=passages, spread=passages[:4])
 
 
 def test_halves_of_a_features_passages_share_none():

@@ -67,7 +67,7 @@ def make_feature(index, n_features=1000, seed=0):
     promoted = tuple((f" {rng.choice(TOKENS).strip()}{step}", 3.0 / step) for step in range(1, 11))
     suppressed = tuple((f"-{token}", -value) for token, value in promoted)
     if index % 10 == 9:
-        return Feature(index, 0.0, 0.0, (0,) * BINS, promoted, suppressed, nearest, (), (), (), (), (), ())
+        return Feature(index, 0.0, 0.0, (0,) * BINS, promoted, suppressed, nearest)
     maximum = 2.0 + 0.01 * (index % 700)
     strengths = [maximum * (step + 0.5) / INTERVALS for step in range(INTERVALS) for _ in range(3)]
     passages = {

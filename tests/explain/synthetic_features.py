@@ -58,8 +58,6 @@ def make_feature(index: int, fires: Fires, words: Sequence[str] = WORDS, length:
         histogram=(0,) * 50,
         promoted=((" items", 3.0), (" =", 2.0)),
         suppressed=((" if", -2.0),),
-        nearest=(),
-        coactive=(),
         top=tuple(firing[:10]),
         spread=tuple(e for each in by_interval for e in each[::2][:5]),
         held_out=tuple(e for each in by_interval for e in each[1::2][:5]),

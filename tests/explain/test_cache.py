@@ -20,6 +20,7 @@ from mistral_sae.explain import cache
 from mistral_sae.explain.cache import active, is_for_scoring, made_from, open_cache
 from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.autoencoder import Encoded, SparseAutoencoder
+from mistral_sae.sae.checkpoint import hash_of_sae
 
 PER_SHARD = 30  # rows
 
@@ -255,6 +256,17 @@ def test_what_was_made_from_anything_else_is_not_used(parts, tmp_path):
         assert "another model:" in refused()
     finally:
         weight.data.view(-1)[-1] = before
+
+
+def test_a_cache_of_an_autoencoder_is_opened_whatever_corpus_it_is_of_but_not_in_another_format(
+    parts, tmp_path, monkeypatch
+):
+    model, sae, rows = parts
+    cache.write(tmp_path, made_from(model, sae, 1, {"path": "x"}), rows, model, sae, 1)
+    assert cache.open_of(tmp_path, hash_of_sae(sae)).rows == len(rows)
+    assert cache.open_of(tmp_path, "another") is None
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    assert cache.open_of(tmp_path, hash_of_sae(sae)) is None
 
 
 def test_whose_autoencoder_a_cache_is_of_can_be_asked(corpus, tmp_path):

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from report_records import TOKENS, make_feature, make_label, make_run
 
 from mistral_sae.explain.answers import Answers
 from mistral_sae.explain.pages import TEMPLATES, compressed
 from mistral_sae.explain.report import (
     CHUNK,
-    TextToken,
     command,
     main_score,
     pack,
@@ -249,7 +249,7 @@ def test_features_explained_for_their_concept_count_in_no_mean_and_the_run_says_
 
 
 def test_a_run_of_which_nothing_is_known_says_so(tmp_path):
-    run = make_run()._replace(evaluation={}, metrics=[], density_F=None, geometry=None, layer=None, hook_name=None)
+    run = make_run()._replace(evaluation={}, metrics=[], density_F=torch.zeros(3), geometry=None)
     page = write(tmp_path, n=3, run=run, labelled=False)
     assert len(page.all("svg")) == 0
     notices = " ".join(e["text"] for e in page.all("p") if e.get("class") == "notice")
@@ -316,10 +316,12 @@ def test_the_figures_of_a_run_are_read_up_to_a_torn_line(tmp_path):
 
 
 def test_the_page_of_a_text_holds_its_tokens_and_the_explanations_of_what_fires(tmp_path):
-    tokens = [TextToken("def", ((3, 2.0), (4, 1.0))), TextToken(" x", ())]
+    tokens = [("def", ((3, 2.0), (4, 1.0))), (" x", ())]
     labels = {3: make_label(3), 5: make_label(5)}
-    write_text_page(tmp_path / "text.html", make_run(), tokens, labels, [make_feature(3), make_feature(5)])
-    data = Page(tmp_path / "text.html").data("text-data")
+    write_text_page(tmp_path / "text.html", "a model", 7, tokens, labels, [make_feature(3), make_feature(5)])
+    page = Page(tmp_path / "text.html")
+    assert "features of layer 7; read by\n    a model." in page.all("main")[0]["text"]
+    data = page.data("text-data")
     assert data["tokens"] == [["def", [[3, 2.0], [4, 1.0]]], [" x", []]]
     assert data["explanations"] == {"3": make_label(3).explanation}
     assert data["maxima"] == {"3": make_feature(3).maximum}

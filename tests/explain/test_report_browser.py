@@ -9,7 +9,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from mistral_sae.explain.report import INDEXED, TextToken, write_report, write_text_page
+from mistral_sae.explain.report import INDEXED, write_report, write_text_page
 from mistral_sae.explain.types import Concept, Example
 from mistral_sae.model.tokenizer import texts_of
 
@@ -533,13 +533,13 @@ def test_a_report_that_was_cut_short_says_so(browser, tmp_path):
 
 
 def test_a_text_shows_its_features_token_by_token(browser, tmp_path):
-    tokens = [TextToken(HOSTILE[1], ((3, 2.0), (4, 1.0))), TextToken(" x", ((4, 3.0),)), TextToken("\n", ())]
+    tokens = [(HOSTILE[1], ((3, 2.0), (4, 1.0))), (" x", ((4, 3.0),)), ("\n", ())]
     known = [hostile_feature(3)._replace(maximum=4.0), hostile_feature(4)._replace(maximum=3.0)]
-    write_text_page(tmp_path / "text.html", make_run(), tokens, {3: hostile_label(3)}, known)
+    write_text_page(tmp_path / "text.html", "a model", 2, tokens, {3: hostile_label(3)}, known)
     visit(browser, (tmp_path / "text.html").as_uri())
     hrefs = "return [...document.querySelectorAll('#firing a')].map((a) => a.getAttribute('href'))"
     assert browser.execute_script(hrefs) == ["report.html#feature=4", "report.html#feature=3"]
-    assert text(browser, "#text") == "".join(token.text for token in tokens)
+    assert text(browser, "#text") == "".join(token for token, _ in tokens)
     find_all(browser, "#text .t")[0].click()
     assert [token.text for token in find_all(browser, ".chosen")] == [HOSTILE[1]]
     assert browser.execute_script(hrefs) == ["report.html#feature=3", "report.html#feature=4"]

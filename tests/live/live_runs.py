@@ -9,14 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import uvicorn
 from report_records import make_label
 
 from mistral_sae.data.records import Document
 from mistral_sae.data.tokens import pack
 from mistral_sae.explain import cache
 from mistral_sae.explain.labels import write_labels
-from mistral_sae.live.app import hosts_of, listen, make_app
+from mistral_sae.live.app import hosts_of, listen, make_app, server_of
 from mistral_sae.live.engine import Engine
 from mistral_sae.live.known import known_of
 from mistral_sae.loading import read_explanations
@@ -69,7 +68,7 @@ def serving(known, token=None, port=0):
     listening = listen("127.0.0.1", port)
     port, engine = listening.getsockname()[1], Engine()
     app = make_app(known, engine, None if token else hosts_of(port), token)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
+    server = server_of(app)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
     thread.start()
     try:

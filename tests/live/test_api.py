@@ -91,6 +91,7 @@ def test_log_probabilities_of_a_prompt_are_the_edited_model_s(api, known, edit, 
     expected = log_TV.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
     torch.testing.assert_close(torch.tensor(found.token_logprobs[:-1]), expected, rtol=1e-3, atol=1e-4)
     assert found.tokens[:-1] == model.tokenizer.strings(ids[1:])
+    assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(len(found.tokens))]
     greedy = [max(each, key=each.get) == token for each, token in zip(found.top_logprobs, found.tokens, strict=True)]
     assert greedy[:-1] == (log_TV.argmax(dim=1) == torch.tensor(ids[1:])).tolist()
     assert greedy[-1]
@@ -129,6 +130,12 @@ def test_stop_sequences_end_a_completion(api):
 def test_what_cannot_be_answered_is_an_error_of_the_client_s(api, body, words):
     with pytest.raises(openai.BadRequestError, match=words):
         api.completions.create(prompt=PROMPT, model="", extra_body=body)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_chat_of_no_token_is_an_error_of_the_client_s(api, name):
+    with pytest.raises(openai.BadRequestError, match=name):
+        api.chat.completions.create(messages=[{"role": "user", "content": "import"}], model="", extra_body={name: 0})
 
 
 # ---- what docs/live.md shows ----

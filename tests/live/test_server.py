@@ -5,6 +5,7 @@ import json
 import threading
 import time
 
+import httpx2
 import pytest
 import torch
 from live_runs import EXPLAINED, HOSTILE, F, K, serving
@@ -94,6 +95,14 @@ def test_activations_are_those_of_the_autoencoder(client, known):
     best = values.topk(3, dim=1)
     torch.testing.assert_close(torch.tensor(found["activations"]), best.values)
     assert found["features"] == indices.gather(1, best.indices).tolist()
+
+
+def test_a_text_is_read_without_gradients(known, monkeypatch):
+    sae, with_gradients = known.subject.loaded.sae, []
+    encode = sae.encode
+    monkeypatch.setattr(sae, "encode", lambda x: with_gradients.append(torch.is_grad_enabled()) or encode(x))
+    list(looking.read(known, asked.Reading(text=TEXT)))
+    assert with_gradients == [False]
 
 
 def test_a_text_longer_than_a_row_is_read_in_several(client, known):
@@ -259,6 +268,14 @@ def test_a_job_that_fails_for_want_of_memory_is_refused_and_the_next_one_runs(cl
     assert client.post("/activations", json={"text": TEXT}).status_code == 200
 
 
+def test_a_fault_is_answered_and_printed_once(known, monkeypatch, capfd):
+    monkeypatch.setattr(looking, "strongest", lambda *_: 1 / 0)
+    with serving(known) as server, httpx2.Client(base_url=server.address) as client:
+        failed = client.post("/activations", json={"text": TEXT})
+    assert (failed.status_code, failed.json()["error"]["message"]) == (500, "ZeroDivisionError: division by zero")
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
 # ---- who may ask, and for what ----
 
 
@@ -270,6 +287,7 @@ def test_a_job_that_fails_for_want_of_memory_is_refused_and_the_next_one_runs(cl
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://["},
     ],
 )
 def test_other_pages_and_other_names_are_refused(client, headers):
@@ -315,8 +333,6 @@ def test_a_body_without_end_is_refused(client):
 
 
 def test_elsewhere_nothing_is_answered_without_the_token(known):
-    import httpx2
-
     with serving(known, token="secret") as server, httpx2.Client(base_url=server.address) as visitor:
         assert visitor.get("/").status_code == 401
         assert visitor.get("/features", headers={"Authorization": "Bearer wrong"}).status_code == 401

@@ -60,6 +60,19 @@ def test_a_server_explains_and_scores_each_feature(served):
     assert re.search(r"^  detection +0\.\d\d   another feature's explanation 0\.\d\d", ran.out, re.MULTILINE)
 
 
+def test_text_that_is_gone_while_the_server_answers_costs_no_report(here, arguments, run_dir, corpus, tmp_path):
+    text = shutil.copytree(corpus, tmp_path / "text")
+
+    def reply_and_remove(messages):
+        shutil.rmtree(text, ignore_errors=True)
+        return reply(messages)
+
+    with Server(reply_and_remove) as server:
+        ran = here(arguments(run_dir, DATA_PATH=text, **openai(server)))
+    assert ran.code == 0, ran.err
+    assert (run_dir / "report.html").exists()
+
+
 def test_a_scorer_named_twice_scores_once(here, arguments, served, run_dir):
     with Server(reply) as server:
         ran = here(arguments(run_dir, **openai(server, SELECT="3", SCORERS="detection,detection")))

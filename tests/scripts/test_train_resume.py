@@ -233,7 +233,8 @@ def test_settings_that_do_not_shape_the_result_may_change_and_are_said(here, arg
 
 def test_resume_false_sets_the_earlier_run_aside_whole_and_trains_anew(here, arguments, copied):
     before = contents_of(copied)
-    of_the_run = {"explanations.jsonl": b"{}\n", "analysis.json": b"{}", "feature_statistics.safetensors": b"{}"}
+    of_the_run = {"explanations.jsonl": b"{}\n", "analysis.json": b"{}", "analysis-1.json": b"{}"}
+    of_the_run |= {"feature_statistics.safetensors": b"{}"}
     for name, content in of_the_run.items():
         (copied / name).write_bytes(content)
     (copied / "notes.txt").write_text("mine")

@@ -67,7 +67,7 @@ def feature(number: int, rng) -> Feature:
     strengths = [4.0, 3.1, 2.0, 0.9, 0.1]
     passages = tuple(example(rng, " raise", strength, i) for i, strength in enumerate(strengths))
     promoted, suppressed = ((" the", 1.23456), ("\n", 1.0)), ((" of", -2.0),)
-    return Feature(number, 0.01, 4.0, histogram, promoted, suppressed, (), (), passages[:2], passages, (), (), ())
+    return Feature(number, 0.01, 4.0, histogram, promoted, suppressed, top=passages[:2], spread=passages)
 
 
 @pytest.fixture
