@@ -73,6 +73,24 @@ def test_the_cost_of_a_grid_is_measured_beside_one_autoencoder(smoke):
     assert re.search(r"^one autoencoder [\d.]+ s, four on the same pass [\d.]+ s: [\d.]+ times as long$", printed, re.M)
 
 
+def test_the_stages_of_a_run_add_up_to_it(smoke):
+    printed = smoke("pipeline")
+    stages = {name: float(ms) for name, ms in re.findall(r"^([a-zAK].*?) +([\d.]+) +[\d.]+%$", printed, re.M)}
+    background = sum(stages.pop(name) for name in ("reading, tokenizing and packing", "of which tokenizing"))
+    whole = stages.pop("all")
+    assert sum(stages.values()) == pytest.approx(whole, abs=0.01 * len(stages))
+    assert background > 0
+    idle = {name for name, ms in stages.items() if ms == 0}
+    assert idle == {"AuxK"}  # nothing is dead after ten steps
+    assert stages["everything else"] < 0.3 * whole
+
+
+def test_residuals_from_disk_are_measured_beside_the_model(smoke):
+    printed = smoke("stored")
+    assert len(re.findall(r"tokens/s, normalized MSE 0\.[\d]+$", printed, re.M)) == 2
+    assert re.search(r"^[\d.]+ times as fast; written at [\d,]+ tokens/s$", printed, re.M)
+
+
 def test_features_of_parents_are_absorbed_less_in_matryoshka_than_in_topk():
     topk, matryoshka = (hierarchy.figures(name, seed=0, steps=300) for name in ("topk", "matryoshka"))
     assert matryoshka["silent with a child"] < 0.1 < 0.5 < topk["silent with a child"]
