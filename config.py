@@ -199,12 +199,10 @@ TO: str | None = None  # the folder or file that is written; None is below RUN_D
 
 # ---- what no run can use; what needs the model or the corpus is checked when they are there ----
 
-for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH", "ACTIVATIONS_PATH", "TO"):
-    globals()[_path] = path_of(_path, globals()[_path])
-
 
 def check() -> None:
     """Raise UserError for a constant that no run can use; None, where it is still to be computed, passes."""
+    check_paths()
     check_numbers()
     check_choices()
     check_training()
@@ -216,6 +214,12 @@ def values_of(name: str) -> list:
     """The values of a constant that may be a list: of None, which is still to be computed, there are none."""
     value = globals()[name]
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def check_paths() -> None:
+    """What is a path or a name can be one, and has its ~ as a folder."""
+    for name in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH", "ACTIVATIONS_PATH", "TO"):
+        globals()[name] = path_of(name, globals()[name])
 
 
 def check_numbers() -> None:
@@ -325,6 +329,3 @@ def check_steering() -> None:
     expect("SWEEP", SWEEP, not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength")
     expect("SWEEP", SWEEP, not (SWEEP and not STEERING_ON), "False with STEERING_ON=False")
     expect("CHAT_CONTEXT", CHAT_CONTEXT, not CHAT or CHAT_CONTEXT > NEW_TOKENS, "above NEW_TOKENS")
-
-
-check()
