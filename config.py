@@ -292,6 +292,9 @@ def check_training() -> None:
     expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
     for name in ("RUN_DIR", "ACTIVATIONS_PATH"):
         expect(name, globals()[name], globals()[name] is None or not os.path.isfile(globals()[name]), "a folder")
+    taken = None if RUN_DIR is None else os.path.realpath(os.path.join(RUN_DIR, "activations"))
+    is_free = ACTIVATIONS_PATH is None or os.path.realpath(ACTIVATIONS_PATH) != taken
+    expect("ACTIVATIONS_PATH", ACTIVATIONS_PATH, is_free, "another than RUN_DIR/activations, which is explain.py's")
     kept = ACTIVATIONS_TOKENS is None or ACTIVATIONS_PATH is not None
     expect("ACTIVATIONS_TOKENS", ACTIVATIONS_TOKENS, kept, "ACTIVATIONS_PATH beside it")
 

@@ -347,6 +347,14 @@ def test_records_that_were_skipped_are_reported_with_file_and_line(here, argumen
 # ---- residuals on disk ----
 
 
+@pytest.mark.parametrize("path", ["run/activations", "run/../run/activations/", "link"])
+def test_the_folder_that_explain_py_clears_is_refused_for_residuals(here, arguments, tmp_path, path):
+    (tmp_path / "link").symlink_to("run/activations")
+    ran = here(arguments(tmp_path / "run", ACTIVATIONS_PATH=f"{tmp_path}/{path}"))
+    assert_refused(ran, "expected another than RUN_DIR/activations, which is explain.py's")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr("mistral_sae.data.stored.SHARD_TOKENS", 256)
