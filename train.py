@@ -226,8 +226,9 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}
     settings |= {"target_layer": member.layer, "dtype": str(dtype).removeprefix("torch.")}
     others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}
-    # A rate is what one lowers after a loss that exploded; the fingerprint tells a corpus wherever it lies
-    others |= {name: settings.pop(name) for name in ("learning_rate", "data_path")}
+    # A rate is what one lowers after a loss that exploded, and rows where the device is out of memory; the fingerprint
+    # tells a corpus wherever it lies
+    others |= {name: settings.pop(name) for name in ("learning_rate", "rows_per_forward", "data_path")}
     return resume.Run.new(settings, others)
 
 

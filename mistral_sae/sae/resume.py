@@ -119,13 +119,15 @@ def find_checkpoints(run_dir: Path, run: Run, resume: bool) -> list[Path]:
     if not whole:
         _refuse_what_cannot_go_on(run_dir)
         return []
-    here = json.loads(run.model_dump_json())  # as it will be read
-    if changed := _differences(runs[0].settings, here["settings"]):
+    here, there = json.loads(run.model_dump_json()), runs[0]  # as it will be read
+    for name in here["others"].keys() & there.settings:  # of an older version, where it had to stay the same
+        there.others[name] = there.settings.pop(name)
+    if changed := _differences(there.settings, here["settings"]):
         raise UserError(
             f"{run_dir} holds a run with another {', '.join(changed)}: choose another RUN_DIR, or RESUME=False to "
             "train anew in this one and set that run aside"
         )
-    if changed := _differences(runs[0].others, here["others"]):
+    if changed := _differences(there.others, here["others"]):
         print(f"going on with another {', '.join(changed)}")
     return whole
 
