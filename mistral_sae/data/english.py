@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
@@ -70,7 +71,7 @@ def collected() -> Iterator[tuple[str, str]]:
             continue
         try:
             paragraphs = [text for text in paragraphs_of(read()) if text.lower() not in seen]
-        except (OSError, EOFError, UnicodeDecodeError):
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError):
             continue  # what cannot be read, or is no text
         seen.update(map(str.lower, paragraphs))
         written[package] += sum(map(len, paragraphs))
