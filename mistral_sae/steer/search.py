@@ -208,15 +208,15 @@ def changes_of(model: LanguageModel, loaded: LoadedSAE, activations: Mapping[int
     Measured through the layers above, which the logit lens leaves out. `activations` are {feature: what it is clamped
     to}; each is clamped alone.
     """
-    R, T = tokens_RT.shape
-    plain_RTV = model.forward(tokens_RT)[:, 1:].float()
+    R, T, n_ids = *tokens_RT.shape, model.tokenizer.vocab_size  # the output matrix may have more rows
+    plain_RTV = model.forward(tokens_RT)[:, 1:, :n_ids]
     plain_V, likely_V = plain_RTV.mean(dim=(0, 1)), plain_RTV.softmax(dim=-1).mean(dim=(0, 1))
     at_once = max(1, LOGITS_BYTES // (4 * R * T * model.vocab_size))
     features, raised, likelier = list(activations), [], []
     with Progress(total=len(features), desc="what they raise", unit=" features", leave=False) as bar:
         for some in (features[i : i + at_once] for i in range(0, len(features), at_once)):
             with steer(model, loaded, each_alone([(f, activations[f]) for f in some for _ in range(R)])):
-                logits = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:].float().unflatten(0, (len(some), R))
+                logits = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:, :n_ids].unflatten(0, (len(some), R))
             raised.append(logits.mean(dim=(1, 2)) - plain_V)
             likelier.append(logits.softmax(dim=-1).mean(dim=(1, 2)) - likely_V)
             bar.update(len(some))

@@ -81,6 +81,13 @@ def test_the_extremes_are_the_tokens_with_the_highest_and_the_lowest_scores(lm):
     assert search.extremes(lm, scores, 2) == ([names[600], names[500]], [names[700], names[800]])
 
 
+def test_only_tokens_that_there_are_can_be_raised(hugging_face_folder, loaded):
+    lm = load_model(hugging_face_folder, device="cpu")
+    change_NV = search.changes_of(lm, loaded, {3: 4.0}, torch.tensor([PROMPT])).logits_NV
+    assert change_NV.shape == (1, lm.tokenizer.vocab_size)
+    assert lm.tokenizer.vocab_size < lm.vocab_size  # the matrix's rows
+
+
 # ---- words ----
 
 
