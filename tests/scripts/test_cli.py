@@ -403,6 +403,14 @@ def test_help_ends_well_and_shows_what_other_arguments_set_but_no_key(tmp_path):
     assert train(tmp_path, "-h", "K=none").returncode == 2
 
 
+def test_a_reader_of_the_help_who_has_seen_enough_gets_no_traceback():
+    reads, writes = os.pipe()
+    os.close(reads)
+    ran = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert ran.stderr == b""
+
+
 def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistral_folder):
     ran = train(tmp_path, MISTRAL_MODEL_PATH=str(mistral_folder))
     assert ran.stdout.startswith(f"train: {mistral_folder}\n")
