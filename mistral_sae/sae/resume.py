@@ -42,6 +42,7 @@ OF_A_RUN = (
     "activations", "feature_statistics*", "explanations*.jsonl", "completions*.jsonl", "report.html", "text.html",
     "chat.jsonl", "analysis.json", "shared", "sweep.png", SWEEP,
 )  # fmt: skip
+DAMAGED = "delete it or train again"  # what to do with a file of figures that is
 OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 
 _FIGURES = dict[str, Total | float]
@@ -305,22 +306,27 @@ def status(run_dir: Path) -> Iterator[str]:
             saved.append(f"saved     {path}, {size}, whole, {duration_of(age)} ago")
         except SAEError as error:
             saved.append(f"saved     {error}")
-    log = [record for record in read_figures(run_dir)[1] if record.keys() >= SHOWN]
+    log = [record for record in read_log(run_dir) if record.keys() >= SHOWN]
     yield from _progress(log, runs[0] if runs else None)
     yield from saved or ["saved     nothing yet"]
     done = (run_dir / "evaluation.json").exists()
     yield f"evaluated {'yes, in ' + str(run_dir / 'evaluation.json') if done else 'not yet: this comes at the end'}"
 
 
-def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is in evaluation.json and metrics.jsonl of a folder: {} and [] where there is nothing.
+def read_evaluation(run_dir: Path) -> dict[str, Any]:
+    """What is in evaluation.json of a folder, {} where there is none. Raises SAEError if it is damaged."""
+    path = run_dir / "evaluation.json"
+    return read(_FIGURES, path, DAMAGED, SAEError) if path.exists() else {}
 
-    A last line without its end is left out: train.py may be writing it. Raises SAEError for a damaged file.
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The records in metrics.jsonl of a folder, [] where there is none. Raises SAEError if it is damaged.
+
+    A last line without its end is left out: train.py may be writing it.
     """
-    evaluation, metrics, advice = run_dir / "evaluation.json", run_dir / "metrics.jsonl", "delete it or train again"
-    figures = read(_FIGURES, evaluation, advice, SAEError) if evaluation.exists() else {}
-    every = lines(metrics, advice, SAEError) if metrics.exists() else []
-    return figures, [parse(_FIGURES, line, where, advice, SAEError) for where, line in every if line.endswith(b"\n")]
+    path = run_dir / "metrics.jsonl"
+    every = lines(path, DAMAGED, SAEError) if path.exists() else []
+    return [parse(_FIGURES, line, where, DAMAGED, SAEError) for where, line in every if line.endswith(b"\n")]
 
 
 def _progress(log: list[dict[str, Any]], run: Run | None) -> Iterator[str]:
