@@ -183,7 +183,7 @@ def show_sweep(subject: Subject, edit: Edit, strengths: Callable[[list[Edit]], l
     console, trials = Console(highlight=False), trials_of(subject, config.SWEEP_SAMPLES)
     signs = {feature: float(c) for feature, c in edit.coefficients.items() if c}
     if not signs:
-        raise SteeringError("found SWEEP with COEFFICIENT 0, which has no sign: expected 1 or -1")
+        raise SteeringError(f"found SWEEP over {dict(edit.coefficients)}, where nothing has a sign: expected 1 or -1")
     if len(signs) == 1:  # several keep their proportions
         signs = {feature: math.copysign(1.0, c) for feature, c in signs.items()}
     own = trials.unsteered(list(signs))
