@@ -24,7 +24,6 @@ from torch import Tensor
 from mistral_sae.cli import Progress, UserError, not_finite
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus, batches
-from mistral_sae.files import hash_of
 from mistral_sae.model.hooks import edit_residual
 from mistral_sae.model.language_model import LanguageModel, NotFinite
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -279,9 +278,9 @@ def statistics_of(
     layer, n_rows = loaded.metadata.residual_layer, max(1, MAXIMUM_TOKENS // corpus.context_length)
     made_from = {
         "autoencoder": hash_of_sae(loaded.sae),
-        "model": hash_of(model.name, model.block(layer).state_dict()),
+        "model": model.fingerprint(layer),
         "layer": layer,
-        "text": f"{n_rows} rows of {corpus}",
+        "text": [f"{n_rows} rows of {corpus}", corpus.fingerprint()],
     }
 
     def residuals(tokens_RT: Tensor) -> Tensor:

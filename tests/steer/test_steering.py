@@ -466,15 +466,18 @@ def test_an_edit_is_described_with_its_units(lm, loaded):
 
 
 class Rows:
-    """A corpus of random rows of six tokens, known by its name."""
+    """A corpus of random rows of six tokens, known by its name and its files."""
 
     context_length = 6
 
-    def __init__(self, name):
-        self.name, self.reads = name, 0
+    def __init__(self, name, files="files"):
+        self.name, self.files, self.reads = name, files, 0
 
     def __repr__(self):
         return self.name
+
+    def fingerprint(self):
+        return self.files
 
     def rows(self, tokenizer, *, held_out):
         assert not held_out
@@ -507,10 +510,10 @@ def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mist
 
     assert reads(lm, loaded, Rows("a")) == 1
     assert reads(lm, loaded, Rows("a")) == 0
-    for changed in ((lm, loaded, "b"), (other, loaded, "b"), (other, fewer, "b")):
-        *arguments, name = changed
-        assert reads(*arguments, Rows(name)) == 1
-        assert reads(*arguments, Rows(name)) == 0
+    for changed in ((lm, loaded, "a", "others"), (lm, loaded, "b"), (other, loaded, "b"), (other, fewer, "b")):
+        model, sae, *text = changed
+        assert reads(model, sae, Rows(*text)) == 1
+        assert reads(model, sae, Rows(*text)) == 0
 
     rows = islice(Rows("b").rows(None, held_out=False), 10)
     rows_RT = torch.stack([torch.from_numpy(row.tokens) for row in rows])
