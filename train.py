@@ -39,7 +39,7 @@ from mistral_sae.sae import resume, trackers
 from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.evaluate import Evaluator, as_held_out, summary, table
 from mistral_sae.sae.grid import Grid, Member
-from mistral_sae.sae.memory import free_memory, grid_needs, row_bytes, wire_plan
+from mistral_sae.sae.memory import free_memory, row_bytes, training_needs, wire_plan
 from mistral_sae.sae.trainer import Trainer
 
 ORDER = 0  # by which text is shuffled whatever the SEED, so that autoencoders of other seeds go through the same
@@ -155,8 +155,8 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None, Sto
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     sae_device, last_layer = sae_device_of(config), None
     layers, streams = {each.layer for each in grid}, {(each.layer, each.config.seed) for each in grid}
-    sizes = {"layers": len(layers), "streams": len(streams), "dtype": dtype, "on_cpu": sae_device.type == "cpu"}
-    needs = partial(grid_needs, [each.config for each in grid], spec, mesh=mesh.sizes, **sizes)
+    sizes: dict = {"layers": len(layers), "streams": len(streams), "dtype": dtype, "on_cpu": sae_device.type == "cpu"}
+    needs = partial(training_needs, [each.config for each in grid], spec, mesh=mesh.sizes, **sizes)
     where = str(device), str(sae_device), {str(each): free_memory(str(each)) for each in (device, sae_device)}
     plan = needs(last_layer=last_layer).plans(*where)
     if not plan.fits:
