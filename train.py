@@ -26,7 +26,7 @@ import torch
 
 from mistral_sae.data.activations import Batch, Stream, sent_to, shuffled_streams
 from mistral_sae.data.documents import Skipped
-from mistral_sae.data.place import BEGINNING, Place
+from mistral_sae.data.place import Place
 from mistral_sae.data.stored import StoredResiduals
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, fill_grid, shown
@@ -81,7 +81,9 @@ def train_and_evaluate(
             each.trainer = Trainer(each.config, sae_device_of(config), mesh=mesh)
         hook, length, each.run.model = hook_name(each.layer), config.CONTEXT_LENGTH, model.fingerprint(each.layer)
         each.metadata = Metadata(model.name, hook, each.layer, True, length, config.DATA_PATH, each.run.model)
-    start = start_or_resume(grid)
+    if grid.start():
+        print(f"continuing after step {grid.step:,}")
+    start = Place.of(grid.members[0].run.stream)  # where the text goes on
 
     skipped = Skipped()
     streams = [Stream(each.layer, each.config.seed) for each in grid]
@@ -230,14 +232,6 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     # tells a corpus wherever it lies
     others |= {name: settings.pop(name) for name in ("learning_rate", "rows_per_forward", "data_path")}
     return resume.Run.new(settings, others)
-
-
-def start_or_resume(grid: Grid) -> Place:
-    """Bring all to the newest whole checkpoint, or else set an earlier run aside; returns where the text goes on."""
-    if not grid.start():
-        return BEGINNING
-    print(f"continuing after step {grid.step:,}")
-    return Place.of(grid.members[0].run.stream)
 
 
 def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator], filled: Filled, mesh: Mesh) -> None:

@@ -27,7 +27,7 @@ from mistral_sae.files import (
     write_text,
     writing,
 )
-from mistral_sae.sae.shards import files_of, load_trainer, save_trainer
+from mistral_sae.sae.shards import files_of, load_trainer
 from mistral_sae.sae.trainer import Trainer
 from mistral_sae.schema import Schema, Total, Words, lines, parse, read
 
@@ -84,11 +84,6 @@ def _step_of(path: Path) -> int:
 def path_of_step(run_dir: Path, step: int) -> Path:
     """The checkpoint after a step."""
     return run_dir / "checkpoints" / f"step-{step}.safetensors"
-
-
-def save_checkpoint(run_dir: Path, trainer: Trainer, run: Run) -> None:
-    """Write all that continuing needs."""
-    save_trainer(path_of_step(run_dir, run.step), trainer, run.model_dump())
 
 
 def remove_checkpoints(run_dir: Path, step: int, keep: int) -> None:
@@ -189,16 +184,6 @@ def _load(path: Path, trainer: Trainer, run: Run) -> None:
         setattr(run, name, getattr(saved, name))
 
 
-def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
-    """Write metrics.jsonl as a checkpoint has it."""
-    _write(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
-
-
-def _write(path: Path, text: str) -> None:
-    if not rank():
-        write_text(path, text)
-
-
 # ---- grids ----
 
 
@@ -224,7 +209,8 @@ def read_points(run_dir: Path) -> list[Point]:
 
 def write_points(run_dir: Path, points: Sequence[Point]) -> None:
     """Write sweep.json."""
-    _write(run_dir / SWEEP, json.dumps([point.model_dump() for point in points], indent=1) + "\n")
+    if not rank():
+        write_text(run_dir / SWEEP, json.dumps([point.model_dump() for point in points], indent=1) + "\n")
 
 
 def check_folder(run_dir: Path, names: Sequence[str], resume: bool) -> None:
