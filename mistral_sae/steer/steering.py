@@ -222,6 +222,15 @@ class Edit:
         given = {f: c for f, c in self.coefficients.items() if c is not None}
         return replace(self, coefficients={f: torch.where(is_it_B, c, math.nan) for f, c in given.items()})
 
+    def times(self, factor: float | Tensor) -> "Edit":
+        """The same edit so many times as strong; a tensor has the factor of each row of a batch (B)."""
+        return replace(self, coefficients={f: None if c is None else factor * c for f, c in self.coefficients.items()})
+
+    def unit(self) -> "Edit":
+        """What a sweep multiplies: one feature by its sign, several in proportion; those at 0 or None are left out."""
+        given = {f: float(c) for f, c in self.coefficients.items() if c}
+        return replace(self, coefficients={f: c if len(given) > 1 else math.copysign(1.0, c) for f, c in given.items()})
+
     def in_units_of_steer(self, subject: Subject) -> Mapping[int, Coefficient]:
         """The coefficients that `steer` takes. Raises SteeringError for what cannot be steered."""
         check_coefficients(subject.loaded.sae, self.coefficients, self.method, subject.model.dtype)
