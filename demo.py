@@ -47,8 +47,7 @@ def main() -> None:
     advice = "lower NEW_TOKENS, SWEEP_SAMPLES or CHAT_CONTEXT"
     loaded, model = load_pair(config, spec, needed=partial(needed, spec), advice=advice)
     run_dir = Path(filled.RUN_DIR)
-    kept_in = run_dir / "feature_statistics.safetensors"
-    statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
+    statistics = statistics_of(model, loaded, filled)
     labels, explanations = read_explanations(loaded, run_dir)
     subject = Subject(model, loaded, statistics, explanations)
     if config.SERVE:

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import Filled, fill
 from mistral_sae.explain import cache
 from mistral_sae.explain.examples import FeatureRecords, Settings
@@ -104,9 +103,7 @@ def write_direction(filled: Filled, spec: ModelSpec) -> None:
     if not isinstance(feature, int):
         raise cli.UserError(f"FEATURE_INDEX is {cli.quoted(feature)}: expected a feature's number")
     loaded, model = load_pair(config, spec, whole=False)
-    kept_in = Path(filled.RUN_DIR) / "feature_statistics.safetensors"
-    statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
-    edit, subject = Edit({feature: times}), Subject(model, loaded, statistics, {})
+    edit, subject = Edit({feature: times}), Subject(model, loaded, statistics_of(model, loaded, filled), {})
     print(f"feature   {edit.describe(subject)}")
     to, layer = target(filled), loaded.metadata.residual_layer
     vector_D = forms.steering_vector(subject, edit, config.PROMPT)

@@ -217,8 +217,7 @@ def main() -> None:
     if not Path(filled.RUN_DIR, "sae").exists():
         subprocess.run([sys.executable, "train.py", *sys.argv[1:]], check=True)
     loaded, model = load_pair(config, spec)
-    kept_in = Path(filled.RUN_DIR, "feature_statistics.safetensors")
-    known = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
+    known = statistics_of(model, loaded, filled)
     subject = Subject(model, loaded, known, {})
     rows_RT = Corpus.of(config).held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     chosen = dict(islice(with_a_clear_class(subject, rows_RT), FEATURES))

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -278,12 +278,15 @@ class Edit:
         return f"{self.method}: {', '.join(parts)}" + ("; on generated tokens only" if self.generated_only else "")
 
 
-def statistics_of(
-    model: LanguageModel, loaded: LoadedSAE, corpus: Corpus, rows_per_forward: int, path: Path
-) -> Statistics:
-    """How often and strongly features fire: from training, or measured on text once and kept in the file `path`."""
+def statistics_of(model: LanguageModel, loaded: LoadedSAE, constants: Any) -> Statistics:
+    """How often and strongly features fire: from training, or measured once on the text that constants describe.
+
+    What is measured is kept in RUN_DIR.
+    """
     if loaded.statistics is not None:
         return loaded.statistics
+    corpus, at_once = Corpus.of(constants), constants.ROWS_PER_FORWARD
+    path = Path(constants.RUN_DIR, "feature_statistics.safetensors")
     layer, n_rows = loaded.metadata.residual_layer, max(1, MAXIMUM_TOKENS // corpus.context_length)
     made_from = {
         "autoencoder": hash_of_sae(loaded.sae),
@@ -299,8 +302,8 @@ def statistics_of(
 
     def measure() -> Statistics:
         print(f"the autoencoder comes without its features' maxima: from {MAXIMUM_TOKENS:,} tokens, kept in {path}")
-        parts = batches(islice(corpus.rows(model.tokenizer, held_out=False), n_rows), rows_per_forward)
-        bar = Progress(parts, "maxima", -(-n_rows // rows_per_forward), unit=" batches", leave=False)
+        parts = batches(islice(corpus.rows(model.tokenizer, held_out=False), n_rows), at_once)
+        bar = Progress(parts, "maxima", -(-n_rows // at_once), unit=" batches", leave=False)
         return measure_statistics(loaded.sae, map(residuals, bar))
 
     return cached_statistics(path, made_from, measure)
