@@ -199,12 +199,10 @@ TO: str | None = None  # the folder or file that is written; None is below RUN_D
 
 # ---- what no run can use; what needs the model or the corpus is checked when they are there ----
 
-for _path in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH", "ACTIVATIONS_PATH", "TO"):
-    globals()[_path] = path_of(_path, globals()[_path])
-
 
 def check() -> None:
     """Raise UserError for a constant that no run can use; None, where it is still to be computed, passes."""
+    check_paths()
     check_numbers()
     check_choices()
     check_training()
@@ -216,6 +214,12 @@ def values_of(name: str) -> list:
     """The values of a constant that may be a list: of None, which is still to be computed, there are none."""
     value = globals()[name]
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def check_paths() -> None:
+    """What is a path or a name can be one, and has its ~ as a folder."""
+    for name in ("MISTRAL_MODEL_PATH", "DATA_PATH", "RUN_DIR", "SAE_PATH", "CONCEPTS_PATH", "ACTIVATIONS_PATH", "TO"):
+        globals()[name] = path_of(name, globals()[name])
 
 
 def check_numbers() -> None:
@@ -281,6 +285,8 @@ def check_training() -> None:
     enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
     expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
     expect("MESH", MESH, MESH is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", MESH), "replicas x shards: 2x4")
+    is_placed = SAE_DEVICE is None or (MESH is None and "TORCHELASTIC_RUN_ID" not in os.environ)
+    expect("SAE_DEVICE", SAE_DEVICE, is_placed, "None under torchrun, whose processes have a GPU each")
     are_tokens = all(type(token) in (int, str) for token in EXCLUDE_TOKENS)
     expect("EXCLUDE_TOKENS", EXCLUDE_TOKENS, are_tokens, "tokens or their ids, as in ['[INST]', 3]")
     row = CONTEXT_LENGTH - 1
@@ -288,6 +294,9 @@ def check_training() -> None:
     expect("HELD_OUT_FRACTION", HELD_OUT_FRACTION, 0 < HELD_OUT_FRACTION < 1, "between 0 and 1")
     for name in ("RUN_DIR", "ACTIVATIONS_PATH"):
         expect(name, globals()[name], globals()[name] is None or not os.path.isfile(globals()[name]), "a folder")
+    taken = None if RUN_DIR is None else os.path.realpath(os.path.join(RUN_DIR, "activations"))
+    is_free = ACTIVATIONS_PATH is None or os.path.realpath(ACTIVATIONS_PATH) != taken
+    expect("ACTIVATIONS_PATH", ACTIVATIONS_PATH, is_free, "another than RUN_DIR/activations, which is explain.py's")
     kept = ACTIVATIONS_TOKENS is None or ACTIVATIONS_PATH is not None
     expect("ACTIVATIONS_TOKENS", ACTIVATIONS_TOKENS, kept, "ACTIVATIONS_PATH beside it")
 
@@ -325,6 +334,3 @@ def check_steering() -> None:
     expect("SWEEP", SWEEP, not (SWEEP and METHOD == "ablate"), "False with METHOD=ablate, which has no strength")
     expect("SWEEP", SWEEP, not (SWEEP and not STEERING_ON), "False with STEERING_ON=False")
     expect("CHAT_CONTEXT", CHAT_CONTEXT, not CHAT or CHAT_CONTEXT > NEW_TOKENS, "above NEW_TOKENS")
-
-
-check()

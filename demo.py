@@ -10,10 +10,8 @@ from mistral_sae import cli, constants
 if __name__ == "__main__":
     constants.start("demo", config)  # before the imports below take their seconds
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,8 +47,7 @@ def main() -> None:
     advice = "lower NEW_TOKENS, SWEEP_SAMPLES or CHAT_CONTEXT"
     loaded, model = load_pair(config, spec, needed=partial(needed, spec), advice=advice)
     run_dir = Path(filled.RUN_DIR)
-    kept_in = run_dir / "feature_statistics.safetensors"
-    statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
+    statistics = statistics_of(model, loaded, filled)
     labels, explanations = read_explanations(loaded, run_dir)
     subject = Subject(model, loaded, statistics, explanations)
     if config.SERVE:
@@ -181,21 +178,19 @@ def marks_of(subject: Subject, edit: Edit, prompt_ids: list[int], ids: list[int]
 def show_sweep(subject: Subject, edit: Edit, strengths: Callable[[list[Edit]], list[list[float]]]) -> None:
     """Figures and texts over coefficients, and the same for a random direction and other features, as controls."""
     console, trials = Console(highlight=False), trials_of(subject, config.SWEEP_SAMPLES)
-    signs = {feature: float(c) for feature, c in edit.coefficients.items() if c}
-    if not signs:
-        raise SteeringError("found SWEEP with COEFFICIENT 0, which has no sign: expected 1 or -1")
-    if len(signs) == 1:  # several keep their proportions
-        signs = {feature: math.copysign(1.0, c) for feature, c in signs.items()}
-    own = trials.unsteered(list(signs))
+    unit = edit.unit()
+    features = list(unit.coefficients)
+    if not features:
+        raise SteeringError(f"found SWEEP over {dict(edit.coefficients)}, where nothing has a sign: expected 1 or -1")
+    own = trials.unsteered(features)
     print_line("prompt", f"{config.PROMPT!r}, {config.SWEEP_SAMPLES} texts each")
-    (scales,) = strengths([replace(edit, coefficients=signs)])
-    for title, of, directions_SD in sweep.with_controls(subject, signs, config.SEED):
+    (scales,) = strengths([unit])
+    for title, each, directions_SD in sweep.with_controls(subject, unit, config.SEED):
 
-        def context(scales_B: list[float], of=of, directions_SD=directions_SD) -> AbstractContextManager:
-            scaled = {feature: c * torch.tensor(scales_B) for feature, c in of.items()}
-            return replace(edit, coefficients=scaled).context(subject, len(trials.prompt_ids), directions_SD)
+        def context(scales_B: list[float], each=each, directions_SD=directions_SD) -> AbstractContextManager:
+            return each.times(torch.tensor(scales_B)).context(subject, len(trials.prompt_ids), directions_SD)
 
-        steered = trials.steered(scales, context, lambda _: list(signs))
+        steered = trials.steered(scales, context, lambda _: features)
         found = list(Progress(steered, title, len(scales), unit=" coefficients", leave=False))
         strongest = sweep.strongest_fluent(scales, found, own)
         named = zip(["none", *(f"{scale:g}" for scale in scales)], [own, *found], strict=True)

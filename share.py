@@ -1,8 +1,8 @@
 """Share a run: `python share.py PUSH_TO=owner/name`, or `python share.py FORM=sparsify [TO=folder]`.
 
-PUSH_TO sends the autoencoders of RUN_DIR to the Hugging Face hub, with a model card; DRY_RUN=1 prints the card and
-sends nothing. FORM writes them, their features or one feature's direction in the form of another tool. The constants
-are in config.py.
+PUSH_TO sends the autoencoders of RUN_DIR to the Hugging Face hub, with a model card; FORM writes them, their features
+or one feature's direction in the form of another tool. DRY_RUN=1 prints the card, or where the form would be, and no
+more. The constants are in config.py.
 """
 
 import config
@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import Filled, fill
 from mistral_sae.explain import cache
 from mistral_sae.explain.examples import FeatureRecords, Settings
@@ -39,10 +38,11 @@ def main() -> None:
     filled, spec, _ = fill(config)
     if config.PUSH_TO is not None:
         push(Path(filled.RUN_DIR), config.PUSH_TO)
-    if config.FORM == "sparsify":
-        to = target(filled, "")
+    if config.FORM is not None and config.DRY_RUN:
+        print(f"form      {config.FORM}, into {target(filled)}\nnothing was written")
+    elif config.FORM == "sparsify":
         loaded = load_sae(sae_source(config), hook_name=config.HOOK_NAME)
-        print(f"folder    {forms.write_sparsify(to, loaded)}")
+        print(f"folder    {forms.write_sparsify(target(filled), loaded)}")
         if loaded.sae.normalize != "none":
             print(
                 f"note      it is for residuals after {loaded.sae.normalize}, which sparsify has not (docs/sharing.md)"
@@ -67,8 +67,9 @@ def push(run_dir: Path, repository: str) -> None:
     print(f"load      SAE_PATH={repository}/{members[0].name}")
 
 
-def target(filled: Filled, suffix: str) -> Path:
-    """Where the form is written: TO, or below RUN_DIR."""
+def target(filled: Filled) -> Path:
+    """The folder or file where the form is written: TO, or below RUN_DIR."""
+    suffix = {"control-vector": ".gguf", "lm-eval": ".pt"}.get(config.FORM or "", "")
     return Path(config.TO) if config.TO else Path(filled.RUN_DIR) / "shared" / f"{config.FORM}{suffix}"
 
 
@@ -87,7 +88,7 @@ def write_features(filled: Filled, spec: ModelSpec) -> None:
     settings = Settings.noted(run_dir / cache.FOLDER, config)
     records = FeatureRecords(activations, chosen, model, loaded.sae, settings)
     corpus = config.DATA_PATH, activations.rows, activations.row_tokens
-    to, n_features = target(filled, ""), loaded.sae.n_features
+    to, n_features = target(filled), loaded.sae.n_features
     with cli.Progress(records, "features", unit=" features") as features:
         *files, explanations = forms.write_dashboards(
             to, features, labels, loaded.metadata, n_features=n_features, corpus=corpus
@@ -102,19 +103,15 @@ def write_direction(filled: Filled, spec: ModelSpec) -> None:
     if not isinstance(feature, int):
         raise cli.UserError(f"FEATURE_INDEX is {cli.quoted(feature)}: expected a feature's number")
     loaded, model = load_pair(config, spec, whole=False)
-    kept_in = Path(filled.RUN_DIR) / "feature_statistics.safetensors"
-    statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
-    edit, subject = Edit({feature: times}), Subject(model, loaded, statistics, {})
+    edit, subject = Edit({feature: times}), Subject(model, loaded, statistics_of(model, loaded, filled), {})
     print(f"feature   {edit.describe(subject)}")
-    layer = loaded.metadata.residual_layer
+    to, layer = target(filled), loaded.metadata.residual_layer
     vector_D = forms.steering_vector(subject, edit, config.PROMPT)
     print(f"vector    norm {float(vector_D.norm()):.3g}, added to the output of layer {layer}")
     if config.FORM == "control-vector":
-        to = target(filled, ".gguf")
         forms.write_control_vector(to, vector_D, layer)
         print(f"file      {to}: llama-cli -m MODEL.gguf --control-vector {to}")
     else:
-        to = target(filled, ".pt")
         forms.write_steered(to, vector_D, layer)
         print(f"file      {to}: lm_eval --model steered --model_args pretrained=MODEL,steer_path={to}")
 

@@ -26,7 +26,7 @@ import torch
 
 from mistral_sae.data.activations import Batch, Stream, sent_to, shuffled_streams
 from mistral_sae.data.documents import Skipped
-from mistral_sae.data.place import BEGINNING, Place
+from mistral_sae.data.place import Place
 from mistral_sae.data.stored import StoredResiduals
 from mistral_sae.data.tokens import Corpus, prefetch, shuffle
 from mistral_sae.defaults import Filled, fill, fill_grid, shown
@@ -39,7 +39,7 @@ from mistral_sae.sae import resume, trackers
 from mistral_sae.sae.cfg import Metadata, hook_name
 from mistral_sae.sae.evaluate import Evaluator, as_held_out, summary, table
 from mistral_sae.sae.grid import Grid, Member
-from mistral_sae.sae.memory import free_memory, grid_needs, row_bytes, wire_plan
+from mistral_sae.sae.memory import free_memory, row_bytes, training_needs, wire_plan
 from mistral_sae.sae.trainer import Trainer
 
 ORDER = 0  # by which text is shuffled whatever the SEED, so that autoencoders of other seeds go through the same
@@ -81,7 +81,9 @@ def train_and_evaluate(
             each.trainer = Trainer(each.config, sae_device_of(config), mesh=mesh)
         hook, length, each.run.model = hook_name(each.layer), config.CONTEXT_LENGTH, model.fingerprint(each.layer)
         each.metadata = Metadata(model.name, hook, each.layer, True, length, config.DATA_PATH, each.run.model)
-    start = start_or_resume(grid)
+    if grid.start():
+        print(f"continuing after step {grid.step:,}")
+    start = Place.of(grid.members[0].run.stream)  # where the text goes on
 
     skipped = Skipped()
     streams = [Stream(each.layer, each.config.seed) for each in grid]
@@ -155,8 +157,8 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None, Sto
     device, dtype = device_and_dtype(config.DEVICE, config.DTYPE)
     sae_device, last_layer = sae_device_of(config), None
     layers, streams = {each.layer for each in grid}, {(each.layer, each.config.seed) for each in grid}
-    sizes = {"layers": len(layers), "streams": len(streams), "dtype": dtype, "on_cpu": sae_device.type == "cpu"}
-    needs = partial(grid_needs, [each.config for each in grid], spec, mesh=mesh.sizes, **sizes)
+    sizes: dict = {"layers": len(layers), "streams": len(streams), "dtype": dtype, "on_cpu": sae_device.type == "cpu"}
+    needs = partial(training_needs, [each.config for each in grid], spec, mesh=mesh.sizes, **sizes)
     where = str(device), str(sae_device), {str(each): free_memory(str(each)) for each in (device, sae_device)}
     plan = needs(last_layer=last_layer).plans(*where)
     if not plan.fits:
@@ -226,17 +228,10 @@ def new_run(text: dict[str, Any], filled: Filled, member: Member) -> resume.Run:
     settings = text | asdict(member.config) | {name.lower(): getattr(filled, name) for name in shaping}
     settings |= {"target_layer": member.layer, "dtype": str(dtype).removeprefix("torch.")}
     others = {name.lower(): getattr(filled, name) for name in free} | {"device": str(device)}
-    # A rate is what one lowers after a loss that exploded; the fingerprint tells a corpus wherever it lies
-    others |= {name: settings.pop(name) for name in ("learning_rate", "data_path")}
+    # A rate is what one lowers after a loss that exploded, and rows where the device is out of memory; the fingerprint
+    # tells a corpus wherever it lies
+    others |= {name: settings.pop(name) for name in ("learning_rate", "rows_per_forward", "data_path")}
     return resume.Run.new(settings, others)
-
-
-def start_or_resume(grid: Grid) -> Place:
-    """Bring all to the newest whole checkpoint, or else set an earlier run aside; returns where the text goes on."""
-    if not grid.start():
-        return BEGINNING
-    print(f"continuing after step {grid.step:,}")
-    return Place.of(grid.members[0].run.stream)
 
 
 def train(grid: Grid, batches: Iterator[Batch], evaluators: dict[int, Evaluator], filled: Filled, mesh: Mesh) -> None:

@@ -282,7 +282,7 @@ class Bench:
     def recovered(self, cell: Cell) -> dict[str, Any]:
         """Figures of a training, and the cross-entropy it recovers."""
         figures = self.measure(cell)
-        recovered = self.evaluator.cross_entropy(trained(cell)).ce_loss_recovered
+        recovered = self.evaluator.cross_entropy(trained(cell))["ce_loss_recovered"]
         return cell._asdict() | figures | {"ce_loss_recovered": recovered}
 
 

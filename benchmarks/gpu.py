@@ -182,7 +182,7 @@ def end_to_end(params: dict[str, Any], batch: int) -> dict[str, Any]:
         f"{found['language_model_share']:.0%} (at {found['language_model_flops'] / 1e12:.3g} TFLOP/s)"
     )
     planned = memory.training_needs(
-        replace(trainer.config, batch_size=batch),
+        [replace(trainer.config, batch_size=batch)],
         spec,
         last_layer=config.TARGET_LAYER,
         dtype=torch.bfloat16,

@@ -38,7 +38,7 @@ RUN = [
     Part(train, "make_plan", START, whole=True),
     Part(train, "open_model", START, whole=True),
     Part(Corpus, "held_out_rows", START, whole=True),
-    Part(train, "start_or_resume", START, whole=True),
+    Part(grid.Grid, "start", START, whole=True),
     Part(Trainer, "initialize", START, whole=True),
     Part(activations, "residuals_of_layers", "language model"),
     *STEP,

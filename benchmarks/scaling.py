@@ -148,7 +148,7 @@ def reckon() -> None:
         for mesh in ((1, 1), (1, 8), (1, 64), (8, 8)):
             ranks = mesh[0] * mesh[1]
             needs = training_needs(
-                config_of(features), Model(), last_layer=16, dtype=torch.bfloat16, on_cpu=False, mesh=mesh
+                [config_of(features)], Model(), last_layer=16, dtype=torch.bfloat16, on_cpu=False, mesh=mesh
             )
             memory = sum(needs.first.parts(1)[0].values())
             row = [f"{features:,}", str(ranks), "x".join(map(str, mesh)), size_of(memory)]

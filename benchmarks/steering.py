@@ -191,7 +191,7 @@ def picks(subject: Subject) -> dict[str, list[dict[str, Any]]]:
         chosen = {"after": after.coefficients, "before": before(searched, edit)}
         for name, coefficients in chosen.items():
             ((feature, strength),) = coefficients.items()
-            classes = search._most_promising(searched, [feature])
+            classes = search.most_promising(searched, [feature])
             fresh = trials._replace(seeds=SEEDS_TO_MEASURE)
             (effect,) = effects_of(subject, edit, {feature: [float(strength or 0)]}, classes, fresh)
             found[name].append({"prompt": prompt, "feature": feature} | figures([effect]))
@@ -200,9 +200,9 @@ def picks(subject: Subject) -> dict[str, list[dict[str, Any]]]:
 
 def before(searched: Search, edit: Edit) -> dict[int, float]:
     """The feature that fires on most more tokens when clamped at its maximum, and that."""
-    _, among = search._pools(searched.subject)[0]
+    _, among = search.pools_of(searched.subject)[0]
     looked_at = random.Random(0).sample(among, min(search.LOOKED_AT, len(among)))
-    classes = dict(islice(search._most_promising(searched, looked_at).items(), 24))
+    classes = dict(islice(search.most_promising(searched, looked_at).items(), 24))
     short = searched.trials._replace(seeds=range(3))
     effects = effects_of(searched.subject, edit, {feature: [1.0] for feature in classes}, classes, short)
     best = max(effects, key=lambda each: (each.is_fluent, each.steered.rate - each.own.rate))
@@ -217,8 +217,7 @@ def main() -> None:
     if not Path(filled.RUN_DIR, "sae").exists():
         subprocess.run([sys.executable, "train.py", *sys.argv[1:]], check=True)
     loaded, model = load_pair(config, spec)
-    kept_in = Path(filled.RUN_DIR, "feature_statistics.safetensors")
-    known = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, kept_in)
+    known = statistics_of(model, loaded, filled)
     subject = Subject(model, loaded, known, {})
     rows_RT = Corpus.of(config).held_out_rows(model.tokenizer, config.EVALUATION_ROWS, config.EVALUATION_STRIDE)
     chosen = dict(islice(with_a_clear_class(subject, rows_RT), FEATURES))

@@ -156,10 +156,14 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Say of Ctrl-C, which may strike during imports too, one line; of other exceptions what Python says."""
+    """Say of Ctrl-C, which may strike during imports too, one line; of other exceptions what Python says.
+
+    Of a pipe whose reader has seen enough, `head -1` say, nothing.
+    """
     if issubclass(kind, KeyboardInterrupt):
         fail(f"stopped {error}".strip(), 128 + (signal.SIGTERM if issubclass(kind, Terminated) else signal.SIGINT))
-    sys.__excepthook__(kind, error, traceback)
+    if not issubclass(kind, BrokenPipeError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def path_of(name: str, value: str | None) -> Any:
     if value is None:
         return None
     expect(name, value, value.strip(), "a path or a name")
-    expect(name, value, "\0" not in value and max(map(len, value.encode().split(b"/"))) < 256, "a shorter path")
+    expect(name, value, "\0" not in value and max(map(len, os.fsencode(value).split(b"/"))) < 256, "a shorter path")
     try:
         return os.path.normpath(Path(value).expanduser()) if value.startswith("~") else value
     except RuntimeError:
@@ -95,21 +95,20 @@ def is_json(value: Any) -> bool:
 def override(arguments: list[str], config: ModuleType) -> None:
     """Set constants of a module, the annotated names at its top level, from NAME=value arguments.
 
-    The module runs again with the given values in their places, so what is computed from a constant follows it, and so
-    do the checks at its foot. Raises UserError for an argument that is no NAME=value, an unknown name, a value (given,
-    or in the file) that is not of the annotated type, and whatever the module's own checks raise.
+    The module runs again with the given values in their places, so what is computed from a constant follows it, and
+    then its `check`. Raises UserError for an argument that is no NAME=value, an unknown name, a value (given, or of the
+    file or the environment) that is not of the annotated type or not text, and whatever `check` raises.
     """
     for argument in arguments:
         if "=" not in argument:
             raise UserError(f"expected NAME=value, as in SEED=1 (--help lists all): found {quoted(argument)}")
-        if argument.encode(errors="replace").decode() != argument:  # Python keeps other bytes as halves of characters
-            raise UserError(f"found {quoted(argument)}: expected text in UTF-8")
     given = {name.strip(): value for name, _, value in (argument.partition("=") for argument in arguments)}
     constants = config.__annotations__
     for name in given:
         if name not in constants:
             (close,) = difflib.get_close_matches(name.upper(), sorted(constants), n=1, cutoff=0.0)
             raise UserError(f"there is no constant {one_line(name)}: the closest is {close} (--help lists all)")
+    shown = " ".join(f"{key}={quoted(text)[1:-1]}" for key, text in given.items() if "KEY" not in key)
     scope, file = vars(config), str(config.__file__)
     scope["_arguments"] = arguments  # for `variants`
     for statement in ast.parse(inspect.getsource(config)).body:
@@ -118,15 +117,18 @@ def override(arguments: list[str], config: ModuleType) -> None:
                 kinds = _kinds(constants[name])
                 if name in given:
                     scope[name] = _parsed(name, given[name], kinds)
-                    continue
-                try:
-                    value = eval(compile(ast.Expression(default), file, "eval"), scope)
-                except (ArithmeticError, ValueError) as error:  # as of a division or a root
-                    shown = " ".join(f"{key}={quoted(text)[1:-1]}" for key, text in given.items() if "KEY" not in key)
-                    raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
-                scope[name] = _typed(name, value, kinds)
+                else:
+                    try:
+                        value = eval(compile(ast.Expression(default), file, "eval"), scope)
+                    except (ArithmeticError, ValueError) as error:  # as of a division or a root
+                        raise UserError(f"{name} cannot be computed with {shown}: {error}") from None
+                    scope[name] = _typed(name, value, kinds)
+                # Of another encoding Python keeps halves of characters
+                if isinstance(text := scope[name], str) and text.encode(errors="replace").decode() != text:
+                    raise UserError(f"found {name} in another encoding: expected text in UTF-8")
             case _:
                 exec(compile(ast.Module([statement], []), file, "exec"), scope)
+    config.check()
 
 
 def variants(config: ModuleType, names: Mapping[str, str]) -> dict[str, ModuleType]:

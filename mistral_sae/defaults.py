@@ -105,7 +105,7 @@ def defaults(constants: Any, spec: ModelSpec, device: torch.device, dtype: torch
     else:
         readable = int(CPU_PRODUCTS / (2 * sum(spec.layer_parameters[: layer + 1]))) // 10_000 * 10_000
         tokens = default("TRAIN_TOKENS", max(FEWEST_TOKENS, readable), "what a CPU reads in ten minutes or so")
-        few = min(32 * width, tokens // TOKENS_A_FEATURE)
+        few = min(32 * width, max(1, tokens // TOKENS_A_FEATURE))
         features = default("D_HIDDEN", few, f"one for every {TOKENS_A_FEATURE} tokens, at most 32 times the width")
     if constants.ACTIVATIONS_PATH is not None:
         default("ACTIVATIONS_TOKENS", tokens, "all that is trained on")

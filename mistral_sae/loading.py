@@ -34,7 +34,7 @@ def load_pair(
     Raises SAEError and ModelError, also where the two do not fit each other, and UserError, with `advice`, where there
     is no room for what is needed, before the model is loaded.
     """
-    source, path = sae_source(constants), constants.MISTRAL_MODEL_PATH
+    source = sae_source(constants)
     device, dtype = device_and_dtype(constants.DEVICE, constants.DTYPE)
     sae_device = sae_device_of(constants)
     free = {str(each): free_memory(str(each)) for each in (device, sae_device)}
@@ -45,16 +45,22 @@ def load_pair(
     print(f"engine    {spec.run_by()}")
     print(f"layer     {metadata.residual_layer} of 0 to {spec.n_layers - 1} ({metadata.hook_name})")
     print(f"features  {loaded.sae.n_features:,} of {source}")
-    engine, excluded = constants.ENGINE, constants.EXCLUDE_TOKENS
     last_layer = None if whole else metadata.residual_layer
     if needed is not None:
         plan = needed(loaded.sae, last_layer, dtype).plans(str(device), str(sae_device), free)
         print(plan)
         if not plan.fits:
             raise UserError(f"the run needs more memory than is free: {advice}, or use another DEVICE or SAE_DEVICE")
-    options: dict[str, Any] = {"engine": engine, "exclude_tokens": excluded, "last_layer": last_layer, "head": True}
     with room_for("the language model", "use another DEVICE, or DTYPE=bfloat16"):
-        model = load_model(path, device=device, dtype=dtype, **options)
+        model = load_model(
+            constants.MISTRAL_MODEL_PATH,
+            last_layer=last_layer,
+            device=device,
+            dtype=dtype,
+            engine=constants.ENGINE,
+            exclude_tokens=constants.EXCLUDE_TOKENS,
+            head=True,
+        )
     named = metadata.model_name or "a model without a name"
     if metadata.model_fingerprint and constants.HOOK_NAME is None:  # which is of the layers up to the labelled one
         if metadata.model_fingerprint != model.fingerprint(metadata.residual_layer):

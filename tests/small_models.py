@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from mistral_sae.model.language_model import STANDIN
+from mistral_sae.model.language_model import STANDIN, LanguageModel, Row, choose_token
 from mistral_sae.model.params import shapes_of_params
 from tools.weights import to_hf
 
@@ -94,6 +94,17 @@ def write_hugging_face_folder(path: Path, params: dict, weights: dict[str, torch
     save_file(to_hf(weights, params["head_dim"]), path / "model.safetensors", {"format": "pt"})
     write_byte_tokenizer(path)
     return path
+
+
+def without_cache(model: LanguageModel, prompt_ids: list[int], max_tokens: int, row: Row | None = None) -> list[int]:
+    """What `generate` gives, from a forward over all of the text for each token."""
+    row, ids = row or Row.of(prompt_ids, 0.0, 0), list[int]()
+    while len(ids) < max_tokens:
+        id = choose_token(model.forward(torch.tensor([[*prompt_ids, *ids]]))[0, -1].cpu(), row)
+        if id == model.tokenizer.eos_id:
+            break
+        ids.append(id)
+    return ids
 
 
 def write_byte_tokenizer(path: Path) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import config
 from mistral_sae import cli, constants
-from mistral_sae.data.tokens import Corpus
 from mistral_sae.defaults import fill
 from mistral_sae.explain import cache
 from mistral_sae.explain.examples import FeatureRecords, Settings
@@ -38,7 +37,7 @@ def main() -> None:
     loaded, model = load_pair(config, spec)
     run_dir = Path(filled.RUN_DIR)
     labels = {f: label for f, label in read_labels(run_dir / "explanations.jsonl").items() if label.explanation}
-    statistics = statistics_of(model, loaded, Corpus.of(config), filled.ROWS_PER_FORWARD, run_dir / "unused")
+    statistics = statistics_of(model, loaded, filled)
     explanations = {f: Explanation(label.explanation, label.explainer) for f, label in labels.items()}
     subject = Subject(model, loaded, statistics, explanations)
 

@@ -157,6 +157,11 @@ def _write_figures(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 0.5}\n' * 3)
 
 
+def _read_figures(folder: Path) -> None:
+    resume.read_evaluation(folder)
+    resume.read_log(folder)
+
+
 def _write_answers(folder: Path) -> None:
     concepts = [{"concept": "comma", "feature": 7}, {"concept": "self", "feature": 3}]
     told = {"sentence": "Partly.", "concepts": concepts, "matrix": [[0.5, 0.1], [0.0, 0.9]]}
@@ -348,7 +353,7 @@ READERS = {
     "autoencoder of dictionary_learning": Reader(_write_dictionary, load_sae, 10),
     "completions.jsonl": Reader(_write_journal, lambda folder: Journal(folder / "completions.jsonl"), 270),
     "explanations.jsonl": Reader(_write_labels, _read_labels, 220),
-    "evaluation.json and metrics.jsonl": Reader(_write_figures, resume.read_figures, 180),
+    "evaluation.json and metrics.jsonl": Reader(_write_figures, _read_figures, 180),
     "analysis.json": Reader(_write_answers, _read_answers, 180),
     "sweep.json": Reader(_write_sweep, read_points, 10),
     "activations": Reader(_write_cache, _read_cache, 28),

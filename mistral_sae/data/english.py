@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import distributions
 from itertools import chain
 from pathlib import Path
@@ -65,12 +67,12 @@ def english_file() -> Path:
 def collected() -> Iterator[tuple[str, str]]:
     """The id and the prose of each file that has some; a paragraph that was in an earlier one is left out."""
     seen, written = set[str](), Counter[str]()
-    for package, id, read in chain(_help_topics(), _python_files(), _system_files()):
+    for package, id, read, text_in in chain(_help_topics(), _python_files(), _system_files()):
         if written[package] > MOST:
             continue
         try:
-            paragraphs = [text for text in paragraphs_of(read()) if text.lower() not in seen]
-        except (OSError, EOFError, UnicodeDecodeError):
+            paragraphs = [text for text in paragraphs_of(text_in(read())) if text.lower() not in seen]
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError):
             continue  # what cannot be read, or is no text
         seen.update(map(str.lower, paragraphs))
         written[package] += sum(map(len, paragraphs))
@@ -96,16 +98,16 @@ def is_prose(paragraph: str) -> bool:
     return known >= LEAST_FUNCTION_WORDS * len(words) and plain >= LEAST_PLAIN * len(paragraph)
 
 
-# ---- where text is: (package, id, how it is read) ----
+# ---- where text is: (package, id, how it is read, which of it is text) ----
 
-Source = tuple[str, str, Callable[[], str]]
+Source = tuple[str, str, Callable[[], str], Callable[[str], str]]
 
 
 def _help_topics() -> Iterator[Source]:
     from pydoc_data.topics import topics
 
-    for name, text in topics.items():
-        yield "pydoc", f"pydoc/{name}", lambda text=text: text  # type: ignore[misc]
+    for name in topics:
+        yield "pydoc", f"pydoc/{name}", partial(topics.__getitem__, name), str
 
 
 def _python_files() -> Iterator[Source]:
@@ -114,10 +116,9 @@ def _python_files() -> Iterator[Source]:
         for path in files_below(root, LEFT_OUT):
             id = path.relative_to(root).as_posix()
             package = "standard library" if root == library else id.split("/")[0]
-            if path.suffix == ".py":
-                yield package, id, lambda path=path: of_source(path.read_text(encoding="utf-8"))  # type: ignore[misc]
-            elif path.suffix in SUFFIXES:
-                yield package, id, lambda path=path: path.read_text(encoding="utf-8")  # type: ignore[misc]
+            is_code = path.suffix == ".py"
+            if is_code or path.suffix in SUFFIXES:
+                yield package, id, partial(path.read_text, encoding="utf-8"), of_source if is_code else str
 
 
 def _system_files() -> Iterator[Source]:
@@ -127,9 +128,9 @@ def _system_files() -> Iterator[Source]:
             name = path.name.removesuffix(".gz")
             id = path.relative_to(root.parent).as_posix()
             if is_manual and re.fullmatch(r"man/man\d/.*", id):
-                yield "man", id, lambda path=path: of_man_page(_unpacked(path))  # type: ignore[misc]
+                yield "man", id, partial(_unpacked, path), of_man_page
             elif not is_manual and Path(name).suffix in SUFFIXES:
-                yield f"doc {id.split('/')[1]}", id, lambda path=path: _unpacked(path)  # type: ignore[misc]
+                yield f"doc {id.split('/')[1]}", id, partial(_unpacked, path), str
 
 
 def _unpacked(path: Path) -> str:

@@ -29,7 +29,7 @@ from mistral_sae.explain.types import INTERVALS, STATUSES, Example, Feature, Lab
 from mistral_sae.files import write_text
 from mistral_sae.sae.checkpoint import LoadedSAE
 from mistral_sae.sae.features import Geometry, decoder_geometry
-from mistral_sae.sae.resume import read_figures
+from mistral_sae.sae.resume import read_evaluation, read_log
 
 # The style and the scripts of the two pages, in `pages.TEMPLATES`
 REPORT = ("report.css", "page.js", "features.js", "report.js")
@@ -68,7 +68,8 @@ class Run(NamedTuple):
 
 def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activations: Cache) -> Run:
     """What the report says of a run with constants such as config.py's; `activations` are those of its corpus."""
-    evaluation, metrics = read_figures(Path(constants.RUN_DIR)) if constants.SAE_PATH is None else ({}, [])
+    run_dir, is_own = Path(constants.RUN_DIR), constants.SAE_PATH is None
+    evaluation, metrics = (read_evaluation(run_dir), read_log(run_dir)) if is_own else ({}, [])
     sae, counts_F = loaded.sae, activations.counts_F
     return Run(
         model=model,

@@ -5,7 +5,6 @@ Shapes: T positions, K active features of a token, F features, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -95,17 +94,14 @@ def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
 
     Several features keep their proportions, and one that is clamped at 0 stays there.
     """
-    subject, edit = known.subject, wanted.steer.edit()
-    given = {feature: float(c) for feature, c in edit.coefficients.items() if c}
-    held = {feature: 0.0 for feature, c in edit.coefficients.items() if c == 0 and edit.method == "clamp"}
-    if edit.method == "ablate" or not given:
+    subject, whole = known.subject, wanted.steer.edit()
+    edit, ids = whole.unit(), subject.model.encode(wanted.prompt)
+    features = list(edit.coefficients)
+    held = {feature: 0.0 for feature, c in whole.coefficients.items() if c == 0 and edit.method == "clamp"}
+    if edit.method == "ablate" or not features:
         raise UserError(
             "found nothing to sweep over: expected a strength that is not 0, and another method than ablate"
         )
-    if len(given) == 1:
-        given = {feature: math.copysign(1.0, c) for feature, c in given.items()}
-    edit = replace(edit, coefficients=given)
-    features, ids = list(given), subject.model.encode(wanted.prompt)
     known.check_length(len(ids), wanted.max_tokens)
     seeds = range(wanted.seed, wanted.seed + wanted.texts)
     trials = sweep.Trials(subject.model, subject.loaded, ids, seeds, wanted.max_tokens, wanted.temperature)
@@ -115,15 +111,15 @@ def strengths(known: Known, wanted: asked.Sweep) -> Iterator[dict[str, Any]]:
     found: dict[float, sweep.Trial] = {}
 
     def context(scales_B: list[float]) -> AbstractContextManager[None]:
-        scaled = {feature: c * torch.tensor(scales_B) for feature, c in given.items()}
-        return replace(edit, coefficients={**scaled, **held}).context(subject, len(ids))
+        scaled = edit.times(torch.tensor(scales_B))
+        return replace(scaled, coefficients={**scaled.coefficients, **held}).context(subject, len(ids))
 
     (scales,) = search.strengths([edit])
     for scale in scales:
         (found[scale],) = trials.steered([scale], context, lambda _: features, with_kl=False)
         yield row_of(trials, scale, found[scale])
     verdict = verdict_of(subject, edit, search.text_1T, found, own)
-    if not any(c > 0 for c in given.values()):
+    if not any(c is not None and c > 0 for c in whole.coefficients.values()):
         verdict["visible"] = None  # what is to be seen less is not counted
     yield verdict
 

@@ -12,7 +12,6 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,16 +33,6 @@ STANDIN = Path(__file__).parent.parent / "standin"  # the bundled model
 FINGERPRINTED = ["attention_norm", "attention.wv", "attention.wo", "ffn_norm"]  # alike in both engines
 DRIVER = Path("/proc/driver/nvidia/version")  # is there where NVIDIA's driver is loaded
 UNEMBEDDED = 2**14  # rows of the output matrix that are in float32 at a time
-
-
-@dataclass
-class Cache:
-    """Keys and values of the positions seen so far."""
-
-    state: Any  # of the engine
-    rows: int
-    max_length: int
-    length: int = 0  # positions seen
 
 
 class Row(NamedTuple):
@@ -144,13 +133,12 @@ class LanguageModel:
                 rows[f"{i}.{name}"] = (weight if weight.ndim == 1 else weight[:4]).to(torch.bfloat16)
         return hash_of((self.d_model, self.n_layers, self.vocab_size), rows)[:16]
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in float32, of token ids on any device. Raises ModelError.
 
-        With a cache the tokens follow those that it has seen. Ids that come from the CPU, where that costs no wait for
-        a GPU, are checked against the vocabulary.
+        Ids that come from the CPU, where that costs no wait for a GPU, are checked against the vocabulary.
         """
-        return self._logits(self._run(tokens_BT, cache))
+        return self._logits(self._run(tokens_BT))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) in float32 of what the model's last layer and norm give (..., D)."""
@@ -211,23 +199,18 @@ class LanguageModel:
     def residuals_by_layer(self, tokens_BT: Tensor | list[list[int]], layers: Collection[int]) -> dict[int, Tensor]:
         """The same of several layers in one forward, by layer."""
         with read_residuals(self, layers) as residuals:
-            self._run(torch.as_tensor(tokens_BT), None)
+            self._run(torch.as_tensor(tokens_BT))
         return residuals
 
     def generate(
-        self,
-        prompt_ids: Sequence[int],
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        use_cache: bool = True,
+        self, prompt_ids: Sequence[int], max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[int]:
         """Token ids that continue a prompt (which has its BOS), up to `max_tokens` or the EOS, not included.
 
         Temperature 0 takes the likeliest token; otherwise the same ones are drawn for the same seed. Hooks must be in
         place while the iterator is consumed. Raises ModelError for an empty prompt or a negative temperature.
         """
-        for (id,) in self.next_tokens([Row.of(prompt_ids, temperature, seed)], max_tokens, use_cache):
+        for (id,) in self.next_tokens([Row.of(prompt_ids, temperature, seed)], max_tokens):
             yield id
 
     def sample(
@@ -253,7 +236,7 @@ class LanguageModel:
         ids_by_seed = ([*row.ids[len(prompt_ids) :], *new] for row, new in zip(rows, new_by_seed, strict=True))
         return [list(itertools.takewhile(lambda id: id != self.tokenizer.eos_id, ids)) for ids in ids_by_seed]
 
-    def next_tokens(self, rows: Sequence[Row], max_tokens: int, use_cache: bool = True) -> Iterator[list[int]]:
+    def next_tokens(self, rows: Sequence[Row], max_tokens: int) -> Iterator[list[int]]:
         """The next token of each row, a step at a time, until all rows have had their EOS; as `generate`.
 
         Rows that are shorter than the longest are padded with BOS on the left, so that all of them end together.
@@ -265,25 +248,21 @@ class LanguageModel:
         longest = max(len(row.ids) for row in rows)
         padding = [longest - len(row.ids) for row in rows]
         padding_B = torch.tensor(padding, device=self.device) if any(padding) else None
-        cache = self.new_cache(len(rows), longest + max_tokens) if use_cache else None
+        cache, start = self._engine.new_cache(len(rows), longest + max_tokens), 0
         bos, ended = [self.tokenizer.bos_id], [False] * len(rows)
         tokens_BT = torch.tensor([bos * n + [*row.ids] for n, row in zip(padding, rows, strict=True)])
         for _ in range(max_tokens):
-            logits_BV = self._logits(self._run(tokens_BT, cache, padding_B)[:, -1]).cpu()
+            logits_BV = self._logits(self._run(tokens_BT, start, cache, padding_B)[:, -1]).cpu()
             self.check_finite(logits_BV, "logits")
             ids = [choose_token(logits_V, row) for logits_V, row in zip(logits_BV, rows, strict=True)]
             ended = [before or id == self.tokenizer.eos_id for before, id in zip(ended, ids, strict=True)]
             if all(ended):
                 return
             yield ids
-            next_B1 = torch.tensor(ids)[:, None]
-            tokens_BT = next_B1 if use_cache else torch.cat([tokens_BT, next_B1], dim=1)
+            start += tokens_BT.shape[1]
+            tokens_BT = torch.tensor(ids)[:, None]
 
-    def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty KV cache for rows of up to `max_length` positions."""
-        return Cache(self._engine.new_cache(batch_size, max_length), batch_size, max_length)
-
-    def _run(self, tokens_BT: Tensor, cache: Cache | None, padding_B: Tensor | None = None) -> Tensor:
+    def _run(self, tokens_BT: Tensor, start: int = 0, cache: Any = None, padding_B: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) after the last loaded layer; every forward comes through here."""
         if tokens_BT.ndim != 2 or not tokens_BT.numel():
             raise ModelError(f"found tokens of shape {tuple(tokens_BT.shape)}: expected (rows, positions)")
@@ -293,17 +272,10 @@ class LanguageModel:
                     expected = f"0 to {self.vocab_size - 1}, the vocabulary of {self.name}"
                     raise ModelError(f"found token id {id}: expected {expected}; use the model's own tokenizer")
         B, T = tokens_BT.shape
-        start = 0 if cache is None else cache.length
-        if cache is not None and (cache.rows != B or start + T > cache.max_length):
-            expected = f"{cache.rows} rows of at most {cache.max_length}, for which the cache was made"
-            raise ModelError(f"found {B} rows up to position {start + T}: expected {expected}")
         tokens_BT = sent(tokens_BT, self.device)
         self.span, self.tokens_BT = (B, T, start), tokens_BT
         with torch.no_grad():
-            hidden_BTD = self._engine.run(tokens_BT, start, cache and cache.state, padding_B)
-        if cache is not None:
-            cache.length += T
-        return hidden_BTD
+            return self._engine.run(tokens_BT, start, cache, padding_B)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

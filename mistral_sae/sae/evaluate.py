@@ -81,18 +81,6 @@ def reconstruction(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> Reconst
     )
 
 
-class CrossEntropy(NamedTuple):
-    """Cross-entropy (nats a token) of the model with its residuals replaced, but for first positions and BOS, EOS."""
-
-    ce_loss_clean: float
-    ce_loss_with_sae: float
-    ce_loss_ablated: float  # every residual replaced by their mean
-    ce_loss_zero_ablated: float
-    ce_loss_recovered: float  # (ablated - with_sae) / (ablated - clean)
-    ce_loss_recovered_zero: float  # the same against zero ablation
-    kl: float  # KL(clean || with_sae), nats a token
-
-
 class Evaluator:
     """Measures autoencoders of one layer on held-out rows (R, T); what the layer itself is worth is measured once."""
 
@@ -101,14 +89,17 @@ class Evaluator:
         self.n_tokens = len(rows_RT) * (rows_RT.shape[1] - 1)  # that are predicted
 
     def __call__(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """The figures of `Reconstruction`, and of `CrossEntropy` if all of the model is loaded, by name."""
+        """The figures of `Reconstruction`, and those of `cross_entropy` if all of the model is loaded, by name."""
         figures = reconstruction(sae, self._residuals())._asdict()
         del figures["density_F"]
-        return figures if self.model.last_layer is not None else figures | self.cross_entropy(sae)._asdict()
+        return figures if self.model.last_layer is not None else figures | self.cross_entropy(sae)
 
     @torch.no_grad()
-    def cross_entropy(self, sae: SparseAutoencoder) -> CrossEntropy:
-        """Replace the layer's residuals by their reconstruction and predict the rows' tokens."""
+    def cross_entropy(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """Cross-entropy (nats a token) of the model as it is and with residuals of the layer replaced.
+
+        Those at first positions and at BOS and EOS stay.
+        """
         totals = torch.zeros(3, dtype=torch.float64)
         for tokens in Progress(self._parts(), desc="cross-entropy", leave=False):
             clean, spliced = (self.model.log_probabilities(tokens, self.layer, replace) for replace in (None, sae))
@@ -118,15 +109,15 @@ class Evaluator:
         self.model.check_finite(totals, "logits")
         clean_loss, spliced_loss, kl = (totals / self.n_tokens).tolist()
         mean, zero = self._ablated
-        return CrossEntropy(
-            ce_loss_clean=clean_loss,
-            ce_loss_with_sae=spliced_loss,
-            ce_loss_ablated=mean,
-            ce_loss_zero_ablated=zero,
-            ce_loss_recovered=(mean - spliced_loss) / (mean - clean_loss),
-            ce_loss_recovered_zero=(zero - spliced_loss) / (zero - clean_loss),
-            kl=kl,
-        )
+        return {
+            "ce_loss_clean": clean_loss,
+            "ce_loss_with_sae": spliced_loss,
+            "ce_loss_ablated": mean,  # every residual replaced by their mean
+            "ce_loss_zero_ablated": zero,
+            "ce_loss_recovered": (mean - spliced_loss) / (mean - clean_loss),
+            "ce_loss_recovered_zero": (zero - spliced_loss) / (zero - clean_loss),
+            "kl": kl,  # KL(clean || with_sae), nats a token
+        }
 
     @cached_property
     @torch.no_grad()

@@ -6,6 +6,7 @@ below it, and RUN_DIR/sweep.json tells which there are.
 Shapes: S streams, B tokens, D model width.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from mistral_sae.cli import Failed, UserError, rank
-from mistral_sae.files import append_line
+from mistral_sae.files import append_line, write_text
 from mistral_sae.sae import resume
 from mistral_sae.sae.autoencoder import SparseAutoencoder
 from mistral_sae.sae.cfg import Metadata
 from mistral_sae.sae.checkpoint import save_sae
 from mistral_sae.sae.evaluate import reconstruction
+from mistral_sae.sae.shards import save_trainer
 from mistral_sae.sae.trainer import TrainConfig, Trainer
 
 EXPLODED = 10.0  # normalized MSE: ten times that of predicting the mean
@@ -174,7 +176,9 @@ class Grid:
                     print(f"the earlier run is now in {moved_to}")
         for each in self:
             each.figures = list(torch.tensor(each.run.figures, device=each.trainer.dead.device))
-            resume.write_log(each.folder, each.run.history)
+            if not rank():  # the log as the checkpoint has it
+                log = "".join(json.dumps(record) + "\n" for record in each.run.history)
+                write_text(each.folder / "metrics.jsonl", log)
             if each.run.step == each.config.steps:  # nothing but its evaluation is left
                 each.save_sae()
         if not self.is_single:
@@ -220,7 +224,7 @@ class Grid:
         for each in self:
             each.run.step, each.run.stream = step, stream
             each.run.figures, each.run.seconds = [figures.tolist() for figures in each.figures], seconds
-            resume.save_checkpoint(each.folder, each.trainer, each.run)
+            save_trainer(resume.path_of_step(each.folder, step), each.trainer, each.run.model_dump())
         for each in self:
             resume.remove_checkpoints(each.folder, step, keep)
             each.save_sae()

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import psutil
 import torch
@@ -112,78 +112,60 @@ class _Sizes(Protocol):
 
 
 def training_needs(
-    config: TrainConfig, model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, on_cpu: bool, layers: int = 1,
-    streams: int = 1, mesh: tuple[int, int] = (1, 1),
+    configs: Sequence[TrainConfig], model: _Sizes, *, last_layer: int | None, dtype: torch.dtype, on_cpu: bool,
+    layers: int = 1, streams: int = 1, mesh: tuple[int, int] = (1, 1),
 ) -> Needs:  # fmt: skip
-    """Estimate the memory of a run on a model of the given sizes; `on_cpu` says where the autoencoder is.
+    """Estimate the memory of a run on a model of the given sizes; `on_cpu` says where the autoencoders are.
 
-    A grid reads so many layers, in so many streams of batches; `grid_needs` is of all its autoencoders. With
-    `last_layer` None the whole model is there from the start, so that cross-entropy is measured during the run.
-    Of a mesh of replicas and shards it is what each rank needs. Raises UserError for a mesh that cannot be.
+    They are of so many layers, and learn from so many streams of batches. The weights and moments of all are there; of
+    gradients, and of what a step takes beside, one has its own at a time. With `last_layer` None the whole model is
+    there from the start, so that cross-entropy is measured during the run. Of a mesh of replicas and shards it is what
+    each rank needs. Raises UserError for a mesh that cannot be.
     """
-    replicas, shards = mesh
-    config.check_mesh(replicas, shards)
-    kind, D, F = "cpu" if on_cpu else "cuda", model.d_model, config.d_hidden // shards
-    model_dtype = str(dtype).removeprefix("torch.")
-    model_bytes, moment_bytes = dtype.itemsize, getattr(torch, config.moments_dtype).itemsize
-    weights = (2 * D + 1) * F + D
-    tokens = config.rows_per_forward * config.context_length
-    forward = tokens * D * FORWARD_WIDTHS * model_bytes
-    encoder = _encoder(kind, activation_of(config.architecture), config.batch_size, F)
-    step = _step(config, D, kind, mesh)
-    bf16_encoder = 2 * D * F  # a copy of W_enc, in training
-    row_of_logits = 4 * config.context_length * model.vocab_size
-    logits = HELD_LOGITS * max(min(LOGITS_BYTES, config.rows_per_forward * row_of_logits), row_of_logits)
-    evaluation = forward + logits, bf16_encoder + encoder
-    part = "" if last_layer is None else f" to layer {last_layer}"
+    (replicas, shards), kind, D = mesh, "cpu" if on_cpu else "cuda", model.d_model
+    for config in configs:
+        config.check_mesh(replicas, shards)
+    first = configs[0]  # what follows is the same for all
+    forward = first.rows_per_forward * first.context_length * D * FORWARD_WIDTHS * dtype.itemsize
+    row_of_logits = 4 * first.context_length * model.vocab_size
+    logits = HELD_LOGITS * max(min(LOGITS_BYTES, first.rows_per_forward * row_of_logits), row_of_logits)
     # Of several ranks each has a part of the buffer, and of a batch what it has and what all have
-    buffer = layers * config.buffer_tokens // (replicas * shards) + streams * config.batch_size
-    buffer = (buffer + (2 * config.batch_size if replicas * shards > 1 else 0)) * D * model_bytes
+    buffer = layers * first.buffer_tokens // (replicas * shards) + streams * first.batch_size
+    buffer = (buffer + (2 * first.batch_size if replicas * shards > 1 else 0)) * D * dtype.itemsize
+
+    held = [(config, config.d_hidden // shards) for config in configs]
+    weights = [(2 * D + 1) * F + D for _, F in held]
+    moments = defaultdict[str, int](int)
+    for config, numbers in zip(configs, weights, strict=True):
+        bytes_of_one = getattr(torch, config.moments_dtype).itemsize
+        moments[f"Adam's moments ({config.moments_dtype})"] += 2 * numbers * bytes_of_one
+    encoder = max(_encoder(kind, activation_of(config.architecture), config.batch_size, F) for config, F in held)
+    step = max(_step(config, D, kind, mesh) for config in configs)
+    others = sum(2 * D * F for config, F in held[1:] if config.architecture not in PENALIZED)
+    copies = others + 2 * D * max(F for _, F in held)  # of W_enc, in bfloat16
+    evaluation = forward + logits, copies + encoder
+    part, name = "" if last_layer is None else f" to layer {last_layer}", str(dtype).removeprefix("torch.")
     return Needs(
         Stage(
             {
-                f"language model{part} ({model_dtype})": model.parameters(last_layer) * model_bytes,
-                f"buffer of residuals ({model_dtype})": buffer,
+                f"language model{part} ({name})": model.parameters(last_layer) * dtype.itemsize,
+                f"buffer of residuals ({name})": buffer,
             },
             {
-                "autoencoder (float32)": 4 * weights,
+                "autoencoder (float32)": 4 * sum(weights),
                 # A block of features at a time; on a GPU a feature at a time, in registers
-                **({"its gradients (float32)": min(4 * weights, 4 * BLOCK_BYTES["cpu"])} if on_cpu else {}),
-                f"Adam's moments ({config.moments_dtype})": 2 * weights * moment_bytes,
+                **({"its gradients (float32)": 4 * min(max(weights), BLOCK_BYTES["cpu"])} if on_cpu else {}),
+                **moments,
             },
-            [(forward, bf16_encoder), (0, step), *([evaluation] if last_layer is None else [])],
-            ((f"batches sent ahead ({model_dtype})", buffer),),
+            [(forward, copies), (0, others + step), *([evaluation] if last_layer is None else [])],
+            ((f"batches sent ahead ({name})", buffer),),
         ),
         Stage(
-            {"language model": model.parameters() * model_bytes},
-            {"autoencoder": 4 * weights},
+            {"language model": model.parameters() * dtype.itemsize},
+            {"autoencoder": 4 * sum(weights)},
             [(forward + logits, encoder)],
         ),
     )
-
-
-def grid_needs(
-    configs: Sequence[TrainConfig], model: _Sizes, *, mesh: tuple[int, int] = (1, 1), **options: Any
-) -> Needs:
-    """Estimate the memory of a run that trains several autoencoders; `options` are those of `training_needs`.
-
-    All their weights and moments are there. Of gradients, and of what a step takes beside, one has its own at a time.
-    """
-    needs = [training_needs(config, model, mesh=mesh, **options) for config in configs]
-    sparse, (_, shards) = [config for config in configs[1:] if config.architecture not in PENALIZED], mesh
-    copies = sum(2 * config.d_model * config.d_hidden for config in sparse) // shards  # of W_enc, in bfloat16
-    return Needs(
-        _together([each.first for each in needs], copies), _together([each.later for each in needs if each.later])
-    )
-
-
-def _together(stages: Sequence[Stage], more: int = 0) -> Stage:
-    """A stage of several autoencoders beside each other, with so many bytes more."""
-    parts: dict[str, int] = {}
-    for name, size in (part for stage in stages for part in stage.sae.items()):
-        parts[name] = max(parts.get(name, 0), size) if "gradients" in name else parts.get(name, 0) + size
-    work = [tuple(map(max, zip(*each, strict=True))) for each in zip(*(stage.work for stage in stages), strict=True)]
-    return stages[0]._replace(sae=parts, work=[(of_model, of_sae + more) for of_model, of_sae in work])
 
 
 def wire(configs: Sequence[TrainConfig], mesh: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:

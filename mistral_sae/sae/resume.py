@@ -27,7 +27,7 @@ from mistral_sae.files import (
     write_text,
     writing,
 )
-from mistral_sae.sae.shards import files_of, load_trainer, save_trainer
+from mistral_sae.sae.shards import files_of, load_trainer
 from mistral_sae.sae.trainer import Trainer
 from mistral_sae.schema import Schema, Total, Words, lines, parse, read
 
@@ -42,6 +42,7 @@ OF_A_RUN = (
     "activations", "feature_statistics*", "explanations*.jsonl", "completions*.jsonl", "report.html", "text.html",
     "chat.jsonl", "analysis*.json", "shared", "sweep.png", SWEEP,
 )  # fmt: skip
+DAMAGED = "delete it or train again"  # what to do with a file of figures that is
 OTHER_FILES = "its files, or what is in them"  # what its fingerprint says of a corpus
 
 _FIGURES = dict[str, Total | float]
@@ -85,11 +86,6 @@ def path_of_step(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step}.safetensors"
 
 
-def save_checkpoint(run_dir: Path, trainer: Trainer, run: Run) -> None:
-    """Write all that continuing needs."""
-    save_trainer(path_of_step(run_dir, run.step), trainer, run.model_dump())
-
-
 def remove_checkpoints(run_dir: Path, step: int, keep: int) -> None:
     """Remove all but the newest `keep` up to a step; later ones are of a run that went on from a damaged one."""
     if rank():
@@ -119,13 +115,15 @@ def find_checkpoints(run_dir: Path, run: Run, resume: bool) -> list[Path]:
     if not whole:
         _refuse_what_cannot_go_on(run_dir)
         return []
-    here = json.loads(run.model_dump_json())  # as it will be read
-    if changed := _differences(runs[0].settings, here["settings"]):
+    here, there = json.loads(run.model_dump_json()), runs[0]  # as it will be read
+    for name in here["others"].keys() & there.settings:  # of an older version, where it had to stay the same
+        there.others[name] = there.settings.pop(name)
+    if changed := _differences(there.settings, here["settings"]):
         raise UserError(
             f"{run_dir} holds a run with another {', '.join(changed)}: choose another RUN_DIR, or RESUME=False to "
             "train anew in this one and set that run aside"
         )
-    if changed := _differences(runs[0].others, here["others"]):
+    if changed := _differences(there.others, here["others"]):
         print(f"going on with another {', '.join(changed)}")
     return whole
 
@@ -186,16 +184,6 @@ def _load(path: Path, trainer: Trainer, run: Run) -> None:
         setattr(run, name, getattr(saved, name))
 
 
-def write_log(run_dir: Path, history: list[dict[str, Any]]) -> None:
-    """Write metrics.jsonl as a checkpoint has it."""
-    _write(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
-
-
-def _write(path: Path, text: str) -> None:
-    if not rank():
-        write_text(path, text)
-
-
 # ---- grids ----
 
 
@@ -221,7 +209,8 @@ def read_points(run_dir: Path) -> list[Point]:
 
 def write_points(run_dir: Path, points: Sequence[Point]) -> None:
     """Write sweep.json."""
-    _write(run_dir / SWEEP, json.dumps([point.model_dump() for point in points], indent=1) + "\n")
+    if not rank():
+        write_text(run_dir / SWEEP, json.dumps([point.model_dump() for point in points], indent=1) + "\n")
 
 
 def check_folder(run_dir: Path, names: Sequence[str], resume: bool) -> None:
@@ -303,22 +292,27 @@ def status(run_dir: Path) -> Iterator[str]:
             saved.append(f"saved     {path}, {size}, whole, {duration_of(age)} ago")
         except SAEError as error:
             saved.append(f"saved     {error}")
-    log = [record for record in read_figures(run_dir)[1] if record.keys() >= SHOWN]
+    log = [record for record in read_log(run_dir) if record.keys() >= SHOWN]
     yield from _progress(log, runs[0] if runs else None)
     yield from saved or ["saved     nothing yet"]
     done = (run_dir / "evaluation.json").exists()
     yield f"evaluated {'yes, in ' + str(run_dir / 'evaluation.json') if done else 'not yet: this comes at the end'}"
 
 
-def read_figures(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is in evaluation.json and metrics.jsonl of a folder: {} and [] where there is nothing.
+def read_evaluation(run_dir: Path) -> dict[str, Any]:
+    """What is in evaluation.json of a folder, {} where there is none. Raises SAEError if it is damaged."""
+    path = run_dir / "evaluation.json"
+    return read(_FIGURES, path, DAMAGED, SAEError) if path.exists() else {}
 
-    A last line without its end is left out: train.py may be writing it. Raises SAEError for a damaged file.
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The records in metrics.jsonl of a folder, [] where there is none. Raises SAEError if it is damaged.
+
+    A last line without its end is left out: train.py may be writing it.
     """
-    evaluation, metrics, advice = run_dir / "evaluation.json", run_dir / "metrics.jsonl", "delete it or train again"
-    figures = read(_FIGURES, evaluation, advice, SAEError) if evaluation.exists() else {}
-    every = lines(metrics, advice, SAEError) if metrics.exists() else []
-    return figures, [parse(_FIGURES, line, where, advice, SAEError) for where, line in every if line.endswith(b"\n")]
+    path = run_dir / "metrics.jsonl"
+    every = lines(path, DAMAGED, SAEError) if path.exists() else []
+    return [parse(_FIGURES, line, where, DAMAGED, SAEError) for where, line in every if line.endswith(b"\n")]
 
 
 def _progress(log: list[dict[str, Any]], run: Run | None) -> Iterator[str]:

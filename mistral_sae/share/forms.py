@@ -92,8 +92,6 @@ def write_dashboards(
     """
     width = f"{n_features // 1024}k" if n_features >= 1024 else str(n_features)
     source = {"model_id": metadata.model_name, "layer": metadata.residual_layer, "sae_set": f"res-{width}"}
-    for earlier in folder.glob("batch-*.json"):  # of an export of more features
-        earlier.unlink()
     paths, lines, remaining = [], [], iter(features)
     for number in count():
         batch = list(islice(remaining, BATCH))
@@ -104,6 +102,9 @@ def write_dashboards(
         write_text(paths[-1], json.dumps({**source, "sae_id_suffix": None, "features": records}))
         explained = (labels[each.feature] for each in batch if each.feature in labels)
         lines += [explanation(label, source) for label in explained if label.explanation]
+    for earlier in folder.glob("batch-*.json"):  # of an export of more features
+        if earlier.stem[6:].isdecimal() and int(earlier.stem[6:]) >= len(paths):
+            earlier.unlink()
     paths.append(folder / "explanations.jsonl")
     write_text(paths[-1], "".join(json.dumps(line) + "\n" for line in lines))
     return paths

@@ -9,7 +9,7 @@ from mistral_sae.cli import Failed, UserError, one_line
 from mistral_sae.files import SAEError
 from mistral_sae.sae.cfg import CFG, WEIGHTS, Description, read_cfg
 from mistral_sae.sae.checkpoint import SPARSITY
-from mistral_sae.sae.resume import read_figures, read_points
+from mistral_sae.sae.resume import read_evaluation, read_points
 
 ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -35,7 +35,7 @@ def members_of(run_dir: Path) -> list[Member]:
         if not (folder / "sae" / WEIGHTS).is_file():
             raise SAEError(f"found no {WEIGHTS} in {folder / 'sae'}, expected a finished run: go on with train.py")
         hook = described.metadata.hook_name or "sae"
-        found.append(Member(name or hook, folder, described, read_figures(folder)[0]))
+        found.append(Member(name or hook, folder, described, read_evaluation(folder)))
     return found
 
 

@@ -39,9 +39,7 @@ def strengths_of(subject: Subject, unit: Edit, x_TD: Tensor) -> list[float]:
         return [1.0]
 
     def edited(times: float) -> Tensor:
-        scaled = {f: None if c is None else times * c for f, c in unit.coefficients.items()}
-        in_units = replace(unit, coefficients=scaled).in_units_of_steer(subject)
-        given = {f: c for f, c in in_units.items() if c is not None}
+        given = {f: c for f, c in unit.times(times).in_units_of_steer(subject).items() if c is not None}
         return make_edit(subject.loaded.sae, given, unit.method, x_TD.device)(x_TD[None])[0]
 
     moved_TD = edited(2.0) - edited(1.0)  # without what clamping takes away of the feature

@@ -61,6 +61,12 @@ class Search:
         (ids,) = model.sample(trials.prompt_ids, trials.seeds[:1], TEXT_TOKENS, trials.temperature)
         return torch.tensor([[*trials.prompt_ids, *ids]])
 
+    @cached_property
+    def words(self) -> list[int]:
+        """The tokens of the vocabulary that are words, or how one begins."""
+        tokenizer = self.subject.model.tokenizer
+        return [id for id in range(tokenizer.vocab_size) if WORD.fullmatch(tokenizer.strings([id])[0])]
+
     def strengths(self, units: Sequence[Edit]) -> list[list[float]]:
         """The multiples of each edit that are tried, from weak to strong."""
         if self.grid is not None:
@@ -208,15 +214,15 @@ def changes_of(model: LanguageModel, loaded: LoadedSAE, activations: Mapping[int
     Measured through the layers above, which the logit lens leaves out. `activations` are {feature: what it is clamped
     to}; each is clamped alone.
     """
-    R, T = tokens_RT.shape
-    plain_RTV = model.forward(tokens_RT)[:, 1:].float()
+    R, T, n_ids = *tokens_RT.shape, model.tokenizer.vocab_size  # the output matrix may have more rows
+    plain_RTV = model.forward(tokens_RT)[:, 1:, :n_ids]
     plain_V, likely_V = plain_RTV.mean(dim=(0, 1)), plain_RTV.softmax(dim=-1).mean(dim=(0, 1))
     at_once = max(1, LOGITS_BYTES // (4 * R * T * model.vocab_size))
     features, raised, likelier = list(activations), [], []
     with Progress(total=len(features), desc="what they raise", unit=" features", leave=False) as bar:
         for some in (features[i : i + at_once] for i in range(0, len(features), at_once)):
             with steer(model, loaded, each_alone([(f, activations[f]) for f in some for _ in range(R)])):
-                logits = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:].float().unflatten(0, (len(some), R))
+                logits = model.forward(tokens_RT.repeat(len(some), 1))[:, 1:, :n_ids].unflatten(0, (len(some), R))
             raised.append(logits.mean(dim=(1, 2)) - plain_V)
             likelier.append(logits.softmax(dim=-1).mean(dim=(1, 2)) - likely_V)
             bar.update(len(some))
@@ -298,12 +304,20 @@ def by_tokens(model: LanguageModel, loaded: LoadedSAE, ids: Sequence[int], rows_
     return [feature for feature, f1 in zip(best.indices.tolist(), best.values.tolist(), strict=True) if f1 > 0]
 
 
-def find(query: str, search: Search) -> tuple[dict[int, float], dict[int, float]]:
-    """Features for words: those whose explanations match, and those that fire on the words' tokens, best first.
+class Matches(NamedTuple):
+    """What is found for words."""
 
-    The former with `by_explanation`'s scores; of equal ones the one comes first that raises the words' tokens most when
-    steered. The latter with how far they raise these tokens; they are looked for in rows of text, unless an explanation
-    matches and every feature has one.
+    by_label: dict[int, float]  # features whose explanations match, best first, with their scores
+    by_token: dict[int, float]  # others that fire on the words' tokens, best first, and how far they raise these
+    explanations: int  # that match, of features that never fire too
+    ids: list[int]  # the words' tokens
+
+
+def find(query: str, search: Search) -> Matches:
+    """Features for words: those whose explanations match, and those that fire on the words' tokens.
+
+    The former by `by_explanation`'s scores; of equal ones the one comes first that raises the words' tokens most when
+    steered. The latter are looked for in rows of text, unless an explanation matches and every feature has one.
     """
     model, loaded, statistics, explanations = search.subject
     ids = tokens_like(model.tokenizer, query)
@@ -314,33 +328,32 @@ def find(query: str, search: Search) -> tuple[dict[int, float], dict[int, float]
         others = [f for f in by_tokens(model, loaded, ids, search.rows(SCAN_ROWS), CANDIDATES) if f not in matches]
     activations = {f: float(statistics.maximum_F[f]) for f in labelled + others if statistics.maximum_F[f] > 0}
     if not activations:
-        return {}, {}
+        return Matches({}, {}, len(matches), ids)
     changes_NV = changes_of(model, loaded, activations, search.text_1T).logits_NV
     strengths = dict(zip(activations, clearness(changes_NV[:, ids] if ids else changes_NV).tolist(), strict=True))
     ranked = sorted(strengths, key=lambda feature: (-matches.get(feature, 0.0), -strengths[feature]))
     by_label = {feature: matches[feature] for feature in ranked if feature in matches}
-    return by_label, {feature: strengths[feature] for feature in ranked if feature not in matches}
+    by_token = {feature: strengths[feature] for feature in ranked if feature not in matches}
+    return Matches(by_label, by_token, len(matches), ids)
 
 
 def _by_words(search: Search, edit: Edit, words: str, given: float | None) -> Effect:
     """The feature for words that shows most in text, of those that match best; prints them."""
-    by_label, by_token = find(words, search)
+    by_label, by_token, n_matching, ids = find(words, search)
     if not by_label and not by_token:
         raise SteeringError(
             f"found no feature for {words!r}: expected words or parts of words that the model's text has"
         )
     explanations, half = search.subject.explanations, TRIED_BY_WORDS // 2
-    texts = {feature: each.text for feature, each in explanations.items()}
     candidates = [*list(by_label)[: max(half, TRIED_BY_WORDS - len(by_token))], *by_token][:TRIED_BY_WORDS]
-    ids = set(tokens_like(search.subject.model.tokenizer, words))
     if explanations:
-        how = f"{len(by_explanation(words, texts))} of {len(explanations):,} explanations match"
+        how = f"{n_matching} of {len(explanations):,} explanations match"
     else:
         how = "no explanations of it (explain.py writes them)"
     print(
         f"features for {words!r}: {how}, {len(by_token)} others fire on its tokens; {len(candidates)} are tried in text"
     )
-    finalists, others = _tried(search, edit, dict.fromkeys(candidates, ids), given)
+    finalists, others = _tried(search, edit, dict.fromkeys(candidates, frozenset(ids)), given)
     _print_tried(finalists + others, lambda feature: _explained(search.subject, feature), by_label)
     return finalists[0]
 
@@ -382,12 +395,12 @@ def _ranked(search: Search) -> Iterator[tuple[str, Mapping[int, Class]]]:
     """Features and what shows each, with what they are: those of a concept, explained ones by their words, others."""
     if search.concepts:
         yield f"of {len(search.concepts)} that stand for a concept", search.concepts
-    for kind, among in _pools(search.subject):
+    for kind, among in pools_of(search.subject):
         looked_at = random.Random(0).sample(sorted(among), min(LOOKED_AT, len(among)))
-        yield f"of {len(looked_at)} {kind}, by the words that they raise", _most_promising(search, looked_at)
+        yield f"of {len(looked_at)} {kind}, by the words that they raise", most_promising(search, looked_at)
 
 
-def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
+def pools_of(subject: Subject) -> list[tuple[str, list[int]]]:
     """The features to look among, and what they are, those to begin with first."""
     statistics = subject.statistics
     middle = statistics.mid_density()
@@ -401,7 +414,7 @@ def _pools(subject: Subject) -> list[tuple[str, list[int]]]:
     return [(kind, among) for kind, among in pools if among]
 
 
-def _most_promising(search: Search, candidates: Sequence[int]) -> dict[int, list[int]]:
+def most_promising(search: Search, candidates: Sequence[int]) -> dict[int, list[int]]:
     """The candidates and the words that each raises, first those whose effect promises most.
 
     Of the half that raises the clearest classes of words, those come first that make their words likeliest in a text of
@@ -412,7 +425,7 @@ def _most_promising(search: Search, candidates: Sequence[int]) -> dict[int, list
     middles = [strengths[_middle(strengths)] for strengths in search.strengths(units)]
     activations = {f: middle * float(statistics.maximum_F[f]) for f, middle in zip(candidates, middles, strict=True)}
     raised_NV, likelier_NV = changes_of(model, loaded, activations, search.text_1T)
-    words = [id for id in range(model.tokenizer.vocab_size) if WORD.fullmatch(model.tokenizer.strings([id])[0])]
+    words = search.words
     raised_NW = raised_NV[:, words]
     class_NR = raised_NW.topk(min(RAISED, len(words)), dim=1).indices
     share_N = likelier_NV[:, words].gather(1, class_NR).sum(dim=1)

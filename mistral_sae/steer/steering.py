@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from torch import Tensor
 from mistral_sae.cli import Progress, UserError, not_finite
 from mistral_sae.data.activations import residuals_of
 from mistral_sae.data.tokens import Corpus, batches
-from mistral_sae.files import hash_of
 from mistral_sae.model.hooks import edit_residual
 from mistral_sae.model.language_model import LanguageModel, NotFinite
 from mistral_sae.sae.autoencoder import SparseAutoencoder
@@ -223,6 +222,15 @@ class Edit:
         given = {f: c for f, c in self.coefficients.items() if c is not None}
         return replace(self, coefficients={f: torch.where(is_it_B, c, math.nan) for f, c in given.items()})
 
+    def times(self, factor: float | Tensor) -> "Edit":
+        """The same edit so many times as strong; a tensor has the factor of each row of a batch (B)."""
+        return replace(self, coefficients={f: None if c is None else factor * c for f, c in self.coefficients.items()})
+
+    def unit(self) -> "Edit":
+        """What a sweep multiplies: one feature by its sign, several in proportion; those at 0 or None are left out."""
+        given = {f: float(c) for f, c in self.coefficients.items() if c}
+        return replace(self, coefficients={f: c if len(given) > 1 else math.copysign(1.0, c) for f, c in given.items()})
+
     def in_units_of_steer(self, subject: Subject) -> Mapping[int, Coefficient]:
         """The coefficients that `steer` takes. Raises SteeringError for what cannot be steered."""
         check_coefficients(subject.loaded.sae, self.coefficients, self.method, subject.model.dtype)
@@ -270,18 +278,21 @@ class Edit:
         return f"{self.method}: {', '.join(parts)}" + ("; on generated tokens only" if self.generated_only else "")
 
 
-def statistics_of(
-    model: LanguageModel, loaded: LoadedSAE, corpus: Corpus, rows_per_forward: int, path: Path
-) -> Statistics:
-    """How often and strongly features fire: from training, or measured on text once and kept in the file `path`."""
+def statistics_of(model: LanguageModel, loaded: LoadedSAE, constants: Any) -> Statistics:
+    """How often and strongly features fire: from training, or measured once on the text that constants describe.
+
+    What is measured is kept in RUN_DIR.
+    """
     if loaded.statistics is not None:
         return loaded.statistics
+    corpus, at_once = Corpus.of(constants), constants.ROWS_PER_FORWARD
+    path = Path(constants.RUN_DIR, "feature_statistics.safetensors")
     layer, n_rows = loaded.metadata.residual_layer, max(1, MAXIMUM_TOKENS // corpus.context_length)
     made_from = {
         "autoencoder": hash_of_sae(loaded.sae),
-        "model": hash_of(model.name, model.block(layer).state_dict()),
+        "model": model.fingerprint(layer),
         "layer": layer,
-        "text": f"{n_rows} rows of {corpus}",
+        "text": [f"{n_rows} rows of {corpus}", corpus.fingerprint()],
     }
 
     def residuals(tokens_RT: Tensor) -> Tensor:
@@ -291,8 +302,8 @@ def statistics_of(
 
     def measure() -> Statistics:
         print(f"the autoencoder comes without its features' maxima: from {MAXIMUM_TOKENS:,} tokens, kept in {path}")
-        parts = batches(islice(corpus.rows(model.tokenizer, held_out=False), n_rows), rows_per_forward)
-        bar = Progress(parts, "maxima", -(-n_rows // rows_per_forward), unit=" batches", leave=False)
+        parts = batches(islice(corpus.rows(model.tokenizer, held_out=False), n_rows), at_once)
+        bar = Progress(parts, "maxima", -(-n_rows // at_once), unit=" batches", leave=False)
         return measure_statistics(loaded.sae, map(residuals, bar))
 
     return cached_statistics(path, made_from, measure)

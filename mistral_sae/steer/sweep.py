@@ -4,8 +4,9 @@ Shapes: B texts, T positions of a text with its prompt, S features, D model widt
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from mistral_sae.model.hooks import edit_residual
 from mistral_sae.model.language_model import LanguageModel
 from mistral_sae.sae.checkpoint import LoadedSAE
-from mistral_sae.steer.steering import Subject, activations_of
+from mistral_sae.steer.steering import Edit, Subject, activations_of
 
 NGRAM = 4  # tokens of a phrase that counts as repeated
 # Text is fluent if it costs the unsteered model at most so many nats a token more than its own texts do, and if the
@@ -235,25 +236,24 @@ def strongest_fluent(scales: Sequence[float], trials: Sequence[Trial], own: Tria
 # ---- controls ----
 
 
-def with_controls(
-    subject: Subject, coefficients: Mapping[int, float], seed: int
-) -> list[tuple[str, dict[int, float], Tensor | None]]:
-    """The steered features and what to compare them with: (title, coefficients, directions to write along or None).
+def with_controls(subject: Subject, edit: Edit, seed: int) -> list[tuple[str, Edit, Tensor | None]]:
+    """An edit and what to compare it with: (title, edit, directions to write along or None).
 
     The controls are an edit of the same size along random directions, and as many random features of middle density,
     if there are as many.
     """
-    own = dict(coefficients)
-    directions_SD = random_directions(subject.loaded.sae.W_dec[list(own)], seed)
+    own = list(edit.coefficients)
+    directions_SD = random_directions(subject.loaded.sae.W_dec[own], seed)
     found = [
-        (f"feature {', '.join(map(str, own))}", own, None),
-        ("control: random direction, the same size of edit", own, directions_SD),
+        (f"feature {', '.join(map(str, own))}", edit, None),
+        ("control: random direction, the same size of edit", edit, directions_SD),
     ]
     others = [feature for feature in subject.statistics.mid_density() if feature not in own]
     if len(others) >= len(own):
         others = random.Random(seed).sample(others, len(own))
         title = f"control: at random, feature {', '.join(map(str, others))}"
-        found.append((title, dict(zip(others, own.values(), strict=True)), None))
+        coefficients = dict(zip(others, edit.coefficients.values(), strict=True))
+        found.append((title, replace(edit, coefficients=coefficients), None))
     return found
 
 

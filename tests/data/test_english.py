@@ -28,6 +28,7 @@ def machine(tmp_path, monkeypatch):
         package / "thing/README.md": f"# Thing\n\n{PROSE.replace('sentence', 'paragraph')}\n\n    pip install thing\n",
         share / "doc/thing/notes.gz": gzip.compress(PROSE.replace("sentence", "note").encode()),
         share / "doc/thing/cut.gz": gzip.compress(PROSE.encode() * 9)[:60],
+        share / "doc/thing/damaged.gz": gzip.compress(PROSE.encode())[:10] + b"\xff" * 60,
         share / "man/man1/thing.1": ".TH THING 1\n.SH NAME\n" + PROSE.replace("test", r"\fBmanual") + "\n.PP\n.B x\n",
         share / "man/de/man1/thing.1": PROSE.replace("sentence", "Satz"),
     }.items():

@@ -27,7 +27,7 @@ from mistral_sae.explain.report import (
 from mistral_sae.explain.scoring import summarize_scores
 from mistral_sae.explain.types import Example, Feature, Judgement, Label, Score
 from mistral_sae.files import SAEError
-from mistral_sae.sae.resume import read_figures
+from mistral_sae.sae.resume import read_evaluation, read_log
 
 VOID = {"meta", "link", "input", "br", "img"}
 
@@ -306,13 +306,13 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path):
 
 
 def test_the_figures_of_a_run_are_read_up_to_a_torn_line(tmp_path):
-    assert read_figures(tmp_path) == ({}, [])
+    assert (read_evaluation(tmp_path), read_log(tmp_path)) == ({}, [])
     (tmp_path / "evaluation.json").write_text('{"l0": 32.0}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10}\n{"step": 2, "tok')
-    assert read_figures(tmp_path) == ({"l0": 32.0}, [{"step": 1, "tokens": 10}])
+    assert (read_evaluation(tmp_path), read_log(tmp_path)) == ({"l0": 32.0}, [{"step": 1, "tokens": 10}])
     (tmp_path / "evaluation.json").write_text('{"l0"')
     with pytest.raises(SAEError, match=r"found no JSON .* in .*evaluation.json, .*: delete it or train again"):
-        read_figures(tmp_path)
+        read_evaluation(tmp_path)
 
 
 def test_the_page_of_a_text_holds_its_tokens_and_the_explanations_of_what_fires(tmp_path):

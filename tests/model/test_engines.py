@@ -6,7 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import PARAMS, params_of, random_weights, write_byte_tokenizer, write_mistral_folder
+from small_models import (
+    PARAMS,
+    params_of,
+    random_weights,
+    without_cache,
+    write_byte_tokenizer,
+    write_mistral_folder,
+)
 
 from mistral_sae.cli import UserError
 from mistral_sae.model import engines
@@ -68,7 +75,7 @@ def test_both_engines_agree_on_a_mistral_inference_folder(kind, tmp_path, tokens
     assert relative_error(other.forward(tokens_BT), one.forward(tokens_BT)) < 1e-5
     greedy = list(one.generate([1, 50, 60, 70, 80, 90, 100], 12))
     assert list(other.generate([1, 50, 60, 70, 80, 90, 100], 12)) == greedy
-    assert list(other.generate([1, 50, 60, 70, 80, 90, 100], 12, use_cache=False)) == greedy
+    assert without_cache(other, [1, 50, 60, 70, 80, 90, 100], 12) == greedy
 
 
 def test_both_engines_agree_on_windows_that_take_turns(tmp_path, tokens_BT):

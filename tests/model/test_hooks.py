@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from small_models import without_cache
 
 from mistral_sae.model.hooks import HookError, edit_residual, read_residuals
 from mistral_sae.model.language_model import load_model
@@ -143,7 +144,7 @@ def test_edited_text_is_the_same_with_the_cache_on_and_off(model):
     plain = list(model.generate([1, 50, 60], 12))
     with edit_residual(model, 1, lambda x_BTD: x_BTD + direction, first_position=3):
         with_cache = list(model.generate([1, 50, 60], 12))
-        without = list(model.generate([1, 50, 60], 12, use_cache=False))
+        without = without_cache(model, [1, 50, 60], 12)
     assert with_cache == without
     assert with_cache != plain
     assert list(model.generate([1, 50, 60], 12)) == plain

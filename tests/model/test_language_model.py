@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import PARAMS, WINDOW, params_of, random_weights, write_mistral_folder
+from small_models import PARAMS, WINDOW, params_of, random_weights, without_cache, write_mistral_folder
 
 from mistral_sae.model import engines, language_model
 from mistral_sae.model.language_model import (
@@ -96,7 +96,7 @@ def test_greedy_text_equals_that_of_transformers_with_the_cache_on_and_off(model
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
     assert list(model.generate(prompt, 20)) == expected
-    assert list(model.generate(prompt, 20, use_cache=False)) == expected
+    assert without_cache(model, prompt, 20) == expected
 
 
 def test_unembedding_the_last_residual_gives_the_logits(model, tokens_BT):
@@ -128,12 +128,6 @@ def test_the_window_of_the_sliding_window_model_matters(tmp_path, tokens_BT):
     a, b = windowed.residuals(tokens_BT, 0), full.residuals(tokens_BT, 0)
     torch.testing.assert_close(a[:, :WINDOW], b[:, :WINDOW])
     assert (a - b)[:, WINDOW:].abs().amax(-1).min() > 1e-3
-
-
-def test_a_prompt_fed_in_pieces_gives_the_logits_of_the_whole(model, tokens_BT):
-    cache = model.new_cache(3, 12)
-    pieces = [model.forward(part, cache) for part in tokens_BT.split([7, 4, 1], dim=1)]
-    assert relative_error(torch.cat(pieces, dim=1), model.forward(tokens_BT)) < 1e-5
 
 
 def test_weights_survive_the_way_to_the_other_layout_and_back():
@@ -265,7 +259,7 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_global_generator_alone(mi
     first = list(model.generate([1, 50], seed=3, **options))
     assert torch.equal(torch.get_rng_state(), state)
     assert list(model.generate([1, 50], seed=3, **options)) == first
-    assert list(model.generate([1, 50], seed=3, use_cache=False, **options)) == first
+    assert without_cache(model, [1, 50], 8, Row.of([1, 50], 1.0, seed=3)) == first
     assert list(model.generate([1, 50], seed=4, **options)) != first
 
 
@@ -290,8 +284,7 @@ def test_texts_that_are_begun_end_as_if_they_were_not(model, temperature):
         assert model.sample([1, 50, 60], [0, 7], 10, temperature, begun=begun) == whole
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_rows_of_several_lengths_have_the_logits_and_the_texts_of_each_alone(model, use_cache, monkeypatch):
+def test_rows_of_several_lengths_have_the_logits_and_the_texts_of_each_alone(model, monkeypatch):
     several = [([1, *range(50, 50 + n)], temperature) for n, temperature in ((1, 0.0), (11, 0.8), (4, 0.8), (0, 2.0))]
     seen = []
     monkeypatch.setattr(model, "check_finite", lambda logits_BV, _: seen.append(logits_BV))
@@ -299,7 +292,7 @@ def test_rows_of_several_lengths_have_the_logits_and_the_texts_of_each_alone(mod
     def made(which):
         seen.clear()
         rows = [Row.of(*several[i], seed=i) for i in which]
-        return list(model.next_tokens(rows, 10, use_cache)), torch.stack(seen, dim=1)
+        return list(model.next_tokens(rows, 10)), torch.stack(seen, dim=1)
 
     together, logits_BTV = made(range(4))
     for i in range(4):
@@ -338,8 +331,6 @@ def test_mistakes_in_the_call_are_named(mistral_folder, tokens_BT):
         load_model(mistral_folder, last_layer=3)
     with pytest.raises(ModelError, match="empty prompt"):
         next(model.generate([], 3))
-    with pytest.raises(ModelError, match="at most 5"):
-        model.forward(tokens_BT, model.new_cache(3, 5))
     with pytest.raises(ModelError, match="float33"):
         load_model(mistral_folder, dtype="float33")
     with pytest.raises(ModelError, match="expected cpu, cuda"):

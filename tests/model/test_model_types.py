@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import write_byte_tokenizer
+from small_models import without_cache, write_byte_tokenizer
 
 from mistral_sae.model.language_model import ModelError, Row, inspect, load_model
 
@@ -121,7 +121,7 @@ def test_greedy_text_is_that_of_transformers_with_the_cache_and_without(pair, mo
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
     assert list(model.generate(prompt, 12)) == expected
-    assert list(model.generate(prompt, 12, use_cache=False)) == expected
+    assert without_cache(model, prompt, 12) == expected
     beside = [Row.of(ids, 0.0, 0) for ids in (prompt, [1, *range(50, 70)], [1, 50])]  # which is longer, or shorter
     assert [ids[0] for ids in model.next_tokens(beside, 12)] == expected
 

@@ -43,7 +43,7 @@ def config_7b(monkeypatch):
 
 def plan_of(constants, spec, free, last_layer=16, dtype=torch.bfloat16, **changed):
     training = replace(TrainConfig.of(constants, spec.d_model), **changed)
-    return on_one(training_needs(training, spec, last_layer=last_layer, dtype=dtype, on_cpu=False), free)
+    return on_one(training_needs([training], spec, last_layer=last_layer, dtype=dtype, on_cpu=False), free)
 
 
 def on_one(needs, free):
@@ -192,7 +192,7 @@ def test_the_plan_holds_what_a_step_takes(config_7b, mistral_folder, architectur
     trainer.initialize(x)
     with Peak() as peak:
         trainer.step(x, 1e-3)
-    stage = training_needs(training, spec, last_layer=0, dtype=torch.float32, on_cpu=True).first
+    stage = training_needs([training], spec, last_layer=0, dtype=torch.float32, on_cpu=True).first
     planned = stage.work[1][1] + stage.sae["its gradients (float32)"]
     assert planned / 4 < peak.bytes <= planned
 

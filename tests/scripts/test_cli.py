@@ -5,6 +5,7 @@ import asyncio
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +34,10 @@ COUNT: int | None = 3
 API_KEY: str | None = None
 EITHER: int | float = 1
 lower = 1
-expect("RATE", RATE, RATE < 10, "below 10")
+
+
+def check():
+    expect("RATE", RATE, RATE < 10, "below 10")
 """
 
 
@@ -128,7 +132,7 @@ def test_a_value_of_another_type_is_named_with_the_type_expected(constants, name
 def edited(tmp_path, line):
     """A module as it is after its file was edited."""
     path = tmp_path / "edited.py"
-    path.write_text(line + "\n")
+    path.write_text(line + "\ndef check(): pass\n")
     spec = importlib.util.spec_from_file_location("edited", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -202,7 +206,7 @@ def test_the_environment_sets_four_constants_and_no_others(defaults, monkeypatch
         monkeypatch.delenv(name)
 
 
-def test_the_checks_at_the_foot_see_the_given_values(constants):
+def test_the_check_sees_the_given_values(constants):
     assert error_of(constants, "RATE=10") == "RATE is 10.0: expected below 10"
 
 
@@ -399,6 +403,14 @@ def test_help_ends_well_and_shows_what_other_arguments_set_but_no_key(tmp_path):
     assert train(tmp_path, "-h", "K=none").returncode == 2
 
 
+def test_a_reader_of_the_help_who_has_seen_enough_gets_no_traceback():
+    reads, writes = os.pipe()
+    os.close(reads)
+    ran = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert ran.stderr == b""
+
+
 def test_the_environment_variable_chooses_the_model_of_a_script(tmp_path, mistral_folder):
     ran = train(tmp_path, MISTRAL_MODEL_PATH=str(mistral_folder))
     assert ran.stdout.startswith(f"train: {mistral_folder}\n")
@@ -422,6 +434,33 @@ def test_a_bad_argument_ends_train_with_code_2_and_one_line_without_torch(tmp_pa
     ran = train(tmp_path, *arguments)
     assert ran.returncode == 2
     assert ran.stdout == ""
+    assert ran.stderr.startswith("error: ")
+    assert said in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train", "explain", "analyse", "demo", "share"])
+@pytest.mark.parametrize(
+    ("line", "path", "said"),
+    [
+        ("K: int = 0", None, "K is 0: expected at least 1"),
+        ('K: int = "a"', None, "K must be of type int: found 'a'"),
+        ('RUN_DIR: str = "~nosuchuser/run"', None, "RUN_DIR is '~nosuchuser/run': expected a user of this machine"),
+        ("", " ", "MISTRAL_MODEL_PATH is ' ': expected a path or a name"),
+        ("", "a" * 300, "expected a shorter path"),
+        ("", b"\xff", "found MISTRAL_MODEL_PATH in another encoding: expected text in UTF-8"),
+    ],
+)
+def test_a_mistake_in_the_file_or_the_environment_is_one_line_of_any_script(tmp_path, script, line, path, said):
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    text = (ROOT / "config.py").read_text()
+    name = line.partition(":")[0]
+    (tmp_path / "config.py").write_text(re.sub(rf"(?m)^{name}: .*$", line, text) if line else text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"MISTRAL_MODEL_PATH": path} if path else {})
+    ran = subprocess.run(
+        [sys.executable, tmp_path / f"{script}.py"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("error: ")
     assert said in ran.stderr
     assert ran.stderr.count("\n") == 1

@@ -126,6 +126,12 @@ def test_few_features_bring_no_more_active_ones_than_there_are(constants):
     assert values(constants("D_HIDDEN=16"), SMOL, CPU)["K"] == 16
 
 
+def test_fewer_tokens_than_a_feature_wants_are_refused_as_less_than_a_batch(constants, mistral_folder):
+    module = constants(f"MISTRAL_MODEL_PATH={mistral_folder}", "DEVICE=cpu", "TRAIN_TOKENS=100")
+    with pytest.raises(UserError, match="TRAIN_TOKENS is 100: expected at least one batch, 512"):
+        fill(module)
+
+
 def test_filling_sets_the_constants_once_and_checks_them_again(constants, mistral_folder):
     module = constants(f"MISTRAL_MODEL_PATH={mistral_folder}", "DEVICE=cpu")
     filled, spec, _ = fill(module)

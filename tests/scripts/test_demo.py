@@ -24,7 +24,7 @@ from mistral_sae.sae.checkpoint import Metadata, hash_of_sae, load_sae, save_sae
 from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import effect, search, sweep
 from mistral_sae.steer.display import BARS, level_of
-from mistral_sae.steer.steering import Subject, steer
+from mistral_sae.steer.steering import Edit, Subject, steer
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "def f(x):"
@@ -405,8 +405,8 @@ def test_both_kinds_of_model_folder_give_the_same_texts(demo, mistral_folder, hu
         ({"COEFFICIENT": "much"}, "COEFFICIENT must be of type float"),
         ({"SWEEP": 1, "METHOD": "ablate"}, "SWEEP is True: expected False with METHOD=ablate"),
         ({"SWEEP": 1, "STEERING_ON": False}, "SWEEP is True: expected False with STEERING_ON=False"),
-        ({"SWEEP": 1, "FEATURE_INDEX": "{3: None}"}, "SWEEP with COEFFICIENT 0, which has no sign"),
-        ({"SWEEP": 1, "COEFFICIENT": 0}, "SWEEP with COEFFICIENT 0, which has no sign"),
+        ({"SWEEP": 1, "FEATURE_INDEX": "{3: None}"}, "SWEEP over {3: None}, where nothing has a sign: expected"),
+        ({"SWEEP": 1, "FEATURE_INDEX": 3, "COEFFICIENT": 0}, "SWEEP over {3: 0.0}, where nothing has a sign"),
         ({"SWEEP_COEFFICIENTS": "(1, 'a')"}, "SWEEP_COEFFICIENTS is (1, 'a'): expected numbers"),
         ({"FEATURE_INDEX": "[3, 40]"}, "found FEATURE_INDEX '[3, 40]': expected a number, words or several"),
         ({"FEATURE_INDEX": 4.5}, "found FEATURE_INDEX '4.5'"),
@@ -464,9 +464,9 @@ def test_each_table_of_a_sweep_is_what_its_edit_does(demo, mistral_folder, run_d
     model, loaded = load_model(mistral_folder, device="cpu"), load_sae(run_dir)
     statistics = loaded.statistics
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
-    _, (_, _, directions), (_, others, _) = sweep.with_controls(Subject(model, loaded, statistics, {}), of, 0)
+    _, (_, _, directions), (_, others, _) = sweep.with_controls(Subject(model, loaded, statistics, {}), Edit(of), 0)
     expected = []
-    for signs, along in ((of, None), (of, directions), (others, None)):
+    for signs, along in ((of, None), (of, directions), (others.coefficients, None)):
         for scale in (0.5, 2.0, 8.0):
             clamped = {f: scale * c * float(loaded.maximum_F[f]) for f, c in signs.items()}
             with steer(model, loaded, clamped, directions_SD=along):

@@ -64,6 +64,14 @@ def test_a_dry_run_shows_the_card_and_sends_nothing(shared, hub, tmp_path):
     assert asked == []
 
 
+@pytest.mark.parametrize(("form", "name"), [("sparsify", "sparsify"), ("lm-eval", "lm-eval.pt")])
+def test_a_dry_run_says_where_a_form_would_be_and_writes_nothing(shared, form, name):
+    code, out, _ = shared(FORM=form, FEATURE_INDEX=CHOSEN[0], DRY_RUN=1)
+    assert code == 0
+    assert out.endswith(f"form      {form}, into {shared.run_dir / 'shared' / name}\nnothing was written\n")
+    assert not (shared.run_dir / "shared").exists()
+
+
 def test_a_push_ends_with_how_to_load_it(shared, hub, tmp_path):
     folder = tmp_path / "hub"
     folder.mkdir()

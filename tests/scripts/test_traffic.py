@@ -56,7 +56,7 @@ def test_the_memory_plan_has_room_for_the_step(counts):
             return 0
 
     config = traffic.config_of(traffic.Sizes())
-    needs = training_needs(config, Nothing(), last_layer=0, dtype=torch.bfloat16, on_cpu=False)
+    needs = training_needs([config], Nothing(), last_layer=0, dtype=torch.bfloat16, on_cpu=False)
     (parts,) = needs.first.parts(1)
     buffer = parts["buffer of residuals (bfloat16)"]
     assert counts["mistral-sae, 8,192 features dead"].peak <= sum(parts.values()) - buffer

@@ -262,8 +262,8 @@ def test_the_plan_says_what_was_computed_and_why(here, arguments, tmp_path):
 
 
 def test_layers_above_the_target_stay_out_where_they_have_no_room(here, arguments, tmp_path, monkeypatch):
-    def little_room(training, spec, *, last_layer, **options):
-        needs = training_needs(training, spec, last_layer=last_layer, **options)
+    def little_room(configs, spec, *, last_layer, **options):
+        needs = training_needs(configs, spec, last_layer=last_layer, **options)
         return needs if last_layer is not None else needs._replace(first=Stage({"all": 10**15}, {}, [(0, 0)]))
 
     monkeypatch.setattr(memory, "training_needs", little_room)
@@ -345,6 +345,14 @@ def test_records_that_were_skipped_are_reported_with_file_and_line(here, argumen
 
 
 # ---- residuals on disk ----
+
+
+@pytest.mark.parametrize("path", ["run/activations", "run/../run/activations/", "link"])
+def test_the_folder_that_explain_py_clears_is_refused_for_residuals(here, arguments, tmp_path, path):
+    (tmp_path / "link").symlink_to("run/activations")
+    ran = here(arguments(tmp_path / "run", ACTIVATIONS_PATH=f"{tmp_path}/{path}"))
+    assert_refused(ran, "expected another than RUN_DIR/activations, which is explain.py's")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

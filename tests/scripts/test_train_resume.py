@@ -228,6 +228,14 @@ def test_settings_that_do_not_shape_the_result_may_change_and_are_said(here, arg
     assert "LEARNING_RATE (0.003 there, 0.001 here)" in ran.out
 
 
+def test_fewer_rows_at_a_time_may_go_on_even_of_a_run_that_had_to_keep_them(here, arguments, copied):
+    for path in resume.checkpoints(copied):
+        saved_again(lambda _, run: run["settings"].update(rows_per_forward=run["others"].pop("rows_per_forward")))(path)
+    ran = here(arguments(copied, ROWS_PER_FORWARD=1))
+    assert ran.code == 0, ran.err
+    assert "going on with another ROWS_PER_FORWARD (3 there, 1 here)" in ran.out
+
+
 # ---- an earlier run ----
 
 
@@ -354,7 +362,7 @@ def trainer_of(run):
     return Trainer(TrainConfig(**{name: run.settings[name] for name in TRAINER_SETTINGS}))
 
 
-TRAINER_SETTINGS = {field.name for field in fields(TrainConfig)} - {"learning_rate"}
+TRAINER_SETTINGS = {field.name for field in fields(TrainConfig)} - {"learning_rate", "rows_per_forward"}
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_end(

@@ -88,6 +88,11 @@ def test_only_what_others_need_is_sent(run_dir):
     assert list(share.files_of(share.members_of(run_dir))) == [f"{HOOK}/{name}" for name in names]
 
 
+def test_a_damaged_log_which_is_not_sent_stops_no_push(run_dir):
+    (run_dir / "metrics.jsonl").write_text("damaged\n")
+    assert share.members_of(run_dir)[0].figures == FIGURES
+
+
 def test_the_card_tells_the_base_model_the_text_and_the_figures(run_dir):
     card = share.card("me/mine", share.members_of(run_dir), "owner/base@v1")
     data = yaml.safe_load(card.split("---")[1])

@@ -94,6 +94,26 @@ def test_features_are_written_in_batches(written):
     assert numbers == [each.feature for each in features]
 
 
+def test_of_an_earlier_export_only_the_files_that_follow_are_removed_and_only_in_the_end(tmp_path, written):
+    (tmp_path / "to").mkdir()
+    others = {tmp_path / "to" / f"batch-{name}.json" for name in (1, 12, "mine")}
+    for path in others:
+        path.write_text("{}")
+
+    def features(last):
+        yield written[0][0]
+        assert all(path.exists() for path in others)
+        yield last
+
+    rest: dict = {"labels": {}, "metadata": METADATA, "n_features": 16384, "corpus": ("owner/text", 10, 64)}
+    with pytest.raises(AttributeError):
+        forms.write_dashboards(tmp_path / "to", features(None), **rest)
+    assert all(path.exists() for path in others)
+    forms.write_dashboards(tmp_path / "to", features(written[0][1]), **rest)
+    names = {path.name for path in (tmp_path / "to").glob("batch-*")}
+    assert names == {"batch-0.json", "batch-mine.json"}
+
+
 def test_each_passage_lies_in_the_part_of_the_range_that_it_is_said_to_be_from(written):
     features, (batch, _), _ = written
     record, parts = batch["features"][0], {}

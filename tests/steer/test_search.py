@@ -81,6 +81,13 @@ def test_the_extremes_are_the_tokens_with_the_highest_and_the_lowest_scores(lm):
     assert search.extremes(lm, scores, 2) == ([names[600], names[500]], [names[700], names[800]])
 
 
+def test_only_tokens_that_there_are_can_be_raised(hugging_face_folder, loaded):
+    lm = load_model(hugging_face_folder, device="cpu")
+    change_NV = search.changes_of(lm, loaded, {3: 4.0}, torch.tensor([PROMPT])).logits_NV
+    assert change_NV.shape == (1, lm.tokenizer.vocab_size)
+    assert lm.tokenizer.vocab_size < lm.vocab_size  # the matrix's rows
+
+
 # ---- words ----
 
 
@@ -136,7 +143,7 @@ def test_features_are_found_by_the_tokens_they_fire_on(lm, rows_RT, monkeypatch)
 def test_between_equal_matches_the_one_that_raises_the_words_tokens_most_comes_first(lm, search_of, loaded, rows_RT):
     explanations = {feature: "an exception" for feature in (3, 7, 30, 31)} | {9: "brackets", 11: "an exception test"}
     searched = search_of(loaded, explanations, rows=lambda n: rows_RT)
-    found, others = search.find("exception", searched)
+    found, others, *_ = search.find("exception", searched)
     assert set(found) == {3, 7, 30, 31, 11}
     assert not {3, 7, 30, 31, 11} & set(others)
     ids = search.tokens_like(lm.tokenizer, "exception")
@@ -144,8 +151,7 @@ def test_between_equal_matches_the_one_that_raises_the_words_tokens_most_comes_f
     changes_NV = search.changes_of(lm, loaded, maxima, searched.text_1T).logits_NV
     raised = changes_NV[:, ids].topk(search.CLASS, dim=1).values.mean(1).tolist()
     assert raised == sorted(raised, reverse=True)
-    both, _ = search.find("exception test", searched)
-    assert next(iter(both)) == 11
+    assert next(iter(search.find("exception test", searched).by_label)) == 11
 
 
 def test_without_a_matching_explanation_features_are_found_by_tokens(lm, search_of, rows_RT):
@@ -154,20 +160,20 @@ def test_without_a_matching_explanation_features_are_found_by_tokens(lm, search_
     rows_RT[1, 4] = id
     loaded = knows_tokens(lm, rows_RT, [id])
     for explanations in ({}, {5: "brackets"}):
-        by_label, by_token = search.find("exception", search_of(loaded, explanations, rows=lambda n: rows_RT))
+        by_label, by_token, *_ = search.find("exception", search_of(loaded, explanations, rows=lambda n: rows_RT))
         assert (list(by_label), list(by_token)) == ([], [0])
-    assert search.find("xylophone", search_of(loaded, rows=lambda n: rows_RT)) == ({}, {})
+    assert search.find("xylophone", search_of(loaded, rows=lambda n: rows_RT)) == ({}, {}, 0, [])
 
 
 def test_no_text_is_read_where_explanations_are_enough(search_of, loaded):
     every = dict.fromkeys(range(F), "brackets") | {5: "an exception"}  # then they know best
-    by_label, by_token = search.find("exception", search_of(loaded, every))
+    by_label, by_token, *_ = search.find("exception", search_of(loaded, every))
     assert (list(by_label), by_token) == ([5], {})
 
 
 def test_features_that_never_fired_are_not_found(search_of, loaded, rows_RT):
     searched = search_of(loaded, {3: "an exception"}, maximum_F=torch.zeros(F), rows=lambda n: rows_RT)
-    assert search.find("exception", searched) == ({}, {})
+    assert search.find("exception", searched)[:3] == ({}, {}, 1)
 
 
 def test_words_take_the_feature_whose_texts_show_them_most_whatever_its_label(
@@ -326,7 +332,7 @@ def test_the_most_visible_feature_is_taken_at_the_strength_at_which_it_was_tried
     strengths = searched.strengths([Edit({f: 1.0}) for f in listed[:2]])
     assert strength in strengths[0]
     trials = searched.trials._replace(seeds=range(search.FINAL_TEXTS))
-    classes = search._most_promising(searched, [3, 7, 11, 30, 40])
+    classes = search.most_promising(searched, [3, 7, 11, 30, 40])
     best = {f: some[5] for f, some in zip(listed[:2], strengths, strict=True)}  # two above the middle one
     scores = [
         effect.effects_of(searched.subject, Edit({}), {f: [best[f]]}, classes, trials)[0].score for f in listed[:2]
@@ -355,7 +361,7 @@ def test_features_that_make_the_words_of_a_clear_class_likeliest_are_tried_first
     is_word_V = torch.tensor([name[:1].isspace() and len(name) > 3 and name[1:].isalpha() for name in names])
     raised_NV = changes.logits_NV.masked_fill(~is_word_V, -torch.inf)
     classes = dict(zip(candidates, raised_NV.topk(search.RAISED, dim=1).indices.tolist(), strict=True))
-    found = search._most_promising(searched, candidates)
+    found = search.most_promising(searched, candidates)
     assert found == classes
     clear = dict(zip(candidates, search.clearness(raised_NV).tolist(), strict=True))
     likelier = {
@@ -376,7 +382,7 @@ def test_features_that_make_the_words_of_a_clear_class_likeliest_are_tried_first
     ],
 )
 def test_explained_features_are_looked_among_first(loaded, search_of, density, features, expected):
-    pools = search._pools(search_of(loaded, labelled(*features), density=density).subject)
+    pools = search.pools_of(search_of(loaded, labelled(*features), density=density).subject)
     assert [(kind, len(among)) for kind, among in pools] == expected
 
 

@@ -5,6 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from small_models import without_cache
 
 from mistral_sae.data.tokens import Row
 from mistral_sae.files import SAEError
@@ -258,7 +259,7 @@ def test_steered_text_is_the_same_with_the_cache_on_and_off(lm, method, first_po
     prompt = [1, 50, 60]
     with steer(lm, loaded_of(sae), {3: strong(method)}, **options):
         with_cache = list(lm.generate(prompt, 12))
-        without = list(lm.generate(prompt, 12, use_cache=False))
+        without = without_cache(lm, prompt, 12)
     assert with_cache == without
     assert with_cache != list(lm.generate(prompt, 12))
 
@@ -268,16 +269,8 @@ def test_steered_text_is_the_same_with_the_cache_on_and_off_for_every_kind_of_mo
         lm = load_model(folder, device="cpu")
         with steer(lm, loaded, {3: 9.0, 20: 4.0}):
             with_cache = list(lm.generate([1, 50, 60], 10))
-            assert with_cache == list(lm.generate([1, 50, 60], 10, use_cache=False))
+            assert with_cache == without_cache(lm, [1, 50, 60], 10)
         assert with_cache != list(lm.generate([1, 50, 60], 10))
-
-
-def test_the_cache_makes_no_difference_to_steered_residuals(lm, loaded, tokens_BT):
-    with steer(lm, loaded, {3: 9.0}):
-        whole = lm.forward(tokens_BT)
-        cache = lm.new_cache(3, 12)
-        parts = [lm.forward(part, cache) for part in (tokens_BT[:, :5], tokens_BT[:, 5:6], tokens_BT[:, 6:7])]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, :7], rtol=1e-3, atol=1e-4)
 
 
 def test_steering_only_what_is_generated_leaves_the_first_token_as_it_is(lm, loaded):
@@ -466,15 +459,18 @@ def test_an_edit_is_described_with_its_units(lm, loaded):
 
 
 class Rows:
-    """A corpus of random rows of six tokens, known by its name."""
+    """A corpus of random rows of six tokens, known by its name and its files, and the constants beside it."""
 
-    context_length = 6
+    context_length, ROWS_PER_FORWARD = 6, 4
 
-    def __init__(self, name):
-        self.name, self.reads = name, 0
+    def __init__(self, run_dir, name, files="files"):
+        self.RUN_DIR, self.name, self.files, self.reads = run_dir, name, files, 0
 
     def __repr__(self):
         return self.name
+
+    def fingerprint(self):
+        return self.files
 
     def rows(self, tokenizer, *, held_out):
         assert not held_out
@@ -484,38 +480,37 @@ class Rows:
         return (Row(tokens, np.zeros(6, dtype=np.int32), ["a"]) for tokens in ids)
 
 
-def test_what_training_measured_needs_no_text(lm, loaded, tmp_path):
+def test_what_training_measured_needs_no_text(lm, loaded):
     known = loaded._replace(density_F=torch.full((F,), 0.01))
-    found = statistics_of(lm, known, None, 4, tmp_path / "statistics")
+    found = statistics_of(lm, known, None)
     torch.testing.assert_close(found.density_F, torch.full((F,), 0.01))
     assert torch.equal(found.maximum_F, loaded.maximum_F)
 
 
 def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mistral_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(steering, "MAXIMUM_TOKENS", 60)
+    monkeypatch.setattr(steering.Corpus, "of", lambda rows: rows)
     lm, other = load_model(mistral_folder, device="cpu"), load_model(mistral_folder, device="cpu")
     with torch.no_grad():
         for parameter in other.block(LAYER).parameters():
             parameter.mul_(1.01)
-    loaded, path = loaded_of(autoencoder())._replace(maximum_F=None), tmp_path / "run" / "statistics.safetensors"
-    fewer = loaded_of(autoencoder())._replace(maximum_F=None)
+    loaded, fewer = (loaded_of(autoencoder())._replace(maximum_F=None) for _ in range(2))
     fewer.sae.k = 2
 
-    def reads(*arguments) -> int:
-        model, sae, text = arguments
-        return statistics_of(model, sae, text, 4, path) and text.reads
+    def reads(model, sae, *text) -> int:
+        rows = Rows(tmp_path / "run", *text)
+        return statistics_of(model, sae, rows) and rows.reads
 
-    assert reads(lm, loaded, Rows("a")) == 1
-    assert reads(lm, loaded, Rows("a")) == 0
-    for changed in ((lm, loaded, "b"), (other, loaded, "b"), (other, fewer, "b")):
-        *arguments, name = changed
-        assert reads(*arguments, Rows(name)) == 1
-        assert reads(*arguments, Rows(name)) == 0
+    assert reads(lm, loaded, "a") == 1
+    assert reads(lm, loaded, "a") == 0
+    for changed in ((lm, loaded, "a", "others"), (lm, loaded, "b"), (other, loaded, "b"), (other, fewer, "b")):
+        assert reads(*changed) == 1
+        assert reads(*changed) == 0
 
-    rows = islice(Rows("b").rows(None, held_out=False), 10)
+    rows = islice(Rows(None, "b").rows(None, held_out=False), 10)
     rows_RT = torch.stack([torch.from_numpy(row.tokens) for row in rows])
     dense_NF = loaded.sae.encode(lm.residuals(rows_RT, LAYER)[:, 1:].flatten(0, 1)).dense(F)
-    found = statistics_of(lm, loaded, Rows("b"), 4, path)
+    found = statistics_of(lm, loaded, Rows(tmp_path / "run", "b"))
     torch.testing.assert_close(found.maximum_F, dense_NF.amax(dim=0))
     torch.testing.assert_close(found.density_F, (dense_NF > 0).float().mean(dim=0))
     assert found.tokens == 10 * 5

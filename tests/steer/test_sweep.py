@@ -10,7 +10,7 @@ from test_steering import LAYER, autoencoder, loaded_of
 from mistral_sae.model.language_model import load_model
 from mistral_sae.sae.features import Statistics
 from mistral_sae.steer import sweep
-from mistral_sae.steer.steering import Subject, activations_of, steer
+from mistral_sae.steer.steering import Edit, Subject, activations_of, steer
 from mistral_sae.steer.sweep import Measured, Trial, Trials
 
 PROMPT = [1, 50, 60]
@@ -174,7 +174,12 @@ def controls_of(lm, loaded):
     density[[5, 9, 20]] = 0.001
     maximum[20] = 0.0
     subject = Subject(lm, loaded, Statistics(maximum, density, None), {})
-    return lambda coefficients, seed=0: sweep.with_controls(subject, coefficients, seed)
+
+    def of(coefficients, seed=0):
+        found = sweep.with_controls(subject, Edit(coefficients), seed)
+        return [(title, edit.coefficients, along) for title, edit, along in found]
+
+    return of
 
 
 def test_a_sweep_stands_beside_a_random_direction_and_other_features(loaded, controls_of):
