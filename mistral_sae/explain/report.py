@@ -10,7 +10,10 @@ to search, sort and filter in. All data is base64 of gzip of JSON.
 Shapes: F features, D model width.
 """
 
+import os
 import shlex
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -91,9 +94,14 @@ def run_of(constants: Any, model: str, loaded: LoadedSAE, corpus: str, activatio
 
 
 def command(script: str, constants: Any) -> str:
-    """The command of a script for the model and the autoencoder that constants such as config.py's name."""
+    """The command of a script for the model and the autoencoder that constants such as config.py's name.
+
+    By this Python as it is called from here: `.venv/bin/python`, where no environment is active.
+    """
+    is_active, here = shutil.which("python") == sys.executable, os.path.join(os.getcwd(), "")
+    python = "python" if is_active else sys.executable.removeprefix(here)
     named = ((name, getattr(constants, name)) for name in ("MISTRAL_MODEL_PATH", "SAE_PATH", "HOOK_NAME", "RUN_DIR"))
-    return shlex.join(["python", script, *(f"{name}={value}" for name, value in named if value is not None)])
+    return shlex.join([python, script, *(f"{name}={value}" for name, value in named if value is not None)])
 
 
 # ---- the two pages ----
