@@ -83,11 +83,11 @@ def main() -> None:
         "superposed": superposition(texts, activity, sae, config.SEED),
         "causal": caused,
     }
-    path = run_dir / "analysis.json"
+    path, text = run_dir / "analysis.json", json.dumps(answers, indent=1, allow_nan=False)
     with suppress(SAEError):  # what is damaged is written over
         if read_answers(path, sae) is None and (moved_to := set_aside(path)):
             print(f"the answers of another autoencoder are in {moved_to}")
-    write_text(path, json.dumps(answers, indent=1, allow_nan=False) + "\n")
+    write_text(path, text + "\n")
     print(f"\n{table(answers['monosemantic'])}\n")
     print(f"Are features monosemantic?\n  {answers['monosemantic']['sentence']}\n")
     print(f"Are they in superposition?\n  {answers['superposed']['sentence']}\n")
@@ -95,7 +95,9 @@ def main() -> None:
     print(f"{edits_table(caused)}\n")
     print(f"figures   {path}")
     report, is_ours = run_dir / "report.html", cache.is_of(run_dir / cache.FOLDER, answers["autoencoder"])
-    if is_ours and put_answers(report, Answers.model_validate(answers)):
+    if not is_ours:
+        print(f"report    {report} is of another autoencoder: explain.py makes one of this")
+    elif put_answers(report, Answers.model_validate(answers)):
         print(f"report    {report}: the answers stand at its top")
 
 

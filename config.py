@@ -285,8 +285,6 @@ def check_training() -> None:
     enough = TRAIN_TOKENS is None or BATCH_SIZE is None or TRAIN_TOKENS >= BATCH_SIZE
     expect("TRAIN_TOKENS", TRAIN_TOKENS, enough, f"at least one batch, {BATCH_SIZE}")
     expect("MESH", MESH, MESH is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", MESH), "replicas x shards: 2x4")
-    is_placed = SAE_DEVICE is None or (MESH is None and "TORCHELASTIC_RUN_ID" not in os.environ)
-    expect("SAE_DEVICE", SAE_DEVICE, is_placed, "None under torchrun, whose processes have a GPU each")
     are_tokens = all(type(token) in (int, str) for token in EXCLUDE_TOKENS)
     expect("EXCLUDE_TOKENS", EXCLUDE_TOKENS, are_tokens, "tokens or their ids, as in ['[INST]', 3]")
     row = CONTEXT_LENGTH - 1

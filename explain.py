@@ -67,10 +67,10 @@ def main() -> None:
         gc.freeze()  # what is loaded stays: without this the garbage collector takes as long as counting offline
         atexit.register(gc.unfreeze)  # libraries such as triton complain of what is left at the end
         reading, settings, folder = Reading.of(config), Settings.of(config), run_dir / cache.FOLDER
-        print(f"corpus    {(corpus := reading.corpus.check())}")
-        path, is_first = run_dir / "explanations.jsonl", not (config.DRY_RUN or cli.rank())
-        if is_first and not cache.is_of(folder, hash_of_sae(loaded.sae)) and (moved_to := set_aside(path)):
-            print(f"the explanations of another autoencoder are in {moved_to}")  # before there is a cache of this one
+        corpus, path = reading.corpus.check(), run_dir / "explanations.jsonl"
+        print(f"corpus    {corpus}")
+        if not (config.DRY_RUN or cli.rank()):
+            set_aside_others(path, folder, loaded.sae)  # before there is a cache of this one
         activations = read_corpus(folder, reading, model, loaded, keep_other=config.DRY_RUN, ranks=mesh.ranks)
         if cli.rank():  # which have read their share
             return
@@ -115,6 +115,12 @@ def open_pair(filled: Filled, spec: ModelSpec) -> tuple[LoadedSAE, LanguageModel
 
     # Only its own explanations need logits of a text; the report wants those of decoder rows, by the head alone
     return load_pair(config, spec, whole=WHO == "mistral", needed=needed, advice="lower ROWS_PER_FORWARD")
+
+
+def set_aside_others(path: Path, folder: Path, sae: SparseAutoencoder) -> None:
+    """Set explanations aside, and say where, if the cache beside them is of another autoencoder."""
+    if not cache.is_of(folder, hash_of_sae(sae)) and (moved_to := set_aside(path)):
+        print(f"the explanations of another autoencoder are in {moved_to}")
 
 
 def model_name(model: LanguageModel) -> str:

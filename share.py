@@ -39,6 +39,7 @@ def main() -> None:
     if config.PUSH_TO is not None:
         push(Path(filled.RUN_DIR), config.PUSH_TO)
     if config.FORM is not None and config.DRY_RUN:
+        sae_source(config)  # raises where there is nothing to write
         print(f"form      {config.FORM}, into {target(filled)}\nnothing was written")
     elif config.FORM == "sparsify":
         loaded = load_sae(sae_source(config), hook_name=config.HOOK_NAME)

@@ -54,6 +54,8 @@ def main() -> None:
     corpus = replace(Corpus.of(config), seed=ORDER)
     with joined(config.MESH, device_and_dtype(config.DEVICE, config.DTYPE)[0].type, config.DRY_RUN) as mesh:
         config.DEVICE = mesh.device or config.DEVICE
+        is_placed = config.SAE_DEVICE is None or mesh.sizes == (1, 1)
+        cli.expect("SAE_DEVICE", config.SAE_DEVICE, is_placed, "None on a mesh, whose processes have a DEVICE each")
         with mesh.ranks.first_alone():
             grid, filled, last_layer, store = make_plan(corpus, mesh)
         text = asdict(corpus) | {"corpus": corpus.fingerprint()}

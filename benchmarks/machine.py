@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join([*_model(), "python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": _model() + shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 
@@ -51,10 +51,10 @@ def peak_megabytes() -> float:
     return int(line.split()[1]) / 1024
 
 
-def _model() -> list[str]:
-    """The one variable of the environment that changes what is measured, as a shell sets it."""
-    name = "MISTRAL_MODEL_PATH"
-    return [f"{name}={os.environ[name]}"] if os.environ.get(name) else []
+def _model() -> str:
+    """The one variable of the environment that changes what is measured, as a shell sets it, or nothing."""
+    value = os.environ.get("MISTRAL_MODEL_PATH")
+    return f"MISTRAL_MODEL_PATH={shlex.quote(value)} " if value else ""
 
 
 def _processor() -> str:

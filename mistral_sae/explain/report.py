@@ -98,8 +98,9 @@ def command(script: str, constants: Any) -> str:
 
     By this Python as it is called from here: `.venv/bin/python`, where no environment is active.
     """
-    is_active, here = shutil.which("python") == sys.executable, os.path.join(os.getcwd(), "")
-    python = "python" if is_active else sys.executable.removeprefix(here)
+    folder, name = os.path.split(sys.executable)
+    is_active, here = folder == os.path.dirname(shutil.which(name) or ""), os.path.join(os.getcwd(), "")
+    python = name if is_active else sys.executable.removeprefix(here)
     named = ((name, getattr(constants, name)) for name in ("MISTRAL_MODEL_PATH", "SAE_PATH", "HOOK_NAME", "RUN_DIR"))
     return shlex.join([python, script, *(f"{name}={value}" for name, value in named if value is not None)])
 

@@ -37,7 +37,12 @@ class ModelError(UserError):
     """A model that cannot be used as asked. One line: what was found, what was expected, what to do."""
 
 
-Header = tuple[str, str, tuple[int, ...]]  # what a safetensors file says of a tensor: its name, dtype and shape
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Source(NamedTuple):
@@ -64,7 +69,7 @@ class Source(NamedTuple):
 
         with hub_errors(self.on_hub[0]):
             found = parse_safetensors_file_metadata(self.on_hub[0], name, revision=self.on_hub[1])
-        return [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()]
+        return [Header(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()]
 
     def fetch(self, names: Iterable[str]) -> None:
         """Bring files here that are on the hub. Raises ModelError."""
@@ -110,7 +115,7 @@ def read_header(path: Path) -> list[Header]:
     try:
         with safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return [(name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()]
+            return [Header(name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()]
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is cut short or no safetensors file ({one_line(error)}): get it again") from None
 

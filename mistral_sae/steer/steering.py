@@ -292,7 +292,7 @@ def statistics_of(model: LanguageModel, loaded: LoadedSAE, constants: Any) -> St
         "autoencoder": hash_of_sae(loaded.sae),
         "model": model.fingerprint(layer),
         "layer": layer,
-        "text": [f"{n_rows} rows of {corpus}", corpus.fingerprint()],
+        "text": f"{n_rows} rows of {corpus}",
     }
 
     def residuals(tokens_RT: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,18 +260,24 @@ def test_a_run_of_which_nothing_is_known_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("executable", "called"),
-    [(".venv/bin/python", ".venv/bin/python"), ("active/bin/python", "python"), ("/opt/bin/python", "/opt/bin/python")],
+    [
+        (".venv/bin/python", ".venv/bin/python"),
+        ("active/bin/python", "python"),
+        ("active/bin/python3", "python3"),
+        ("/opt/bin/python", "/opt/bin/python"),
+    ],
 )
 def test_a_command_calls_the_python_that_runs_as_a_shell_here_does(monkeypatch, tmp_path, executable, called):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", str(tmp_path / executable))
-    monkeypatch.setattr("shutil.which", {"python": str(tmp_path / "active/bin/python")}.get)
+    monkeypatch.setattr("shutil.which", lambda name: str(tmp_path / "active/bin" / name))
     constants = SimpleNamespace(MISTRAL_MODEL_PATH=None, SAE_PATH=None, HOOK_NAME=None, RUN_DIR="runs/k")
     assert command("analyse.py", constants) == f"{called} analyse.py RUN_DIR=runs/k"
 
 
 def test_the_command_that_steers_names_the_model_and_the_autoencoder_of_the_run(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
+    monkeypatch.setattr("sys.executable", "/usr/bin/python")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     constants = SimpleNamespace(MISTRAL_MODEL_PATH=None, SAE_PATH=None, HOOK_NAME=None, RUN_DIR="runs/k 64")
     assert command("demo.py", constants) == "python demo.py 'RUN_DIR=runs/k 64'"
     constants.MISTRAL_MODEL_PATH, constants.SAE_PATH = "/models/7B", "owner/sae"

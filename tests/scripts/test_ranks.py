@@ -126,7 +126,8 @@ def test_a_plan_for_a_mesh_needs_no_ranks_and_a_run_does(here, arguments, tmp_pa
     plan = here(arguments(tmp_path, MESH="2x4", DRY_RUN=True)).out
     assert "2 replicas of 4 shards" in plan
     assert "what features decode to" in plan
-    assert_refused(here(arguments(tmp_path, MESH="2x4", SAE_DEVICE="cpu")), "SAE_DEVICE is 'cpu': expected None")
+    placed = arguments(tmp_path, MESH="2x4", SAE_DEVICE="cpu", DRY_RUN=True)
+    assert_refused(here(placed), "SAE_DEVICE is 'cpu': expected None on a mesh")
     assert_refused(here(arguments(tmp_path, MESH="2x4")), "replicas x shards that make 1, the number of processes")
     assert_refused(here(arguments(tmp_path, MESH="1x3", DRY_RUN=True)), "D_HIDDEN is 128: expected a multiple of the 3")
     assert_refused(here(arguments(tmp_path, MESH="many")), "MESH is 'many': expected replicas x shards")

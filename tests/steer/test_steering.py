@@ -459,18 +459,15 @@ def test_an_edit_is_described_with_its_units(lm, loaded):
 
 
 class Rows:
-    """A corpus of random rows of six tokens, known by its name and its files, and the constants beside it."""
+    """A corpus of random rows of six tokens, known by its name, and the constants beside it."""
 
     context_length, ROWS_PER_FORWARD = 6, 4
 
-    def __init__(self, run_dir, name, files="files"):
-        self.RUN_DIR, self.name, self.files, self.reads = run_dir, name, files, 0
+    def __init__(self, run_dir, name):
+        self.RUN_DIR, self.name, self.reads = run_dir, name, 0
 
     def __repr__(self):
         return self.name
-
-    def fingerprint(self):
-        return self.files
 
     def rows(self, tokenizer, *, held_out):
         assert not held_out
@@ -497,13 +494,13 @@ def test_statistics_are_measured_once_for_an_autoencoder_a_model_and_a_text(mist
     loaded, fewer = (loaded_of(autoencoder())._replace(maximum_F=None) for _ in range(2))
     fewer.sae.k = 2
 
-    def reads(model, sae, *text) -> int:
-        rows = Rows(tmp_path / "run", *text)
+    def reads(model, sae, text) -> int:
+        rows = Rows(tmp_path / "run", text)
         return statistics_of(model, sae, rows) and rows.reads
 
     assert reads(lm, loaded, "a") == 1
     assert reads(lm, loaded, "a") == 0
-    for changed in ((lm, loaded, "a", "others"), (lm, loaded, "b"), (other, loaded, "b"), (other, fewer, "b")):
+    for changed in ((lm, loaded, "b"), (other, loaded, "b"), (other, fewer, "b")):
         assert reads(*changed) == 1
         assert reads(*changed) == 0
 
