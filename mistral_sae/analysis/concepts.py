@@ -101,7 +101,7 @@ NAMES: dict[str, Callable[[str, str], bool]] = {
     "self": lambda before, word: word == "self",
     "function's name, defined": lambda before, word: before == "def",
     "class's name, defined": lambda before, word: before == "class",
-    "attribute": lambda before, word: before == "." and not keyword.iskeyword(word),  # as in: from . import x
+    "attribute": lambda before, word: before == ".",
     "exception's name": lambda before, word: word.endswith(("Error", "Exception", "Warning")),
     "dunder name": lambda before, word: word.startswith("__") and word.endswith("__"),
     "private name": lambda before, word: re.match(r"_[^_]", word) is not None,
@@ -254,7 +254,7 @@ def _of_tokens(text: str, docstrings: list[Span]) -> Iterator[tuple[str, Span]]:
                 yield BRACKETS[bracket], (inside, span[0])
                 if open_at:
                     yield "inside two brackets or more", (inside, span[0])
-        before = word
+        before = "from" if word == "." and before == "from" else word  # the dots of a relative import
 
 
 # ---- other text ----

@@ -19,6 +19,7 @@ SOURCE = '''\
 """A module."""
 import os.path as p
 from . import q
+from ..r import s
 
 @cached
 def twice(x: int, y=-2) -> list:
@@ -38,7 +39,7 @@ def words(concept: str) -> list[str]:
     ("concept", "expected"),
     [
         ("docstring", ['"""A module."""']),
-        ("imported name", ["os.path as p", "q"]),
+        ("imported name", ["os.path as p", "q", "s"]),
         ("decorator", ["cached"]),
         ("function's name, defined", ["twice"]),
         ("argument's default", ["-2"]),
