@@ -62,7 +62,7 @@ class Panel(NamedTuple):
 # ---- what is drawn ----
 
 
-def training_panels(history: Records, evaluation: Mapping[str, Any], density_F: Tensor | None) -> list[Panel]:
+def training_panels(history: Records, evaluation: Mapping[str, Any], density_F: Tensor) -> list[Panel]:
     """Return what tells how training went and what it came to, as far as that was recorded.
 
     Args:
@@ -79,9 +79,9 @@ def training_panels(history: Records, evaluation: Mapping[str, Any], density_F: 
         if sum("ce_loss_with_sae" in record for record in (*history, end)) > 1:
             panels.append(_cross_entropy([*history, end], evaluation))
         dead = max(record.get("dead", 0) for record in history)
-        if density_F is not None and dead >= DEAD_WORTH_SHOWING * len(density_F):
+        if dead >= DEAD_WORTH_SHOWING * len(density_F):
             panels.append(_dead(history))
-    if density_F is not None and (density_F > 0).any():
+    if (density_F > 0).any():
         panels.append(_density(density_F))
     return panels
 
@@ -260,7 +260,7 @@ def _histogram(
 # ---- how it is drawn ----
 
 
-def plot_training(path: Path, history: Records, evaluation: Mapping[str, Any], density_F: Tensor | None) -> None:
+def plot_training(path: Path, history: Records, evaluation: Mapping[str, Any], density_F: Tensor) -> None:
     """Draw `training_panels` side by side into a PNG at `path`."""
     _save(path, training_panels(history, evaluation, density_F))
 

@@ -39,7 +39,7 @@ def test_a_run_is_drawn_as_far_as_it_was_recorded():
     run = make_run()
     every = ["Normalized MSE", "Cross-entropy", "Dead features", "Density"]
     assert titles(run.metrics, run.evaluation, run.density_F) == every
-    assert titles(run.metrics, {}, None) == ["Normalized MSE"]
+    assert titles(run.metrics[:1], {}, torch.zeros(5)) == ["Normalized MSE"]
     assert titles([], run.evaluation, run.density_F) == ["Density"]
     assert titles([], {}, torch.zeros(5)) == []
 
@@ -53,7 +53,7 @@ def test_dead_features_are_drawn_only_where_they_are_more_than_a_few():
 def test_cross_entropy_is_drawn_where_it_was_measured_more_than_once():
     run = make_run()
     once = [{key: value for key, value in record.items() if "ce_" not in key} for record in run.metrics]
-    assert "Cross-entropy" not in titles(once, run.evaluation, None)
+    assert "Cross-entropy" not in titles(once, run.evaluation, run.density_F)
 
 
 def test_the_meaning_of_a_picture_holds_what_the_picture_leaves_out():
