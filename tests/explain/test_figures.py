@@ -39,7 +39,7 @@ def test_a_run_is_drawn_as_far_as_it_was_recorded():
     run = make_run()
     every = ["Normalized MSE", "Cross-entropy", "Dead features", "Density"]
     assert titles(run.metrics, run.evaluation, run.density_F) == every
-    assert titles(run.metrics[:1], {}, torch.zeros(5)) == ["Normalized MSE"]
+    assert titles([{"tokens": 1000, "normalized_mse": 0.5}], {}, torch.zeros(5)) == ["Normalized MSE"]
     assert titles([], run.evaluation, run.density_F) == ["Density"]
     assert titles([], {}, torch.zeros(5)) == []
 
