@@ -135,7 +135,7 @@ def locked(run_dir: Path, name: str = ".lock", constant: str = "RUN_DIR") -> Ite
         yield note
 
 
-def holder(run_dir: Path, name: str = ".lock") -> str:
+def holder(run_dir: Path, name: str) -> str:
     """Which process holds a folder by a lock of `locked`, or "" if none does; nothing is changed."""
     path = run_dir / name
     if path.exists():

@@ -49,27 +49,27 @@ def schema_of(record: Any, **other: Any) -> Any:
     return Annotated[found, AfterValidator(lambda value: record(*(getattr(value, name) for name in record._fields)))]
 
 
-def read(kind: Any, path: Path, advice: str, error: type[UserError] = UserError, most: int = MOST) -> Any:
+def read(kind: Any, path: Path, advice: str, error: type[UserError] = UserError) -> Any:
     """A JSON file's content as a type, or the error, which ends with the advice."""
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            content = file.read(MOST + 1)
     except OSError as cause:
         raise error(f"found no readable {path} ({cause.strerror}), expected a file of JSON: {advice}") from None
-    if len(content) > most:
-        raise error(f"found more than {size_of(most)} in {path}, expected less: {advice}")
+    if len(content) > MOST:
+        raise error(f"found more than {size_of(MOST)} in {path}, expected less: {advice}")
     return parse(kind, content, str(path), advice, error)
 
 
-def lines(path: Path, advice: str, error: type[UserError] = UserError, most: int = MOST) -> Iterator[tuple[str, bytes]]:
+def lines(path: Path, advice: str, error: type[UserError] = UserError) -> Iterator[tuple[str, bytes]]:
     """The lines of a file, each with where it stands; raises the error for one that is too long to be a record."""
     with open(path, "rb") as file:
         number = 0
-        while line := file.readline(most + 1):
+        while line := file.readline(MOST + 1):
             number += 1
             where = f"line {number} of {path}"
-            if len(line) > most:
-                raise error(f"found more than {size_of(most)} in {where}, expected a record: {advice}")
+            if len(line) > MOST:
+                raise error(f"found more than {size_of(MOST)} in {where}, expected a record: {advice}")
             yield where, line
 
 

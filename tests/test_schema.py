@@ -5,6 +5,7 @@ from typing import Annotated, NamedTuple
 import pytest
 from pydantic import Field
 
+from mistral_sae import schema
 from mistral_sae.cli import UserError, printable
 from mistral_sae.schema import Schema, Words, lines, parse, read, schema_of
 
@@ -81,16 +82,19 @@ def test_halves_of_characters_are_characters_that_are_not_known():
     assert parse(list[str], f'["{text}"]', "x", "") == ["\ufffd \\ud83d \U0001f600 \ufffd\ufffd \\\ufffd"]
 
 
-def test_no_more_is_read_than_a_file_or_a_line_may_hold(tmp_path):
+def test_no_more_is_read_than_a_file_or_a_line_may_hold(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     path.write_bytes(b'{"name": "a"}   ')
-    assert read(Outer, path, "do this", Mine, most=16).name == "a"
+    monkeypatch.setattr(schema, "MOST", 16)
+    assert read(Outer, path, "do this", Mine).name == "a"
+    monkeypatch.setattr(schema, "MOST", 15)
     with pytest.raises(Mine, match=r"found more than 15 bytes in .*x\.json, expected less: do this"):
-        read(Outer, path, "do this", Mine, most=15)
+        read(Outer, path, "do this", Mine)
     path.write_bytes(b"one\nthree\nlong one\n")
     assert [line for _, line in lines(path, "")] == [b"one\n", b"three\n", b"long one\n"]
+    monkeypatch.setattr(schema, "MOST", 6)
     with pytest.raises(Mine, match=r"found more than 6 bytes in line 3 of .*x\.json, expected a record: do this"):
-        list(lines(path, "do this", Mine, most=6))
+        list(lines(path, "do this", Mine))
 
 
 def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):

@@ -155,12 +155,12 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x)).to(x.device)
 
 
-def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+def geometric_median(x: Tensor) -> Tensor:
     """The point (D) with the least summed distance to the rows of x (B, D), by Weiszfeld's iteration."""
     guess = x.mean(dim=0)
-    for _ in range(iterations):
+    for _ in range(100):
         weights = 1 / torch.linalg.vector_norm(x - guess, dim=1).clamp_min(1e-8)
         previous, guess = guess, weights @ x / weights.sum()
-        if torch.linalg.vector_norm(guess - previous) <= tolerance * torch.linalg.vector_norm(guess):
+        if torch.linalg.vector_norm(guess - previous) <= 1e-6 * torch.linalg.vector_norm(guess):
             break
     return guess
