@@ -75,16 +75,17 @@ def main() -> None:
         if cli.rank():  # which have read their share
             return
         chosen = selected.choose(activations.counts_F, config.SEED)
-        counts = WHO == "offline" and not config.DRY_RUN
-        concepts = read_concepts(activations, reading.corpus, model.tokenizer) if counts else None
+        concepts = read_concepts(activations, reading.corpus, model.tokenizer) if WHO == "offline" else None
         best = concepts.best() if concepts else {}
         beside = best.keys() - chosen if selected.how == "random" else ()
         labelled = sorted({*chosen, *beside})
         records = FeatureRecords(activations, labelled, model, loaded.sae, settings, concepts.of if concepts else None)
+        if config.DRY_RUN:
+            label(records, model, run_dir, best)
+            return
+        run = report.run_of(config, model_name(model), loaded, corpus, activations)  # before anything is paid for
         labels, broken = label(records, model, run_dir, best)
         labels = {f: each._replace(is_beside=f in beside) for f, each in labels.items()}
-        if config.DRY_RUN:
-            return
         are_new = cache.noted(folder) != settings._asdict()
         every, moved_to = merge_labels(path, labels, of_other_examples=are_new)
         if moved_to:
@@ -93,7 +94,6 @@ def main() -> None:
         write_labels(path, every.values())
         if list(every) != labelled:
             records = FeatureRecords(activations, list(every), model, loaded.sae, settings)
-        run = report.run_of(config, model_name(model), loaded, corpus, activations)
         others = index_of(model, loaded.sae, activations.statistics(), activations, without=every)
         with cli.Progress(records, "report", unit=" features") as features:
             report.write_report(run_dir / "report.html", run, features, every, others)

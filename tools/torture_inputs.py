@@ -31,7 +31,7 @@ USED_BY: dict[str, tuple[str, str, list[str]]] = {
     "autoencoder": ("demo", "SAE_PATH", []),
     "completions.jsonl": ("explain", ".", NOBODY),
     "explanations.jsonl": ("explain", ".", ["TEXT=some words"]),
-    "evaluation.json and metrics.jsonl": ("explain", ".", ["TEXT=some words"]),
+    "evaluation.json and metrics.jsonl": ("explain", ".", []),
     "state": ("train", "checkpoints", []),
 }
 

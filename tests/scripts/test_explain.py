@@ -354,3 +354,13 @@ def test_a_second_run_in_a_folder_is_refused_before_loading(here, arguments, fin
         assert_refused(here(arguments(folder, **openai(server))), f"found another run at work in {folder}")
     assert server.log == []
     assert contents_of(folder) | {".lock": b""} == before | {".lock": b""}
+
+
+def test_a_damaged_log_is_found_before_anything_is_explained(here, arguments, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "metrics.jsonl").write_text("damaged\n")
+    before = contents_of(folder)
+    ran = here(arguments(folder, SELECT="all"))
+    assert_refused(ran, f"line 1 of {folder / 'metrics.jsonl'}")
+    assert "explaining" not in ran.err
+    assert contents_of(folder) == before
