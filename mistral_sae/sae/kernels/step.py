@@ -263,9 +263,8 @@ def auxk_loss(error: Tensor, centered: Tensor, weights: Weights, aux: AuxK) -> t
         return loss, Used(dead.take(indices), values, scale * ~is_lost, residual, scale)
     residual *= scale
     grad_pre = product(residual, rows.T).masked_fill_(unused, 0.0)
-    W_dec = product(used.T, residual)
-    along = torch.linalg.vecdot(W_dec, rows)
-    return loss, Dense(dead, product(grad_pre.T, centered), grad_pre.sum(dim=0), W_dec, along)
+    along = (used * grad_pre).sum(dim=0)
+    return loss, Dense(dead, product(grad_pre.T, centered), grad_pre.sum(dim=0), product(used.T, residual), along)
 
 
 def gradients(
