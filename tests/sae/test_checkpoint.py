@@ -473,24 +473,6 @@ def test_missing_files_are_named(tmp_path):
         load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"", b'{"d_in": ', b"[1, 2]", b"\xff\xfe\x00"])
-def test_a_damaged_cfg_is_one_line(tmp_path, text):
-    write(tmp_path)
-    (tmp_path / "cfg.json").write_bytes(text)
-    with refused(r"cfg\.json"):
-        load_sae(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["sae_weights.safetensors", "sparsity.safetensors"])
-@pytest.mark.parametrize("kept", [0, 5, 100, -1])
-def test_truncated_safetensors_are_one_line(sae, tmp_path, name, kept):
-    save_sae(tmp_path, sae, METADATA, statistics())
-    data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(data[:kept])
-    with refused(name):
-        load_sae(tmp_path)
-
-
 def test_a_pickle_is_never_opened(tmp_path):
     class Trap:
         def __reduce__(self):
