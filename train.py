@@ -186,9 +186,10 @@ def make_plan(corpus: Corpus, mesh: Mesh) -> tuple[Grid, Filled, int | None, Sto
     for line in wire_plan([each.config for each in grid], mesh.sizes, dtype):
         print(line)
     if not plan.fits:
+        placed = "another DEVICE or SAE_DEVICE" if mesh.sizes == (1, 1) else "more shards in MESH"
         raise cli.UserError(
             "the run needs more memory than is free: lower D_HIDDEN, BUFFER_TOKENS or ROWS_PER_FORWARD, "
-            "set MOMENTS_DTYPE=bfloat16, or use another DEVICE or SAE_DEVICE"
+            f"set MOMENTS_DTYPE=bfloat16, or use {placed}"
         )
     if store := StoredResiduals.of(filled, corpus, layers, spec.d_model, dtype):
         print(f"stored    {store.plan()}")
